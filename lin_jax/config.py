@@ -1,0 +1,191 @@
+"""Configuration of a training run: plain mutable dataclasses, so that the command line can override any field.
+
+A run is one `TrainConfig`. `experiments/configs` maps a bare name to a function that returns one; `validate` states
+every rule once, after overrides are parsed; `save` and `load` keep the resolved config beside the checkpoints.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+REMAT_POLICIES = ("none", "mixer", "dots", "full")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass
+class ModelConfig:
+  """A stack of `depth` blocks `x += mixer(norm(x)); x += mlp(norm(x))` between an embedding and a head."""
+
+  mixer: Any = None  # a config dataclass registered in lin_jax.mixers
+  vocab_size: int = 32000
+  width: int = 1024
+  depth: int = 24
+  mlp_width: int = 2816
+  norm_eps: float = 1e-6
+  tie_embeddings: bool = True
+  dtype: str = "bfloat16"  # of activations and matmul operands; parameters, gates and states are float32
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """Token shards written by `experiments/prepare_data.py`, read as shuffled windows of `sequence_length` tokens."""
+
+  path: str = ""
+  sequence_length: int = 2048
+  batch_size: int = 256  # sequences per optimizer step, over all devices and accumulation steps
+  reset_at_documents: bool = True  # documents packed in one window do not see each other
+  shuffle: bool = True
+  worker_threads: int = 4
+
+
+@dataclasses.dataclass
+class OptimConfig:
+  """AdamW with linear warmup to `learning_rate` and cosine decay to `final_learning_rate`."""
+
+  steps: int = 1000
+  warmup_steps: int = 100
+  learning_rate: float = 3e-4
+  final_learning_rate: float = 3e-5
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.01  # on matrices only
+  clip_norm: float = 1.0
+  accumulation: int = 1  # microbatches per optimizer step
+  nonfinite: str = "stop"  # what a non-finite loss or gradient does: "stop" the run, or "skip" the step
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  """Devices per mesh axis; -1 takes what the others leave. `data` replicates parameters, `fsdp` shards them over the
+  batch, `tensor` over heads, MLP width and vocabulary."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass
+class EvalConfig:
+  """Held-out loss on `batches` batches of the validation split every `every` steps (0: only at the end)."""
+
+  every: int = 1000
+  batches: int = 16
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+  """Asynchronous saves every `every` steps and at the end; keeps the last `keep_last` and the best `keep_best`."""
+
+  every: int = 1000
+  keep_last: int = 2
+  keep_best: int = 1
+
+
+@dataclasses.dataclass
+class LogConfig:
+  """Console line and scalars every `every` steps; `profile_steps` "start,stop" writes a trace of those steps."""
+
+  every: int = 10
+  tensorboard: bool = True
+  profile_steps: str = ""
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """Everything that determines a run. Two runs with equal configs, data and devices produce equal losses."""
+
+  name: str = ""
+  seed: int = 0
+  remat: str = "none"  # what a block recomputes in its backward pass: see `lin_jax.model.REMAT`
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+def validate(config: TrainConfig) -> TrainConfig:
+  """Returns `config`, or raises ValueError naming the first field that breaks a rule, its value and the rule."""
+
+  def require(ok, field, rule):
+    if not ok:
+      value = config
+      for part in field.split("."):
+        value = getattr(value, part)
+      raise ValueError(f"config.{field}={value!r}: {rule}")
+
+  for field in ("model.vocab_size", "model.width", "model.depth", "model.mlp_width", "data.sequence_length",
+                "data.batch_size", "optim.steps", "optim.accumulation", "log.every", "checkpoint.keep_last"):
+    require(_get(config, field) >= 1, field, "must be at least 1")
+  for field in ("optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches", "checkpoint.every",
+                "checkpoint.keep_best", "data.worker_threads", "seed"):
+    require(_get(config, field) >= 0, field, "must not be negative")
+  for field in ("optim.learning_rate", "optim.clip_norm", "optim.eps", "model.norm_eps"):
+    require(_get(config, field) > 0, field, "must be positive")
+  for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+    require(_get(config, field) == -1 or _get(config, field) >= 1, field, "must be at least 1, or -1 for the rest")
+  require(dataclasses.is_dataclass(config.model.mixer), "model.mixer", "must be a mixer config")
+  require(config.model.dtype in DTYPES, "model.dtype", f"must be one of {', '.join(DTYPES)}")
+  require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")
+  require(config.optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")
+  require(config.optim.warmup_steps < config.optim.steps, "optim.warmup_steps", "must be less than config.optim.steps")
+  require(0 <= config.optim.final_learning_rate <= config.optim.learning_rate, "optim.final_learning_rate",
+          "must lie between 0 and config.optim.learning_rate")
+  require(config.data.batch_size % config.optim.accumulation == 0, "data.batch_size",
+          f"must be divisible by config.optim.accumulation={config.optim.accumulation}")
+  if config.log.profile_steps:
+    try:
+      start, stop = map(int, config.log.profile_steps.split(","))
+      ok = 0 <= start < stop
+    except ValueError:
+      ok = False
+    require(ok, "log.profile_steps", "must be 'start,stop' with start < stop")
+  return config
+
+
+def _get(config, field):
+  for part in field.split("."):
+    config = getattr(config, part)
+  return config
+
+
+def to_dict(config: TrainConfig) -> dict:
+  """The config as nested plain values; the mixer carries its registered name under `"type"`."""
+  from lin_jax import mixers
+
+  values = dataclasses.asdict(config)
+  values["model"]["mixer"] = {"type": mixers.name_of(config.model.mixer), **values["model"]["mixer"]}
+  return values
+
+
+def from_dict(values: dict) -> TrainConfig:
+  """Inverse of `to_dict`. Raises ValueError for an unknown mixer or field."""
+  from lin_jax import mixers
+
+  values = dict(values)
+  model = dict(values.pop("model"))
+  mixer = dict(model.pop("mixer"))
+  try:
+    model["mixer"] = mixers.config_class(mixer.pop("type"))(**mixer)
+    parts = {f.name: f.default_factory(**values.pop(f.name)) for f in dataclasses.fields(TrainConfig)
+             if f.name in values and isinstance(values[f.name], dict)}
+    return TrainConfig(model=ModelConfig(**model), **parts, **values)
+  except TypeError as e:
+    raise ValueError(f"config does not match this version of lin_jax: {e}") from e
+
+
+def save(config: TrainConfig, path: pathlib.Path) -> None:
+  """Writes the resolved config as JSON."""
+  path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load(path: pathlib.Path) -> TrainConfig:
+  """Reads a config written by `save`. Raises ValueError when the file is missing or not such a file."""
+  try:
+    return from_dict(json.loads(path.read_text()))
+  except (OSError, json.JSONDecodeError, KeyError) as e:
+    raise ValueError(f"{path}: not a saved lin_jax config ({e})") from e
