@@ -1,0 +1,19 @@
+"""Runs by bare name: `CONFIGS` maps a name to the function that returns its `TrainConfig`."""
+
+from lin_jax.config import TrainConfig
+
+from .paper import gla_1b3, gla_340m, transformer_1b3, transformer_340m
+from .small import gla_small, transformer_small
+from .tiny import gla_tiny, transformer_tiny
+
+CONFIGS = {function.__name__: function for function in (
+    gla_tiny, gla_small, gla_340m, gla_1b3, transformer_tiny, transformer_small, transformer_340m, transformer_1b3)}
+
+
+def lookup(name: str) -> TrainConfig:
+  """A fresh config of that name, its `name` field set. Raises ValueError listing the known names for any other."""
+  if name not in CONFIGS:
+    raise ValueError(f"unknown config {name!r}; known: {', '.join(CONFIGS)}")
+  config = CONFIGS[name]()
+  config.name = name
+  return config
