@@ -1,0 +1,125 @@
+"""Next-token cross-entropy straight from hidden states, in chunks of time, so that the logits never exist at once.
+
+At batch 16, length 2048 and a vocabulary of 32000 the float32 logits alone would take 4.2 GB, their gradient as much
+again. Here each chunk's logits are made once, turned into that chunk's loss *and* gradients, and dropped: because the
+loss is a plain sum, its gradients are known before the cotangent arrives, which then only scales them.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+_BATCH_AXES = ("data", "fsdp")
+_VOCAB_AXIS = "tensor"
+
+
+def next_token_loss(hidden: Float[Array, "B T D"], unembedding: Float[Array, "D V"], targets: Int[Array, "B T"],
+                    mask: Float[Array, "B T"], *, chunk_tokens: int = 4096) -> tuple[Float[Array, ""], dict]:
+  """Sum over tokens of mask * -log softmax(hidden @ unembedding)[target], in nats.
+
+  Under a mesh (`jax.set_mesh`) the batch is split over ("data", "fsdp") and the vocabulary over "tensor" where it
+  divides evenly; gradients of `unembedding` are summed over the batch axes once, after the last chunk.
+
+  Args:
+    mask: weight of each target; 0 leaves it out.
+    chunk_tokens: tokens per chunk on each device; sets the peak memory (chunk_tokens * V floats), not the result.
+  Returns:
+    The sum, float32, differentiable in `hidden` and `unembedding`, and a dict without gradients: `targets` (sum of the
+    mask), `correct` (masked count of targets that have the largest logit), `token_loss` [B, T].
+  Raises:
+    ValueError: shapes disagree.
+  Precision: products in hidden's dtype with float32 accumulation; logits, softmax and sums float32.
+  """
+  if targets.shape != hidden.shape[:2] or mask.shape != hidden.shape[:2] or hidden.shape[2] != unembedding.shape[0]:
+    raise ValueError(f"hidden {hidden.shape}, unembedding {unembedding.shape}, targets {targets.shape} and mask "
+                     f"{mask.shape} must be [B, T, D], [D, V], [B, T] and [B, T]")
+  total, metrics = _loss(hidden, unembedding, targets, mask.astype(jnp.float32), chunk_tokens)
+  return total, jax.lax.stop_gradient(metrics)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss(hidden, unembedding, targets, mask, chunk_tokens):
+  return _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients=False)[:2]
+
+
+def _loss_forward(hidden, unembedding, targets, mask, chunk_tokens):
+  total, metrics, dhidden, dunembedding = _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients=True)
+  return (total, metrics), (dhidden, dunembedding.astype(unembedding.dtype))
+
+
+def _loss_backward(chunk_tokens, gradients, cotangents):
+  scale = cotangents[0]
+  dhidden, dunembedding = ((d.astype(jnp.float32) * scale).astype(d.dtype) for d in gradients)
+  return dhidden, dunembedding, None, None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients):
+  """Runs `_chunked` on each device's part of the batch and vocabulary."""
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  batch_axes = tuple(axis for axis in _BATCH_AXES if sizes.get(axis, 1) > 1)
+  vocab_axis = _VOCAB_AXIS if sizes.get(_VOCAB_AXIS, 1) > 1 else None
+  if vocab_axis and unembedding.shape[1] % sizes[vocab_axis]:
+    vocab_axis = None
+  local = functools.partial(_chunked, chunk_tokens=chunk_tokens, gradients=gradients, batch_axes=batch_axes,
+                            vocab_axis=vocab_axis)
+  if not batch_axes and not vocab_axis:
+    return local(hidden, unembedding, targets, mask)
+  batch, vocab = P(batch_axes), P(None, vocab_axis)
+  metrics = {"targets": P(), "correct": P(), "token_loss": batch}
+  return jax.shard_map(local, in_specs=(batch, vocab, batch, batch),
+                       out_specs=(P(), metrics, batch, vocab) if gradients else (P(), metrics, P(), P()),
+                       check_vma=False)(hidden, unembedding, targets, mask)
+
+
+def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, batch_axes, vocab_axis):
+  """(loss sum, metrics, dhidden, dunembedding); the gradients are None when not asked for."""
+  B, T, _ = hidden.shape
+  N = math.ceil(T / max(1, chunk_tokens // B))
+  weights = unembedding.astype(hidden.dtype)
+  vocab = jnp.arange(weights.shape[1]) + (weights.shape[1] * jax.lax.axis_index(vocab_axis) if vocab_axis else 0)
+  reduce = functools.partial(jax.lax.psum, axis_name=vocab_axis) if vocab_axis else lambda x: x
+
+  def chunk(dweights, inputs):
+    h, target, weight = inputs
+    logits = jnp.einsum("bcd,dv->bcv", h, weights, preferred_element_type=jnp.float32)
+    top = logits.max(axis=-1)
+    top = jax.lax.pmax(top, vocab_axis) if vocab_axis else top
+    log_norm = top + jnp.log(reduce(jnp.exp(logits - top[..., None]).sum(axis=-1)))
+    # Comparing with the ids rather than gathering keeps a sharded vocabulary in place.
+    is_target = vocab[None, None] == target[..., None]
+    target_logit = reduce(jnp.where(is_target, logits, 0.0).sum(axis=-1))
+    token_loss, correct = weight * (log_norm - target_logit), jnp.where(target_logit >= top, weight, 0.0)
+    if not gradients:
+      return None, (token_loss, correct, None)
+    probability = jnp.exp(logits - log_norm[..., None])
+    dlogits = (weight[..., None] * jnp.where(is_target, probability - 1.0, probability)).astype(h.dtype)
+    dh = reduce(jnp.einsum("bcv,dv->bcd", dlogits, weights, preferred_element_type=jnp.float32))
+    dweights += jnp.einsum("bcd,bcv->dv", h, dlogits, preferred_element_type=jnp.float32)
+    return dweights, (token_loss, correct, dh.astype(h.dtype))
+
+  dweights = jnp.zeros(weights.shape, jnp.float32) if gradients else None
+  dweights, outputs = jax.lax.scan(chunk, dweights, tuple(_split(x, N) for x in (hidden, targets, mask)))
+  token_loss, correct, dhidden = (None if x is None else _merge(x, T) for x in outputs)
+  metrics = {"targets": mask.sum(), "correct": correct.sum()}
+  total, metrics, dweights = jax.lax.psum((token_loss.sum(), metrics, dweights), batch_axes)
+  return total, metrics | {"token_loss": token_loss}, dhidden, dweights
+
+
+def _split(x, N):
+  """[B, T, ...] to [N, B, ceil(T / N), ...]; the padding of zeros carries mask 0."""
+  padding = -x.shape[1] % N
+  x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+  return jnp.moveaxis(x.reshape(x.shape[0], N, -1, *x.shape[2:]), 1, 0)
+
+
+def _merge(x, T):
+  """Inverse of `_split`: [N, B, C, ...] to [B, T, ...]."""
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
