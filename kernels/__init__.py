@@ -1,0 +1,10 @@
+"""Recurrent sequence-mixing ops with one contract: definition, chunked form for every device, Pallas kernels for GPUs.
+
+Each op returns `(output, final_state)` and picks an implementation by the inputs and the default backend; `explain`
+says which. Importing this package starts no device.
+"""
+
+from kernels.dispatch import explain
+from kernels.gla import gla
+
+__all__ = ["explain", "gla"]

@@ -1,0 +1,76 @@
+"""Which implementation of an op runs: the first of `TABLE` that the platform and the inputs allow, or the named one.
+
+An implementation is a module `kernels/<op>/<name>.py` with the op under its own name and
+`supports(*arrays, chunk_size) -> str | None`, the reason why it declines. Modules load on first use, because Pallas'
+Triton backend warns and costs time on import.
+"""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+
+import jax
+
+TABLE = {"gla": ("pallas_triton", "xla_chunked", "reference")}
+# Platforms where an implementation is worth choosing. A named one runs elsewhere too: interpreted, or lowered for
+# another platform than the host's.
+PLATFORMS = {"pallas_triton": ("gpu",)}
+
+
+def choose(op: str, implementation: str | None, *arrays, chunk_size: int | None = None) -> Callable:
+  """The function that computes `op` on `arrays`.
+
+  Raises:
+    ValueError: no implementation has this name.
+    NotImplementedError: the named implementation declines these inputs; the message carries its reason.
+  """
+  if implementation is None:
+    reasons = _reasons(op, arrays, chunk_size)
+    implementation = next(name for name, reason in reasons.items() if reason is None)
+    _log_once(op, implementation, jax.default_backend())
+  elif implementation not in TABLE[op]:
+    raise ValueError(f"{op}: implementation={implementation!r} is unknown; known: {', '.join(TABLE[op])}")
+  elif reason := _module(op, implementation).supports(*arrays, chunk_size=chunk_size):
+    raise NotImplementedError(f"{op}: implementation={implementation!r} declines these inputs: {reason}")
+  return getattr(_module(op, implementation), op)
+
+
+def explain(op: str, *arrays, chunk_size: int | None = None) -> str:
+  """Says which implementation of `op` would run on `arrays` when none is named, and why each other one would not.
+
+  Args:
+    arrays: the op's arrays in its order; anything with `shape` and `dtype` does, for instance `jax.ShapeDtypeStruct`.
+  Raises:
+    ValueError: `op` is unknown.
+  """
+  if op not in TABLE:
+    raise ValueError(f"op={op!r} is unknown; known: {', '.join(TABLE)}")
+  reasons = _reasons(op, arrays, chunk_size)
+  chosen = next(name for name, reason in reasons.items() if reason is None)
+  lines = [f"{op} runs as {chosen} on {jax.default_backend()}"]
+  lines += [f"  {name}: {reason or f'can run, {chosen} comes first'}"
+            for name, reason in reasons.items() if name != chosen]
+  return "\n".join(lines)
+
+
+def _reasons(op, arrays, chunk_size):
+  """Why each implementation declines, None for those that do not; `reference` never does."""
+  platform = jax.default_backend()
+  reasons = {}
+  for name in TABLE[op]:
+    wanted = PLATFORMS.get(name, (platform,))
+    if platform in wanted:
+      reasons[name] = _module(op, name).supports(*arrays, chunk_size=chunk_size)
+    else:
+      reasons[name] = f"the default backend is {platform}, it needs {' or '.join(wanted)}"
+  return reasons
+
+
+def _module(op, name):
+  return importlib.import_module(f"kernels.{op}.{name}")
+
+
+@functools.cache
+def _log_once(op, implementation, platform):
+  logging.getLogger(__name__).info("%s runs as %s on %s", op, implementation, platform)

@@ -1,0 +1,27 @@
+"""Gated linear attention token by token, in float32: the definition, and the decode step."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Array, "B H K"],
+         v: Float[Array, "B H V"], log_decay: Float[Array, "B H K"],
+         ) -> tuple[Float[Array, "B H K V"], Float[Array, "B H V"]]:
+  """One token: S' = diag(exp(log_decay)) S + k^T v and the unscaled output q S', both float32."""
+  q, k, v, log_decay = (x.astype(jnp.float32) for x in (q, k, v, log_decay))
+  state = jnp.exp(log_decay)[..., None] * state + k[..., None] * v[..., None, :]
+  return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
+
+
+def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
+  """See `kernels.gla`: the scan of `step`. `chunk_size` has no effect."""
+  del chunk_size
+  by_time = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_decay)]
+  final_state, output = jax.lax.scan(lambda state, x: step(state, *x), initial_state, by_time)
+  return (scale * jnp.moveaxis(output, 0, 1)).astype(v.dtype), final_state
+
+
+def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
+  """None: the definition runs everything."""
+  return None
