@@ -1,0 +1,179 @@
+"""Writes a dataset directory in the format that `lin_jax.data` reads.
+
+Everything is written into `<out>.partial`, which becomes `<out>` by one rename after its manifest is complete. The
+writer's progress is recorded there too, so that an interrupted run continues from its last checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+
+from lin_jax.data import DTYPE, FORMAT, VERSION
+from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, Tokenizer
+
+SHARD_TOKENS = 2**25
+_RECIPE = "recipe.json"
+_PROGRESS = "progress.json"
+
+
+def sha256(path: pathlib.Path) -> str:
+  """Hexadecimal SHA-256 of a file."""
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_json(path: pathlib.Path, value) -> None:
+  """Writes `value` so that `path` always holds either its old or its new content."""
+  temporary = path.with_name(path.name + ".new")
+  temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+  os.replace(temporary, path)
+
+
+def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
+  """The work directory `<out>.partial` of a dataset determined by `recipe`, or None when `out` is it, complete.
+
+  Raises ValueError when `out` or the work directory holds anything else: nothing is overwritten.
+  """
+  recipe = json.loads(json.dumps(recipe))
+  if out.exists():
+    if _read_json(out / MANIFEST_FILE).get("recipe") != recipe:
+      raise ValueError(f"{out}: exists and was made from other inputs or options; choose another --out or delete it")
+    return None
+  work = out.with_name(out.name + ".partial")
+  work.mkdir(parents=True, exist_ok=True)
+  if _read_json(work / MANIFEST_FILE).get("recipe") == recipe:
+    _publish(work, out)
+    return None
+  if any(work.iterdir()) and _read_json(work / _RECIPE) != recipe:
+    raise ValueError(f"{work}: was begun from other inputs or options; choose another --out or delete it")
+  write_json(work / _RECIPE, recipe)
+  return work
+
+
+def _publish(work, out):
+  splits = _read_json(work / MANIFEST_FILE)["splits"]
+  keep = {MANIFEST_FILE, MODEL_FILE} | {part["file"] for e in splits.values() for part in [e["index"], *e["shards"]]}
+  for path in work.iterdir():
+    if path.name not in keep:
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+  os.rename(work, out)
+
+
+def _read_json(path):
+  try:
+    value = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+class SplitWriter:
+  """Appends documents to the shards of one split; its `state` is all that continuing needs besides the files."""
+
+  def __init__(self, work: pathlib.Path, split: str, shard_tokens: int, state: dict | None = None):
+    self._work, self._split, self._shard_tokens = work, split, shard_tokens
+    self.state = state or dict(tokens=0, documents=0, bytes=0, max_ids=[])
+    self._file = None
+    self._starts = open(self._path("starts"), "r+b" if state else "w+b")
+    self._starts.truncate(8 * self.state["documents"])
+    self._starts.seek(0, os.SEEK_END)
+    if used := self.state["tokens"] % shard_tokens:
+      self._file = open(self._shard(self.state["tokens"] // shard_tokens), "r+b")
+      self._file.truncate(used * DTYPE.itemsize)
+      self._file.seek(0, os.SEEK_END)
+
+  def _path(self, suffix):
+    return self._work / f"{self._split}.{suffix}"
+
+  def _shard(self, number):
+    return self._work / f"{self._split}-{number:05d}.bin"
+
+  def add(self, ids: np.ndarray, size: int) -> None:
+    """Appends one document of `ids` (end id included) whose text is `size` bytes long."""
+    state = self.state
+    self._starts.write(np.uint64(state["tokens"]).tobytes())
+    state["documents"] += 1
+    state["bytes"] += size
+    while len(ids):
+      number, used = divmod(state["tokens"], self._shard_tokens)
+      if not used:
+        self._close_shard()
+        self._file = open(self._shard(number), "wb")
+        state["max_ids"].append(0)
+      part, ids = np.split(ids, [self._shard_tokens - used])
+      self._file.write(part.astype(DTYPE).tobytes())
+      state["max_ids"][number] = max(state["max_ids"][number], int(part.max()))
+      state["tokens"] += len(part)
+
+  def _close_shard(self):
+    if self._file:
+      self._file.close()
+    self._file = None
+
+  def flush(self) -> dict:
+    """Brings the files up to `state` on disk, and returns it."""
+    for file in (self._starts, self._file):
+      if file:
+        file.flush()
+        os.fsync(file.fileno())
+    return self.state
+
+  def finish(self) -> dict:
+    """Closes the files, writes the index, and returns the split's manifest entry."""
+    self.flush()
+    self._close_shard()
+    self._starts.close()
+    index = self._path("idx.npy")
+    np.save(index, np.fromfile(self._path("starts"), np.uint64))
+    state, shards = self.state, []
+    for number, max_id in enumerate(state["max_ids"]):
+      tokens = min(self._shard_tokens, state["tokens"] - number * self._shard_tokens)
+      file = self._shard(number)
+      shards.append(dict(file=file.name, tokens=tokens, max_id=max_id, sha256=sha256(file)))
+    return dict(documents=state["documents"], tokens=state["tokens"], bytes=state["bytes"],
+                index=dict(file=index.name, sha256=sha256(index)), shards=shards)
+
+
+class DatasetWriter:
+  """The writers of all splits of one work directory, with their common checkpoint.
+
+  `done` counts the input documents that a resumed run has to skip; `notes` is the caller's own JSON state.
+  """
+
+  def __init__(self, work: pathlib.Path, splits: list[str], *, shard_tokens: int = SHARD_TOKENS):
+    self._work = work
+    progress = _read_json(work / _PROGRESS)
+    self.done, self.notes = progress.get("done", 0), progress.get("notes", {})
+    states = progress.get("splits", {})
+    self._writers = {split: SplitWriter(work, split, shard_tokens, states.get(split)) for split in splits}
+
+  def add(self, split: str, ids: np.ndarray, size: int) -> None:
+    """Appends a document to `split`: its ids with the end id, and the bytes of its text."""
+    self._writers[split].add(ids, size)
+
+  def checkpoint(self, done: int, notes: dict) -> None:
+    """Records that the first `done` input documents are on disk."""
+    states = {split: writer.flush() for split, writer in self._writers.items()}
+    write_json(self._work / _PROGRESS, dict(done=done, notes=notes, splits=states))
+
+  def totals(self) -> dict[str, int]:
+    """Tokens of each split so far."""
+    return {split: writer.state["tokens"] for split, writer in self._writers.items()}
+
+  def finish(self, out: pathlib.Path, *, tokenizer: Tokenizer, tokenizer_file: pathlib.Path | None, recipe: dict,
+             manifest: dict) -> dict:
+    """Completes the dataset, moves it to `out`, and returns the manifest. `manifest` adds entries to it."""
+    splits = {split: writer.finish() for split, writer in self._writers.items()}
+    described = dict(name=tokenizer.name, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, sha256=None)
+    if tokenizer_file:
+      shutil.copyfile(tokenizer_file, self._work / MODEL_FILE)
+      described["sha256"] = sha256(tokenizer_file)
+    manifest = dict(format=FORMAT, version=VERSION, dtype=DTYPE.str, tokenizer=described, **manifest, splits=splits,
+                    recipe=recipe)
+    write_json(self._work / MANIFEST_FILE, manifest)
+    _publish(self._work, out)
+    return manifest

@@ -1,0 +1,250 @@
+"""Reading prepared token shards as fixed windows, for training (Grain, shuffled, resumable) and for evaluation.
+
+A dataset directory (written by `experiments/prepare_data.py`) holds, for each split, the documents' ids end to end as
+little-endian uint16 shards `<split>-00000.bin`, each document closed by the tokenizer's end id; the uint64 document
+starts `<split>.idx.npy`; `manifest.json` with counts and checksums; and the tokenizer's file if it has one.
+
+Window i of a split covers ids [i T, i T + T] (T + 1 of them, the last one shared with window i + 1), so every id but
+the split's first is the target of exactly one window. A batch is a dict of arrays [B, T]:
+  tokens, targets   int32; targets are the tokens one position later
+  segment_ids       int32 >= 1, one value per document inside the window
+  mask              float32; 0 where the target lies in another document than its token, and on padding
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from lin_jax.config import DataConfig
+from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer, load_tokenizer
+
+FORMAT = "lin_jax.tokens"
+VERSION = 1
+DTYPE = np.dtype("<u2")
+
+Batch = dict[str, np.ndarray]
+
+
+def read_manifest(path: str | pathlib.Path) -> dict:
+  """The manifest of a dataset directory. Raises ValueError when it is missing or of another format."""
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise ValueError(f"data path {str(path)!r}: no such directory; experiments/prepare_data.py makes one")
+  file = path / MANIFEST_FILE
+  try:
+    manifest = json.loads(file.read_text())
+  except FileNotFoundError as e:
+    raise ValueError(f"{path}: no {MANIFEST_FILE}: not a directory written by experiments/prepare_data.py") from e
+  except (OSError, ValueError) as e:
+    raise ValueError(f"{file}: not readable as JSON ({e})") from e
+  if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    raise ValueError(f"{file}: must be a manifest of format {FORMAT!r}")
+  for key, expected in (("version", VERSION), ("dtype", DTYPE.str)):
+    if manifest.get(key) != expected:
+      raise ValueError(f"{file}: {key} {manifest.get(key)!r}: this version of lin_jax reads {expected!r}")
+  return manifest
+
+
+class TokenDataset:
+  """One split of a dataset directory, memory-mapped.
+
+  Attributes:
+    tokens, documents, bytes: counts of the split; `bytes` is the UTF-8 size of its text.
+    bytes_per_token: turns a loss in nats per token into bits per byte: loss / (ln 2 * bytes_per_token).
+    vocab_size: of the dataset's tokenizer.
+    document_starts: uint64 [documents], the position of each document's first id.
+
+  Raises ValueError for a missing directory, file or split, an empty split, a file whose size is not the manifest's, a
+  foreign format, and ids that a model of `vocab_size` does not have.
+  """
+
+  def __init__(self, path: str | pathlib.Path, split: str, *, vocab_size: int | None = None):
+    self.path, self.split = pathlib.Path(path), split
+    manifest = read_manifest(path)
+    try:
+      self._load(manifest)
+    except (KeyError, TypeError, AttributeError) as e:
+      raise ValueError(f"{self.path / MANIFEST_FILE}: incomplete or malformed: {e!r}") from e
+    if vocab_size is not None and self._max_id >= vocab_size:
+      raise ValueError(f"{self.path}: split {split!r} holds token id {self._max_id}: ids must be less than the model's "
+                       f"vocab_size={vocab_size}")
+
+  def _load(self, manifest):
+    splits = manifest["splits"]
+    if self.split not in splits:
+      raise ValueError(f"{self.path}: no split {self.split!r}: it has {', '.join(sorted(splits))}")
+    entry = splits[self.split]
+    self.tokens, self.documents, self.bytes = entry["tokens"], entry["documents"], entry["bytes"]
+    self.vocab_size = manifest["tokenizer"]["vocab_size"]
+    if not self.tokens or not self.documents:
+      raise ValueError(f"{self.path}: split {self.split!r} is empty")
+    self._max_id = max(shard["max_id"] for shard in entry["shards"])
+    if self._max_id >= self.vocab_size:
+      raise ValueError(f"{self.path}: split {self.split!r} holds token id {self._max_id}: ids must be less than its "
+                       f"tokenizer's vocab_size={self.vocab_size}")
+    self._files = [self.path / shard["file"] for shard in entry["shards"]]
+    sizes = [shard["tokens"] for shard in entry["shards"]]
+    self._ends = np.cumsum(sizes)
+    self._maps = [None] * len(sizes)
+    if self._ends[-1] != self.tokens:
+      raise ValueError(f"{self.path}: the shards of split {self.split!r} hold {self._ends[-1]} tokens: the manifest "
+                       f"says {self.tokens}")
+    for file, size in zip(self._files, sizes, strict=True):
+      _check_size(file, size * DTYPE.itemsize)
+    self.document_starts = self._load_index(self.path / entry["index"]["file"])
+
+  def _load_index(self, file):
+    try:
+      starts = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as e:
+      raise ValueError(f"{file}: not readable as a document index ({e})") from e
+    if starts.dtype != np.uint64 or starts.shape != (self.documents,) or starts[0] or starts[-1] >= self.tokens:
+      raise ValueError(f"{file}: {starts.dtype}{list(starts.shape)}: must hold the uint64 starts of {self.documents} "
+                       f"documents, from 0 and below {self.tokens}")
+    return np.asarray(starts)
+
+  @property
+  def bytes_per_token(self) -> float:
+    return self.bytes / self.tokens
+
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer that wrote the dataset."""
+    return load_tokenizer(self.path)
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Ids [start, stop) as int32. Raises ValueError when they are not those that the manifest describes."""
+    pieces = []
+    for i in range(np.searchsorted(self._ends, start, "right"), np.searchsorted(self._ends, stop, "left") + 1):
+      if self._maps[i] is None:
+        self._maps[i] = np.memmap(self._files[i], DTYPE, "r")
+      first = int(self._ends[i - 1]) if i else 0
+      pieces.append(self._maps[i][max(start - first, 0):stop - first])
+    ids = np.concatenate(pieces).astype(np.int32)
+    if ids.max() > self._max_id:
+      raise ValueError(f"{self.path}: split {self.split!r} holds token id {ids.max()} after position {start}: the "
+                       f"manifest says that none exceeds {self._max_id}, so a shard was changed")
+    return ids
+
+  def segments(self, start: int, stop: int) -> np.ndarray:
+    """int32 [stop - start]: 1 in the document of position `start`, one more in each document after it."""
+    inner = slice(*np.searchsorted(self.document_starts, np.array([start + 1, stop], np.uint64)))
+    steps = np.zeros(stop - start, np.int32)
+    steps[self.document_starts[inner].astype(np.int64) - start] = 1
+    return 1 + np.cumsum(steps, dtype=np.int32)
+
+
+class Windows(Sequence):
+  """The split as a sequence of unbatched windows of `length` targets.
+
+  The incomplete window at the end is left out, or padded (`pad`) with tokens that the mask hides.
+  """
+
+  def __init__(self, dataset: TokenDataset, length: int, *, reset_at_documents: bool = True, pad: bool = False):
+    if dataset.tokens < length + 1:
+      raise ValueError(f"config.data.sequence_length={length}: must be less than the {dataset.tokens} tokens of split "
+                       f"{dataset.split!r} of {dataset.path}")
+    self._dataset, self._length, self._reset = dataset, length, reset_at_documents
+    targets = dataset.tokens - 1
+    self._windows = -(-targets // length) if pad else targets // length
+
+  def __len__(self) -> int:
+    return self._windows
+
+  def __getitem__(self, i: int) -> Batch:
+    if not 0 <= i < self._windows:
+      raise IndexError(i)
+    start = i * self._length
+    stop = min(start + self._length + 1, self._dataset.tokens)
+    ids = self._dataset.read(start, stop)
+    segments = self._dataset.segments(start, stop) if self._reset else np.ones(len(ids), np.int32)
+    if missing := self._length + 1 - len(ids):
+      # Padding is a segment of its own, and its first position is no target of the text.
+      ids = np.pad(ids, (0, missing))
+      segments = np.pad(segments, (0, missing), constant_values=segments[-1] + 1)
+    mask = segments[1:] == segments[:-1]
+    mask[stop - start - 1:] = False
+    return dict(tokens=ids[:-1], targets=ids[1:], segment_ids=segments[:-1], mask=mask.astype(np.float32))
+
+  def hidden(self) -> Batch:
+    """A window of padding alone."""
+    zeros = np.zeros(self._length, np.int32)
+    return dict(tokens=zeros, targets=zeros, segment_ids=zeros + 1, mask=zeros.astype(np.float32))
+
+
+def train_iterator(config: DataConfig, seed: int, *, split: str = "train", vocab_size: int | None = None,
+                   process_index: int | None = None, process_count: int | None = None) -> grain.DatasetIterator:
+  """An endless iterator of batches, reshuffled in every epoch, with Grain's `get_state()` and `set_state()`.
+
+  Each process gets every `process_count`-th window of one global order, `config.batch_size / process_count` at a time;
+  together they form the same global batches whatever their number. Processes default to JAX's. Raises ValueError as
+  `TokenDataset` does, and when the sequence is longer than the split or the processes do not divide the batch.
+  """
+  index, count, rows = _processes(config, process_index, process_count)
+  windows = Windows(TokenDataset(config.path, split, vocab_size=vocab_size), config.sequence_length,
+                    reset_at_documents=config.reset_at_documents)
+  dataset = grain.MapDataset.source(windows).seed(seed)
+  if config.shuffle:
+    dataset = dataset.shuffle()
+  dataset = dataset.repeat()
+  if count > 1:
+    dataset = dataset.slice(slice(index, None, count))
+  options = grain.ReadOptions(num_threads=config.worker_threads, prefetch_buffer_size=2 * config.worker_threads)
+  return iter(dataset.batch(rows).to_iter_dataset(options))
+
+
+class EvalBatches(Sequence):
+  """Batches of a held-out split in order, each of full shape; the last ones are filled up with masked windows."""
+
+  def __init__(self, windows: Windows, batches: int, rows: int, index: int, count: int):
+    self._windows, self._rows, self._index, self._count = windows, rows, index, count
+    everything = -(-len(windows) // (rows * count))
+    self._batches = min(batches or everything, everything)
+
+  def __len__(self) -> int:
+    return self._batches
+
+  def __getitem__(self, batch: int) -> Batch:
+    if not 0 <= batch < self._batches:
+      raise IndexError(batch)
+    rows = self._rows * self._count
+    chosen = range(batch * rows + self._index, (batch + 1) * rows, self._count)
+    # Fewer batches than the split holds: windows spread evenly over it, since neighbours share a document.
+    spread = max(len(self._windows), self._batches * rows)
+    picked = [self._windows[w] if (w := row * spread // (self._batches * rows)) < len(self._windows)
+              else self._windows.hidden() for row in chosen]
+    return {key: np.stack([window[key] for window in picked]) for key in picked[0]}
+
+
+def eval_batches(config: DataConfig, split: str, batches: int = 0, *, vocab_size: int | None = None,
+                 process_index: int | None = None, process_count: int | None = None) -> EvalBatches:
+  """`batches` batches spread over `split`, or all of it (0): a sequence, the same in every pass.
+
+  Over all batches and processes of a whole pass, every target of the split occurs once. Raises ValueError as
+  `train_iterator` does.
+  """
+  index, count, rows = _processes(config, process_index, process_count)
+  windows = Windows(TokenDataset(config.path, split, vocab_size=vocab_size), config.sequence_length,
+                    reset_at_documents=config.reset_at_documents, pad=True)
+  return EvalBatches(windows, batches, rows, index, count)
+
+
+def _processes(config, index, count):
+  if index is None or count is None:
+    import jax
+
+    index, count = jax.process_index(), jax.process_count()
+  if config.batch_size % count:
+    raise ValueError(f"config.data.batch_size={config.batch_size}: must be divisible by the {count} processes")
+  return index, count, config.batch_size // count
+
+
+def _check_size(file, expected):
+  try:
+    size = file.stat().st_size
+  except OSError as e:
+    raise ValueError(f"{file}: named in the manifest, but not readable ({e.strerror})") from e
+  if size != expected:
+    raise ValueError(f"{file}: {size} bytes: the manifest says {expected}, so the file is truncated or was changed")
