@@ -1,0 +1,124 @@
+"""Layers shared by every mixer and by the model. `B` batch, `T` time, `D` width, `F` MLP width.
+
+Parameters are float32 and are cast to the compute dtype where they are used. Each carries one logical axis name per
+dimension, which `lin_jax.sharding` maps to a mesh axis. Kernels start from N(0, 0.02), as LLaMA-style models do, unless
+a caller passes an initializer; residual output projections are not rescaled by depth (the GLA paper's code does not).
+"""
+
+from collections.abc import Callable, Sequence
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+NORMAL = nnx.initializers.normal(0.02)
+
+
+def param(rngs: nnx.Rngs, init: Callable, shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
+  """A float32 parameter with logical axis names; placement is left to the caller's jit (`out_shardings`)."""
+  return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), out_sharding=tuple(axes), eager_sharding=False)
+
+
+class Linear(nnx.Module):
+  """y = x W (+ b), products in `dtype` with float32 accumulation; y in `output_dtype` (`dtype` if None)."""
+
+  def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, dtype, rngs: nnx.Rngs,
+               init: Callable = NORMAL, bias: bool = False, output_dtype=None):
+    self.kernel = param(rngs, init, (inputs, outputs), axes)
+    self.bias = param(rngs, nnx.initializers.zeros, (outputs,), axes[1:]) if bias else None
+    self.dtype = jnp.dtype(dtype)
+    self.output_dtype = jnp.dtype(dtype if output_dtype is None else output_dtype)
+
+  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    y = jax.lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ())),
+                            preferred_element_type=self.output_dtype)
+    if self.bias is None:
+      return y
+    return y + align(self.bias[...].astype(y.dtype), y)
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x²) + eps) * scale over the last axis; statistics in float32, result in x's dtype."""
+
+  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+    self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
+    self.eps = eps
+
+  def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+    return (wide * align(self.scale[...], wide)).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+  """(swish(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv:2002.05202). No biases."""
+
+  def __init__(self, width: int, hidden: int, *, dtype, rngs: nnx.Rngs):
+    self.gate = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+    self.up = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+    self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+  def flops_per_token(self) -> int:
+    return 3 * 2 * self.gate.kernel.shape[-2] * self.gate.kernel.shape[-1]
+
+
+class ShortConvolution(nnx.Module):
+  """Depthwise causal convolution: y_t = Σ_i w_i x_{t-taps+1+i}, i < taps. State: the last taps - 1 inputs.
+
+  Inputs of another segment, and those before the first token of an empty state, count as zero. After a call the state
+  holds inputs of the last token's segment only.
+  """
+
+  def __init__(self, channels: int, taps: int, *, axis: str | None, dtype, rngs: nnx.Rngs):
+    if taps < 2:
+      raise ValueError(f"taps={taps}: a short convolution needs at least 2")
+    bound = taps**-0.5
+    init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    self.kernel = param(rngs, init, (taps, channels), (None, axis))
+    self.dtype = jnp.dtype(dtype)
+
+  def init_state(self, batch: int) -> Float[Array, "B taps-1 C"]:
+    taps, channels = self.kernel.shape[-2:]
+    return jnp.zeros((batch, taps - 1, channels), self.dtype)
+
+  def __call__(self, x: Float[Array, "B T C"], state: Float[Array, "B taps-1 C"] | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T C"], Array]:
+    kernel = self.kernel[...].astype(self.dtype)
+    taps, time = kernel.shape[0], x.shape[1]
+    past = self.init_state(x.shape[0]) if state is None else state
+    inputs = jnp.concatenate([past, x.astype(self.dtype)], axis=1)
+    if segment_ids is None:
+      windows = [inputs[:, i:i + time] for i in range(taps)]
+      state = inputs[:, time:]
+    else:
+      run = segment_runs(segment_ids)
+      runs = jnp.pad(run, ((0, 0), (taps - 1, 0)))
+      windows = [jnp.where((runs[:, i:i + time] == run)[..., None], inputs[:, i:i + time], 0) for i in range(taps)]
+      state = jnp.where((runs[:, time:] == run[:, -1:])[..., None], inputs[:, time:], 0)
+    return sum(align(kernel[i], x) * window for i, window in enumerate(windows)), state
+
+
+def segment_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """Number of id changes up to each token: 0 in the first segment, which is the one that continues a given state."""
+  changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+  return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float) -> Float[Array, "B T H K"]:
+  """Rotates channel pairs (i, i + K/2) by position * base**(-2i/K), in float32 (Su et al. 2021, arXiv:2104.09864)."""
+  half = x.shape[-1] // 2
+  frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def align(vector: Float[Array, "C"], x: Array) -> Array:
+  """`vector` with leading axes of size 1, to broadcast along the last axis of `x`."""
+  return vector.reshape((1,) * (x.ndim - 1) + vector.shape)

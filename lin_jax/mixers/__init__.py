@@ -1,0 +1,57 @@
+"""Sequence mixers by name. A mixer is one file of this folder: a config dataclass and a registered nnx module.
+
+The module's contract (`B` batch, `T` time, `D` width):
+  Config                                      its config dataclass; `Config.examples()` lists small ones for width 32
+  Module(config, *, width, norm_eps, dtype, rngs)
+  __call__(x[B,T,D], state, segment_ids) -> (y[B,T,D], state)     parallel form; a state of None gives None back
+  step(x[B,D], state) -> (y[B,D], state)                          recurrent form
+  init_state(batch, max_length) -> pytree                         empty state for up to max_length tokens
+  flops_per_token(sequence_length) -> int                         forward pass, projections included
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any
+
+from flax import nnx
+
+MIXERS: dict[str, type[nnx.Module]] = {}
+
+
+def register(name: str):
+  """Class decorator: makes a mixer available to configs and tests under `name`. A name can be taken once."""
+
+  def add(cls):
+    if name in MIXERS:
+      raise ValueError(f"mixer {name!r} is registered twice")
+    if not dataclasses.is_dataclass(getattr(cls, "Config", None)) or not hasattr(cls.Config, "examples"):
+      raise ValueError(f"mixer {name!r}: {cls.__name__}.Config must be a dataclass with `examples()`")
+    MIXERS[name] = cls
+    return cls
+
+  return add
+
+
+def name_of(config: Any) -> str:
+  """The registered name of a mixer config. Raises ValueError for an object that is none."""
+  for name, cls in MIXERS.items():
+    if type(config) is cls.Config:
+      return name
+  raise ValueError(f"{config!r} is not a mixer config; registered mixers: {', '.join(MIXERS)}")
+
+
+def config_class(name: str) -> type:
+  """The config dataclass of the mixer called `name`. Raises ValueError for an unknown name."""
+  if name not in MIXERS:
+    raise ValueError(f"unknown mixer {name!r}; registered mixers: {', '.join(MIXERS)}")
+  return MIXERS[name].Config
+
+
+def build(config: Any, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs) -> nnx.Module:
+  """A new mixer for residual width `width`, computing in `dtype`."""
+  return MIXERS[name_of(config)](config, width=width, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
+
+
+for _module in pkgutil.iter_modules(__path__):
+  importlib.import_module(f"{__name__}.{_module.name}")

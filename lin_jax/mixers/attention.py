@@ -1,0 +1,150 @@
+"""Softmax attention of Transformer++ (LLaMA): rotary positions, grouped key-value heads, optional sliding window.
+
+The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's flash kernels where they apply: half
+precision, head size a multiple of 8 up to 128 (256 from Hopper on). Their public interface has no segment ids, so a batch
+of packed documents passes a boolean mask [B,1,T,T] shared by all heads; cuDNN reads it as a bias, still without storing scores.
+Elsewhere XLA's form runs, which stores scores [B,H,T,T].
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from lin_jax.layers import Linear, rotary, segment_runs
+from lin_jax.mixers import register
+from lin_jax.sharding import shard_heads
+
+
+@dataclasses.dataclass
+class AttentionConfig:
+  """Defaults are those of the GLA paper's 340M Transformer++."""
+
+  heads: int = 16
+  kv_heads: int = 0  # 0 is one per head
+  window: int = 0  # tokens seen, the current one included; 0 is all
+  rope_base: float = 10000.0
+
+  @staticmethod
+  def examples() -> list["AttentionConfig"]:
+    return [AttentionConfig(heads=4), AttentionConfig(heads=4, kv_heads=2, window=5)]
+
+
+@register("attention")
+class Attention(nnx.Module):
+  """Causal attention. Its state is a ring of the last keys and values, with the position each slot holds."""
+
+  Config = AttentionConfig
+
+  def __init__(self, config: AttentionConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    kv_heads = config.kv_heads or config.heads
+    if width % config.heads or (width // config.heads) % 2:
+      raise ValueError(f"heads={config.heads} must divide the width {width} into an even number of channels")
+    if config.heads % kv_heads:
+      raise ValueError(f"kv_heads={kv_heads} must divide heads={config.heads}")
+    self.kv_heads, self.head_dim = kv_heads, width // config.heads
+    self.window, self.rope_base = config.window, config.rope_base
+    linear = dict(dtype=dtype, rngs=rngs)
+    self.query = Linear(width, width, ("embed", "heads"), **linear)
+    self.key = Linear(width, kv_heads * self.head_dim, ("embed", "heads"), **linear)
+    self.value = Linear(width, kv_heads * self.head_dim, ("embed", "heads"), **linear)
+    self.output = Linear(width, width, ("heads", "embed"), **linear)
+
+  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+    if state is not None:
+      return self._extend(x, state, segment_ids)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+    q, k, v = self._project(x, positions)
+
+    def attend(q, k, v, runs):
+      mask = None if runs is None else (runs[:, :, None] == runs[:, None, :])[:, None]
+      return _attention(q, k, v, mask, is_causal=True, local_window_size=(self.window - 1, 0) if self.window else None)
+
+    runs = None if segment_ids is None else segment_runs(segment_ids)
+    o = shard_heads(attend, "bthk,bshk,bshk,bt->bthk")(q, k, v, runs)
+    return self._finish(checkpoint_name(o, "mixer_output")), None
+
+  def _extend(self, x, state, segment_ids):
+    """Attends to the cache and to `x`, then keeps the last keys and values of the last token's segment."""
+    time, slots = x.shape[1], state["position"].shape[1]
+    if time > slots and slots != self.window:
+      raise ValueError(f"{time} tokens do not fit a cache of max_length={slots}")
+    positions = state["length"][:, None] + jnp.arange(time)[None]
+    q, k, v = self._project(x, positions)
+    keys = jnp.concatenate([state["key"], k], axis=1)
+    values = jnp.concatenate([state["value"], v], axis=1)
+    key_positions = jnp.concatenate([state["position"], positions], axis=1)
+    visible = self._visible(positions, key_positions)
+    if segment_ids is not None:
+      runs = segment_runs(segment_ids)
+      key_runs = jnp.pad(runs, ((0, 0), (slots, 0)))
+      visible &= runs[:, :, None] == key_runs[:, None, :]
+      key_positions = jnp.where(key_runs == runs[:, -1:], key_positions, -1)
+    attend = shard_heads(_attention, "bthk,bshk,bshk,b1ts->bthk")
+    y = self._finish(attend(q, keys, values, visible[:, None]))
+    # Only the last `slots` tokens are written, so that no slot is written twice; older ones are gone from the ring.
+    kept = min(time, slots)
+    state = dict(state, position=key_positions[:, :slots])
+    return y, _write(state, k[:, -kept:], v[:, -kept:], positions[:, -kept:], key_positions[:, -kept:]) | {
+        "length": state["length"] + time}
+
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
+    positions = state["length"][:, None]
+    q, k, v = self._project(x[:, None], positions)
+    state = _write(state, k, v, positions, positions) | {"length": state["length"] + 1}
+    mask = self._visible(positions, state["position"])[:, None]
+    o = jax.nn.dot_product_attention(q, state["key"], state["value"], mask=mask)
+    return self._finish(o)[:, 0], state
+
+  def init_state(self, batch: int, max_length: int) -> dict:
+    """An empty cache of `max_length` tokens, or of the window if that is shorter.
+
+    Tokens past `max_length` overwrite the oldest, as in a window of that size; generation checks the length beforehand.
+    """
+    slots = min(max_length, self.window or max_length)
+    cache = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), self.key.dtype)
+    return {"key": cache, "value": cache, "position": jnp.full((batch, slots), -1, jnp.int32),
+            "length": jnp.zeros((batch,), jnp.int32)}
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """Projections, and causal scores and averages over the mean number of tokens seen."""
+    width = self.query.kernel.shape[-1]
+    seen = sequence_length if not self.window else min(self.window, sequence_length)
+    mean_seen = (seen * (seen + 1) / 2 + (sequence_length - seen) * seen) / sequence_length
+    linears = (self.query, self.key, self.value, self.output)
+    projections = sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears)
+    return projections + round(4 * width * mean_seen)
+
+  def _project(self, x, positions):
+    split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
+    q, k, v = (split(linear(x)) for linear in (self.query, self.key, self.value))
+    return rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base), v
+
+  def _visible(self, positions, key_positions):
+    """Which keys each query sees [B,T,S]: filled slots, not later, and within the window."""
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    visible = (distance >= 0) & (key_positions >= 0)[:, None, :]
+    return visible & (distance < self.window) if self.window else visible
+
+  def _finish(self, o):
+    return self.output(o.reshape(*o.shape[:2], -1))
+
+
+def _write(state, k, v, positions, labels):
+  """Puts keys and values at their ring slots, labelled with their position (-1 for one that must not be seen)."""
+  rows = jnp.arange(k.shape[0])[:, None]
+  slots = positions % state["position"].shape[1]
+  new = {"key": k, "value": v, "position": labels}
+  return state | {name: state[name].at[rows, slots].set(value) for name, value in new.items()}
+
+
+def _attention(q, k, v, mask, **options):
+  head_dim = q.shape[-1]
+  half = q.dtype in (jnp.bfloat16, jnp.float16)
+  flash = jax.default_backend() == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if flash else "xla", **options)

@@ -1,0 +1,181 @@
+"""The language model: embedding, `depth` pre-norm blocks, final norm, head. `B` batch, `T` time, `D` width.
+
+  x = x + mixer(norm(x));  x = x + mlp(norm(x))
+
+Runs of equal blocks are stored with a leading layer axis and applied by `lax.scan`, so that compile time does not grow
+with depth. Parameters are float32; activations have the config's dtype, and the residual stream stays split over the
+batch axes of the mesh in use. Recurrent state is an explicit pytree: one stacked mixer state per run.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from lin_jax import mixers
+from lin_jax.config import ModelConfig
+from lin_jax.layers import NORMAL, RMSNorm, SwiGLU, param
+from lin_jax.sharding import shard_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+  """Checkpoint policies of a block's mixer branch and of the whole block; None saves whatever autodiff asks for."""
+
+  mixer: Callable | None = None
+  block: Callable | None = None
+
+
+# Results of products with weights, and of the mixing op; elementwise results are recomputed.
+PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("mixer_output"))
+
+# From most memory and least work to least memory and most work.
+REMAT = {
+    "none": Remat(),
+    "mixer": Remat(mixer=PRODUCTS),  # norms, gates and activations of the mixer branch are recomputed
+    "dots": Remat(block=PRODUCTS),  # the same in both branches
+    "full": Remat(block=jax.checkpoint_policies.nothing_saveable),  # everything but the block's input
+}
+
+
+class Block(nnx.Module):
+  """One layer: mixer branch, MLP branch."""
+
+  def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
+    dtype = jnp.dtype(config.dtype)
+    self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+    self.mixer = mixers.build(mixer, width=config.width, norm_eps=config.norm_eps, dtype=dtype, rngs=rngs)
+    self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+    self.mlp = SwiGLU(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None,
+               remat: Remat = Remat()) -> tuple[Float[Array, "B T D"], Any]:
+    def mix(block, x, state, segment_ids):
+      with jax.named_scope("mixer"):
+        return block.mixer(block.mixer_norm(x), state, segment_ids)
+
+    def apply(block, x, state, segment_ids):
+      y, state = _checkpoint(mix, remat.mixer)(block, x, state, segment_ids)
+      return block.feed(shard_batch(x + y)), state
+
+    return _checkpoint(apply, remat.block)(self, x, state, segment_ids)
+
+  def step(self, x: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
+    with jax.named_scope("mixer"):
+      y, state = self.mixer.step(self.mixer_norm(x), state)
+    return self.feed(x + y), state
+
+  def feed(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    with jax.named_scope("mlp"):
+      return shard_batch(x + self.mlp(self.mlp_norm(x)))
+
+
+class LanguageModel(nnx.Module):
+  """A causal language model. Parallel call for training and prefill, recurrent `step` for decoding."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, remat: str = "none"):
+    if remat not in REMAT:
+      raise ValueError(f"remat={remat!r}: must be one of {', '.join(REMAT)}")
+    self.remat = remat
+    self.dtype = jnp.dtype(config.dtype)
+    self.embedding = param(rngs, NORMAL, (config.vocab_size, config.width), ("vocab", "embed"))
+    self.runs = nnx.List([_stack(config, mixer, depth, rngs) for mixer, depth in _runs(config)])
+    self.norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+    head_shape, head_axes = (config.width, config.vocab_size), ("embed", "vocab")
+    self.head = None if config.tie_embeddings else param(rngs, NORMAL, head_shape, head_axes)
+
+  def hidden(self, tokens: Int[Array, "B T"], state: Any = None, segment_ids: Int[Array, "B T"] | None = None,
+             ) -> tuple[Float[Array, "B T D"], Any]:
+    """Normed activations before the head, and the state after the last token (None if none was given).
+
+    Args:
+      tokens: ids in [0, vocab_size).
+      state: of `init_state` or of an earlier call; continues that sequence.
+      segment_ids: documents packed in a row; nothing passes where the id changes. The first segment continues `state`.
+    """
+    x = self._embed(tokens)
+    states = []
+    for blocks, run_state in zip(self.runs, self._run_states(state)):
+
+      def body(x, layer):
+        block, layer_state = layer
+        return block(x, layer_state, segment_ids, REMAT[self.remat])
+
+      x, run_state = jax.lax.scan(body, x, (blocks, run_state))
+      states.append(run_state)
+    return self.norm(x), None if state is None else states
+
+  def __call__(self, tokens: Int[Array, "B T"], state: Any = None, segment_ids: Int[Array, "B T"] | None = None,
+               ) -> tuple[Float[Array, "B T V"], Any]:
+    """Float32 logits of the next token, and the state; arguments as in `hidden`."""
+    x, state = self.hidden(tokens, state, segment_ids)
+    return self._logits(x), state
+
+  def step(self, tokens: Int[Array, "B"], state: Any) -> tuple[Float[Array, "B V"], Any]:
+    """Float32 logits after one more token per row, and the state."""
+    x, states = self._embed(tokens), []
+    for blocks, run_state in zip(self.runs, state):
+      x, run_state = jax.lax.scan(lambda x, layer: layer[0].step(x, layer[1]), x, (blocks, run_state))
+      states.append(run_state)
+    return self._logits(self.norm(x)), states
+
+  def init_state(self, batch: int, max_length: int) -> list:
+    """Empty state for `batch` rows of up to `max_length` tokens."""
+    return [jax.vmap(lambda block: block.mixer.init_state(batch, max_length))(blocks) for blocks in self.runs]
+
+  def unembedding(self) -> Float[Array, "D V"]:
+    """The float32 output matrix: the transposed embedding if they are tied."""
+    return self.embedding[...].T if self.head is None else self.head[...]
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """Matmul and mixing FLOPs of the forward pass, averaged over a sequence; embedding look-ups count as none."""
+    blocks = sum(run.mixer_norm.scale.shape[0] * (run.mixer.flops_per_token(sequence_length) + run.mlp.flops_per_token())
+                 for run in self.runs)
+    return blocks + 2 * self.embedding.shape[0] * self.embedding.shape[1]
+
+  def _embed(self, tokens):
+    with jax.named_scope("embed"):
+      # Rows are cast after the look-up: its gradient then sums repeated tokens in float32.
+      return shard_batch(self.embedding[...][tokens].astype(self.dtype))
+
+  def _logits(self, x):
+    with jax.named_scope("head"):
+      return jnp.einsum("...d,dv->...v", x, self.unembedding().astype(self.dtype),
+                        preferred_element_type=jnp.float32)
+
+  def _run_states(self, state):
+    return [None] * len(self.runs) if state is None else state
+
+
+def parameter_count(config: ModelConfig) -> int:
+  """Number of parameters, without allocating any."""
+  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
+
+
+def abstract_model(config: ModelConfig) -> LanguageModel:
+  """The model with shapes in place of arrays."""
+  return jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+
+
+def _runs(config):
+  """(mixer config, number of layers) for each run of consecutive layers with equal mixers."""
+  layers = [config.mixer] * config.depth
+  return [(mixer, len(list(group))) for mixer, group in itertools.groupby(layers)]
+
+
+def _stack(config, mixer, depth, rngs):
+  keys = jax.random.split(rngs.params(), depth)
+  return jax.vmap(lambda key: Block(config, mixer, rngs=nnx.Rngs(key)))(keys)
+
+
+def _checkpoint(fn, policy):
+  # Under scan the compiler cannot merge the recomputation with the forward pass, so no barrier is needed against it.
+  return fn if policy is None else jax.checkpoint(fn, policy=policy, prevent_cse=False)

@@ -1,0 +1,122 @@
+"""Placement of parameters and activations on a mesh with axes ("data", "fsdp", "tensor").
+
+`data` and `fsdp` split the batch; `fsdp` also splits every large parameter along the model width; `tensor` splits heads,
+MLP width and vocabulary. Parameters are placed by jit's `out_shardings`, activations by `shard_batch`, and ops whose
+kernels the compiler cannot partition run on local blocks through `shard_heads`. The last two act only under
+`jax.set_mesh`.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from lin_jax.config import MeshConfig, TrainConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+LOGICAL_AXES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
+
+
+def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
+  """Sizes of `AXES`, with -1 resolved. Raises ValueError when they do not multiply to `device_count`."""
+  sizes = [getattr(config, axis) for axis in AXES]
+  text = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+  if sizes.count(-1) > 1:
+    raise ValueError(f"config.mesh {text}: at most one axis may be -1")
+  known = math.prod(size for size in sizes if size != -1)
+  if known < 1 or device_count % known or (-1 not in sizes and known != device_count):
+    raise ValueError(f"config.mesh {text} does not fit {device_count} devices: the sizes must multiply to that number")
+  return tuple(device_count // known if size == -1 else size for size in sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of all devices, or of those given, with compiler-propagated (Auto) axes."""
+  devices = jax.devices() if devices is None else list(devices)
+  return jax.make_mesh(mesh_shape(config, len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def validate_mesh(config: TrainConfig, device_count: int) -> None:
+  """Raises ValueError when the mesh does not fit the devices, or the batch or the heads do not fit the mesh."""
+  data, fsdp, tensor = mesh_shape(config.mesh, device_count)
+  rows = config.data.batch_size // config.optim.accumulation
+  if rows % (data * fsdp):
+    raise ValueError(f"config.data.batch_size={config.data.batch_size} over config.optim.accumulation="
+                     f"{config.optim.accumulation} leaves {rows} sequences a microbatch: not divisible by "
+                     f"data * fsdp = {data} * {fsdp}")
+  for field in ("heads", "kv_heads"):
+    heads = getattr(config.model.mixer, field, 0)
+    if heads % tensor:
+      raise ValueError(f"config.model.mixer.{field}={heads}: not divisible by config.mesh.tensor={tensor}")
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+  """NamedShardings in the structure of `tree`: parameters by their logical axes, any other leaf replicated.
+
+  `tree` may be a module, an `nnx.State`, an optimizer state built from one, or an abstract form of these. Stacked
+  parameters have unnamed leading axes. A dimension that its mesh axis does not divide stays whole.
+  """
+
+  def place(leaf):
+    if not isinstance(leaf, nnx.Variable):
+      return NamedSharding(mesh, P())
+    names = leaf.get_metadata().get("out_sharding", ())
+    axes = (None,) * (len(leaf.shape) - len(names)) + tuple(LOGICAL_AXES[name] for name in names)
+    spec = P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)))
+    return leaf.replace(NamedSharding(mesh, spec))
+
+  return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of arrays with a leading batch axis."""
+  return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def shard_batch(x: Array) -> Array:
+  """Constrains the leading axis of `x` to the batch axes of the mesh in use, and every other axis to be whole."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not _is_partitioned(mesh) or x.shape[0] % _batch_shards(mesh):
+    return x
+  return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *(None,) * (x.ndim - 1)))
+
+
+def shard_heads(fn: Callable, layouts: str) -> Callable:
+  """`fn` applied to each device's batch rows and heads; plain `fn` when no mesh is in use.
+
+  `layouts` names the dimensions of every argument and result, as "bthk,bthv->bthv": `b` is split over the batch axes, `h`
+  over "tensor", other letters stay whole. An argument may be None. A batch that the mesh does not divide (a single
+  prompt, say) is computed by every device; heads that it does not divide raise ValueError.
+  """
+  inputs, outputs = (side.split(",") for side in layouts.replace(" ", "").split("->"))
+
+  def call(*args):
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _is_partitioned(mesh):
+      return fn(*args)
+    sizes = [(name, size) for layout, arg in zip(inputs, args, strict=True) if arg is not None
+             for name, size in zip(layout, arg.shape, strict=True)]
+    for name, size in sizes:
+      if name == "h" and size % mesh.shape["tensor"]:
+        raise ValueError(f"{size} heads: not divisible by the mesh axis tensor={mesh.shape['tensor']}")
+    axes = {"h": "tensor"} if dict(sizes)["b"] % _batch_shards(mesh) else {"h": "tensor", "b": BATCH_AXES}
+    spec = lambda layout: P(*(axes.get(name) for name in layout))
+    out_specs = tuple(map(spec, outputs))
+    # The varying-axes check does not see through kernels and custom derivatives.
+    return jax.shard_map(fn, in_specs=tuple(None if arg is None else spec(layout) for layout, arg in zip(inputs, args)),
+                         out_specs=out_specs if len(out_specs) > 1 else out_specs[0], check_vma=False)(*args)
+
+  return call
+
+
+def _is_partitioned(mesh) -> bool:
+  """Whether a mesh of several devices is in use, and not already manual (inside another shard_map)."""
+  return not mesh.empty and mesh.size > 1 and set(AXES) <= set(mesh.auto_axes)
+
+
+def _batch_shards(mesh) -> int:
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
