@@ -65,6 +65,9 @@ def _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients):
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   batch_axes = tuple(axis for axis in _BATCH_AXES if sizes.get(axis, 1) > 1)
   vocab_axis = _VOCAB_AXIS if sizes.get(_VOCAB_AXIS, 1) > 1 else None
+  # What an axis does not divide is computed whole on each of its devices.
+  if hidden.shape[0] % math.prod(sizes[axis] for axis in batch_axes):
+    batch_axes = ()
   if vocab_axis and unembedding.shape[1] % sizes[vocab_axis]:
     vocab_axis = None
   local = functools.partial(_chunked, chunk_tokens=chunk_tokens, gradients=gradients, batch_axes=batch_axes,

@@ -1,0 +1,205 @@
+"""What a run reports: a progress line, `metrics.jsonl`, TensorBoard scalars, and the loss curve as a picture."""
+
+import contextlib
+import json
+import math
+import pathlib
+import time
+
+import jax
+
+from lin_jax import flops
+from lin_jax.config import LogConfig, TrainConfig
+
+
+class Reporter:
+  """Reports the steps and evaluations of one run; only the first process prints and writes."""
+
+  def __init__(self, config: TrainConfig, workdir: pathlib.Path, start: int, bytes_per_token: float):
+    self.throughput = Throughput()
+    self._config, self._start, self._bytes_per_token = config, start, bytes_per_token
+    self._tokens = config.data.batch_size * config.data.sequence_length
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    per_token = flops.training_flops_per_token(config.model, config.data.sequence_length)
+    self._peak_rate = peak * jax.device_count() / per_token if peak else None
+    self._writer = Writer(workdir, config.log, start) if jax.process_index() == 0 else None
+
+  def step(self, step: int, metrics: dict) -> None:
+    """Counts a finished step, and reports it when it is due: the first, every `config.log.every`-th and the last."""
+    self.throughput.count(self._tokens)
+    steps, every = self._config.optim.steps, self._config.log.every
+    if step % every and step not in (self._start + 1, steps):
+      return
+    rate = self.throughput.read()
+    mfu = rate / self._peak_rate if rate and self._peak_rate else None
+    scalars = {name: value.item() for name, value in metrics.items()}
+    self._record(step, scalars | {"tokens_per_second": rate, "mfu": mfu},
+                 progress(step, steps, scalars["loss"], rate, mfu, self._tokens))
+
+  def evaluation(self, step: int, loss: float) -> float:
+    """Reports the held-out loss in nats per token and returns it."""
+    bits = bits_per_byte(loss, self._bytes_per_token)
+    self._record(step, {"eval_loss": loss, "bits_per_byte": bits},
+                 f"step {step}/{self._config.optim.steps}  held-out loss {loss:.3f}  {bits:.3f} bits per byte")
+    return loss
+
+  def close(self) -> None:
+    if self._writer:
+      self._writer.close()
+
+  def _record(self, step, scalars, line):
+    if self._writer:
+      self._writer.write(step, scalars)
+      print(line, flush=True)
+
+
+class Throughput:
+  """Tokens per second between `start` and `read`, leaving out the time spent inside `paused`."""
+
+  def __init__(self, clock=time.perf_counter):
+    self._clock = clock
+    self._since = None
+    self._tokens = 0
+
+  def count(self, tokens: int) -> None:
+    """Adds the tokens of a finished step. The first call only starts the clock: that step includes compilation."""
+    if self._since is None:
+      self._since = self._clock()
+    else:
+      self._tokens += tokens
+
+  def read(self) -> float | None:
+    """Tokens per second since the last `read`, or None before a second step has finished."""
+    if not self._tokens:
+      return None
+    now = self._clock()
+    rate = self._tokens / (now - self._since)
+    self._since, self._tokens = now, 0
+    return rate
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Time inside does not count. Every step begun before it must have been counted."""
+    begin = self._clock()
+    yield
+    if self._since is not None:
+      self._since += self._clock() - begin
+
+
+class Writer:
+  """Appends scalars to `workdir/metrics.jsonl`, one object a line, and to `workdir/tensorboard` when configured.
+
+  Lines of steps after `resume_step` are dropped first: a killed run may have logged beyond its last checkpoint.
+  """
+
+  def __init__(self, workdir: pathlib.Path, config: LogConfig, resume_step: int = 0):
+    path = workdir / "metrics.jsonl"
+    kept = [record for record in read(path) if record["step"] <= resume_step] if resume_step else []
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    self._file = path.open("a")
+    self._board = None
+    if config.tensorboard:
+      import tensorboardX  # imported where used: it costs a second that runs without it need not pay
+
+      self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+  def write(self, step: int, scalars: dict[str, float]) -> None:
+    """Writes one record; values of None are left out, and a non-finite number is written as a string."""
+    scalars = {name: value for name, value in scalars.items() if value is not None}
+    plain = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
+    self._file.write(json.dumps({"step": step, **plain}) + "\n")
+    self._file.flush()
+    if self._board:
+      for name, value in scalars.items():
+        self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._file.close()
+    if self._board:
+      self._board.close()
+
+
+class Profile:
+  """A trace of steps `start` to `stop` of "start,stop" in `workdir/profile`, for TensorBoard or xprof; "" is off."""
+
+  def __init__(self, workdir: pathlib.Path, steps: str):
+    self._folder, self._tracing = workdir / "profile", False
+    self._start, self.stop = map(int, steps.split(",")) if steps else (None, None)
+
+  def before(self, step: int) -> None:
+    """Starts the trace when `step`, about to be dispatched, is the first one to trace."""
+    if step == self._start:
+      jax.profiler.start_trace(str(self._folder))
+      self._tracing = True
+
+  def after(self, step: int) -> None:
+    """Ends the trace when `step`, whose result has been read, is the last one to trace."""
+    if step == self.stop:
+      self.close()
+
+  def close(self) -> None:
+    if self._tracing:
+      jax.profiler.stop_trace()
+      self._tracing = False
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  """The records of a `metrics.jsonl`; a last line cut short by a kill is left out, a missing file has none."""
+  if not path.exists():
+    return []
+  *lines, rest = path.read_text().split("\n")
+  return [json.loads(line) for line in lines]
+
+
+def summary(workdir: pathlib.Path) -> dict:
+  """The last value of every metric in `workdir/metrics.jsonl`."""
+  merged = {}
+  for record in read(workdir / "metrics.jsonl"):
+    merged |= record
+  return merged
+
+
+def progress(step: int, steps: int, loss: float, tokens_per_second: float | None, mfu: float | None,
+             tokens_per_step: int) -> str:
+  """`step 120/1000  loss 3.214  12,345 tok/s  MFU 31.2%  eta 3m12s`; what is unknown is left out."""
+  parts = [f"step {step}/{steps}", f"loss {loss:.3f}"]
+  if tokens_per_second is not None:
+    parts.append(f"{tokens_per_second:,.0f} tok/s")
+    if mfu is not None:
+      parts.append(f"MFU {mfu:.1%}")
+    parts.append(f"eta {duration((steps - step) * tokens_per_step / tokens_per_second)}")
+  return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+  """`42s`, `3m12s`, `5h07m`, `2d03h`."""
+  seconds = round(seconds)
+  for size, unit, part, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+    if seconds >= size:
+      return f"{seconds // size}{unit}{seconds % size // part:02d}{small}"
+  return f"{seconds}s"
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+  """Nats per token to bits per byte of the text that the tokens encode."""
+  return loss / math.log(2) / bytes_per_token
+
+
+def plot_loss(workdir: pathlib.Path, title: str, train_bytes_per_token: float) -> pathlib.Path:
+  """Draws training and held-out loss of `workdir/metrics.jsonl`, in bits per byte, as `workdir/loss.png`."""
+  from matplotlib.figure import Figure  # a second of import that only the end of a run pays
+
+  records = read(workdir / "metrics.jsonl")
+  train = [(r["step"], bits_per_byte(float(r["loss"]), train_bytes_per_token)) for r in records if "loss" in r]
+  held_out = [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
+  figure = Figure(figsize=(7, 4.5), layout="constrained")
+  axes = figure.subplots()
+  axes.plot(*zip(*train), color="tab:blue", linewidth=1, label="training batch")
+  if held_out:
+    axes.plot(*zip(*held_out), color="tab:orange", marker="o", markersize=4, label=f"held out ({held_out[-1][1]:.3f})")
+  axes.set(xlabel="optimizer step", ylabel="loss (bits per byte)", title=title)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  path = workdir / "loss.png"
+  figure.savefig(path, dpi=150)
+  return path

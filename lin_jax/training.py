@@ -1,0 +1,243 @@
+"""The training run, top to bottom: checks, mesh, data, sharded state, steps, evaluation, checkpoints, summary."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+
+from lin_jax import config as configs
+from lin_jax import metrics as reporting
+from lin_jax import optim, sharding, workdir as workdirs
+from lin_jax.checkpoint import Checkpoints
+from lin_jax.config import TrainConfig
+from lin_jax.data import TokenDataset, eval_batches, train_iterator
+from lin_jax.loss import next_token_loss
+from lin_jax.model import LanguageModel
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step", "skipped"],
+                   meta_fields=[])
+@dataclasses.dataclass
+class TrainState:
+  """What an optimizer step reads and writes."""
+
+  params: Any  # nnx.State of float32 parameters
+  opt_state: Any
+  step: jax.Array  # batches consumed
+  skipped: jax.Array  # of these, batches whose loss or gradient was not finite
+
+
+def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
+  """Trains `config` in `workdir` from scratch, or from its last checkpoint to the exact end of an unbroken run.
+
+  SIGTERM ends the run after the step under way, with a checkpoint. The config may differ from the interrupted run's in
+  the fields of `workdir.RESUMABLE` only.
+
+  Returns:
+    The last value of each metric, `step`, `preempted` (ended by SIGTERM), and `checkpoint` (the folder of the last).
+  Raises:
+    ValueError: the config, the data or the workdir breaks a rule; raised before anything is written.
+    FloatingPointError: the loss or a gradient is not finite and config.optim.nonfinite is "stop".
+  """
+  workdir = pathlib.Path(workdir)
+  configs.validate(config)
+  sharding.validate_mesh(config, jax.device_count())
+  mesh = sharding.make_mesh(config.mesh)
+  graph, optimizer, abstract, create = make_state(config, mesh)
+  vocab_size = config.model.vocab_size
+  batches = train_iterator(config.data, config.seed, vocab_size=vocab_size)
+  held_out = eval_batches(config.data, "val", config.eval.batches, vocab_size=vocab_size)
+  bytes_per_token = {split: TokenDataset(config.data.path, split).bytes_per_token for split in ("train", "val")}
+  workdirs.prepare(workdir, config)
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    terminated = stack.enter_context(sigterm())
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint)))
+    start = checkpoints.latest() or 0
+    state = _restore(checkpoints, start, abstract, batches) if start else create()
+    report = stack.enter_context(contextlib.closing(reporting.Reporter(config, workdir, start, bytes_per_token["val"])))
+    profile = stack.enter_context(contextlib.closing(reporting.Profile(workdir, config.log.profile_steps)))
+    place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
+    train_step = make_train_step(config, graph, optimizer, abstract)
+    eval_step = make_eval_step(config, graph)
+
+    def evaluate():
+      sums = [eval_step(state.params, jax.tree.map(place, batch)) for batch in held_out]
+      loss, targets = (sum(map(float, x)) for x in zip(*jax.device_get(sums)))
+      return report.evaluation(step, loss / targets)
+
+    def finish(step, metrics):
+      metrics = jax.device_get(metrics)
+      if not metrics.pop("finite") and config.optim.nonfinite == "stop":
+        raise FloatingPointError(
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the step was not applied. Last "
+            f"checkpoint: {checkpoints.latest() or 'none'}. --config.optim.nonfinite=skip resumes and leaves such steps out")
+      report.step(step, metrics)
+
+    step, under_way, preempted = start, None, False
+    if start == 0 and config.eval.every:
+      evaluate()
+    while step < config.optim.steps and not preempted:
+      step += 1
+      profile.before(step)
+      batch = jax.tree.map(place, next(batches))
+      with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+        state, metrics = train_step(state, batch)
+      # Reading a step's metrics only after the next is dispatched keeps the device busy.
+      if under_way:
+        finish(*under_way)
+      under_way = step, metrics
+      last = step == config.optim.steps
+      preempted = terminated(step) and not last
+      evaluation_due = last or (_due(step, config.eval.every) and not preempted)
+      save_due = last or preempted or _due(step, config.checkpoint.every)
+      if evaluation_due or save_due or step == profile.stop:
+        finish(*under_way)
+        under_way = None
+      with report.throughput.paused():
+        profile.after(step)
+        eval_loss = evaluate() if evaluation_due else None
+        if save_due:
+          checkpoints.save(step, state.params, _rest(state), batches, config, eval_loss)
+
+  if jax.process_index() == 0:
+    reporting.plot_loss(workdir, config.name or workdir.name, bytes_per_token["train"])
+  return reporting.summary(workdir) | {"step": step, "preempted": preempted,
+                                       "checkpoint": str(workdir / "checkpoints" / str(step))}
+
+
+def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
+  """(graph, optimizer, abstract, create): the module's structure, the transformation, the `TrainState` as shapes with
+  their shardings, and a function that makes it, every leaf directly where it belongs."""
+  optimizer = optim.make_optimizer(config.optim)
+
+  def init():
+    model = LanguageModel(config.model, rngs=nnx.Rngs(config.seed), remat=config.remat)
+    params = nnx.state(model)
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+
+  model = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0), remat=config.remat))
+  shapes = jax.eval_shape(init)
+  shardings = sharding.param_shardings(shapes, mesh)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return nnx.graphdef(model), optimizer, abstract, jax.jit(init, out_shardings=shardings)
+
+
+def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation,
+                    abstract: TrainState) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+  """The jitted optimizer step (state, batch) -> (state, metrics); the given state's buffers are reused.
+
+  The loss is the mean over the batch's targets, whatever the number of microbatches. When it or a gradient is not
+  finite, parameters and optimizer state stay as they are and `metrics["finite"]` is False.
+  """
+  schedule = optim.learning_rate(config.optim)
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  gradients = jax.value_and_grad(functools.partial(loss_sum, graph), has_aux=True)
+
+  def accumulate(params, batch):
+    if config.optim.accumulation == 1:
+      return gradients(params, batch)
+
+    def add(total, microbatch):
+      return jax.tree.map(jnp.add, total, gradients(params, microbatch)), None
+
+    microbatches = _microbatches(batch, config.optim.accumulation)
+    shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], microbatches))
+    value, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = value, jax.lax.with_sharding_constraint(grads, shardings.params)
+    return jax.lax.scan(add, zeros, microbatches)[0]
+
+  def train_step(state, batch):
+    (total, counts), grads = accumulate(state.params, batch)
+    targets = jnp.maximum(counts["targets"], 1.0)
+    grads = jax.tree.map(lambda g: g / targets, grads)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updated = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), updated, (state.params, state.opt_state))
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    metrics = {"loss": total / targets, "accuracy": counts["correct"] / targets, "grad_norm": grad_norm,
+               "learning_rate": schedule(state.step - state.skipped), "skipped": skipped, "finite": finite}
+    return TrainState(params, opt_state, state.step + 1, skipped), metrics
+
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, dict], tuple[jax.Array, jax.Array]]:
+  """The jitted (params, batch) -> (sum of losses, number of targets), computed in the microbatches of training."""
+
+  @jax.jit
+  def eval_step(params, batch):
+    def one(microbatch):
+      total, counts = loss_sum(graph, params, microbatch)
+      return total, counts["targets"]
+
+    losses, targets = jax.lax.map(one, _microbatches(batch, config.optim.accumulation))
+    return losses.sum(), targets.sum()
+
+  return eval_step
+
+
+def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict) -> tuple[jax.Array, dict]:
+  """Summed next-token loss of a batch in nats, and the counts `targets` and `correct`."""
+  model = nnx.merge(graph, params)
+  hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+  total, counts = next_token_loss(hidden, model.unembedding(), batch["targets"], batch["mask"])
+  return total, {name: counts[name] for name in ("targets", "correct")}
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[Callable[[int], bool]]:
+  """Yields a function of the step: whether SIGTERM has come, and every process is to stop after this step.
+
+  Only the main thread may handle signals; in another one the answer is always no.
+  """
+  came = threading.Event()
+  if jax.process_count() > 1:
+    # JAX's own handler makes the processes agree on the step.
+    yield multihost_utils.reached_preemption_sync_point
+  elif threading.current_thread() is not threading.main_thread():
+    yield lambda step: False
+  else:
+    previous = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+      yield lambda step: came.is_set()
+    finally:
+      signal.signal(signal.SIGTERM, previous)
+
+
+def _microbatches(batch, count):
+  """[B, ...] to [count, B / count, ...]: every count-th row, so that no row leaves its device."""
+
+  def split(x):
+    x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(None, sharding.BATCH_AXES))
+
+  return jax.tree.map(split, batch)
+
+
+def _restore(checkpoints, step, abstract, batches):
+  params, rest = checkpoints.restore(step, abstract.params, _rest(abstract), batches)
+  return TrainState(params, **rest)
+
+
+def _rest(state):
+  return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+
+
+def _due(step, every):
+  return every > 0 and step % every == 0
