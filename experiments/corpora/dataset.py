@@ -141,7 +141,7 @@ class SplitWriter:
 class DatasetWriter:
   """The writers of all splits of one work directory, with their common checkpoint.
 
-  `done` counts the input documents that a resumed run has to skip; `notes` is the caller's own JSON state.
+  `done` counts the input documents on disk, which a resumed run has to skip; `notes` is the caller's own JSON state.
   """
 
   def __init__(self, work: pathlib.Path, splits: list[str], *, shard_tokens: int = SHARD_TOKENS):
@@ -158,6 +158,7 @@ class DatasetWriter:
   def checkpoint(self, done: int, notes: dict) -> None:
     """Records that the first `done` input documents are on disk."""
     states = {split: writer.flush() for split, writer in self._writers.items()}
+    self.done, self.notes = done, notes
     write_json(self._work / _PROGRESS, dict(done=done, notes=notes, splits=states))
 
   def totals(self) -> dict[str, int]:

@@ -1,0 +1,100 @@
+"""Documents to token splits: a stream is tokenized, split document by document, and written with checkpoints."""
+
+import hashlib
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from corpora import fetch
+from corpora.dataset import SHARD_TOKENS, DatasetWriter, begin, sha256
+from corpora.documents import Document
+from corpora.progress import Progress
+from lin_jax.data import DTYPE
+from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, Tokenizer, load_tokenizer
+
+CHECKPOINT_TOKENS = 2**24
+
+
+def find_tokenizer(name: str, cache: pathlib.Path) -> tuple[Tokenizer, pathlib.Path | None]:
+  """The tokenizer `bytes`, `mistral` (fetched into `cache`) or of a SentencePiece file, and the file it needs.
+
+  Raises ValueError for any other, and for a vocabulary whose ids do not fit the shards' uint16.
+  """
+  if name == ByteTokenizer.name:
+    return ByteTokenizer(), None
+  file = fetch.mistral_tokenizer(cache) if name == MistralTokenizer.name else pathlib.Path(name)
+  if not file.is_file():
+    raise ValueError(f"--tokenizer={name}: must be 'bytes', 'mistral' or a SentencePiece .model file")
+  tokenizer = load_tokenizer(file)
+  if tokenizer.vocab_size > np.iinfo(DTYPE).max + 1:
+    raise ValueError(f"--tokenizer={name}: vocabulary of {tokenizer.vocab_size}: ids must fit in {DTYPE.name}")
+  return tokenizer, file
+
+
+def hash_split(seed: int, val_fraction: float, test_fraction: float) -> Callable[[Document], str]:
+  """Splits by a hash of the text, so that equal documents meet in one split wherever they come from."""
+  if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+    raise ValueError(f"--val_fraction={val_fraction} --test_fraction={test_fraction}: must not be negative and must "
+                     "leave a part to train on")
+
+  def split_of(document):
+    digest = hashlib.blake2b(document.text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
+    position = int.from_bytes(digest, "little") / 2**64
+    return "val" if position < val_fraction else "test" if position < val_fraction + test_fraction else "train"
+
+  return split_of
+
+
+def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], split_of: Callable[[Document], str], *,
+            splits: list[str], recipe: dict, tokenizer: Tokenizer, tokenizer_file: pathlib.Path | None = None,
+            shard_tokens: int = SHARD_TOKENS, checkpoint_tokens: int = CHECKPOINT_TOKENS) -> bool:
+  """Writes the dataset `out` from documents in their order; returns whether there was anything to do.
+
+  `documents(n)` yields all but the first n. `recipe` determines the bytes: an existing `out` of the same recipe is left
+  as it is, an interrupted one continued. Its "sources" become the manifest's, with counts of the documents that name
+  their "package". Raises ValueError when `out` is of another recipe, or a split stays empty.
+  """
+  recipe = recipe | dict(tokenizer=dict(name=tokenizer.name, sha256=sha256(tokenizer_file) if tokenizer_file else None))
+  work = begin(out, recipe)
+  if work is None:
+    return False
+  writer = DatasetWriter(work, splits, shard_tokens=shard_tokens)
+  try:
+    number, counts = _write(writer, documents, split_of, tokenizer, checkpoint_tokens)
+    empty = [split for split, tokens in writer.totals().items() if not tokens]
+    if empty:
+      raise ValueError(f"split {empty[0]!r} would be empty: it got none of the {number} documents; give more "
+                       "documents, or a larger (or zero) fraction for it")
+  except ValueError:
+    # Mended input is other input: only progress that a checkpoint holds is worth keeping.
+    if not writer.done:
+      shutil.rmtree(work)
+    raise
+  sources = [source | counts.get(source["package"], {}) for source in recipe["sources"]]
+  writer.finish(out, tokenizer=tokenizer, tokenizer_file=tokenizer_file, recipe=recipe, manifest=dict(sources=sources))
+  return True
+
+
+def _write(writer, documents, split_of, tokenizer, checkpoint_tokens):
+  counts, progress = writer.notes, Progress("tokenize: documents")
+  end = np.array([tokenizer.eos_id], DTYPE)
+  total = saved = sum(writer.totals().values())
+  number = writer.done
+  for number, document in enumerate(documents(writer.done), writer.done + 1):
+    if not document.text.strip():
+      continue
+    ids = np.concatenate([np.array(tokenizer.encode(document.text), DTYPE), end])
+    size = len(document.text.encode())
+    writer.add(split_of(document), ids, size)
+    count = counts.setdefault(document.source, dict(documents=0, bytes=0, tokens=0))
+    for key, amount in (("documents", 1), ("bytes", size), ("tokens", len(ids))):
+      count[key] += amount
+    total += len(ids)
+    if total - saved >= checkpoint_tokens:
+      writer.checkpoint(number, counts)
+      saved = total
+    progress.update(number, f"{total / 1e6:.1f} M tokens")
+  progress.close(number, f"{total / 1e6:.1f} M tokens")
+  return number, counts

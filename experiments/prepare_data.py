@@ -1,0 +1,98 @@
+"""Turns text into a dataset of token shards that `config.data.path` can name.
+
+  python experiments/prepare_data.py --corpus=shakespeare --out=data/shakespeare
+  python experiments/prepare_data.py --corpus=english --tier=full --out=data/english
+  python experiments/prepare_data.py --input='books/*.txt' --input=web.jsonl --out=data/mine
+  python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --out=data/slimpajama
+  python experiments/prepare_data.py --pack=data/english --tokens=48000000 --out=english-packed
+  python experiments/prepare_data.py --unpack=english-packed --out=data/english
+
+The same inputs and options give the same bytes. An interrupted run continues when it is started again.
+"""
+
+import functools
+import pathlib
+
+import commands
+from absl import flags
+from corpora import documents, shakespeare, tokenize
+
+_OUT = flags.DEFINE_string("out", None, "directory to make", required=True)
+_INPUT = flags.DEFINE_multi_string("input", [], "text, .jsonl or .parquet file, or a glob of them; may be repeated")
+_HF_DATASET = flags.DEFINE_string("hf_dataset", "", "name of a Hugging Face dataset, streamed")
+_HF_SPLIT = flags.DEFINE_string("hf_split", "train", "split of --hf_dataset to read")
+_HF_REVISION = flags.DEFINE_string("hf_revision", "", "revision of --hf_dataset; the latest if empty")
+_CORPUS = flags.DEFINE_enum("corpus", None, ["shakespeare", "english"], "recipe over published packages")
+_TIER = flags.DEFINE_enum("tier", "full", ["quick", "prose", "full"], "how much of --corpus=english")
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "JSON key or Parquet column that holds the text")
+_SEPARATOR = flags.DEFINE_string("separator", "", "cuts text files into documents; empty: one document a file")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "", "bytes, mistral or a SentencePiece file; by default bytes for shakespeare, mistral otherwise")
+_VAL = flags.DEFINE_float("val_fraction", 0.01, "part of the documents held out as split val")
+_TEST = flags.DEFINE_float("test_fraction", 0.01, "part of the documents held out as split test")
+_SEED = flags.DEFINE_integer("seed", 0, "of the split, and of the order of documents where a recipe shuffles them",
+                             lower_bound=0)
+_CACHE = flags.DEFINE_string("cache", "data/cache", "where downloads are kept")
+_PACK = flags.DEFINE_string("pack", "", "dataset to compress into --out, its training split cut to --tokens")
+_TOKENS = flags.DEFINE_integer("tokens", 0, "with --pack: training tokens to keep; 0 keeps all", lower_bound=0)
+_UNPACK = flags.DEFINE_string("unpack", "", "directory made by --pack to turn back into a dataset")
+
+
+def main(_) -> None:
+  chosen = [name for name in ("input", "hf_dataset", "corpus", "pack", "unpack") if flags.FLAGS[name].value]
+  if len(chosen) != 1:
+    raise ValueError(f"give exactly one of --input, --hf_dataset, --corpus, --pack and --unpack: got {len(chosen)}")
+  out = pathlib.Path(_OUT.value)
+  try:
+    made = {"pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
+  except OSError as e:
+    raise ValueError(f"{e.filename or out}: {e.strerror}") from e
+  print(f"{out}: {'written' if made else 'complete already, nothing to do'}")
+
+
+def _pack(out):
+  from corpora import pack
+
+  return pack.pack(pathlib.Path(_PACK.value), out, _TOKENS.value)
+
+
+def _unpack(out):
+  from corpora import pack
+
+  return pack.unpack(pathlib.Path(_UNPACK.value), out)
+
+
+def _prepare(out):
+  cache = pathlib.Path(_CACHE.value)
+  cache.mkdir(parents=True, exist_ok=True)
+  name = _TOKENIZER.value or ("bytes" if _CORPUS.value == "shakespeare" else "mistral")
+  tokenizer, file = tokenize.find_tokenizer(name, cache)
+  shared = dict(tokenizer=tokenizer, tokenizer_file=file)
+  if _CORPUS.value == "english":
+    from corpora import english
+
+    return english.prepare(out, tier=_TIER.value, seed=_SEED.value, cache=cache, **shared)
+  if _CORPUS.value == "shakespeare":
+    return tokenize.prepare(out, functools.partial(shakespeare.documents, cache), shakespeare.split_of,
+                            splits=["train", "val", "test"], recipe=shakespeare.RECIPE, **shared)
+  split_of = tokenize.hash_split(_SEED.value, _VAL.value, _TEST.value)
+  splits = ["train"] + ["val"] * (_VAL.value > 0) + ["test"] * (_TEST.value > 0)
+  stream, recipe = _hub() if _HF_DATASET.value else _files()
+  recipe |= dict(split="by a hash of the text", val_fraction=_VAL.value, test_fraction=_TEST.value, seed=_SEED.value)
+  return tokenize.prepare(out, stream, split_of, splits=splits, recipe=recipe, **shared)
+
+
+def _files():
+  files = documents.find(_INPUT.value)
+  options = dict(field=_TEXT_FIELD.value, separator=_SEPARATOR.value)
+  return functools.partial(documents.read, files, **options), dict(sources=documents.describe(files), **options)
+
+
+def _hub():
+  options = dict(split=_HF_SPLIT.value, revision=_HF_REVISION.value, field=_TEXT_FIELD.value)
+  stream = functools.partial(documents.hub, _HF_DATASET.value, **options)
+  return stream, dict(sources=[dict(client="hf", package=_HF_DATASET.value, **options)])
+
+
+if __name__ == "__main__":
+  commands.run(main)
