@@ -1,0 +1,61 @@
+"""Idioms shared by the Pallas kernel bodies (Triton backend): launching, products, and exact sums of gates.
+
+Kernel bodies take a `dot` as keyword: products of 16-bit operands accumulate in float32; float32 operands are
+multiplied in three TF32 passes on a GPU (relative error about 1e-6) and in full float32 by the interpreter.
+"""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+import jax.numpy as jnp
+
+LOG2E = 1.4426950408889634  # kernels use exp2 of logarithms in base 2
+
+
+def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num_stages):
+  """`pallas_call` of `kernel`: compiled by Triton when lowered for CUDA, interpreted on every other platform.
+
+  `kernel` becomes the CUDA kernel's name in a profile; `name` marks the call in the lowered program.
+  """
+
+  def call(interpret):
+    body = functools.partial(kernel, dot=functools.partial(_dot, interpret=interpret))
+    body.__name__ = name
+    return pl.pallas_call(
+        body, name=name, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages))
+
+  return lambda *args: jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
+
+
+def _dot(a, b, *, interpret):
+  if a.dtype == jnp.float32:
+    precision = jax.lax.Precision.HIGHEST if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+  else:
+    precision = None
+  return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def rows_and_columns(size):
+  """Row and column index of every entry of a `[size, size]` matrix."""
+  shape = (size, size)
+  return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def masked_sum(mask, x, dot, parts):
+  """`mask @ x` for a boolean `[C, C]` mask and float32 `[C, D]`, through bfloat16 products.
+
+  `x` is cut into `parts` pieces of 8 significant bits by truncating its bit pattern, so that every product is exact:
+  two parts carry 16 bits of each term, three all 24. A cast to bfloat16 and back could be simplified away.
+  """
+  mask = mask.astype(jnp.bfloat16)
+  total = None
+  for _ in range(parts):
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+    head = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    product = dot(mask, head.astype(jnp.bfloat16))
+    total = product if total is None else total + product
+    x = x - head
+  return total
