@@ -7,10 +7,10 @@ a caller passes an initializer; residual output projections are not rescaled by 
 
 from collections.abc import Callable, Sequence
 
-from flax import nnx
 import jax
-from jax import Array
 import jax.numpy as jnp
+from flax import nnx
+from jax import Array
 from jaxtyping import Float, Int
 
 NORMAL = nnx.initializers.normal(0.02)
@@ -32,8 +32,7 @@ class Linear(nnx.Module):
     self.output_dtype = jnp.dtype(dtype if output_dtype is None else output_dtype)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    y = jax.lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ())),
-                            preferred_element_type=self.output_dtype)
+    y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=self.output_dtype)
     if self.bias is None:
       return y
     return y + align(self.bias[...].astype(y.dtype), y)
@@ -77,8 +76,8 @@ class ShortConvolution(nnx.Module):
   def __init__(self, channels: int, taps: int, *, axis: str | None, dtype, rngs: nnx.Rngs):
     if taps < 2:
       raise ValueError(f"taps={taps}: a short convolution needs at least 2")
-    bound = taps**-0.5
-    init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    # Uniform with variance 1 / (3 taps), the usual start of a depthwise convolution.
+    init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(), batch_axis=1)
     self.kernel = param(rngs, init, (taps, channels), (None, axis))
     self.dtype = jnp.dtype(dtype)
 

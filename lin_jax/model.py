@@ -12,10 +12,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
 import jax
-from jax import Array
 import jax.numpy as jnp
+from flax import nnx
+from jax import Array
 from jaxtyping import Float, Int
 
 from lin_jax import mixers
@@ -103,7 +103,7 @@ class LanguageModel(nnx.Module):
     """
     x = self._embed(tokens)
     states = []
-    for blocks, run_state in zip(self.runs, self._run_states(state)):
+    for blocks, run_state in zip(self.runs, [None] * len(self.runs) if state is None else state, strict=True):
 
       def body(x, layer):
         block, layer_state = layer
@@ -122,7 +122,7 @@ class LanguageModel(nnx.Module):
   def step(self, tokens: Int[Array, "B"], state: Any) -> tuple[Float[Array, "B V"], Any]:
     """Float32 logits after one more token per row, and the state."""
     x, states = self._embed(tokens), []
-    for blocks, run_state in zip(self.runs, state):
+    for blocks, run_state in zip(self.runs, state, strict=True):
       x, run_state = jax.lax.scan(lambda x, layer: layer[0].step(x, layer[1]), x, (blocks, run_state))
       states.append(run_state)
     return self._logits(self.norm(x)), states
@@ -137,9 +137,10 @@ class LanguageModel(nnx.Module):
 
   def flops_per_token(self, sequence_length: int) -> int:
     """Matmul and mixing FLOPs of the forward pass, averaged over a sequence; embedding look-ups count as none."""
-    blocks = sum(run.mixer_norm.scale.shape[0] * (run.mixer.flops_per_token(sequence_length) + run.mlp.flops_per_token())
-                 for run in self.runs)
-    return blocks + 2 * self.embedding.shape[0] * self.embedding.shape[1]
+    depths = [run.mixer_norm.scale.shape[0] for run in self.runs]
+    blocks = [run.mixer.flops_per_token(sequence_length) + run.mlp.flops_per_token() for run in self.runs]
+    head = 2 * self.embedding.shape[0] * self.embedding.shape[1]
+    return sum(depth * flops for depth, flops in zip(depths, blocks, strict=True)) + head
 
   def _embed(self, tokens):
     with jax.named_scope("embed"):
@@ -150,9 +151,6 @@ class LanguageModel(nnx.Module):
     with jax.named_scope("head"):
       return jnp.einsum("...d,dv->...v", x, self.unembedding().astype(self.dtype),
                         preferred_element_type=jnp.float32)
-
-  def _run_states(self, state):
-    return [None] * len(self.runs) if state is None else state
 
 
 def parameter_count(config: ModelConfig) -> int:

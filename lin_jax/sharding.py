@@ -1,19 +1,20 @@
 """Placement of parameters and activations on a mesh with axes ("data", "fsdp", "tensor").
 
-`data` and `fsdp` split the batch; `fsdp` also splits every large parameter along the model width; `tensor` splits heads,
-MLP width and vocabulary. Parameters are placed by jit's `out_shardings`, activations by `shard_batch`, and ops whose
+`data` and `fsdp` split the batch; `fsdp` also splits every matrix along the model width; `tensor` splits heads, MLP
+width and vocabulary. Parameters are placed by jit's `out_shardings`, activations by `shard_batch`, and ops whose
 kernels the compiler cannot partition run on local blocks through `shard_heads`. The last two act only under
 `jax.set_mesh`.
 """
 
-from collections.abc import Callable, Sequence
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from flax import nnx
 import jax
+from flax import nnx
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lin_jax.config import MeshConfig, TrainConfig
 
@@ -25,7 +26,7 @@ LOGICAL_AXES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "t
 def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
   """Sizes of `AXES`, with -1 resolved. Raises ValueError when they do not multiply to `device_count`."""
   sizes = [getattr(config, axis) for axis in AXES]
-  text = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+  text = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
   if sizes.count(-1) > 1:
     raise ValueError(f"config.mesh {text}: at most one axis may be -1")
   known = math.prod(size for size in sizes if size != -1)
@@ -66,8 +67,8 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
       return NamedSharding(mesh, P())
     names = leaf.get_metadata().get("out_sharding", ())
     axes = (None,) * (len(leaf.shape) - len(names)) + tuple(LOGICAL_AXES[name] for name in names)
-    spec = P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)))
-    return leaf.replace(NamedSharding(mesh, spec))
+    fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(axes, leaf.shape, strict=True)]
+    return leaf.replace(NamedSharding(mesh, P(*(axis if fit else None for axis, fit in zip(axes, fits, strict=True)))))
 
   return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -88,8 +89,8 @@ def shard_batch(x: Array) -> Array:
 def shard_heads(fn: Callable, layouts: str) -> Callable:
   """`fn` applied to each device's batch rows and heads; plain `fn` when no mesh is in use.
 
-  `layouts` names the dimensions of every argument and result, as "bthk,bthv->bthv": `b` is split over the batch axes, `h`
-  over "tensor", other letters stay whole. An argument may be None. A batch that the mesh does not divide (a single
+  `layouts` names the dimensions of every argument and result, as "bthk,bthv->bthv": `b` is split over the batch axes,
+  `h` over "tensor", other letters stay whole. An argument may be None. A batch that the mesh does not divide (a single
   prompt, say) is computed by every device; heads that it does not divide raise ValueError.
   """
   inputs, outputs = (side.split(",") for side in layouts.replace(" ", "").split("->"))
@@ -104,11 +105,11 @@ def shard_heads(fn: Callable, layouts: str) -> Callable:
       if name == "h" and size % mesh.shape["tensor"]:
         raise ValueError(f"{size} heads: not divisible by the mesh axis tensor={mesh.shape['tensor']}")
     axes = {"h": "tensor"} if dict(sizes)["b"] % _batch_shards(mesh) else {"h": "tensor", "b": BATCH_AXES}
-    spec = lambda layout: P(*(axes.get(name) for name in layout))
-    out_specs = tuple(map(spec, outputs))
+    specs = {layout: P(*map(axes.get, layout)) for layout in (*inputs, *outputs)}
+    in_specs = tuple(None if arg is None else specs[layout] for layout, arg in zip(inputs, args, strict=True))
+    out_specs = tuple(specs[layout] for layout in outputs) if len(outputs) > 1 else specs[outputs[0]]
     # The varying-axes check does not see through kernels and custom derivatives.
-    return jax.shard_map(fn, in_specs=tuple(None if arg is None else spec(layout) for layout, arg in zip(inputs, args)),
-                         out_specs=out_specs if len(out_specs) > 1 else out_specs[0], check_vma=False)(*args)
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
   return call
 

@@ -1,18 +1,18 @@
 """Softmax attention of Transformer++ (LLaMA): rotary positions, grouped key-value heads, optional sliding window.
 
 The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's flash kernels where they apply: half
-precision, head size a multiple of 8 up to 128 (256 from Hopper on). Their public interface has no segment ids, so a batch
-of packed documents passes a boolean mask [B,1,T,T] shared by all heads; cuDNN reads it as a bias, still without storing scores.
-Elsewhere XLA's form runs, which stores scores [B,H,T,T].
+precision, head size a multiple of 8 up to 128. Their public interface has no segment ids, so packed documents pass a
+boolean mask [B,1,T,T] shared by all heads; cuDNN reads it as a bias and stores no scores. Elsewhere XLA's form runs,
+which stores scores [B,H,T,T].
 """
 
 import dataclasses
 
-from flax import nnx
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from lin_jax.layers import Linear, rotary, segment_runs
@@ -98,8 +98,7 @@ class Attention(nnx.Module):
     q, k, v = self._project(x[:, None], positions)
     state = _write(state, k, v, positions, positions) | {"length": state["length"] + 1}
     mask = self._visible(positions, state["position"])[:, None]
-    o = jax.nn.dot_product_attention(q, state["key"], state["value"], mask=mask)
-    return self._finish(o)[:, 0], state
+    return self._finish(_attention(q, state["key"], state["value"], mask, flash=False))[:, 0], state
 
   def init_state(self, batch: int, max_length: int) -> dict:
     """An empty cache of `max_length` tokens, or of the window if that is shorter.
@@ -121,8 +120,7 @@ class Attention(nnx.Module):
     return projections + round(4 * width * mean_seen)
 
   def _project(self, x, positions):
-    split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-    q, k, v = (split(linear(x)) for linear in (self.query, self.key, self.value))
+    q, k, v = (linear(x).reshape(*x.shape[:2], -1, self.head_dim) for linear in (self.query, self.key, self.value))
     return rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base), v
 
   def _visible(self, positions, key_positions):
@@ -143,8 +141,9 @@ def _write(state, k, v, positions, labels):
   return state | {name: state[name].at[rows, slots].set(value) for name, value in new.items()}
 
 
-def _attention(q, k, v, mask, **options):
+def _attention(q, k, v, mask, *, flash=True, **options):
   head_dim = q.shape[-1]
-  half = q.dtype in (jnp.bfloat16, jnp.float16)
-  flash = jax.default_backend() == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if flash else "xla", **options)
+  flash &= jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+  # JAX's XLA form mixes dtypes, which callers under strict promotion would be refused.
+  with jax.numpy_dtype_promotion("standard"):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if flash else "xla", **options)

@@ -9,11 +9,11 @@ flash-linear-attention, which trains the published checkpoints.
 
 import dataclasses
 
-from flax import nnx
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from kernels import gla
@@ -71,8 +71,9 @@ class GatedLinearAttention(nnx.Module):
                             init=SMALL_XAVIER)
     self.norm = RMSNorm(value_width // config.heads, eps=norm_eps, rngs=rngs)
     self.output = Linear(value_width, width, ("heads", "embed"), dtype=dtype, rngs=rngs)
-    conv = lambda channels: ShortConvolution(channels, config.conv_width, axis="heads", dtype=dtype, rngs=rngs)
-    self.convolutions = nnx.List([conv(key_width), conv(key_width), conv(value_width)] if config.conv_width else [])
+    channels = (key_width, key_width, value_width) if config.conv_width else ()
+    self.convolutions = nnx.List([ShortConvolution(size, config.conv_width, axis="heads", dtype=dtype, rngs=rngs)
+                                  for size in channels])
 
   def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
                segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
