@@ -1,0 +1,152 @@
+"""Cases of the gla tests, for every implementation: inputs, and the comparison with the float32 scan."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from kernels.gla import reference
+from tests.close import assert_close, relative_error, tolerance
+
+TIMES = (1, 15, 63, 64, 65, 100, 200, 500, 1000, 1024, 2048)
+WIDTHS = (32, 60, 64, 100, 128, 256)
+PACKED = (15, 85, 200, 900, 800)
+
+
+def _mixed(key, shape):
+  """Gates from nearly open to nearly shut side by side, in time and over channels."""
+  exponent = jax.random.uniform(key, shape, minval=-4.0, maxval=1.0)
+  return -(10.0**exponent)
+
+
+GATES = {
+    "zero": lambda key, shape: jnp.zeros(shape),
+    "near_zero": lambda key, shape: -1e-3 * jax.random.uniform(key, shape),
+    "mixed": _mixed,
+    # The gate of the GLA layer, sigmoid(x)^(1/16), around x = -20 and -30: a chunk of 64 decays by e^-80 and e^-120.
+    "logit_-20": lambda key, shape: jax.nn.log_sigmoid(jax.random.normal(key, shape) - 20) / 16,
+    "logit_-30": lambda key, shape: jax.nn.log_sigmoid(jax.random.normal(key, shape) - 30) / 16,
+    "-20": lambda key, shape: jax.random.normal(key, shape) - 20,
+    "-30": lambda key, shape: jax.random.normal(key, shape) - 30,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One input of gla. `segments` are lengths that sum to T; row b has them rotated by b places."""
+
+  B: int = 2
+  T: int = 100
+  H: int = 2
+  K: int = 32
+  V: int = 32
+  dtype: str = "float32"
+  gate: str = "mixed"
+  key_heads: int | None = None
+  initial_state: bool = True
+  segments: tuple[int, ...] = ()
+  chunk_size: int | None = None
+
+  def __str__(self):
+    default = Case()
+    changed = [f"{f.name}{getattr(self, f.name)}" for f in dataclasses.fields(self)
+               if f.name in "BTHKV" or getattr(self, f.name) != getattr(default, f.name)]
+    return "-".join(changed).replace(" ", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """Arguments of the op and the cotangents of its two results."""
+
+  arrays: dict  # q, k, v, log_decay, initial_state: what is differentiated
+  segment_ids: jax.Array | None
+  cotangents: tuple
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+  """Standard normal arrays of the case's shapes and dtypes."""
+  B, T, H, G = case.B, case.T, case.H, case.key_heads or case.H
+  keys = jax.random.split(jax.random.key(seed), 7)
+  normal = lambda i, *shape, dtype="float32": jax.random.normal(keys[i], shape).astype(dtype)  # noqa: E731
+  arrays = {
+      "q": normal(0, B, T, G, case.K, dtype=case.dtype),
+      "k": normal(1, B, T, G, case.K, dtype=case.dtype),
+      "v": normal(2, B, T, H, case.V, dtype=case.dtype),
+      "log_decay": GATES[case.gate](keys[3], (B, T, G, case.K)),
+      "initial_state": normal(4, B, H, case.K, case.V) if case.initial_state else None,
+  }
+  cotangents = normal(5, B, T, H, case.V, dtype=case.dtype), normal(6, B, H, case.K, case.V)
+  return Inputs(arrays, segment_ids(case.segments, B) if case.segments else None, cotangents)
+
+
+def segment_ids(lengths, B):
+  """Ids `[B, T]` from 1 of segments of these lengths, rotated by b places in row b."""
+  rows = []
+  for b in range(B):
+    rotated = lengths[b % len(lengths):] + lengths[:b % len(lengths)]
+    rows.append(jnp.repeat(jnp.arange(1, len(lengths) + 1), jnp.array(rotated), total_repeat_length=sum(lengths)))
+  return jnp.stack(rows)
+
+
+@functools.partial(jax.jit, static_argnames=("fn", "chunk_size"))
+def results(fn, arrays, segment_ids, cotangents, chunk_size=None) -> dict:
+  """Outputs and gradients by name, of `fn` with the signature of `kernels.gla`."""
+  call = lambda x: fn(**x, segment_ids=segment_ids, chunk_size=chunk_size)  # noqa: E731
+  (output, final_state), vjp = jax.vjp(call, arrays)
+  gradients = {f"d{name}": x for name, x in vjp(cotangents)[0].items() if x is not None}
+  return {"output": output, "final_state": final_state, **gradients}
+
+
+def expected(inputs: Inputs) -> dict:
+  """Results of the float32 scan on the same inputs, widened to float32."""
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs.arrays, inputs.cotangents))
+  with jax.default_matmul_precision("highest"):
+    return results(_scan, wide[0], inputs.segment_ids, wide[1])
+
+
+def _scan(q, k, v, log_decay, *, initial_state, segment_ids, chunk_size):
+  """The definition without the op's own front: heads repeated, and a state set to zero where a segment starts."""
+  B, T, H, V = v.shape
+  q, k, log_decay = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (q, k, log_decay))
+  state = jnp.zeros((B, H, q.shape[-1], V)) if initial_state is None else initial_state
+  ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
+  same = jnp.concatenate([jnp.ones((B, 1), bool), ids[:, 1:] == ids[:, :-1]], axis=1)
+
+  def step(state, x):
+    same, *x = x
+    return reference.step(jnp.where(same[:, None, None, None], state, 0.0), *x)
+
+  by_time = [jnp.moveaxis(x, 1, 0) for x in (same, q, k, v, log_decay)]
+  state, output = jax.lax.scan(step, state, by_time)
+  return q.shape[-1]**-0.5 * jnp.moveaxis(output, 0, 1), state
+
+
+def errors(case: Case, fn) -> dict[str, float]:
+  """Relative RMS error of each output and gradient of `fn` against the scan."""
+  inputs = make_inputs(case)
+  actual = results(fn, inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size)
+  return {name: relative_error(actual[name], x) for name, x in expected(inputs).items()}
+
+
+def check(case: Case, fn, *, split: bool = False) -> None:
+  """Asserts every output and gradient of `fn` against the scan; `split` as in `tests.close.tolerance`."""
+  inputs = make_inputs(case)
+  actual = results(fn, inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size)
+  for name, x in expected(inputs).items():
+    assert_close(name, actual[name], x, tolerance(name, case.dtype, split=split))
+
+
+def grid(dtypes=("bfloat16", "float16", "float32")) -> list[Case]:
+  """Every value of every axis, around small centres: times, widths, heads, gates, segments, chunk sizes."""
+  by_time = [Case(T=T, H=3, K=32, V=64) for T in TIMES]
+  by_width = [Case(B=1, T=100, K=K, V=V) for K, V in itertools.product(WIDTHS, (*WIDTHS, 512))]
+  by_heads = [Case(H=H, K=64, V=64, gate="near_zero") for H in (1, 3, 4)] + [Case(H=4, key_heads=2)]
+  by_gate = [Case(T=200, K=64, gate=gate, initial_state=state)
+             for gate, state in itertools.product(GATES, (True, False))]
+  by_segment = [Case(T=sum(lengths), gate=gate, segments=lengths)
+                for lengths, gate in itertools.product((PACKED, (1,) * 70, (1, 62, 1, 1, 64, 1)), ("mixed", "-20"))]
+  by_chunk = [Case(T=200, K=64, V=64, chunk_size=C) for C in (16, 32, 64, 128)]
+  cases = by_time + by_width + by_heads + by_gate + by_segment + by_chunk
+  return [dataclasses.replace(case, dtype=dtype) for dtype, case in itertools.product(dtypes, cases)]
