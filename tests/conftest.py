@@ -45,7 +45,7 @@ class Record:
 
   def pytest_sessionfinish(self):
     device = jax.devices()[0]
-    record = {"command": " ".join(sys.argv), "device": device.device_kind, "jax": jax.__version__,
+    record = {"command": " ".join(["pytest", *sys.argv[1:]]), "device": device.device_kind, "jax": jax.__version__,
               "jaxlib": jaxlib.__version__, "passed": sum(t["outcome"] == "passed" for t in self.tests.values()),
               "failed": sum(t["outcome"] == "failed" for t in self.tests.values()), "tests": self.tests}
     self.path.write_text(json.dumps(record, indent=1, default=str) + "\n")
