@@ -19,7 +19,7 @@ train: $(INSTALLED) $(CORPUS)/manifest.json ## train gla_tiny on Shakespeare, th
 	@echo
 	@echo "checkpoints:  $(RUN)/checkpoints"
 	@echo "loss curve:   $(RUN)/loss.png"
-	@echo "evaluation:   $(RUN)/evaluation.json"
+	@echo "evaluation:   $(RUN)/evaluation_val_256.json"
 	@echo "sample:       $(RUN)/sample.txt"
 
 test: $(INSTALLED) ## run the CPU tests

@@ -34,6 +34,20 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def define_checkpoint() -> flags.FlagHolder[str]:
+  """The flag --checkpoint; `checkpoint_step` reads its value."""
+  return flags.DEFINE_string("checkpoint", "last", "Which checkpoint of the run: last, best, or a step.")
+
+
+def checkpoint_step(value: str) -> int | str | None:
+  """The `step` argument of `lin_jax.checkpoint.load_model` for a value of --checkpoint. Raises ValueError."""
+  if value in ("last", "best"):
+    return None if value == "last" else value
+  if not value.isdecimal():
+    raise ValueError(f"--checkpoint={value}: must be 'last', 'best' or the number of a step")
+  return int(value)
+
+
 def _parse(argv):
   try:
     return flags.FLAGS(argv)

@@ -1,0 +1,58 @@
+"""Evaluates a trained model on held-out text: perplexity and bits per byte, over all and by position.
+
+  python experiments/evaluate.py --workdir=runs/gla_tiny
+  python experiments/evaluate.py --workdir=runs/gla_tiny --sequence_length=4096 --noreset_at_documents
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import flags
+import commands
+
+from lin_jax.checkpoint import load_model
+from lin_jax.data import TokenDataset, eval_batches
+from lin_jax.evaluate import evaluate
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
+_CHECKPOINT = commands.define_checkpoint()
+_DATA = flags.DEFINE_string("data", "", "Dataset directory; the run's own if empty.")
+_SPLIT = flags.DEFINE_string("split", "val", "Split of the dataset.")
+_BATCHES = flags.DEFINE_integer("batches", 0, "Batches, spread evenly over the split; 0 is all of it.", lower_bound=0)
+_LENGTH = flags.DEFINE_integer("sequence_length", 0, "Tokens per window, in one forward pass; 0 is that of training.",
+                               lower_bound=0)
+_RESET = flags.DEFINE_bool("reset_at_documents", None, "Hide earlier documents of a window; as in training by default.")
+_BUCKET = flags.DEFINE_integer("bucket_width", 0, "Positions per line of the table; 0 doubles from line to line.")
+
+
+def main(_):
+  workdir = pathlib.Path(_WORKDIR.value)
+  config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value))
+  data = config.data
+  length = _LENGTH.value or data.sequence_length
+  # As many tokens per batch as an accumulation step of the training run had, which is known to fit.
+  rows = max(1, data.batch_size // config.optim.accumulation * data.sequence_length // length)
+  data = dataclasses.replace(data, path=_DATA.value or data.path, sequence_length=length, batch_size=rows,
+                             reset_at_documents=data.reset_at_documents if _RESET.value is None else _RESET.value)
+  split = TokenDataset(data.path, _SPLIT.value, vocab_size=config.model.vocab_size)
+  batches = eval_batches(data, _SPLIT.value, _BATCHES.value, vocab_size=config.model.vocab_size)
+  result = evaluate(model, batches, bytes_per_token=split.bytes_per_token, bucket_width=_BUCKET.value)
+
+  print(f"{'position':>15} {'targets':>12} {'loss':>8} {'perplexity':>11}")
+  for row in result["buckets"]:
+    print(_line(f"{row['start']}-{row['stop'] - 1}", row))
+  print(_line("all", result), f"   {result['bits_per_byte']:.4f} bits per byte")
+  path = workdir / f"evaluation_{_SPLIT.value}_{length}.json"
+  path.write_text(json.dumps({"data": data.path, "split": _SPLIT.value, "checkpoint": _CHECKPOINT.value,
+                              "sequence_length": length, "reset_at_documents": data.reset_at_documents, **result},
+                             indent=2) + "\n")
+  print(f"written to {path}")
+
+
+def _line(name, row):
+  return f"{name:>15} {row['targets']:>12,} {row['loss']:>8.4f} {row['perplexity']:>11.3f}"
+
+
+if __name__ == "__main__":
+  commands.run(main)

@@ -1,0 +1,142 @@
+"""Sampling: the prompt in the parallel form of the model, every further token in its recurrent form.
+
+One compiled program does both. A recurrent mixer carries a state of fixed size from token to token, attention a cache
+of the whole sequence; what the program needs is known from its shapes, so too long a prompt is refused before it runs.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+import numpy as np
+
+from lin_jax.model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a token is drawn from logits: divided by `temperature`, cut to the `top_k` most likely, then to the smallest
+  set of probability `top_p`. Temperature 0 takes the most likely token; top_k 0 and top_p 1 cut nothing."""
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if not 0 <= self.temperature < math.inf:
+      raise ValueError(f"temperature={self.temperature}: must be finite and not negative (0 is greedy)")
+    if self.top_k < 0:
+      raise ValueError(f"top_k={self.top_k}: must not be negative (0 keeps every token)")
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+
+
+def generate(model: LanguageModel, prompt: Int[Array, "B P"], steps: int, *, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, key: Array | None = None) -> Int[Array, "B steps"]:
+  """`steps` tokens that continue each prompt (P >= 1); equal keys give equal tokens. Key 0 if None.
+
+  Raises ValueError for token ids outside the vocabulary, sampling values outside their domain, and a prompt and steps
+  that need more memory than the device has. It compiles at every call: keep the result of `compile_generate` to
+  sample repeatedly.
+  """
+  prompt = np.asarray(prompt)
+  if prompt.ndim != 2:
+    raise ValueError(f"prompt of shape {prompt.shape}: must be [batch, tokens]")
+  run = compile_generate(model, *prompt.shape, steps, Sampling(temperature, top_k, top_p))
+  return run(prompt, jax.random.key(0) if key is None else key)
+
+
+def compile_generate(model: LanguageModel, batch: int, prompt_length: int, steps: int,
+                     sampling: Sampling) -> Callable[[Int[Array, "B P"], Array], Int[Array, "B steps"]]:
+  """The compiled program of `generate` for one shape, as a function of (prompt, key). Raises as `generate` does."""
+  if prompt_length < 1 or steps < 1 or batch < 1:
+    raise ValueError(f"batch={batch}, prompt_length={prompt_length}, steps={steps}: each must be at least 1")
+  request = f"a prompt of {prompt_length:,} and {steps:,} new tokens (batch {batch})"
+  # Before compiling: the compiler itself runs out of memory on states that cannot fit.
+  _require_memory(request, state_bytes(model, batch, prompt_length + steps))
+  tokens = jax.ShapeDtypeStruct((batch, prompt_length), jnp.int32)
+  program = _generate.lower(model, tokens, jax.eval_shape(jax.random.key, 0), steps, sampling).compile()
+  memory = program.memory_analysis()
+  _require_memory(request, memory.temp_size_in_bytes + memory.output_size_in_bytes)
+
+  def run(prompt, key):
+    prompt = np.asarray(prompt)
+    vocabulary = model.embedding.shape[0]
+    if prompt.min() < 0 or prompt.max() >= vocabulary:
+      raise ValueError(f"prompt token {prompt.min() if prompt.min() < 0 else prompt.max()}: ids must lie in "
+                       f"[0, {vocabulary})")
+    return program(model, prompt.astype(np.int32), key)
+
+  return run
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "sampling"))
+def _generate(model, prompt, key, steps, sampling):
+  batch, length = prompt.shape
+  hidden, state = model.hidden(prompt, model.init_state(batch, length + steps))
+  logits = jnp.dot(hidden[:, -1], model.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+  def next_token(carry, i):
+    logits, state = carry
+    token = sample(logits, jax.random.fold_in(key, i), sampling)
+    return model.step(token, state), token
+
+  _, tokens = jax.lax.scan(next_token, (logits, state), jnp.arange(steps))
+  return tokens.T
+
+
+def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, "B"]:
+  """One token id per row."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits / sampling.temperature
+  if sampling.top_k:
+    logits = keep_top_k(logits, sampling.top_k)
+  if sampling.top_p < 1:
+    logits = keep_top_p(logits, sampling.top_p)
+  return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+  """Logits with all but the `k` largest, and those equal to the k-th, at -inf."""
+  kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+  return jnp.where(logits < kth, -jnp.inf, logits)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+  """Logits outside the smallest set of most likely tokens whose probability reaches `p`, at -inf (Holtzman et al.
+  2020, arXiv:1904.09751, section 3.1)."""
+  ordered = jnp.sort(logits, axis=-1, descending=True)
+  probability = jax.nn.softmax(ordered, axis=-1)
+  # A token stays when those before it fall short of p: the one that crosses p is in, and the first always is.
+  kept = jnp.cumsum(probability, axis=-1) - probability < p
+  last = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(logits < last, -jnp.inf, logits)
+
+
+def state_bytes(model: LanguageModel, batch: int, length: int) -> int:
+  """Bytes of the state that decoding `length` tokens carries: constant for recurrent mixers, linear for attention."""
+  leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(batch, length)))
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _require_memory(request, needed):
+  device = jax.devices()[0]
+  available = _memory(device)
+  if needed > available:
+    raise ValueError(f"{request} needs {needed / 2**30:,.1f} GiB beside the parameters, more than the "
+                     f"{available / 2**30:,.1f} GiB of {device.device_kind}: shorten the prompt or ask for fewer tokens")
+
+
+def _memory(device):
+  """Bytes free on an accelerator; all of the machine's for the CPU, whose free memory is mostly its file cache."""
+  stats = device.memory_stats()
+  if stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
