@@ -15,7 +15,6 @@ import pathlib
 
 import commands
 from absl import flags
-from corpora import documents, shakespeare, tokenize
 
 _OUT = flags.DEFINE_string("out", None, "directory to make", required=True)
 _INPUT = flags.DEFINE_multi_string("input", [], "text, .jsonl or .parquet file, or a glob of them; may be repeated")
@@ -57,12 +56,15 @@ def _pack(out):
 
 
 def _unpack(out):
-  from corpora import pack
+  from corpora import unpack
 
-  return pack.unpack(pathlib.Path(_UNPACK.value), out)
+  return unpack.unpack(pathlib.Path(_UNPACK.value), out)
 
 
+# Imported where they are used: unpacking must run where only the standard library and JAX are installed.
 def _prepare(out):
+  from corpora import shakespeare, tokenize
+
   cache = pathlib.Path(_CACHE.value)
   cache.mkdir(parents=True, exist_ok=True)
   name = _TOKENIZER.value or ("bytes" if _CORPUS.value == "shakespeare" else "mistral")
@@ -83,12 +85,16 @@ def _prepare(out):
 
 
 def _files():
+  from corpora import documents
+
   files = documents.find(_INPUT.value)
   options = dict(field=_TEXT_FIELD.value, separator=_SEPARATOR.value)
   return functools.partial(documents.read, files, **options), dict(sources=documents.describe(files), **options)
 
 
 def _hub():
+  from corpora import documents
+
   options = dict(split=_HF_SPLIT.value, revision=_HF_REVISION.value, field=_TEXT_FIELD.value)
   stream = functools.partial(documents.hub, _HF_DATASET.value, **options)
   return stream, dict(sources=[dict(client="hf", package=_HF_DATASET.value, **options)])

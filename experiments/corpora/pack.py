@@ -1,0 +1,75 @@
+"""Compresses a dataset, or the beginning of its training split, to carry it to a machine without network."""
+
+import concurrent.futures
+import lzma
+import os
+import pathlib
+import shutil
+
+import numpy as np
+
+from corpora import dataset
+from corpora.progress import Progress
+from corpora.unpack import SUFFIX
+from lin_jax.data import TokenDataset, read_manifest
+from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, load_tokenizer
+
+# Ids are two bytes each: one bit of position and of literal position tell the compressor which of them it sees.
+_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=2**26, lc=3, lp=1, pb=1)]
+
+
+def pack(source: pathlib.Path, out: pathlib.Path, train_tokens: int = 0) -> bool:
+  """Writes `out`, which `unpack` turns into a dataset; returns whether there was anything to do.
+
+  A positive `train_tokens` keeps the whole documents within the first so many tokens of the training split; the other
+  splits stay whole. Raises ValueError when `source` is not a dataset, or `out` holds something else.
+  """
+  manifest = read_manifest(source)
+  recipe = manifest["recipe"] | dict(train_tokens=train_tokens)
+  work = dataset.begin(out, recipe)
+  if work is None:
+    return False
+  entries = {split: entry for split, entry in manifest["splits"].items() if entry["tokens"]}
+  if train_tokens:
+    entries["train"] = _cut(source, work, train_tokens)
+  jobs = []
+  for split, entry in entries.items():
+    folder = work if split == "train" and train_tokens else source
+    jobs += [(folder / part["file"], work / (part["file"] + SUFFIX)) for part in [entry["index"], *entry["shards"]]]
+  jobs.sort(key=lambda job: -job[0].stat().st_size)
+  progress = Progress("compress: files", len(jobs))
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for done, _ in enumerate(pool.map(lambda job: _compress(*job), jobs), 1):
+      progress.update(done)
+  progress.close(len(jobs))
+  if (source / MODEL_FILE).exists():
+    shutil.copyfile(source / MODEL_FILE, work / MODEL_FILE)
+  for path, _ in jobs:
+    if path.parent == work:
+      path.unlink()
+  dataset.write_json(work / MANIFEST_FILE, manifest | dict(splits=entries, recipe=recipe))
+  dataset.publish(work, out)
+  return True
+
+
+def _cut(source, work, limit):
+  data = TokenDataset(source, "train")
+  ends = np.append(data.document_starts[1:], data.tokens).astype(np.int64)
+  count = int(np.searchsorted(ends, limit, "right"))
+  if not count:
+    raise ValueError(f"--tokens={limit}: the first document of {source} has {ends[0]}: give at least as many")
+  tokenizer = load_tokenizer(source)
+  sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+  writer = dataset.SplitWriter(work, "train", dataset.SHARD_TOKENS)
+  for start, end in zip(data.document_starts[:count].tolist(), ends[:count].tolist(), strict=True):
+    ids = data.read(start, end)
+    writer.add(ids, int(sizes[ids].sum()) - len(tokenizer.prefix))
+  return writer.finish()
+
+
+def _compress(source, target):
+  if not target.exists():
+    temporary = target.with_suffix(".new")
+    with open(source, "rb") as plain, lzma.open(temporary, "wb", filters=_FILTERS) as compressed:
+      shutil.copyfileobj(plain, compressed, 1 << 20)
+    os.replace(temporary, target)

@@ -1,0 +1,113 @@
+import json
+import random
+
+import pytest
+import sentencepiece
+
+from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, load_tokenizer, stream_decode
+
+TEXT = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,
+it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness,
+it was the spring of hope, it was the winter of despair; we had everything before us, we had nothing before us.
+"""
+SAMPLES = ["", "a", " a", "a ", "  two  spaces ", "\n", "line\n\n  indented\ttab", "\r\n",
+           "caf\u00e9 \u65e5\u672c \U0001f600", "e\u0301", "\x00", "x" * 100 + " " * 50 + "y", "it was the winter of despair; we had nothing"]
+
+
+def train_model(folder, **options):
+  """A SentencePiece BPE model with the settings of Mistral's, on a paragraph."""
+  (folder / "text").write_text(TEXT)
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", byte_fallback=True,
+      vocab_size=360, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **options)
+  return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  return train_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def mistral(model):
+  return MistralTokenizer(model)
+
+
+def random_texts(count):
+  source = random.Random(0)
+  alphabet = [" ", " ", "\n", "\t", "w", "a", "s", "it", "the", "\u00e9", "\u2581", "\U0001f600", "\r"]
+  return ["".join(source.choices(alphabet, k=source.randrange(30))) for _ in range(count)]
+
+
+def test_bytes_are_their_own_ids():
+  tokenizer = ByteTokenizer()
+  assert tokenizer.encode("A\u00e9") == [65, 0xC3, 0xA9]
+  assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
+  assert tokenizer.decode([65, 256, 66]) == "AB"
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_decoding_inverts_encoding(text, mistral):
+  for tokenizer in (ByteTokenizer(), mistral):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_mistral_encodes_as_sentencepiece_does(model, mistral):
+  expected = sentencepiece.SentencePieceProcessor(model_file=str(model))
+  for text in [*SAMPLES, TEXT, *random_texts(500)]:
+    assert mistral.encode(text) == expected.encode(text), repr(text)
+    assert mistral.encode(text) == expected.encode(text), f"from the cache: {text!r}"
+  assert (mistral.vocab_size, mistral.eos_id) == (expected.vocab_size(), expected.eos_id())
+
+
+def test_mistral_decodes_as_sentencepiece_does(model, mistral):
+  expected = sentencepiece.SentencePieceProcessor(model_file=str(model))
+  for text in [*SAMPLES, TEXT, *random_texts(500)]:
+    ids = expected.encode(text)
+    assert mistral.decode(ids) == expected.decode(ids), repr(text)
+  assert mistral.decode([*mistral.encode("the end"), mistral.eos_id]) == "the end"
+
+
+def test_streamed_text_appears_when_its_character_is_complete(mistral):
+  pieces = list(stream_decode(ByteTokenizer(), "a\u00e9\U0001f600".encode()))
+  assert pieces == ["a", "\u00e9", "\U0001f600"]
+  for text in [*SAMPLES, *random_texts(100)]:
+    ids = mistral.encode(text)
+    assert "".join(stream_decode(mistral, ids)) == mistral.decode(ids)
+
+
+@pytest.mark.parametrize("ids, text", [([0xFF, 65], "\ufffdA"), ([65, 0xE2, 0x82], "A\ufffd"), ([0xC3, 256], "\ufffd")])
+def test_invalid_utf8_becomes_the_replacement_character(ids, text):
+  assert ByteTokenizer().decode(ids) == text
+  assert "".join(stream_decode(ByteTokenizer(), ids)) == text
+
+
+def test_a_model_whose_pieces_span_words_is_refused(tmp_path):
+  path = train_model(tmp_path, split_by_whitespace=False)
+  with pytest.raises(ValueError, match="must not span"):
+    MistralTokenizer(path)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+  path = tmp_path / "tokenizer.model"
+  path.write_bytes(b"not a model")
+  with pytest.raises(ValueError, match="not a SentencePiece model"):
+    load_tokenizer(path)
+
+
+def test_a_dataset_directory_names_its_tokenizer(tmp_path, model):
+  manifest = tmp_path / "manifest.json"
+  manifest.write_text(json.dumps({"tokenizer": {"name": "bytes"}}))
+  assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
+  manifest.write_text(json.dumps({"tokenizer": {"name": "mistral"}}))
+  (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+  assert load_tokenizer(tmp_path).encode("it was") == load_tokenizer(model).encode("it was")
+  manifest.write_text(json.dumps({"tokenizer": {"name": "other"}}))
+  with pytest.raises(ValueError, match="'other'"):
+    load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mistral", "no/such/path"])
+def test_an_unknown_name_is_refused(name):
+  with pytest.raises(ValueError, match=f"'{name}': must be 'bytes'"):
+    load_tokenizer(name)
