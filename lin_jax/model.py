@@ -87,7 +87,8 @@ class LanguageModel(nnx.Module):
     self.remat = remat
     self.dtype = jnp.dtype(config.dtype)
     self.embedding = param(rngs, NORMAL, (config.vocab_size, config.width), ("vocab", "embed"))
-    self.runs = nnx.List([_stack(config, mixer, depth, rngs) for mixer, depth in _runs(config)])
+    runs = [(mixer, len(list(layers))) for mixer, layers in itertools.groupby(layer_mixers(config))]
+    self.runs = nnx.List([_stack(config, mixer, depth, rngs) for mixer, depth in runs])
     self.norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
     head_shape, head_axes = (config.width, config.vocab_size), ("embed", "vocab")
     self.head = None if config.tie_embeddings else param(rngs, NORMAL, head_shape, head_axes)
@@ -163,13 +164,13 @@ def abstract_model(config: ModelConfig) -> LanguageModel:
   return jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
 
 
-def _runs(config):
-  """(mixer config, number of layers) for each run of consecutive layers with equal mixers."""
-  layers = [config.mixer] * config.depth
-  return [(mixer, len(list(group))) for mixer, group in itertools.groupby(layers)]
+def layer_mixers(config: ModelConfig) -> list:
+  """The mixer config of each layer. Consecutive equal ones form a run."""
+  return [config.mixer] * config.depth
 
 
 def _stack(config, mixer, depth, rngs):
+  """`depth` blocks, each initialised from its own key, as one module with a leading layer axis."""
   keys = jax.random.split(rngs.params(), depth)
   return jax.vmap(lambda key: Block(config, mixer, rngs=nnx.Rngs(key)))(keys)
 

@@ -1,12 +1,13 @@
 """Softmax attention of Transformer++ (LLaMA): rotary positions, grouped key-value heads, optional sliding window.
 
-The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's flash kernels where they apply: half
-precision, head size a multiple of 8 up to 128. Their public interface has no segment ids, so packed documents pass a
-boolean mask [B,1,T,T] shared by all heads; cuDNN reads it as a bias and stores no scores. Elsewhere XLA's form runs,
-which stores scores [B,H,T,T].
+The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's flash kernels where they apply: 16-bit
+dtypes, head sizes that are multiples of 8 up to 128 and, with a mask, even lengths. It has no segment ids, so packed
+documents pass a boolean mask [B,1,T,T] shared by all heads; cuDNN reads it as a bias and stores no scores. Elsewhere
+XLA's form runs, which stores scores [B,H,T,T].
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +62,13 @@ class Attention(nnx.Module):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     q, k, v = self._project(x, positions)
 
-    def attend(q, k, v, runs):
-      mask = None if runs is None else (runs[:, :, None] == runs[:, None, :])[:, None]
-      return _attention(q, k, v, mask, is_causal=True, local_window_size=(self.window - 1, 0) if self.window else None)
-
-    runs = None if segment_ids is None else segment_runs(segment_ids)
-    o = shard_heads(attend, "bthk,bshk,bshk,bt->bthk")(q, k, v, runs)
+    mask, window = None, (self.window - 1, 0) if self.window else None
+    if segment_ids is not None:
+      # The mask carries the window too: cuDNN does not take a bias and a window together.
+      runs, window = segment_runs(segment_ids), None
+      mask = (self._visible(positions, positions) & (runs[:, :, None] == runs[:, None, :]))[:, None]
+    attend = functools.partial(_attention, is_causal=True, local_window_size=window)
+    o = shard_heads(attend, "bthk,bshk,bshk,b1ts->bthk")(q, k, v, mask)
     return self._finish(checkpoint_name(o, "mixer_output")), None
 
   def _extend(self, x, state, segment_ids):
@@ -142,8 +144,9 @@ def _write(state, k, v, positions, labels):
 
 
 def _attention(q, k, v, mask, *, flash=True, **options):
-  head_dim = q.shape[-1]
+  (_, time, _, head_dim), keys = q.shape, k.shape[1]
   flash &= jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+  flash &= mask is None or (time % 2 == 0 and keys % 2 == 0)
   # JAX's XLA form mixes dtypes, which callers under strict promotion would be refused.
   with jax.numpy_dtype_promotion("standard"):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if flash else "xla", **options)

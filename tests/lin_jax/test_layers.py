@@ -1,0 +1,110 @@
+"""Each layer against its formula written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, SwiGLU, rotary, segment_runs
+from tests.close import assert_close
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def test_rms_norm():
+  norm = RMSNorm(6, eps=1e-6, rngs=nnx.Rngs(0))
+  norm.scale[...] = normal(1, 6)
+  x = 100 * normal(0, 3, 4, 6)
+  expected = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6) * np.asarray(norm.scale[...])[None, None]
+  assert_close("float32", norm(x), expected, 1e-6)
+
+
+def test_rms_norm_statistics_are_float32():
+  # In float16 the squares of 300 overflow.
+  x = jnp.full((2, 8), 300, jnp.float16)
+  y = RMSNorm(8, eps=1e-6, rngs=nnx.Rngs(0))(x)
+  assert y.dtype == jnp.float16
+  assert_close("float16", y, np.ones((2, 8)), 1e-3)
+
+
+def test_swiglu():
+  mlp = SwiGLU(6, 10, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  x = normal(0, 2, 3, 6)
+  gate, up = (np.asarray(x @ linear.kernel[...]) for linear in (mlp.gate, mlp.up))
+  assert_close("output", mlp(x), gate / (1 + np.exp(-gate)) * up @ np.asarray(mlp.down.kernel[...]), 1e-6)
+
+
+@pytest.mark.parametrize("output_dtype", [None, jnp.float32])
+def test_linear_casts_at_use(output_dtype):
+  linear = Linear(64, 5, (None, None), dtype=jnp.bfloat16, rngs=nnx.Rngs(0), bias=True, output_dtype=output_dtype)
+  linear.bias[...] = normal(1, 5)
+  x = normal(0, 3, 64, dtype=jnp.bfloat16)
+  y = linear(x)
+  assert linear.kernel.dtype == jnp.float32
+  assert y.dtype == (output_dtype or jnp.bfloat16)
+  rounded = np.asarray(linear.kernel[...].astype(jnp.bfloat16), np.float32)
+  expected = np.asarray(x, np.float32) @ rounded + np.asarray(linear.bias[...])[None]
+  assert_close("output", y.astype(jnp.float32), expected, 1e-6 if output_dtype else 5e-3)
+
+
+@pytest.fixture(scope="module")
+def convolution():
+  return ShortConvolution(5, 4, axis=None, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_short_convolution(convolution):
+  x, kernel = np.asarray(normal(0, 2, 9, 5)), np.asarray(convolution.kernel[...])
+  expected = np.stack([np.convolve(x[b, :, c], kernel[::-1, c])[:9] for b in range(2) for c in range(5)])
+  assert_close("output", convolution(x)[0], expected.reshape(2, 5, 9).swapaxes(1, 2), 1e-6)
+
+
+@pytest.mark.parametrize("pieces", [(9,), (4, 5), (1,) * 9])
+def test_short_convolution_in_pieces(convolution, pieces):
+  x, state, outputs = normal(0, 2, 9, 5), convolution.init_state(2), []
+  for piece in np.split(x, np.cumsum(pieces)[:-1], axis=1):
+    y, state = convolution(piece, state)
+    outputs.append(y)
+  whole, last = convolution(x)
+  assert_close("output", np.concatenate(outputs, axis=1), whole, 1e-6)
+  assert_close("state", state, last, 0)
+
+
+def test_short_convolution_segments(convolution):
+  x, past = normal(0, 1, 9, 5), normal(1, 1, 3, 5)
+  # An id that comes back is another segment.
+  segment_ids = jnp.array([[7, 7, 8, 7, 7, 7, 7, 7, 9]])
+  y, state = convolution(x, past, segment_ids)
+  alone = [convolution(x[:, :2], past), convolution(x[:, 2:3]), convolution(x[:, 3:8]), convolution(x[:, 8:])]
+  assert_close("output", y, np.concatenate([output for output, _ in alone], axis=1), 1e-6)
+  assert_close("state", state, alone[-1][1], 0)
+
+
+def test_short_convolution_needs_two_taps():
+  with pytest.raises(ValueError, match="taps=1"):
+    ShortConvolution(5, 1, axis=None, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_segment_runs_count_changes():
+  np.testing.assert_array_equal(segment_runs(jnp.array([[4, 4, 2, 4], [1, 1, 1, 1]])), [[0, 0, 1, 2], [0, 0, 0, 0]])
+
+
+def test_rotary_scores_depend_on_distance():
+  q, k = normal(0, 1, 1, 2, 8), normal(1, 1, 1, 2, 8)
+
+  def score(i, j):
+    rotated = (rotary(x, jnp.array([[position]]), 1e4) for x, position in ((q, i), (k, j)))
+    return np.einsum("bthk,bthk->h", *rotated)
+
+  assert_close("same distance", score(1007, 1002), score(5, 0), 1e-4)
+  assert_close("length", np.linalg.norm(rotary(q, jnp.array([[9]]), 1e4)), np.linalg.norm(q), 1e-6)
+  assert np.abs(score(5, 0) - score(6, 0)).max() > 1e-2
+
+
+def test_rotary_angles():
+  x = jnp.zeros((1, 1, 1, 4)).at[..., :2].set(1.0)
+  angle = 3 * np.array([1.0, 1e4**-0.5])
+  expected = np.concatenate([np.cos(angle), np.sin(angle)])
+  assert_close("rotation", rotary(x, jnp.array([[3]]), 1e4)[0, 0, 0], expected, 1e-6)
