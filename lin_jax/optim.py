@@ -10,20 +10,31 @@ from lin_jax.config import OptimConfig
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
   """Clip to `config.clip_norm`, then AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decay decoupled."""
-  return optax.chain(
+  optimizer = optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(learning_rate(config), config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay,
                   mask=matrices),
   )
 
+  def update(grads, state, params):
+    # Optax mixes integer counts and floats, which fails where the caller has turned implicit promotion off.
+    with jax.numpy_dtype_promotion("standard"):
+      return optimizer.update(grads, state, params)
+
+  return optax.GradientTransformation(optimizer.init, update)
+
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
   """Update number (from 0) to learning rate: the first update already moves, the last uses `final_learning_rate`."""
-  warmup = config.warmup_steps
-  rising = optax.linear_schedule(0.0, config.learning_rate, warmup + 1)
-  falling = optax.cosine_decay_schedule(config.learning_rate, max(1, config.steps - 1 - warmup),
-                                        config.final_learning_rate / config.learning_rate)
-  return lambda count: jnp.where(count < warmup, rising(count + 1), falling(count - warmup))
+  warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
+
+  def schedule(count):
+    count = jnp.asarray(count, jnp.float32)
+    progress = jnp.clip((count - warmup) / max(1, config.steps - 1 - warmup), 0.0, 1.0)
+    cosine = final + (peak - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return jnp.where(count < warmup, peak * (count + 1.0) / (warmup + 1), cosine)
+
+  return schedule
 
 
 def matrices(params) -> object:

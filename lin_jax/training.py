@@ -86,6 +86,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
             f"checkpoint: {checkpoints.latest() or 'none'}. --config.optim.nonfinite=skip resumes and leaves such steps out")
       report.step(step, metrics)
 
+    report.start(sum(x.size for x in jax.tree.leaves(abstract.params)))
     step, under_way, preempted = start, None, False
     if start == 0 and config.eval.every:
       evaluate()
@@ -163,7 +164,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
     (total, counts), grads = accumulate(state.params, batch)
     targets = jnp.maximum(counts["targets"], 1.0)
     grads = jax.tree.map(lambda g: g / targets, grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updated = optax.apply_updates(state.params, updates), opt_state

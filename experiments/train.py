@@ -1,0 +1,52 @@
+"""Trains a config by name; the same command resumes an interrupted run.
+
+  python experiments/train.py --config=gla_tiny
+  python experiments/train.py --config=gla_1b3 --workdir=runs/long --config.optim.steps=20000 --config.mesh.fsdp=8
+
+Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 1 the loss was not finite; 2 a user's error.
+"""
+
+import sys
+
+import commands
+import configs
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from lin_jax.config import TrainConfig
+from lin_jax.training import train
+
+_CONFIG = config_flags.DEFINE_config_dataclass(
+    "config", TrainConfig(), f"One of {', '.join(configs.CONFIGS)}; --config.<field>=<value> overrides a field.",
+    parse_fn=configs.lookup)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; runs/<config> if empty.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "host:port of the first process of a run on several hosts; 'auto' where the cluster tells.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with a coordinator.")
+_PROCESS = flags.DEFINE_integer("process", None, "Index of this process, with a coordinator.")
+
+
+def main(_):
+  logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at the level below
+  config = _CONFIG.value
+  if not config.name:
+    raise ValueError(f"--config is required: one of {', '.join(configs.CONFIGS)}")
+  if _COORDINATOR.value:
+    address = None if _COORDINATOR.value == "auto" else _COORDINATOR.value
+    jax.distributed.initialize(address, _PROCESSES.value, _PROCESS.value)
+  workdir = _WORKDIR.value or f"runs/{config.name}"
+  try:
+    result = train(config, workdir)
+  except FloatingPointError as e:
+    print(f"train.py: {e}", file=sys.stderr)
+    sys.exit(1)
+  if result["preempted"]:
+    print(f"stopped by SIGTERM after step {result['step']}, saved as {result['checkpoint']}: the same command resumes")
+  else:
+    print(f"done: step {result['step']}, held-out bits per byte {result['bits_per_byte']:.3f}, "
+          f"loss curve {workdir}/loss.png, checkpoint {result['checkpoint']}")
+
+
+if __name__ == "__main__":
+  commands.run(main)

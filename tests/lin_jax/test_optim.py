@@ -1,0 +1,58 @@
+"""Schedule, decay mask and the optimizer against AdamW written out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lin_jax.config import OptimConfig
+from lin_jax.model import LanguageModel
+from lin_jax.optim import learning_rate, make_optimizer, matrices
+from tests.lin_jax import tiny
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedule_rises_to_the_peak_and_ends_at_the_final_rate(warmup):
+  config = OptimConfig(steps=20, warmup_steps=warmup, learning_rate=1e-2, final_learning_rate=1e-3)
+  rates = np.array([learning_rate(config)(jnp.int32(i)) for i in range(config.steps)])
+  np.testing.assert_allclose(rates[:warmup], 1e-2 * np.arange(1, warmup + 1) / (warmup + 1), rtol=1e-6)
+  assert rates.argmax() == warmup and np.isclose(rates[warmup], 1e-2) and np.isclose(rates[-1], 1e-3)
+  progress = np.arange(config.steps - warmup) / (config.steps - 1 - warmup)
+  np.testing.assert_allclose(rates[warmup:], 1e-3 + 9e-3 * (1 + np.cos(np.pi * progress)) / 2, rtol=1e-5)
+
+
+def test_decay_mask_counts_the_axes_of_one_layer():
+  params = nnx.state(jax.eval_shape(lambda: LanguageModel(tiny.config("").model, rngs=nnx.Rngs(0))))
+  decayed = {jax.tree_util.keystr(path, simple=True): decay
+             for path, decay in jax.tree_util.tree_leaves_with_path(matrices(params))}
+  vectors = {name for name, decay in decayed.items() if not decay}
+  assert vectors == {name for name in decayed if name.endswith(("scale", "bias"))}
+  stacked = params["runs"][0]["mixer_norm"]["scale"]
+  assert len(vectors) >= 3 and len(decayed) - len(vectors) >= 8 and stacked.shape == (2, 32)
+  assert matrices({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}) == {"w": True, "b": False}
+
+
+def test_updates_equal_adamw_by_hand():
+  config = OptimConfig(steps=5, warmup_steps=1, learning_rate=0.1, final_learning_rate=0.01, beta1=0.8, beta2=0.9,
+                       eps=1e-6, weight_decay=0.1, clip_norm=1.0)
+  random = np.random.default_rng(0)
+  params = {"w": random.normal(size=(3, 2)).astype(np.float32), "b": random.normal(size=2).astype(np.float32)}
+  optimizer, actual = make_optimizer(config), jax.tree.map(jnp.array, params)
+  state = optimizer.init(actual)
+  first, second = ({name: np.zeros_like(p) for name, p in params.items()} for _ in range(2))
+  for count in range(config.steps):
+    grads = {name: random.normal(size=p.shape).astype(np.float32) for name, p in params.items()}
+    updates, state = optimizer.update(jax.tree.map(jnp.array, grads), state, actual)
+    actual = jax.tree.map(jnp.add, actual, updates)
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    rate = float(learning_rate(config)(jnp.int32(count)))
+    for name, p in params.items():
+      g = grads[name] * min(1.0, config.clip_norm / norm)
+      first[name] = config.beta1 * first[name] + (1 - config.beta1) * g
+      second[name] = config.beta2 * second[name] + (1 - config.beta2) * g**2
+      m, v = first[name] / (1 - config.beta1 ** (count + 1)), second[name] / (1 - config.beta2 ** (count + 1))
+      decay = config.weight_decay * p if p.ndim == 2 else 0.0
+      params[name] = p - rate * (m / (np.sqrt(v) + config.eps) + decay)
+  for name, p in params.items():
+    np.testing.assert_allclose(actual[name], p, rtol=2e-5)
