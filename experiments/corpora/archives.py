@@ -1,6 +1,7 @@
 """Reads the files inside downloaded packages, without unpacking them to disk."""
 
 import gzip
+import hashlib
 import io
 import pathlib
 import re
@@ -9,6 +10,9 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 
+from corpora.dataset import sha256
+
+_PACKAGES = (".deb", ".whl", ".zip", ".tgz", ".tar.gz")
 _APT_HELPER = "/usr/lib/apt/apt-helper"
 
 
@@ -27,6 +31,14 @@ def members(path: pathlib.Path, include: str = "", exclude: str = "") -> Iterato
     raise ValueError(f"{path}: not a readable package ({e})") from e
 
 
+def checksum(path: pathlib.Path) -> str:
+  """SHA-256 of a package file; of the content of an index of apt, whose compression differs between machines."""
+  if path.name.endswith(_PACKAGES):
+    return sha256(path)
+  (_, content), = members(path)
+  return hashlib.sha256(content).hexdigest()
+
+
 def _archive(path):
   if path.suffix == ".deb":
     yield from _tar(io.BytesIO(_deb_data(path)))
@@ -34,7 +46,7 @@ def _archive(path):
     with zipfile.ZipFile(path) as archive:
       for name in archive.namelist():
         yield name, lambda name=name: archive.read(name)
-  elif path.suffix in (".tgz", ".gz"):
+  elif path.name.endswith(_PACKAGES):
     with open(path, "rb") as f:
       yield from _tar(f)
   else:

@@ -43,8 +43,8 @@ def clean(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
   common = {line for line, count in pages.items() if count > len(documents) / 10} if len(documents) >= 20 else set()
   for name, text in documents:
     kept = "\n".join(line for line in text.split("\n") if line not in common)
-    paragraphs = filter(str.strip, re.split(r"\n\n+", kept))
-    yield name, "\n\n".join(unwrap(paragraph) for paragraph in paragraphs)
+    paragraphs = [paragraph.strip("\n") for paragraph in re.split(r"\n\n+", kept)]
+    yield name, "\n\n".join(unwrap(paragraph) for paragraph in paragraphs if paragraph.strip())
 
 
 def _normalise(text):

@@ -116,6 +116,11 @@ class SplitWriter:
       self._file.close()
     self._file = None
 
+  def close(self) -> None:
+    """Closes the files."""
+    self._close_shard()
+    self._starts.close()
+
   def flush(self) -> dict:
     """Brings the files up to `state` on disk, and returns it."""
     for file in (self._starts, self._file):
@@ -127,8 +132,7 @@ class SplitWriter:
   def finish(self) -> dict:
     """Closes the files, writes the index, and returns the split's manifest entry."""
     self.flush()
-    self._close_shard()
-    self._starts.close()
+    self.close()
     index = self._path("idx.npy")
     np.save(index, np.fromfile(self._path("starts"), np.uint64))
     state, shards = self.state, []
@@ -141,7 +145,7 @@ class SplitWriter:
 
 
 class DatasetWriter:
-  """The writers of all splits of one work directory, with their common checkpoint.
+  """The writers of all splits of one work directory, with their common checkpoint; a context that closes the files.
 
   `done` counts the input documents on disk, which a resumed run has to skip; `notes` is the caller's own JSON state.
   """
@@ -152,6 +156,13 @@ class DatasetWriter:
     self.done, self.notes = progress.get("done", 0), progress.get("notes", {})
     states = progress.get("splits", {})
     self._writers = {split: SplitWriter(work, split, shard_tokens, states.get(split)) for split in splits}
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for writer in self._writers.values():
+      writer.close()
 
   def add(self, split: str, ids: np.ndarray, size: int) -> None:
     """Appends a document to `split`: its ids with the end id, and the bytes of its text."""

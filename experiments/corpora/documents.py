@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -78,23 +79,30 @@ def hub(name: str, skip: int = 0, *, split: str, revision: str, field: str) -> I
 
 
 def _text(path, separator):
+  content = b"".join(_lines(path))
   try:
-    with _open(path) as f:
-      text = f.read().decode()
+    text = content.decode()
   except UnicodeDecodeError as e:
     raise ValueError(f"{path}: byte {e.start} is not UTF-8: text files must be") from e
   return text.split(separator) if separator else [text]
 
 
 def _jsonl(path, field):
-  with _open(path) as f:
-    for number, line in enumerate(f, 1):
-      if line.strip():
-        try:
-          row = json.loads(line)
-        except ValueError as e:
-          raise ValueError(f"{path}: line {number} is not JSON ({e})") from e
-        yield _field(row, field, f"{path}: line {number}")
+  for number, line in enumerate(_lines(path), 1):
+    if line.strip():
+      try:
+        row = json.loads(line)
+      except ValueError as e:
+        raise ValueError(f"{path}: line {number} is not JSON ({e})") from e
+      yield _field(row, field, f"{path}: line {number}")
+
+
+def _lines(path):
+  try:
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+      yield from f
+  except (OSError, EOFError, zlib.error) as e:
+    raise ValueError(f"{path}: not readable ({e})") from e
 
 
 def _parquet(path, field):
@@ -114,13 +122,6 @@ def _parquet(path, field):
     for text in batch.column(0).to_pylist():
       yield _field({field: text}, field, f"{path}: row {number}")
       number += 1
-
-
-def _open(path):
-  try:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-  except OSError as e:
-    raise ValueError(f"{path}: not readable ({e.strerror})") from e
 
 
 def _field(row, field, where):

