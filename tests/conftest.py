@@ -34,18 +34,20 @@ def pytest_configure(config):
 
 
 class Record:
-  """Collects what tests pass to `record_property`, from all worker processes, and writes it when the run ends."""
+  """Collects the errors that tests pass to `record_property`, from all worker processes, and writes them at the end."""
 
   def __init__(self, path):
     self.path, self.tests = pathlib.Path(path), {}
 
   def pytest_runtest_logreport(self, report):
     if report.when == "call":
-      self.tests[report.nodeid] = {"outcome": report.outcome, **dict(report.user_properties)}
+      errors = dict(report.user_properties).get("errors", {})
+      self.tests[report.nodeid] = {"outcome": report.outcome, **{name: float(f"{e:.1e}") for name, e in errors.items()}}
 
   def pytest_sessionfinish(self):
-    device = jax.devices()[0]
-    record = {"command": " ".join(["pytest", *sys.argv[1:]]), "device": device.device_kind, "jax": jax.__version__,
-              "jaxlib": jaxlib.__version__, "passed": sum(t["outcome"] == "passed" for t in self.tests.values()),
-              "failed": sum(t["outcome"] == "failed" for t in self.tests.values()), "tests": self.tests}
-    self.path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    outcomes = [test["outcome"] for test in self.tests.values()]
+    head = {"command": " ".join(["pytest", *(x for x in sys.argv[1:] if not x.startswith("--record"))]),
+            "device": jax.devices()[0].device_kind, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+            "passed": outcomes.count("passed"), "failed": outcomes.count("failed")}
+    tests = ",\n".join(f"  {json.dumps(name)}: {json.dumps(test)}" for name, test in sorted(self.tests.items()))
+    self.path.write_text(f'{json.dumps(head)[:-1]}, "tests": {{\n{tests}\n}}}}\n')
