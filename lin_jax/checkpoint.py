@@ -28,7 +28,8 @@ class Checkpoints:
                                  keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=_eval_loss, best_mode="min",
-        read_only=read_only, create=not read_only)
+        # Orbax warns of its own mode for reading; a manager that never saves needs none.
+        create=not read_only)
     handlers = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
                 "data": grain.checkpoint.CheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
     self.path = workdir.absolute() / "checkpoints"
