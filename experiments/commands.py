@@ -1,5 +1,6 @@
 """Runs a command's `main`: user errors end with exit code 2 and one message, everything else with its traceback."""
 
+import logging
 import pathlib
 import sys
 import traceback
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SOURCES = tuple(_ROOT / name for name in ("experiments", "lin_jax", "kernels"))
@@ -22,6 +24,9 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
   jax.config.update("jax_traceback_filtering", "off")
 
   def guarded(argv):
+    # Below this level Orbax narrates every save and load; which implementation of an op runs is worth a line.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("kernels").setLevel(logging.INFO)
     if len(argv) > 1:
       _exit(f"unexpected argument {argv[1]!r}: write options as --name=value")
     try:
