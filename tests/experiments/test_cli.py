@@ -1,0 +1,119 @@
+"""The commands from text to sample, as a user types them, and their answers to mistakes."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMALL = ["--config.model.width=32", "--config.model.depth=1", "--config.model.mlp_width=32",
+         "--config.data.sequence_length=32", "--config.data.batch_size=4", "--config.optim.warmup_steps=1"]
+
+
+def start(command, *arguments):
+  # Users have no fake devices.
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  return subprocess.Popen([sys.executable, ROOT / "experiments" / command, *map(str, arguments)], cwd=ROOT,
+                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def succeed(command, *arguments):
+  process = start(command, *arguments)
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  return out, err
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  path = tmp_path_factory.mktemp("data")
+  for i in range(20):
+    (path / f"{i}.txt").write_text(f"Document {i}. " + "the cat sat on the mat; " * 20)
+  succeed("prepare_data.py", f"--input={path}/*.txt", "--tokenizer=bytes", "--val_fraction=0.2", f"--out={path}/bytes")
+  return path / "bytes"
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run") / "run"
+  out, _ = succeed("train.py", "--config=gla_tiny", f"--workdir={workdir}", f"--config.data.path={data}", *SMALL,
+                   "--config.optim.steps=6", "--config.optim.learning_rate=0.01", "--config.log.every=1")
+  assert "step 6/6" in out
+  return workdir
+
+
+def test_train_leaves_curve_config_and_metrics(run):
+  assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+  assert json.loads((run / "config.json").read_text())["optim"]["steps"] == 6
+  losses = [r["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in (r := json.loads(line))]
+  assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+def test_evaluate_prints_a_table_and_writes_it(run):
+  out, _ = succeed("evaluate.py", f"--workdir={run}", "--sequence_length=64", "--bucket_width=16")
+  result = json.loads((run / "evaluation_val_64.json").read_text())
+  assert [b["start"] for b in result["buckets"]] == [0, 16, 32, 48]
+  assert sum(b["targets"] for b in result["buckets"]) == result["targets"]
+  assert 0 < result["bits_per_byte"] < 8.2
+  assert f"{result['bits_per_byte']:.4f} bits per byte" in out and "evaluation_val_64.json" in out
+
+
+def test_generate_repeats_with_its_seed(run, tmp_path):
+  processes = [start("generate.py", f"--workdir={run}", "--prompt=the cat", "--tokens=20", f"--seed={seed}",
+                     f"--out={tmp_path}/{i}.txt") for i, seed in enumerate((1, 1, 2))]
+  outputs = [process.communicate() for process in processes]
+  assert [process.returncode for process in processes] == [0, 0, 0], outputs
+  texts = [out for out, _ in outputs]
+  assert texts[0].startswith("the cat") and texts[0] == texts[1] != texts[2]
+  assert (tmp_path / "0.txt").read_text() == texts[0]
+  assert "tokens/s" in outputs[0][1] and "decoding state" in outputs[0][1]
+
+
+def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
+  (tmp_path / "file").write_text("")
+  train = ["train.py", f"--workdir={tmp_path}/new", "--config=gla_tiny", f"--config.data.path={data}"]
+  cases = [
+      ([*train, "--config=gla_2b"], "unknown config 'gla_2b'; known: gla_tiny, gla_small"),
+      ([*train, "--config.optim.step=3"], "unknown config field: Field step not found"),
+      ([*train, "--config.optim.steps=many"], "--config.optim.steps=many: invalid literal for int()"),
+      ([*train, "--config.data.batch_size=0"], "config.data.batch_size=0: must be at least 1"),
+      ([*train, f"--config.data.path={tmp_path}/none"], "none': no such directory"),
+      ([*train, *SMALL, f"--workdir={tmp_path}/file/run"], "cannot be written"),
+      ([*train, *SMALL, "--config.optim.steps=7", f"--workdir={run}"], "holds a run of another config"),
+      ([*train, "extra"], "unexpected argument 'extra'"),
+      (["generate.py", f"--workdir={tmp_path}/new"], "not a saved lin_jax config"),
+      (["generate.py", f"--workdir={run}", "--top_p=0"], "top_p=0.0: must lie in (0, 1]"),
+      (["generate.py", f"--workdir={run}", "--checkpoint=5"], "no checkpoint of step 5; saved: "),
+      (["evaluate.py", f"--workdir={run}", "--split=nope"], "no split 'nope': it has test, train, val"),
+  ]
+  for first in range(0, len(cases), 2):
+    pair = cases[first:first + 2]
+    processes = [start(*arguments) for arguments, _ in pair]
+    for process, (arguments, message) in zip(processes, pair, strict=True):
+      out, err = process.communicate()
+      assert process.returncode == 2, (arguments, out, err)
+      assert message in err and "Traceback" not in err
+      assert len([line for line in err.splitlines() if line.startswith(f"{arguments[0]}: ")]) == 1
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="tests the Makefile")
+def test_make_without_a_python_says_what_to_install(tmp_path):
+  shutil.copy(ROOT / "Makefile", tmp_path)
+  for name in ("requirements.txt", "pyproject.toml"):
+    (tmp_path / name).touch()
+  commands = tmp_path / "bin"
+  commands.mkdir()
+  (commands / "make").symlink_to(shutil.which("make"))
+  # What a version manager leaves of an interpreter that is not selected.
+  for name in ("python3.12", "python3.13", "python3.14", "python3", "python"):
+    (commands / name).write_text("#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
+    (commands / name).chmod(0o755)
+  result = subprocess.run(["make", "test"], cwd=tmp_path, env=os.environ | {"PATH": str(commands)}, text=True,
+                          capture_output=True)
+  assert result.returncode != 0 and not (tmp_path / ".venv").exists()
+  assert result.stderr.startswith("Python 3.12 or newer is needed and none was found: install it from https://")

@@ -1,0 +1,66 @@
+"""Every named config obeys the rules and builds; sizes and schedules are the paper's; twins differ in the mixer only."""
+
+import re
+
+import configs
+import pytest
+
+from lin_jax import mixers
+from lin_jax.config import from_dict, to_dict, validate
+from lin_jax.model import parameter_count
+
+# Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget).
+SIZES = {"gla_tiny": 0.89e6, "transformer_tiny": 0.89e6, "gla_small": 42.1e6, "transformer_small": 42.1e6,
+         "gla_340m": 341.6e6, "transformer_340m": 341.6e6, "gla_1b3": 1.30e9, "transformer_1b3": 1.30e9}
+
+
+def test_every_config_has_a_size():
+  assert set(SIZES) == set(configs.CONFIGS)
+
+
+@pytest.mark.parametrize("name", configs.CONFIGS)
+def test_config_is_valid_and_has_its_size(name):
+  config = validate(configs.lookup(name))
+  assert config.name == name
+  assert parameter_count(config.model) == pytest.approx(SIZES[name], rel=0.01)
+  assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", configs.CONFIGS)
+def test_docstring_records_the_run(name):
+  text = configs.CONFIGS[name].__doc__
+  for part in ("Command:", "Expected:", "Obtained:", f"--config={name} "):
+    assert part in text
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "340m", "1b3"])
+def test_twins_share_everything_but_the_mixer(size):
+  gla, transformer = configs.lookup(f"gla_{size}"), configs.lookup(f"transformer_{size}")
+  assert mixers.name_of(gla.model.mixer) == "gla" and mixers.name_of(transformer.model.mixer) == "attention"
+  transformer.model.mixer, transformer.name = gla.model.mixer, gla.name
+  assert transformer == gla
+
+
+@pytest.mark.parametrize(("name", "tokens", "batch", "warmup"), [
+    ("gla_340m", 15e9, 0.5e6, 0.5e9), ("gla_1b3", 100e9, 2e6, 1e9)])
+def test_schedule_is_the_papers(name, tokens, batch, warmup):
+  config = configs.lookup(name)
+  per_step = config.data.batch_size * config.data.sequence_length
+  assert config.data.sequence_length == 2048
+  # The paper rounds its batches: 0.5M is 256 x 2048 = 0.52M, 2M is 1024 x 2048 = 2.1M.
+  assert per_step == pytest.approx(batch, rel=0.05)
+  assert tokens - per_step < config.optim.steps * per_step <= tokens
+  assert warmup - per_step < config.optim.warmup_steps * per_step <= warmup
+  optim = config.optim
+  assert (optim.learning_rate, optim.final_learning_rate, optim.weight_decay, optim.clip_norm) == (3e-4, 3e-5, 0.01, 1.0)
+
+
+def test_unknown_name_lists_the_known():
+  with pytest.raises(ValueError, match=re.escape("unknown config 'gla_2b'; known: gla_tiny, gla_small, gla_340m")):
+    configs.lookup("gla_2b")
+
+
+def test_lookup_returns_a_fresh_config():
+  changed = configs.lookup("gla_tiny")
+  changed.optim.steps, changed.model.mixer.heads = 1, 1
+  assert configs.lookup("gla_tiny").optim.steps != 1 and configs.lookup("gla_tiny").model.mixer.heads != 1
