@@ -9,8 +9,8 @@ import json
 import pathlib
 
 from absl import flags
-import commands
 
+import commands
 from lin_jax.checkpoint import load_model
 from lin_jax.data import TokenDataset, eval_batches
 from lin_jax.evaluate import evaluate

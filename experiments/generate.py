@@ -7,11 +7,11 @@ import pathlib
 import sys
 import time
 
-from absl import flags
-import commands
 import jax
 import numpy as np
+from absl import flags
 
+import commands
 from lin_jax.checkpoint import load_model
 from lin_jax.generate import Sampling, compile_generate, state_bytes
 from lin_jax.tokenizer import load_tokenizer

@@ -8,12 +8,12 @@ Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 1 the los
 
 import sys
 
-import commands
-import configs
 import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
+import commands
+import configs
 from lin_jax.config import TrainConfig
 from lin_jax.training import train
 

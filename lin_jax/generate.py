@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable
 
 import jax
-from jax import Array
 import jax.numpy as jnp
-from jaxtyping import Float, Int
 import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
 
 from lin_jax.model import LanguageModel
 
@@ -131,7 +131,7 @@ def _require_memory(request, needed):
   available = _memory(device)
   if needed > available:
     raise ValueError(f"{request} needs {needed / 2**30:,.1f} GiB beside the parameters, more than the "
-                     f"{available / 2**30:,.1f} GiB of {device.device_kind}: shorten the prompt or ask for fewer tokens")
+                     f"{available / 2**30:,.1f} GiB of {device.device_kind}: shorten the prompt or generate less")
 
 
 def _memory(device):

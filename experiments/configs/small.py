@@ -8,7 +8,8 @@ from lin_jax.mixers.gla import GLAConfig
 def gla_small() -> TrainConfig:
   """GLA, 42M parameters, on four epochs of the English corpus of `experiments/corpora`.
 
-  Source: no paper; the layer of arXiv:2312.06635 section 4.4 at half the width and a third of the depth of its 340M model.
+  Source: no paper; the layer of arXiv:2312.06635 section 4.4, at half the width and a third of the depth of its
+    340M model.
   Command: python experiments/prepare_data.py --corpus=english --out=data/english
            python experiments/train.py --config=gla_small --workdir=runs/gla_small
   Expected: validation perplexity well below 95, that of an interpolated 4-gram model on the same split (1.81 bits per

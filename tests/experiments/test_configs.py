@@ -1,10 +1,10 @@
-"""Every named config obeys the rules and builds; sizes and schedules are the paper's; twins differ in the mixer only."""
+"""Every named config builds and obeys the rules; sizes and schedules are the paper's; twins differ in the mixer."""
 
 import re
 
-import configs
 import pytest
 
+import configs
 from lin_jax import mixers
 from lin_jax.config import from_dict, to_dict, validate
 from lin_jax.model import parameter_count
@@ -52,7 +52,8 @@ def test_schedule_is_the_papers(name, tokens, batch, warmup):
   assert tokens - per_step < config.optim.steps * per_step <= tokens
   assert warmup - per_step < config.optim.warmup_steps * per_step <= warmup
   optim = config.optim
-  assert (optim.learning_rate, optim.final_learning_rate, optim.weight_decay, optim.clip_norm) == (3e-4, 3e-5, 0.01, 1.0)
+  assert (optim.learning_rate, optim.final_learning_rate) == (3e-4, 3e-5)
+  assert (optim.weight_decay, optim.clip_norm) == (0.01, 1.0)
 
 
 def test_unknown_name_lists_the_known():

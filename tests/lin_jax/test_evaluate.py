@@ -2,11 +2,11 @@
 
 import math
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
