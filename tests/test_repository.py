@@ -1,0 +1,41 @@
+"""The shape of the repository: which package may import which, and a map that names every file."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# What each may import of this repository.
+ALLOWED = {"kernels": {"kernels"}, "lin_jax": {"kernels", "lin_jax"},
+           "experiments": {"commands", "configs", "corpora", "kernels", "lin_jax"}}
+KERNEL_LIBRARIES = {"jax", "jaxtyping", "numpy"}
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name.split(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+      yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_one_way(package):
+  files = list((ROOT / package).rglob("*.py"))
+  assert files
+  ours = set().union(*ALLOWED.values()) | {"experiments", "tests"}
+  for path in files:
+    found = set(imports(path))
+    assert found & ours <= ALLOWED[package], path
+    if package == "kernels":
+      assert found - ours <= KERNEL_LIBRARIES | sys.stdlib_module_names, path
+
+
+def test_workspace_names_every_module():
+  text = (ROOT / "WORKSPACE.md").read_text()
+  for package in ("kernels", "lin_jax", "experiments"):
+    for path in (ROOT / package).rglob("*.py"):
+      name = str(path.relative_to(ROOT / package))
+      assert f"`{name}`" in text or f"`{name.split('/')[0]}/`" in text, f"WORKSPACE.md does not name {package}/{name}"
