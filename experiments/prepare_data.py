@@ -13,8 +13,9 @@ The same inputs and options give the same bytes. An interrupted run continues wh
 import functools
 import pathlib
 
-import commands
 from absl import flags
+
+import commands
 
 _OUT = flags.DEFINE_string("out", None, "directory to make", required=True)
 _INPUT = flags.DEFINE_multi_string("input", [], "text, .jsonl or .parquet file, or a glob of them; may be repeated")
@@ -45,7 +46,7 @@ def main(_) -> None:
   try:
     made = {"pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
   except OSError as e:
-    raise ValueError(f"{e.filename or out}: {e.strerror}") from e
+    raise ValueError(f"{e.filename or out}: {e.strerror or e}") from e
   print(f"{out}: {'written' if made else 'complete already, nothing to do'}")
 
 

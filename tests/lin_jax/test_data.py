@@ -4,8 +4,8 @@ import types
 
 import numpy as np
 import pytest
-from corpora import dataset
 
+from corpora import dataset
 from lin_jax.config import DataConfig
 from lin_jax.data import TokenDataset, Windows, eval_batches, train_iterator
 
