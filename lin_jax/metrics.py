@@ -40,7 +40,7 @@ class Reporter:
     rate = self.throughput.read()
     mfu = rate / self._peak_rate if rate and self._peak_rate else None
     scalars = {name: value.item() for name, value in metrics.items()}
-    self._record(step, scalars | {"tokens_per_second": rate, "mfu": mfu},
+    self._record(step, scalars | {"tokens_per_second": rate, "mfu": mfu, "peak_memory_gib": peak_memory_gib()},
                  progress(step, steps, scalars["loss"], rate, mfu, self._tokens))
 
   def evaluation(self, step: int, loss: float) -> float:
@@ -148,6 +148,12 @@ class Profile:
     if self._tracing:
       jax.profiler.stop_trace()
       self._tracing = False
+
+
+def peak_memory_gib() -> float | None:
+  """Most memory that the first device has held so far, in GiB; None for a backend that does not count (the CPU)."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
 
 
 def read(path: pathlib.Path) -> list[dict]:
