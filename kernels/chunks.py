@@ -34,22 +34,32 @@ def repeat_heads(x, heads):
 
 
 def split(x, size):
-  """`[B, T, H, D]` to chunks `[B, H, N, size, D]`; zeros fill the last one, which leaves a state unchanged."""
+  """`[B, T, H, D]` to chunks `[N, B, H, size, D]`; zeros fill the last one, which leaves a state unchanged."""
   B, T, H, D = x.shape
   x = jnp.pad(x, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
-  return jnp.moveaxis(x.reshape(B, -1, size, H, D), 3, 1)
+  return x.reshape(B, -1, size, H, D).transpose(1, 0, 3, 2, 4)
 
 
 def merge(x, T):
-  """Inverse of `split`: `[B, H, N, C, D]` to `[B, T, H, D]`."""
-  B, H, N, C, D = x.shape
-  return jnp.moveaxis(x, 1, 3).reshape(B, N * C, H, D)[:, :T]
+  """Inverse of `split`: `[N, B, H, C, D]` to `[B, T, H, D]`."""
+  N, B, H, C, D = x.shape
+  return x.transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, D)[:, :T]
+
+
+def blocks(x, size):
+  """Rows `[..., C, D]` as blocks `[..., C / size, size, D]`."""
+  return x.reshape(*x.shape[:-2], x.shape[-2] // size, size, x.shape[-1])
 
 
 def halves(x):
-  """First and second half of the rows `[..., 2s, D]` of a block."""
-  s = x.shape[-2] // 2
-  return x[..., :s, :], x[..., s:, :]
+  """Blocks `[..., M, s, D]` by turns: the first and the second halves `[..., M/2, s, D]` of blocks twice the size."""
+  x = x.reshape(*x.shape[:-3], x.shape[-3] // 2, 2, *x.shape[-2:])
+  return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def join(first, second):
+  """Inverse of `halves`, as blocks `[..., M/2, 2s, D]`."""
+  return jnp.concatenate([first, second], axis=-2)
 
 
 def exponents(g):
@@ -61,14 +71,11 @@ def exponents(g):
   chunk; the last row of `upto` is the chunk's total. Linear in g, so its transpose turns cotangents of exponents into
   those of gates.
   """
-  shape, K = g.shape[:-2], g.shape[-1]
-  upto, after = g[..., None, :], jnp.zeros_like(g)[..., None, :]
+  upto, after = blocks(g, 1), jnp.zeros_like(blocks(g, 1))
   levels = []
   while upto.shape[-3] > 1:
-    blocks = lambda x: x.reshape(*shape, x.shape[-3] // 2, 2, x.shape[-2], K)
-    (first_upto, second_upto), (first_after, second_after) = (
-        (x[..., 0, :, :], x[..., 1, :, :]) for x in (blocks(upto), blocks(after)))
-    levels.append((second_upto, first_after))
-    upto = jnp.concatenate([first_upto, second_upto + first_upto[..., -1:, :]], axis=-2)
-    after = jnp.concatenate([first_after + second_upto[..., -1:, :], second_after], axis=-2)
+    (upto_1, upto_2), (after_1, after_2) = halves(upto), halves(after)
+    levels.append((upto_2, after_1))
+    upto = join(upto_1, upto_1[..., -1:, :] + upto_2)
+    after = join(after_1 + upto_2[..., -1:, :], after_2)
   return levels, upto[..., 0, :, :], after[..., 0, :, :]

@@ -8,10 +8,13 @@ With q scaled, S the state entering and S' the one leaving a chunk, and `upto`, 
 Given dO and dS', with dP_ij = dO_i . V_j:
 
   dS = diag(exp(total)) dS' + (Q * exp(upto))^T dO          dV = P^T dO + (K * exp(after)) dS'
-  dQ = exp(upto) * (dO S^T) + intra                         dK = exp(after) * (V dS'^T) + intra
+  dQ = exp(upto) * (dO S^T) + share of P                    dK = exp(after) * (V dS'^T) + share of P
 
-An exponent's cotangent is query times its share of dQ, or key times its share of dK; the transpose of
-`chunks.exponents` sums those into dlog_decay. Nothing is divided by a decay and no large terms cancel.
+An exponent's cotangent is query times its share of dQ, or key times its share of dK, and that of the total is
+exp(total) * rowsum(S * dS'); the transpose of `chunks.exponents` sums them into dlog_decay. So no gradient is a
+difference of larger terms, and gates that all but close keep their relative precision.
+
+The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
 """
 
 import functools
@@ -29,111 +32,122 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
   """See `kernels.gla`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
-  return _gla(q, k, v, log_decay, initial_state, float(scale), chunk_size or 64)
+  if chunk_size is None:
+    chunk_size = next((size for size in (16, 32) if q.shape[1] <= size), 64)
+  return _gla(q, k, v, log_decay, initial_state, scale, chunk_size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _gla(q, k, v, log_decay, initial_state, scale, C):
-  return _forward(q, k, v, log_decay, initial_state, scale, C)[0]
+def _gla(q, k, v, log_decay, initial_state, scale, chunk_size):
+  xs = [chunks.split(x, chunk_size) for x in (q, k, v, log_decay)]
+  final_state, output = jax.lax.scan(functools.partial(_forward_chunk, scale), initial_state, xs)
+  return chunks.merge(output, q.shape[1]), final_state
 
 
-def _forward(q, k, v, log_decay, initial_state, scale, C):
-  qs, ks, vs, g = _split(q, k, v, log_decay, scale, C)
-  levels, upto, after = chunks.exponents(g)
-  states, final_state = _states(ks, vs, upto, after, initial_state)
-  output = _dot("bhnck,bhnkv->bhncv", _scaled(qs, upto), states.astype(qs.dtype))
-  output += jnp.sum(qs * ks, axis=-1, keepdims=True) * vs.astype(jnp.float32)
-  for upto_s, after_s in levels:
-    (_, q2), (k1, _), (v1, _) = (_halves(x, upto_s.shape) for x in (qs, ks, vs))
-    scores = _dot("bhnmik,bhnmjk->bhnmij", _scaled(q2, upto_s), _scaled(k1, after_s))
-    intra = _dot("bhnmij,bhnmjv->bhnmiv", scores.astype(vs.dtype), v1)
-    output += _second(intra, output.shape)
-  output = chunks.merge(output, q.shape[1]).astype(v.dtype)
-  return (output, final_state), (q, k, v, log_decay, initial_state)
+def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
+  return _gla(q, k, v, log_decay, initial_state, scale, chunk_size), (q, k, v, log_decay, initial_state)
 
 
-def _backward(scale, C, residuals, cotangents):
-  q, k, v, log_decay, initial_state = residuals
-  do, dfinal_state = cotangents
-  T, dtype = q.shape[1], _operand(q.dtype)
-  qs, ks, vs, g = _split(q, k, v, log_decay, scale, C)
-  do = chunks.split(do, C).astype(dtype)
-  levels, upto, after = chunks.exponents(g)
-  transpose = jax.linear_transpose(chunks.exponents, g)
-  states, _ = _states(ks, vs, upto, after, initial_state)
-  total = jnp.exp(upto[..., -1, :])
-
-  def back(dstate, x):
-    total, contribution = x
-    return total[..., None] * dstate + contribution, dstate
-
-  by_chunk = lambda x: jnp.moveaxis(x, 2, 0)
-  contribution = _dot("bhnck,bhncv->bhnkv", _scaled(qs, upto), do)
-  dinitial_state, dstates = jax.lax.scan(back, dfinal_state, (by_chunk(total), by_chunk(contribution)), reverse=True)
-  dstates = jnp.moveaxis(dstates, 0, 2)
-  dq = jnp.exp(upto) * _dot("bhncv,bhnkv->bhnck", do, states.astype(dtype))
-  dk = jnp.exp(after) * _dot("bhncv,bhnkv->bhnck", vs, dstates.astype(dtype))
-  dv = _dot("bhnck,bhnkv->bhncv", _scaled(ks, after), dstates.astype(dtype))
-  dupto, dafter = qs * dq, ks * dk
-  dupto = dupto.at[..., -1, :].add(total * jnp.sum(states * dstates, axis=-1))
-  diagonal = jnp.sum(do.astype(jnp.float32) * vs.astype(jnp.float32), axis=-1, keepdims=True)
-  dq, dk, dv = dq + diagonal * ks, dk + diagonal * qs, dv + jnp.sum(qs * ks, -1, keepdims=True) * do.astype(jnp.float32)
-  dlevels = []
-  for upto_s, after_s in levels:
-    (_, q2), (k1, _), (v1, _), (_, do2) = (_halves(x, upto_s.shape) for x in (qs, ks, vs, do))
-    qe, ke = _scaled(q2, upto_s), _scaled(k1, after_s)
-    scores = _dot("bhnmik,bhnmjk->bhnmij", qe, ke).astype(dtype)
-    dscores = _dot("bhnmiv,bhnmjv->bhnmij", do2, v1).astype(dtype)
-    dq2 = jnp.exp(upto_s) * _dot("bhnmij,bhnmjk->bhnmik", dscores, ke)
-    dk1 = jnp.exp(after_s) * _dot("bhnmij,bhnmik->bhnmjk", dscores, qe)
-    dv1 = _dot("bhnmij,bhnmiv->bhnmjv", scores, do2)
-    dlevels.append((q2 * dq2, k1 * dk1))
-    dq, dk, dv = dq + _second(dq2, dq.shape), dk + _first(dk1, dk.shape), dv + _first(dv1, dv.shape)
-  dg, = transpose((dlevels, dupto, dafter))
-  dq, dk, dv = (chunks.merge(x, T) for x in (scale * dq, dk, dv))
-  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), chunks.merge(dg, T), dinitial_state
+def _backward(scale, chunk_size, residuals, cotangents):
+  *inputs, initial_state = residuals
+  doutput, dfinal_state = cotangents
+  q, k, v, g, do = (chunks.split(x, chunk_size) for x in (*inputs, doutput))
+  _, states = jax.lax.scan(_state_chunk, initial_state, (k, v, g))
+  dinitial_state, gradients = jax.lax.scan(
+      functools.partial(_backward_chunk, scale), dfinal_state, (q, k, v, g, do, states), reverse=True)
+  return *(chunks.merge(x, inputs[0].shape[1]) for x in gradients), dinitial_state
 
 
 _gla.defvjp(_forward, _backward, optimize_remat=True)
 
 
-def _operand(dtype):
-  return jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+# Bodies of the scans over chunks: x holds one chunk `[B, H, C, .]` of each array.
 
 
-def _split(q, k, v, log_decay, scale, C):
-  q, k, v, g = (chunks.split(x, C) for x in (q, k, v, log_decay))
-  return scale * q.astype(jnp.float32), k.astype(jnp.float32), v.astype(_operand(v.dtype)), g
+def _forward_chunk(scale, state, x):
+  q, k, v, g = x
+  dot, q, k = _dot(q.dtype), scale * _wide(q), _wide(k)
+  levels, upto, after = chunks.exponents(g)
+  output = dot("bhck,bhkv->bhcv", q * jnp.exp(upto), state) + _rowsum(q * k) * _wide(v)
+  output = chunks.blocks(output, 1)
+  for upto_s, after_s in levels:
+    s = upto_s.shape[-2]
+    scores = dot("bhmik,bhmjk->bhmij", _second(q, s) * jnp.exp(upto_s), _first(k, s) * jnp.exp(after_s))
+    first, second = chunks.halves(output)
+    output = chunks.join(first, second + dot("bhmij,bhmjv->bhmiv", scores, _first(v, s)))
+  return _exit_state(state, k, v, upto, after, dot), output[..., 0, :, :].astype(v.dtype)
 
 
-def _scaled(x, exponent):
-  return x * jnp.exp(exponent)
+def _state_chunk(state, x):
+  k, v, g = x
+  _, upto, after = chunks.exponents(g)
+  return _exit_state(state, _wide(k), v, upto, after, _dot(k.dtype)), state
 
 
-def _states(k, v, upto, after, initial_state):
-  def step(state, x):
-    total, contribution = x
-    return total[..., None] * state + contribution, state
-
-  by_chunk = lambda x: jnp.moveaxis(x, 2, 0)
-  contribution = _dot("bhnck,bhncv->bhnkv", _scaled(k, after), v)
-  final_state, states = jax.lax.scan(step, initial_state, (by_chunk(jnp.exp(upto[..., -1, :])), by_chunk(contribution)))
-  return jnp.moveaxis(states, 0, 2), final_state
+def _exit_state(state, k, v, upto, after, dot):
+  return jnp.exp(upto[..., -1, :])[..., None] * state + dot("bhck,bhcv->bhkv", k * jnp.exp(after), v)
 
 
-def _dot(subscripts, a, b):
-  return jnp.einsum(subscripts, a.astype(b.dtype), b, precision="highest", preferred_element_type=jnp.float32)
+def _backward_chunk(scale, dstate, x):
+  q, k, v, g, do, state = x
+  dtype, dot, q, k = q.dtype, _dot(q.dtype), scale * _wide(q), _wide(k)
+  levels, upto, after = chunks.exponents(g)
+  decay_upto, decay_after = jnp.exp(upto), jnp.exp(after)
+  total = decay_upto[..., -1, :]
+
+  dq = decay_upto * dot("bhcv,bhkv->bhck", do, state)
+  dk = decay_after * dot("bhcv,bhkv->bhck", v, dstate)
+  dv = dot("bhck,bhkv->bhcv", k * decay_after, dstate)
+  dupto, dafter = q * dq, k * dk
+  dupto = dupto.at[..., -1, :].add(total * jnp.sum(state * dstate, axis=-1))
+  dstate = total[..., None] * dstate + dot("bhck,bhcv->bhkv", q * decay_upto, do)
+
+  # The diagonal of P carries no gate.
+  diagonal, ddiagonal = _rowsum(q * k), _rowsum(_wide(do) * _wide(v))
+  dq, dk, dv = dq + ddiagonal * k, dk + ddiagonal * q, dv + diagonal * _wide(do)
+  dq, dk, dv = (chunks.blocks(x, 1) for x in (dq, dk, dv))
+  dlevels = []
+  for upto_s, after_s in levels:
+    s = upto_s.shape[-2]
+    q_s, k_s, v_s, do_s = _second(q, s), _first(k, s), _first(v, s), _second(do, s)
+    decay_q, decay_k = jnp.exp(upto_s), jnp.exp(after_s)
+    scores = dot("bhmik,bhmjk->bhmij", q_s * decay_q, k_s * decay_k)
+    dscores = dot("bhmiv,bhmjv->bhmij", do_s, v_s)
+    dq_s = decay_q * dot("bhmij,bhmjk->bhmik", dscores, k_s * decay_k)
+    dk_s = decay_k * dot("bhmij,bhmik->bhmjk", dscores, q_s * decay_q)
+    dv_s = dot("bhmij,bhmiv->bhmjv", scores, do_s)
+    dlevels.append((q_s * dq_s, k_s * dk_s))
+    (dq_1, dq_2), (dk_1, dk_2), (dv_1, dv_2) = (chunks.halves(x) for x in (dq, dk, dv))
+    dq, dk, dv = chunks.join(dq_1, dq_2 + dq_s), chunks.join(dk_1 + dk_s, dk_2), chunks.join(dv_1 + dv_s, dv_2)
+
+  dg, = jax.linear_transpose(chunks.exponents, g)((dlevels, dupto, dafter))
+  dq, dk, dv = (x[..., 0, :, :].astype(dtype) for x in (scale * dq, dk, dv))
+  return dstate, (dq, dk, dv, dg)
 
 
-def _halves(x, shape):
-  B, H, N, M, s, _ = shape
-  x = x.reshape(B, H, N, M, 2, s, x.shape[-1])
-  return x[..., 0, :, :], x[..., 1, :, :]
+def _first(x, size):
+  return chunks.halves(chunks.blocks(x, size))[0]
 
 
-def _second(x, shape):
-  return jnp.concatenate([jnp.zeros_like(x), x], axis=-2).reshape(shape)
+def _second(x, size):
+  return chunks.halves(chunks.blocks(x, size))[1]
 
 
-def _first(x, shape):
-  return jnp.concatenate([x, jnp.zeros_like(x)], axis=-2).reshape(shape)
+def _wide(x):
+  return x.astype(jnp.float32)
+
+
+def _rowsum(x):
+  return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _dot(dtype):
+  """einsum for inputs of `dtype`: float32 exactly, 16-bit as bfloat16, because states and cotangents may leave the
+  range of float16; accumulated in float32."""
+  operand = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+
+  def dot(subscripts, a, b):
+    return jnp.einsum(
+        subscripts, a.astype(operand), b.astype(operand), precision="highest", preferred_element_type=jnp.float32)
+
+  return dot
