@@ -8,20 +8,21 @@ from lin_jax.mixers.gla import GLAConfig
 def gla_tiny() -> TrainConfig:
   """GLA on Shakespeare's plays, the run that `make train` makes.
 
-  Source: no paper; a smoke test that learns. The layer is that of `gla_340m`.
+  Source: no paper; a smoke test that learns. The layer is that of `gla_340m` and a short convolution, which at the scale
+    of a million tokens is worth several times the training.
   Command: python experiments/prepare_data.py --corpus=shakespeare --out=data/shakespeare
            python experiments/train.py --config=gla_tiny --workdir=runs/gla_tiny
   Expected: held-out bits per byte falls from 8 to below 2.5 within 3 minutes on two CPU cores.
   Obtained: not run yet.
   """
-  return _tiny(GLAConfig(heads=2))
+  return _tiny(GLAConfig(heads=2, conv_width=4))
 
 
 def transformer_tiny() -> TrainConfig:
-  """`gla_tiny` with softmax attention as its mixer, everything else equal.
+  """`gla_tiny` with softmax attention as its mixer, all else equal.
 
   Command: python experiments/train.py --config=transformer_tiny --workdir=runs/transformer_tiny
-  Expected: bits per byte close to that of `gla_tiny`.
+  Expected: more bits per byte than `gla_tiny`, which also has a convolution.
   Obtained: not run yet.
   """
   return _tiny(AttentionConfig(heads=4))
@@ -31,9 +32,9 @@ def _tiny(mixer):
   return TrainConfig(
       # float32: CPUs have no fast bfloat16 product.
       model=ModelConfig(mixer=mixer, vocab_size=257, width=128, depth=4, mlp_width=384, dtype="float32"),
-      data=DataConfig(path="data/shakespeare", sequence_length=256, batch_size=16),
-      optim=OptimConfig(steps=400, warmup_steps=20, learning_rate=4e-3, final_learning_rate=4e-4, weight_decay=0.1),
+      data=DataConfig(path="data/shakespeare", sequence_length=256, batch_size=8),
+      optim=OptimConfig(steps=600, warmup_steps=20, learning_rate=4e-3, final_learning_rate=4e-4, weight_decay=0.1),
       eval=EvalConfig(every=100, batches=16),
-      checkpoint=CheckpointConfig(every=200),
+      checkpoint=CheckpointConfig(every=300),
       log=LogConfig(every=20),
   )
