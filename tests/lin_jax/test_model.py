@@ -1,0 +1,194 @@
+"""The whole model: parallel = recurrent, packing, parameter counts, and what each remat policy saves and costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lin_jax import flops, mixers, model
+from lin_jax.config import REMAT_POLICIES, ModelConfig
+from lin_jax.mixers.attention import AttentionConfig
+from lin_jax.mixers.gla import GLAConfig
+from lin_jax.model import LanguageModel, parameter_count
+from tests.close import assert_close
+
+VOCAB, BATCH, TIME = 50, 2, 12
+# Compilation is most of the time here, optimised code none of it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+call = jit(lambda lm, tokens, state=None, segment_ids=None: lm(tokens, state, segment_ids))
+step = jit(lambda lm, tokens, state: lm.step(tokens, state))
+
+
+def config(mixer, **fields):
+  return ModelConfig(**dict(mixer=mixer, vocab_size=VOCAB, width=32, depth=2, mlp_width=48, dtype="float32") | fields)
+
+
+def build(config, **kwargs):
+  return jit(lambda: LanguageModel(config, rngs=nnx.Rngs(0), **kwargs))()
+
+
+def tokens(time=TIME):
+  return jax.random.randint(jax.random.key(1), (BATCH, time), 0, VOCAB)
+
+
+@pytest.fixture(params=list(mixers.MIXERS), scope="module")
+def lm(request):
+  return build(config(mixers.config_class(request.param).examples()[-1]))
+
+
+def check_recurrence(lm, prompt):
+  ids = tokens()
+  whole, none = call(lm, ids)
+  assert none is None and whole.dtype == jnp.float32 and whole.shape == (BATCH, TIME, VOCAB)
+  empty = lm.init_state(BATCH, 2 * TIME)
+  logits, state = call(lm, ids[:, :prompt], empty)
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, empty)
+  logits = [logits]
+  for t in range(prompt, TIME):
+    next_logits, state = step(lm, ids[:, t], state)
+    logits.append(next_logits[:, None])
+  assert_close("logits", jnp.concatenate(logits, axis=1), whole, 1e-5)
+
+
+def test_prefill_then_steps_equal_parallel(lm):
+  check_recurrence(lm, prompt=5)
+
+
+def test_runs_of_different_mixers(monkeypatch):
+  layers = [GLAConfig(heads=2), GLAConfig(heads=2), AttentionConfig(heads=4), GLAConfig(heads=2)]
+  monkeypatch.setattr(model, "layer_mixers", lambda config: layers)
+  lm = build(config(None))
+  assert [run.mixer_norm.scale.shape[0] for run in lm.runs] == [2, 1, 1]
+  check_recurrence(lm, prompt=1)
+
+
+def test_layers_start_different(lm):
+  first, second = lm.runs[0].mlp.up.kernel[...]
+  assert first.shape == (32, 48) and np.abs(first - second).max() > 1e-2
+
+
+def test_causal(lm):
+  embedded = lm.embedding[...][tokens()]
+
+  def output(embedding, t):
+    changed = nnx.merge(*nnx.split(lm))
+    changed.embedding = nnx.Param(embedding.reshape(-1, 32))
+    return jnp.take(changed.hidden(jnp.arange(BATCH * TIME).reshape(BATCH, TIME))[0], t, axis=1).sum()
+
+  gradient = jit(jax.grad(output))
+  for t in (0, 5, TIME - 1):
+    d = np.abs(gradient(embedded, t)).max(axis=(0, 2))
+    assert (d[t + 1:] == 0).all() and d[t] > 0
+
+
+def test_packed_documents_equal_separate_ones(lm):
+  ids = tokens()
+  segment_ids = jnp.repeat(jnp.array([1, 2]), np.array([5, 7]), total_repeat_length=TIME)[None].repeat(BATCH, axis=0)
+  alone = [call(lm, ids[:, :5])[0], call(lm, ids[:, 5:])[0]]
+  assert_close("logits", call(lm, ids, None, segment_ids)[0], jnp.concatenate(alone, axis=1), 1e-5)
+
+
+def test_bfloat16_is_close_to_float32():
+  mixer = GLAConfig(heads=2)
+  high, low = (build(config(mixer, dtype=dtype)) for dtype in ("float32", "bfloat16"))
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(low))
+  assert jax.eval_shape(lambda lm: lm.hidden(tokens())[0], low).dtype == jnp.bfloat16
+  logits = call(low, tokens())[0]
+  assert logits.dtype == jnp.float32
+  assert_close("logits", logits, call(high, tokens())[0], 3e-2)
+
+
+def test_embedding_gradient_sums_in_float32():
+  # 4096 times the same token: a bfloat16 sum would stop growing at 256 of them.
+  lm = build(config(GLAConfig(heads=2), depth=1, dtype="bfloat16"))
+  gradient = jit(jax.grad(lambda lm: lm._embed(jnp.zeros((1, 4096), jnp.int32)).sum(dtype=jnp.float32)))(lm)
+  np.testing.assert_array_equal(gradient.embedding[...][0], 4096)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_unembedding(tie):
+  lm = build(config(GLAConfig(heads=2), depth=1, tie_embeddings=tie))
+  assert lm.unembedding().shape == (32, VOCAB)
+  assert (np.asarray(lm.unembedding()) == np.asarray(lm.embedding[...].T)).all() == tie
+  hidden, logits = jit(lambda lm: (lm.hidden(tokens())[0], lm(tokens())[0]))(lm)
+  assert_close("logits", logits, hidden @ lm.unembedding(), 1e-5)
+  assert parameter_count(config(GLAConfig(heads=2), depth=1, tie_embeddings=tie)) == sum(
+      leaf.size for leaf in jax.tree.leaves(lm))
+
+
+# arXiv:2312.06635 trains 340M and 1.3B models with tied embeddings of 32000 Mistral tokens.
+@pytest.mark.parametrize("mixer, width, mlp_width, count", [
+    (GLAConfig(), 1024, 2816, 341.6e6),
+    (GLAConfig(), 2048, 5632, 1.30e9),
+    (AttentionConfig(heads=16), 1024, 2816, 341e6),
+    (AttentionConfig(heads=32), 2048, 5632, 1.30e9),
+], ids=["gla_340m", "gla_1b3", "transformer_340m", "transformer_1b3"])
+def test_parameter_counts_are_the_papers(mixer, width, mlp_width, count):
+  paper = ModelConfig(mixer=mixer, vocab_size=32000, width=width, depth=24, mlp_width=mlp_width)
+  actual = parameter_count(paper)
+  print(f"{actual / 1e6:.1f}M")
+  assert abs(actual / count - 1) < 0.01
+  # Two FLOPs a weight, and the mixing, which at this length is below a sixth of it.
+  assert 2 * actual < flops.forward_flops_per_token(paper, 2048) < 2 * actual * 7 / 6
+
+
+def test_training_flops_and_peaks():
+  assert flops.training_flops_per_token(config(GLAConfig()), 8) == 3 * flops.forward_flops_per_token(
+      config(GLAConfig()), 8)
+  assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+  assert flops.peak_flops("NVIDIA H100 PCIe") == 756e12
+  assert flops.peak_flops("NVIDIA GeForce RTX 4090") == 165e12
+  assert flops.peak_flops("cpu") is None
+
+
+def test_remat_table_covers_the_config():
+  assert tuple(model.REMAT) == REMAT_POLICIES
+  with pytest.raises(ValueError, match="remat='some'"):
+    LanguageModel(config(GLAConfig()), rngs=nnx.Rngs(0), remat="some")
+
+
+@functools.cache
+def remat(name):
+  """For each policy: the gradient function of a model, lowered, and the bytes its forward pass saves."""
+  small, ids, results = config(mixers.config_class(name).examples()[0]), tokens(32), {}
+  shapes = nnx.state(model.abstract_model(small))
+  for policy in REMAT_POLICIES:
+    graph = nnx.graphdef(jax.eval_shape(lambda policy=policy: LanguageModel(small, rngs=nnx.Rngs(0), remat=policy)))
+
+    def loss(params, graph=graph):
+      return jnp.square(nnx.merge(graph, params).hidden(ids)[0]).sum()
+
+    saved = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], shapes)
+    saved_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
+    results[policy] = jit(jax.grad(loss)).lower(shapes), saved_bytes
+  return results
+
+
+def test_remat_gradients_are_equal():
+  params = nnx.state(build(config(GLAConfig.examples()[0])))
+  gradients = {policy: jax.tree.leaves(lowered.compile()(params)) for policy, (lowered, _) in remat("gla").items()}
+  for policy in REMAT_POLICIES[1:]:
+    for actual, expected in zip(gradients[policy], gradients["none"], strict=True):
+      assert_close(policy, actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", list(mixers.MIXERS))
+def test_remat_trades_memory_for_products(name):
+  results = remat(name)
+  saved = [results[policy][1] for policy in ("none", "mixer", "dots", "full")]
+  print("bytes", saved)
+  assert saved == sorted(saved, reverse=True) and len(set(saved)) == 4
+  products = {policy: results[policy][0].as_text().count("stablehlo.dot_general") for policy in REMAT_POLICIES}
+  print("products", products)
+  assert products["none"] <= products["mixer"] <= products["dots"] < products["full"]
+
+
+@pytest.mark.parametrize("name", list(mixers.MIXERS))
+def test_structure_hashes(name):
+  """As jit asks of its arguments: equal configs give equal keys of the compilation cache."""
+  first, second = (model.abstract_model(config(mixers.config_class(name).examples()[0])) for _ in range(2))
+  assert nnx.graphdef(first) == nnx.graphdef(second) and hash(nnx.graphdef(first)) == hash(nnx.graphdef(second))
