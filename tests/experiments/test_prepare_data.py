@@ -414,6 +414,15 @@ def test_the_english_recipe_needs_some_source(tmp_path, english_options, monkeyp
     english.prepare(tmp_path / "out", **english_options)
 
 
+def test_html_sources_ask_for_their_parser_before_anything_is_downloaded(tmp_path, monkeypatch):
+  monkeypatch.setattr(english, "download", interrupt)
+  monkeypatch.setattr(english.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="--tier=prose has HTML sources, which need the package resiliparse"):
+    english.prepare(tmp_path / "out", tier="prose", seed=0, cache=tmp_path, tokenizer=ByteTokenizer(),
+                    tokenizer_file=None)
+  assert not list(tmp_path.iterdir())
+
+
 # The command, and the packages that it downloads.
 
 
