@@ -30,7 +30,7 @@ def sha256(path: pathlib.Path) -> str:
 def write_json(path: pathlib.Path, value) -> None:
   """Writes `value` so that `path` always holds either its old or its new content."""
   temporary = path.with_name(path.name + ".new")
-  temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+  temporary.write_text(json.dumps(value, indent=1) + "\n")
   os.replace(temporary, path)
 
 

@@ -154,7 +154,7 @@ def _tokenize(found, files, folder, tokenizer):
       _save(tokens, [tokenizer.encode(text) + [tokenizer.eos_id] for _, text in kept])
     ids = np.load(tokens)
     ends = np.flatnonzero(ids == tokenizer.eos_id) + 1
-    for (name, text), part in zip(kept, np.split(ids, ends[:-1]), strict=True):
+    for (name, text), part in zip(kept, np.split(ids, ends)[:-1], strict=True):
       documents.append(Document(source, name, part, len(text.encode())))
     total += len(ids)
     progress.update(number, f"{len(documents):,} documents  {total / 1e6:.1f} M tokens")
