@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from lin_jax import config as configs
 from lin_jax import metrics as reporting
-from lin_jax import optim, sharding, workdir as workdirs
+from lin_jax import optim, sharding
+from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import TrainConfig
 from lin_jax.data import TokenDataset, eval_batches, train_iterator
@@ -82,8 +83,9 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
       metrics = jax.device_get(metrics)
       if not metrics.pop("finite") and config.optim.nonfinite == "stop":
         raise FloatingPointError(
-            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the step was not applied. Last "
-            f"checkpoint: {checkpoints.latest() or 'none'}. --config.optim.nonfinite=skip resumes and leaves such steps out")
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the step was not applied. "
+            f"Last checkpoint: {checkpoints.latest() or 'none'}. With --config.optim.nonfinite=skip the same command "
+            "goes on from there and leaves such steps out")
       report.step(step, metrics)
 
     report.start(sum(x.size for x in jax.tree.leaves(abstract.params)))

@@ -1,7 +1,9 @@
 """The step against a plain one, sharded against unsharded, and what a run does with bad numbers and bad workdirs."""
 
+import functools
+import math
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,7 +15,7 @@ from lin_jax import metrics as reporting
 from lin_jax import sharding
 from lin_jax.checkpoint import load_model
 from lin_jax.config import MeshConfig
-from lin_jax.data import train_iterator
+from lin_jax.data import eval_batches, train_iterator
 from lin_jax.training import make_state, make_train_step, train
 from tests.close import assert_close
 from tests.lin_jax import tiny
@@ -30,12 +32,21 @@ def batches(data):
   return [next(iterator) for _ in range(3)]
 
 
-def run_steps(config, batches, devices=1):
-  """(state, list of metrics) after one step per batch."""
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+@functools.cache
+def compiled(path, accumulation=1, mesh_config=(1, 1, 1)):
+  """(mesh, graph, optimizer, create, train_step) of the tiny config, compiled once for all tests."""
+  config = tiny.config(path, accumulation=accumulation, nonfinite="skip")
+  mesh = sharding.make_mesh(MeshConfig(*mesh_config), jax.devices()[:math.prod(mesh_config)])
   with jax.set_mesh(mesh):
     graph, optimizer, abstract, create = make_state(config, mesh)
-    step, state, metrics = make_train_step(config, graph, optimizer, abstract), create(), []
+    return mesh, graph, optimizer, create, make_train_step(config, graph, optimizer, abstract)
+
+
+def run_steps(batches, *args):
+  """(state, list of metrics) after one step per batch."""
+  mesh, _, _, create, step = compiled(*args)
+  with jax.set_mesh(mesh):
+    state, metrics = create(), []
     for batch in batches:
       state, reported = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
       metrics.append(jax.device_get(reported))
@@ -44,7 +55,7 @@ def run_steps(config, batches, devices=1):
 
 @pytest.fixture(scope="module")
 def one_device(data, batches):
-  state, metrics = run_steps(tiny.config(data), batches)
+  state, metrics = run_steps(batches, data)
   return jax.device_get(state), metrics
 
 
@@ -55,11 +66,9 @@ def assert_states_close(actual, expected, ratio):
 
 
 def test_step_equals_plain_optimization(data, batches, one_device):
-  config = tiny.config(data)
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-  graph, optimizer, _, create = make_state(config, mesh)
-  params = create().params
-  opt_state = optimizer.init(params)
+  _, graph, optimizer, create, _ = compiled(data)
+  state = create()
+  params, opt_state = state.params, state.opt_state
 
   @jax.jit
   def plain_step(params, opt_state, batch):
@@ -81,16 +90,14 @@ def test_step_equals_plain_optimization(data, batches, one_device):
 def test_accumulation_equals_one_big_batch(data, batches, one_device):
   # Microbatches with different numbers of targets: a mean of their means would be another loss.
   assert len({float(batches[0]["mask"][i::4].sum()) for i in range(4)}) > 1
-  state, metrics = run_steps(tiny.config(data, accumulation=4), batches)
+  state, metrics = run_steps(batches, data, 4)
   for name in ("loss", "grad_norm", "accuracy", "learning_rate"):
     assert_close(name, [m[name] for m in metrics], [m[name] for m in one_device[1]], 1e-5)
   assert_states_close(state, one_device[0], 5e-5)
 
 
 def test_eight_devices_equal_one_with_every_leaf_sharded(data, batches, one_device):
-  config = tiny.config(data)
-  config.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-  state, metrics = run_steps(config, batches, devices=8)
+  state, metrics = run_steps(batches, data, 1, (2, 2, 2))
   for name in ("loss", "grad_norm", "accuracy"):
     assert_close(name, [m[name] for m in metrics], [m[name] for m in one_device[1]], 1e-5)
   assert_states_close(state, one_device[0], 5e-5)
@@ -110,7 +117,7 @@ def test_eight_devices_equal_one_with_every_leaf_sharded(data, batches, one_devi
 
 def test_skipped_step_changes_nothing_but_the_count(data, batches, one_device):
   bad = batches[1] | {"mask": np.where(np.arange(64)[None] == 7, np.float32("nan"), batches[1]["mask"])}
-  state, metrics = run_steps(tiny.config(data, nonfinite="skip"), [batches[0], bad, *batches[1:]])
+  state, metrics = run_steps([batches[0], bad, *batches[1:]], data)
   assert [bool(m["finite"]) for m in metrics] == [True, False, True, True]
   assert int(state.step) == 4 and int(state.skipped) == 1 and np.isnan(metrics[1]["loss"])
   for (path, actual), expected in zip(jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)),
@@ -143,13 +150,14 @@ def test_saved_model_is_the_evaluated_one(finished):
   config, workdir, result = finished
   saved, model = load_model(workdir)
   assert saved == config
-  losses = []
-  from lin_jax.data import eval_batches
-  for batch in eval_batches(config.data, "val", config.eval.batches):
+
+  @jax.jit
+  def losses(batch):
     logits, _ = model(batch["tokens"], None, batch["segment_ids"])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    losses.append((float((loss * batch["mask"]).sum()), float(batch["mask"].sum())))
-  total, targets = np.sum(losses, axis=0)
+    return (loss * batch["mask"]).sum(), batch["mask"].sum()
+
+  total, targets = np.sum([losses(batch) for batch in eval_batches(config.data, "val", config.eval.batches)], axis=0)
   assert_close("held-out loss", total / targets, result["eval_loss"], 1e-5)
 
 
@@ -194,8 +202,7 @@ def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, section
 def test_nonfinite_loss_stops_the_run_and_names_the_last_checkpoint(data, tmp_path):
   # Weights of 1e30 after the first step overflow in the second.
   config = tiny.config(data, learning_rate=1e30, final_learning_rate=1e30)
-  config.checkpoint.every = config.eval.every = 1
-  config.eval.batches = 1
+  config.checkpoint.every, config.eval.every = 1, 0
   with pytest.raises(FloatingPointError, match=r"step 2: loss .*nan.* Last checkpoint: 1\. .*nonfinite=skip"):
     train(config, tmp_path / "run")
   records = reporting.read(tmp_path / "run" / "metrics.jsonl")

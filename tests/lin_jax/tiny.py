@@ -6,8 +6,7 @@ import pathlib
 
 import numpy as np
 
-from lin_jax.config import (CheckpointConfig, DataConfig, EvalConfig, LogConfig, ModelConfig, OptimConfig,
-                            TrainConfig)
+from lin_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
 from lin_jax.mixers.gla import GLAConfig
 
 VOCAB = 64
@@ -36,10 +35,11 @@ def write_dataset(path: pathlib.Path, train_tokens: int = 3000, val_tokens: int 
 
 def config(data: pathlib.Path | str, **optim) -> TrainConfig:
   """Twelve steps of a two-layer float32 GLA model; `optim` sets fields of `OptimConfig`."""
+  # The scan compiles in half the time of the chunked form.
+  mixer = GLAConfig(heads=2, gate_rank=4, implementation="reference")
   return TrainConfig(
       name="tiny",
-      model=ModelConfig(mixer=GLAConfig(heads=2, gate_rank=4), vocab_size=VOCAB, width=32, depth=2, mlp_width=64,
-                        dtype="float32"),
+      model=ModelConfig(mixer=mixer, vocab_size=VOCAB, width=32, depth=2, mlp_width=64, dtype="float32"),
       data=DataConfig(path=str(data), sequence_length=64, batch_size=8, worker_threads=1),
       optim=OptimConfig(**dict(steps=12, warmup_steps=2, learning_rate=1e-2, final_learning_rate=1e-3) | optim),
       eval=EvalConfig(every=4, batches=2),

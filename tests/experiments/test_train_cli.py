@@ -1,0 +1,84 @@
+"""`python experiments/train.py` as a user runs it: results, signals, and exit code 2 with one message."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.lin_jax import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SIZE = ["--config=gla_tiny", "--config.model.width=32", "--config.model.depth=1", "--config.model.mlp_width=64",
+        "--config.model.mixer.implementation=reference", "--config.data.sequence_length=64",
+        "--config.data.batch_size=4", "--config.optim.warmup_steps=2", "--config.log.every=1",
+        "--config.checkpoint.every=4", "--config.eval.every=0", "--config.eval.batches=2", "--config.optim.steps=100"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return tiny.write_dataset(tmp_path_factory.mktemp("cli") / "data")
+
+
+def start(cwd, *arguments):
+  return subprocess.Popen([sys.executable, ROOT / "experiments" / "train.py", *map(str, arguments)], cwd=cwd,
+                          # One device, as most users have; what one run compiled the next need not.
+                          env={**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cwd / ".." / "xla")},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(cwd, *arguments):
+  process = start(cwd, *arguments)
+  out, err = process.communicate()
+  return process.returncode, out, err
+
+
+def interrupt(process, number):
+  """Sends the signal once step 10 is reported, and returns (exit code, rest of stdout, stderr)."""
+  for line in process.stdout:
+    if line.startswith("step 10/"):
+      process.send_signal(number)
+      break
+  out, err = process.communicate()
+  return process.returncode, out, err
+
+
+def losses(workdir):
+  records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def test_run_killed_and_terminated_goes_on_as_if_nothing_had_happened(data, tmp_path):
+  arguments = [*SIZE, f"--config.data.path={data}"]
+  assert interrupt(start(tmp_path, *arguments), signal.SIGKILL)[0] == -signal.SIGKILL
+  code, out, err = interrupt(start(tmp_path, *arguments), signal.SIGTERM)
+  workdir = tmp_path / "runs" / "gla_tiny"
+  assert code == 0, err
+  last = max(losses(workdir))
+  assert f"stopped by SIGTERM after step {last}, saved as runs/gla_tiny/checkpoints/{last}" in out
+  assert 10 <= last < 100 and (workdir / "checkpoints" / str(last)).is_dir()
+  code, out, err = run(tmp_path, *arguments)
+  assert code == 0, err
+  assert f"from step {last} to 100" in out and "done: step 100, held-out bits per byte" in out
+  assert (workdir / "loss.png").is_file()
+  code, _, err = run(tmp_path, *arguments, "--workdir=unbroken")
+  assert code == 0, err
+  assert losses(workdir) == losses(tmp_path / "unbroken") and len(losses(workdir)) == 100
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--config=gla_tyni"], "unknown config 'gla_tyni'; known: gla_tiny, "),
+    ([], "--config is required: one of gla_tiny, "),
+    (["--config=gla_tiny", "--config.optim.step=3"], "step"),
+    (["--config=gla_tiny", "--config.optim.steps=many"], "many"),
+    (["--config=transformer_tiny", "--config.model.mixer.expand_k=1.0"], "expand_k"),
+    (["--config=gla_tiny", "--config.data.path=nowhere"], "data path 'nowhere': no such directory"),
+    (["--config=gla_tiny", "--config.data.path={data}", "--workdir={data}/manifest.json/run"], "cannot be written"),
+])
+def test_user_errors_exit_with_2_and_one_message_and_write_nothing(data, tmp_path, arguments, message):
+  code, out, err = run(tmp_path, *[a.format(data=data) for a in arguments])
+  assert code == 2 and not out and not list(tmp_path.iterdir())
+  assert message in err and err.startswith("train.py: ") and err.count("\n") == 1

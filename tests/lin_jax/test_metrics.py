@@ -1,0 +1,101 @@
+"""The progress line, throughput without pauses, the records of a run, and its picture."""
+
+import json
+
+import matplotlib.image
+import pytest
+from tensorboardX.proto import event_pb2
+
+from lin_jax import metrics
+from lin_jax.config import LogConfig
+
+
+class Clock:
+  """A clock that the test sets."""
+
+  now = 0.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_progress_leaves_out_what_is_unknown():
+  assert metrics.progress(120, 1000, 3.2141, 12345.4, 0.3124, 2694) == (
+      "step 120/1000  loss 3.214  12,345 tok/s  MFU 31.2%  eta 3m12s")
+  assert metrics.progress(120, 1000, 3.2141, 12345.4, None, 2694) == (
+      "step 120/1000  loss 3.214  12,345 tok/s  eta 3m12s")
+  assert metrics.progress(1, 1000, 3.2141, None, None, 2694) == "step 1/1000  loss 3.214"
+
+
+@pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (59.6, "1m00s"), (3599, "59m59s"), (18420, "5h07m"),
+                                           (86400 * 2 + 3600 * 3 + 1799, "2d03h")])
+def test_duration(seconds, text):
+  assert metrics.duration(seconds) == text
+
+
+def test_throughput_leaves_out_the_first_step_and_pauses():
+  clock = Clock()
+  throughput = metrics.Throughput(clock)
+  with throughput.paused():  # the evaluation before the first step
+    clock.now = 50.0
+  clock.now = 90.0  # compilation
+  throughput.count(1000)
+  assert throughput.read() is None
+  clock.now = 92.0
+  throughput.count(1000)
+  with throughput.paused():
+    clock.now = 192.0
+  clock.now = 194.0
+  throughput.count(1000)
+  assert throughput.read() == 2000 / 4
+  clock.now = 195.0
+  throughput.count(1000)
+  assert throughput.read() == 1000
+
+
+def test_records_are_json_lines_and_a_resumed_run_drops_those_it_repeats(tmp_path):
+  writer = metrics.Writer(tmp_path, LogConfig(tensorboard=False))
+  for step in range(1, 6):
+    writer.write(step, {"loss": 1.0 / step, "mfu": None})
+  writer.write(5, {"eval_loss": float("nan")})
+  writer.close()
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[1]) == {"step": 2, "loss": 0.5} and json.loads(lines[-1]) == {"step": 5, "eval_loss": "nan"}
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 6, "lo')  # as a kill leaves it
+  writer = metrics.Writer(tmp_path, LogConfig(tensorboard=False), resume_step=3)
+  writer.write(4, {"loss": 0.1})
+  writer.close()
+  records = metrics.read(tmp_path / "metrics.jsonl")
+  assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.1)]
+  assert metrics.summary(tmp_path) == {"step": 4, "loss": 0.1}
+  metrics.Writer(tmp_path, LogConfig(tensorboard=False)).close()
+  assert metrics.read(tmp_path / "metrics.jsonl") == []
+
+
+def test_scalars_reach_tensorboard(tmp_path):
+  writer = metrics.Writer(tmp_path, LogConfig(tensorboard=True))
+  writer.write(7, {"loss": 0.25})
+  writer.close()
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  data, scalars = path.read_bytes(), []
+  while data:  # records of TensorFlow's format: length, its checksum, event, its checksum
+    size = int.from_bytes(data[:8], "little")
+    event = event_pb2.Event.FromString(data[12:12 + size])
+    scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    data = data[16 + size:]
+  assert (7, "loss", 0.25) in scalars
+
+
+def test_loss_curve_is_drawn_in_bits_per_byte(tmp_path):
+  assert metrics.bits_per_byte(0.6931471805599453 * 8, bytes_per_token=4.0) == 2.0
+  writer = metrics.Writer(tmp_path, LogConfig(tensorboard=False))
+  writer.write(0, {"bits_per_byte": 8.0})
+  for step in range(1, 20):
+    writer.write(step, {"loss": 6.0 / step})
+  writer.close()
+  picture = matplotlib.image.imread(metrics.plot_loss(tmp_path, "tiny", 1.0))
+  assert picture.shape[0] > 500 and picture.shape[1] > 900
+  # Both curves' colours are there, blue for training and orange for held-out text.
+  colours = {tuple(c) for c in (picture[..., :3].reshape(-1, 3) * 255).round().astype(int)}
+  assert {(31, 119, 180), (255, 127, 14)} <= colours

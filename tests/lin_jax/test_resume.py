@@ -1,0 +1,99 @@
+"""A run that was stopped and resumed equals one that was not, bit for bit."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from lin_jax import metrics as reporting
+from lin_jax.checkpoint import Checkpoints, load_model
+from lin_jax.training import train
+from tests.lin_jax import tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return tiny.write_dataset(tmp_path_factory.mktemp("resume") / "data")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Every run of this file compiles the same three functions."""
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+  reset_cache()  # whether a cache is in use is otherwise settled by the first compilation of the process
+  yield
+  jax.config.update("jax_compilation_cache_dir", None)
+  reset_cache()
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("unbroken")
+  train(tiny.config(data), workdir)
+  return workdir
+
+
+def scalars(workdir):
+  """Every record but for what depends on the clock."""
+  timed = ("tokens_per_second", "mfu")
+  return [{k: v for k, v in r.items() if k not in timed} for r in reporting.read(workdir / "metrics.jsonl")]
+
+
+def assert_same_run(actual, expected):
+  assert scalars(actual) == scalars(expected)
+  for a, e in zip(*(jax.tree.leaves(load_model(workdir)[1]) for workdir in (actual, expected)), strict=True):
+    assert np.array_equal(a, e)
+
+
+def on_step(monkeypatch, step, action):
+  """Calls `action` once the metrics of `step` have been reported."""
+  report = reporting.Reporter.step
+
+  def reported(self, n, metrics):
+    report(self, n, metrics)
+    if n == step:
+      action()
+
+  monkeypatch.setattr(reporting.Reporter, "step", reported)
+
+
+def test_sigterm_saves_and_the_same_command_resumes_exactly(data, unbroken, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    on_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    result = train(tiny.config(data), tmp_path)
+  # The signal comes while step 6 is under way, past the save of step 4 and in the second epoch.
+  assert result["preempted"] and result["step"] == 6
+  assert Checkpoints(tmp_path).steps() == [4, 6]
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  result = train(tiny.config(data), tmp_path)
+  assert not result["preempted"] and result["step"] == 12
+  assert_same_run(tmp_path, unbroken)
+
+
+def test_a_crash_resumes_from_the_last_save_and_forgets_what_was_logged_after_it(data, unbroken, tmp_path, monkeypatch):
+
+  class Crash(Exception):
+    pass
+
+  def crash():
+    raise Crash
+
+  with monkeypatch.context() as patch:
+    on_step(patch, 6, crash)
+    with pytest.raises(Crash):
+      train(tiny.config(data), tmp_path)
+  assert Checkpoints(tmp_path).steps() == [4]
+  assert scalars(tmp_path)[-1]["step"] == 6
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 7, "lo')
+  config = tiny.config(data)
+  config.log.every = config.checkpoint.every = 3
+  config.optim.nonfinite = "skip"
+  train(config, tmp_path)
+  steps = [r["step"] for r in scalars(tmp_path) if "loss" in r]
+  assert steps == [1, 2, 3, 4, 5, 6, 9, 12]
+  expected = {r["step"]: r for r in scalars(unbroken) if "loss" in r}
+  assert [r for r in scalars(tmp_path) if "loss" in r] == [expected[step] for step in steps]
