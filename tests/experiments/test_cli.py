@@ -74,20 +74,15 @@ def test_generate_repeats_with_its_seed(run, tmp_path):
 
 
 def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
-  (tmp_path / "file").write_text("")
-  train = ["train.py", f"--workdir={tmp_path}/new", "--config=gla_tiny", f"--config.data.path={data}"]
+  train = ["train.py", f"--workdir={tmp_path}/new", "--config=gla_tiny", f"--config.data.path={data}", *SMALL]
   cases = [
-      ([*train, "--config=gla_2b"], "unknown config 'gla_2b'; known: gla_tiny, gla_small"),
-      ([*train, "--config.optim.step=3"], "unknown config field: Field step not found"),
-      ([*train, "--config.optim.steps=many"], "--config.optim.steps=many: invalid literal for int()"),
       ([*train, "--config.data.batch_size=0"], "config.data.batch_size=0: must be at least 1"),
-      ([*train, f"--config.data.path={tmp_path}/none"], "none': no such directory"),
-      ([*train, *SMALL, f"--workdir={tmp_path}/file/run"], "cannot be written"),
-      ([*train, *SMALL, "--config.optim.steps=7", f"--workdir={run}"], "holds a run of another config"),
+      ([*train, "--config.optim.steps=7", f"--workdir={run}"], "holds a run of another config"),
       ([*train, "extra"], "unexpected argument 'extra'"),
       (["generate.py", f"--workdir={tmp_path}/new"], "not a saved lin_jax config"),
       (["generate.py", f"--workdir={run}", "--top_p=0"], "top_p=0.0: must lie in (0, 1]"),
-      (["generate.py", f"--workdir={run}", "--checkpoint=5"], "no checkpoint of step 5; saved: "),
+      (["generate.py", f"--workdir={run}", "--tokens=some"], "--tokens=some: invalid literal for int()"),
+      (["evaluate.py", f"--workdir={run}", "--checkpoint=5"], "no checkpoint of step 5; saved: "),
       (["evaluate.py", f"--workdir={run}", "--split=nope"], "no split 'nope': it has test, train, val"),
   ]
   for first in range(0, len(cases), 2):
@@ -98,7 +93,7 @@ def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
       assert process.returncode == 2, (arguments, out, err)
       assert message in err and "Traceback" not in err
       assert len([line for line in err.splitlines() if line.startswith(f"{arguments[0]}: ")]) == 1
-  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="tests the Makefile")
