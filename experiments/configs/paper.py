@@ -19,7 +19,8 @@ def gla_340m() -> TrainConfig:
   Command: python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --out=data/slimpajama
            python experiments/train.py --config=gla_340m --workdir=runs/gla_340m
   Expected: perplexity on WikiText 28.65, on LAMBADA 43.35; LAMBADA accuracy 30.3, PIQA 64.8, HellaSwag 34.5.
-  Obtained: not run yet.
+  Obtained: the paper's run not made yet. 500 steps of 65,536 tokens on the English corpus, learning rate 1e-3: held-out
+    loss 10.57 to 4.14, 148,500 tokens/s on one H100 (experiments/results/gla_340m_h100).
   """
   return _340m(GLAConfig(heads=4))
 
@@ -42,7 +43,8 @@ def gla_1b3() -> TrainConfig:
   Command: python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --out=data/slimpajama
            python experiments/train.py --config=gla_1b3 --workdir=runs/gla_1b3
   Expected: perplexity on WikiText 17.22, on LAMBADA 14.47; LAMBADA accuracy 46.9, PIQA 71.8, HellaSwag 49.8.
-  Obtained: not run yet.
+  Obtained: the paper's run not made yet. 60 steps of 32,768 tokens on the English corpus: 50,800 tokens/s, MFU 40.8%,
+    60.7 GiB on one H100 (experiments/results/gla_1b3_h100).
   """
   return _1b3(GLAConfig(heads=4))
 
@@ -60,19 +62,19 @@ def transformer_1b3() -> TrainConfig:
 
 def _340m(mixer):
   return _paper(ModelConfig(mixer=mixer, width=1024, depth=24, mlp_width=2816), tokens=15e9, warmup_tokens=0.5e9,
-                batch_size=256, microbatch=16, remat="none")
+                batch_size=256, microbatch=32)
 
 
 def _1b3(mixer):
   return _paper(ModelConfig(mixer=mixer, width=2048, depth=24, mlp_width=5632), tokens=100e9, warmup_tokens=1e9,
-                batch_size=1024, microbatch=8, remat="full")
+                batch_size=1024, microbatch=8)
 
 
-def _paper(model, tokens, warmup_tokens, batch_size, microbatch, remat):
-  """`microbatch` sequences at a time fit one GPU of 80 GB; a batch is `batch_size` of them."""
+def _paper(model, tokens, warmup_tokens, batch_size, microbatch):
+  """`microbatch` sequences at a time fit the 75% of an 80 GB GPU that JAX takes; a batch is `batch_size` of them."""
   tokens_per_step = batch_size * _CONTEXT  # 256 * 2048 = 0.52M, 1024 * 2048 = 2.1M
   return TrainConfig(
-      remat=remat,
+      remat="dots",
       model=model,
       data=DataConfig(path="data/slimpajama", sequence_length=_CONTEXT, batch_size=batch_size),
       optim=OptimConfig(steps=int(tokens / tokens_per_step), warmup_steps=int(warmup_tokens / tokens_per_step),
