@@ -28,8 +28,9 @@ test: $(INSTALLED) ## run the CPU tests
 bench: $(INSTALLED) ## time the kernels on this machine
 	$(PYTHON) experiments/bench_kernels.py
 
-notebooks: $(INSTALLED) ## write the .ipynb beside each notebook's .py and run it
-	$(PYTHON) -m jupytext --to ipynb --execute experiments/notebooks/[0-9]*.py
+notebooks: $(INSTALLED) ## write each notebook's .ipynb from its script, and run it
+	$(PYTHON) -m jupytext --to ipynb experiments/notebooks/[0-9]*.py
+	$(PYTHON) -m pytest tests/experiments/test_notebooks.py
 
 $(CORPUS)/manifest.json: | $(INSTALLED)
 	$(PYTHON) experiments/prepare_data.py --corpus=shakespeare --out=$(CORPUS)
