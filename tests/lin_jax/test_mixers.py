@@ -22,8 +22,9 @@ EXAMPLES = [pytest.param(config, id=f"{name}{i}") for name in mixers.MIXERS
 
 def create(config, width=WIDTH, dtype=jnp.float32):
   mixer = mixers.build(config, width=width, norm_eps=1e-6, dtype=dtype, rngs=nnx.Rngs(0))
-  # At their initial scale the weights leave scores and gates nearly flat; large ones exercise both.
-  return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, mixer)
+  # At their initial scale the weights leave scores and gates nearly flat; activations near 1 exercise both.
+  gain = 10 * (WIDTH / width) ** 0.5
+  return jax.tree.map(lambda x: gain * x if x.ndim > 1 else x, mixer)
 
 
 def build(*args, **kwargs):
