@@ -6,17 +6,20 @@ Inside a chunk of C tokens the pair weights of an elementwise gate are, for i >=
 
 Writing the exponent as a difference of cumulative sums cancels when a gate is strong and overflows when it is split
 between q and k. The dyadic levels s = 1, 2, 4, ..., C/2 do neither. Tokens i > j belong to exactly one level: the s for
-which i lies in the second and j in the first half of one block of 2s tokens. Split at the middle of that block, the
-exponent is a sum over rows of the second half up to i (`upto`) plus a sum over rows of the first half after j
-(`after`), both <= 0:
+which i lies in the second and j in the first half of one block of 2s tokens. Let E_s[r] sum g from the middle of that
+block to row r: up to and including r in a second half, over the rows after r in a first half. Then E_s <= 0 and
 
-  P = sum_s mask_s * ((q * exp(upto_s)) (k * exp(after_s))^T) + diag(q . k)
+  P = sum_s pairs_s * ((q * exp(E_s)) (k * exp(E_s))^T) + diag(q . k)
 
-so every level is a matrix product, exact for any gate, a reset included. Each level's sums follow from the level below
-by adding the total of the neighbouring half. Sums over whole chunks (level s = C) carry the state in and out.
+Only queries of second and keys of first halves enter a level, so one array Z_s holds both, and a level is the matrix
+product Z_s Z_s^T. It is exact for any gate, a reset included. Two more sums carry the state: `upto` each row from the
+start of the chunk, and `after` each row to its end.
 """
 
+import functools
+
 import jax.numpy as jnp
+import numpy as np
 
 SIZES = (16, 32, 64, 128)
 # The gate of a segment's first token: exp of it is 0 in float32, and sums of it stay finite.
@@ -34,48 +37,46 @@ def repeat_heads(x, heads):
 
 
 def split(x, size):
-  """`[B, T, H, D]` to chunks `[N, B, H, size, D]`; zeros fill the last one, which leaves a state unchanged."""
+  """`[B, T, H, D]` to chunks `[N, B, size, H, D]`; zeros fill the last one, which leaves a state unchanged."""
   B, T, H, D = x.shape
   x = jnp.pad(x, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
-  return x.reshape(B, -1, size, H, D).transpose(1, 0, 3, 2, 4)
+  return jnp.moveaxis(x.reshape(B, -1, size, H, D), 1, 0)
 
 
 def merge(x, T):
-  """Inverse of `split`: `[N, B, H, C, D]` to `[B, T, H, D]`."""
-  N, B, H, C, D = x.shape
-  return x.transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, D)[:, :T]
+  """Inverse of `split`: `[N, B, C, H, D]` to `[B, T, H, D]`."""
+  N, B, C, H, D = x.shape
+  return jnp.moveaxis(x, 0, 1).reshape(B, N * C, H, D)[:, :T]
 
 
-def blocks(x, size):
-  """Rows `[..., C, D]` as blocks `[..., C / size, size, D]`."""
-  return x.reshape(*x.shape[:-2], x.shape[-2] // size, size, x.shape[-1])
+@functools.cache
+def level_masks(size: int):
+  """The 0/1 matrices of a chunk's L = log2(size) levels, as float32 numpy constants.
 
-
-def halves(x):
-  """Blocks `[..., M, s, D]` by turns: the first and the second halves `[..., M/2, s, D]` of blocks twice the size."""
-  x = x.reshape(*x.shape[:-3], x.shape[-3] // 2, 2, *x.shape[-2:])
-  return x[..., 0, :, :], x[..., 1, :, :]
-
-
-def join(first, second):
-  """Inverse of `halves`, as blocks `[..., M/2, 2s, D]`."""
-  return jnp.concatenate([first, second], axis=-2)
-
-
-def exponents(g):
-  """Log decays between rows and the middles of their dyadic blocks, for gates `[..., C, K]` with C a power of two.
-
-  Returns `(levels, upto, after)`. `levels` lists for s = 1, 2, ..., C/2 the pair `(upto_s, after_s)`, both
-  `[..., C/2s, s, K]`: of the second halves, sums from the middle up to and including each row; of the first halves,
-  sums over the rows after each row up to the middle. `upto` and `after` `[..., C, K]` are these sums over the whole
-  chunk; the last row of `upto` is the chunk's total. Linear in g, so its transpose turns cotangents of exponents into
-  those of gates.
+  Returns:
+    terms: `[L + 2, C, C]`; `terms @ g` are the exponents E_s of every level, then `upto`, then `after`.
+    pairs: `[L, C, C]`, the pairs (i, j) of each level.
+    second: `[L, C, 1]`, the rows in second halves.
   """
-  upto, after = blocks(g, 1), jnp.zeros_like(blocks(g, 1))
-  levels = []
-  while upto.shape[-3] > 1:
-    (upto_1, upto_2), (after_1, after_2) = halves(upto), halves(after)
-    levels.append((upto_2, after_1))
-    upto = join(upto_1, upto_1[..., -1:, :] + upto_2)
-    after = join(after_1 + upto_2[..., -1:, :], after_2)
-  return levels, upto[..., 0, :, :], after[..., 0, :, :]
+  row, column = np.indices((size, size))
+  half = 2 ** np.arange(size.bit_length() - 1)[:, None, None]
+  second = row // half % 2 == 1
+  same_half = row // half == column // half
+  terms = [*(same_half & np.where(second, column <= row, column > row)), column <= row, column > row]
+  pairs = second & (row // half == column // half + 1)
+  return tuple(np.asarray(x, np.float32) for x in (terms, pairs, second[..., :1]))
+
+
+def decays(g):
+  """exp of the exponents of every level, of `upto` and of `after`: `[B, H, C, K]` to `[B, H, L + 2, C, K]`."""
+  terms, _, _ = level_masks(g.shape[2])
+  return jnp.exp(jnp.einsum("lij,bhjk->bhlik", terms, g, precision="highest"))
+
+
+def sum_exponent_cotangents(de):
+  """Transpose of the sums in `decays`: `[B, H, L + 2, C, K]` to the cotangent of g `[B, H, C, K]`."""
+  B, H, _, C, K = de.shape
+  terms, _, _ = level_masks(C)
+  # A batched product: XLA on a CPU would otherwise move the batch of the large operand to the end and back.
+  terms = jnp.broadcast_to(terms.reshape(-1, C).T, (B, H, C, terms.shape[0] * C))
+  return jnp.einsum("bhjr,bhrk->bhjk", terms, de.reshape(B, H, -1, K), precision="highest")

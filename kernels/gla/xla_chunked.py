@@ -1,6 +1,6 @@
 """Gated linear attention chunk by chunk in plain jnp, for every device; forward and backward.
 
-With q scaled, S the state entering and S' the one leaving a chunk, and `upto`, `after`, P as in `kernels.chunks`
+With q scaled, S the state entering and S' the one leaving a chunk, and `upto`, `after`, P, Z as in `kernels.chunks`
 (arXiv:2312.06635, section 4.3):
 
   O = (Q * exp(upto)) S + P V                  S' = diag(exp(total)) S + (K * exp(after))^T V
@@ -8,11 +8,11 @@ With q scaled, S the state entering and S' the one leaving a chunk, and `upto`, 
 Given dO and dS', with dP_ij = dO_i . V_j:
 
   dS = diag(exp(total)) dS' + (Q * exp(upto))^T dO          dV = P^T dO + (K * exp(after)) dS'
-  dQ = exp(upto) * (dO S^T) + share of P                    dK = exp(after) * (V dS'^T) + share of P
+  dQ = exp(upto) * (dO S^T) + from P                        dK = exp(after) * (V dS'^T) + from P
 
-An exponent's cotangent is query times its share of dQ, or key times its share of dK, and that of the total is
-exp(total) * rowsum(S * dS'); the transpose of `chunks.exponents` sums them into dlog_decay. So no gradient is a
-difference of larger terms, and gates that all but close keep their relative precision.
+and from level s of P, dZ_s = (pairs_s * dP + its transpose) Z_s. The cotangent of an exponent is query times its share
+of dQ, key times its share of dK, Z_s * dZ_s, or for the total exp(total) * rowsum(S * dS'). Their sums are dlog_decay:
+none is a difference of larger terms, so gates that all but close keep their relative precision.
 
 The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
 """
@@ -33,7 +33,7 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
   """See `kernels.gla`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
   if chunk_size is None:
-    chunk_size = next((size for size in (16, 32) if q.shape[1] <= size), 64)
+    chunk_size = _chunk_size(q.shape[1], q.shape[3], v.shape[3])
   return _gla(q, k, v, log_decay, initial_state, scale, chunk_size)
 
 
@@ -61,76 +61,74 @@ def _backward(scale, chunk_size, residuals, cotangents):
 _gla.defvjp(_forward, _backward, optimize_remat=True)
 
 
-# Bodies of the scans over chunks: x holds one chunk `[B, H, C, .]` of each array.
+# Bodies of the scans over chunks: x holds one chunk `[B, C, H, .]` of each array. Heads move before time here and not
+# in the whole arrays, because a chunk stays in the cache.
 
 
 def _forward_chunk(scale, state, x):
-  q, k, v, g = x
+  q, k, v, g = _swap(x)
   dot, q, k = _dot(q.dtype), scale * _wide(q), _wide(k)
-  levels, upto, after = chunks.exponents(g)
-  output = dot("bhck,bhkv->bhcv", q * jnp.exp(upto), state) + _rowsum(q * k) * _wide(v)
-  output = chunks.blocks(output, 1)
-  for upto_s, after_s in levels:
-    s = upto_s.shape[-2]
-    scores = dot("bhmik,bhmjk->bhmij", _second(q, s) * jnp.exp(upto_s), _first(k, s) * jnp.exp(after_s))
-    first, second = chunks.halves(output)
-    output = chunks.join(first, second + dot("bhmij,bhmjv->bhmiv", scores, _first(v, s)))
-  return _exit_state(state, k, v, upto, after, dot), output[..., 0, :, :].astype(v.dtype)
+  scores, upto, after, _, _ = _intra(q, k, g, dot)
+  output = (dot("bhij,bhjv->bhiv", scores, v) + dot("bhik,bhkv->bhiv", q * upto, state) +
+            _rowsum(q * k) * _wide(v))
+  return _next_state(state, upto[:, :, -1], k * after, v, dot), *_swap([output.astype(v.dtype)])
 
 
 def _state_chunk(state, x):
-  k, v, g = x
-  _, upto, after = chunks.exponents(g)
-  return _exit_state(state, _wide(k), v, upto, after, _dot(k.dtype)), state
-
-
-def _exit_state(state, k, v, upto, after, dot):
-  return jnp.exp(upto[..., -1, :])[..., None] * state + dot("bhck,bhcv->bhkv", k * jnp.exp(after), v)
+  k, v, g = _swap(x)
+  after_terms = chunks.level_masks(g.shape[2])[0][-1]
+  after = jnp.exp(jnp.einsum("ij,bhjk->bhik", after_terms, g, precision="highest"))
+  total = jnp.exp(jnp.sum(g, axis=2))
+  return _next_state(state, total, _wide(k) * after, v, _dot(k.dtype)), state
 
 
 def _backward_chunk(scale, dstate, x):
-  q, k, v, g, do, state = x
+  (q, k, v, g, do), state = _swap(x[:-1]), x[-1]
   dtype, dot, q, k = q.dtype, _dot(q.dtype), scale * _wide(q), _wide(k)
-  levels, upto, after = chunks.exponents(g)
-  decay_upto, decay_after = jnp.exp(upto), jnp.exp(after)
-  total = decay_upto[..., -1, :]
+  scores, upto, after, decay, rows = _intra(q, k, g, dot)
+  _, pairs, second = chunks.level_masks(g.shape[2])
+  total = upto[:, :, -1]
 
-  dq = decay_upto * dot("bhcv,bhkv->bhck", do, state)
-  dk = decay_after * dot("bhcv,bhkv->bhck", v, dstate)
-  dv = dot("bhck,bhkv->bhcv", k * decay_after, dstate)
-  dupto, dafter = q * dq, k * dk
-  dupto = dupto.at[..., -1, :].add(total * jnp.sum(state * dstate, axis=-1))
-  dstate = total[..., None] * dstate + dot("bhck,bhcv->bhkv", q * decay_upto, do)
-
+  dscores = pairs[None, None] * dot("bhiv,bhjv->bhij", do, v)[:, :, None]
+  drows = dot("bhlij,bhljk->bhlik", dscores + dscores.mT, rows)
+  dlevels = decay * drows
+  dq_state = upto * dot("bhiv,bhkv->bhik", do, state)
+  dk_state = after * dot("bhiv,bhkv->bhik", v, dstate)
   # The diagonal of P carries no gate.
   diagonal, ddiagonal = _rowsum(q * k), _rowsum(_wide(do) * _wide(v))
-  dq, dk, dv = dq + ddiagonal * k, dk + ddiagonal * q, dv + diagonal * _wide(do)
-  dq, dk, dv = (chunks.blocks(x, 1) for x in (dq, dk, dv))
-  dlevels = []
-  for upto_s, after_s in levels:
-    s = upto_s.shape[-2]
-    q_s, k_s, v_s, do_s = _second(q, s), _first(k, s), _first(v, s), _second(do, s)
-    decay_q, decay_k = jnp.exp(upto_s), jnp.exp(after_s)
-    scores = dot("bhmik,bhmjk->bhmij", q_s * decay_q, k_s * decay_k)
-    dscores = dot("bhmiv,bhmjv->bhmij", do_s, v_s)
-    dq_s = decay_q * dot("bhmij,bhmjk->bhmik", dscores, k_s * decay_k)
-    dk_s = decay_k * dot("bhmij,bhmik->bhmjk", dscores, q_s * decay_q)
-    dv_s = dot("bhmij,bhmiv->bhmjv", scores, do_s)
-    dlevels.append((q_s * dq_s, k_s * dk_s))
-    (dq_1, dq_2), (dk_1, dk_2), (dv_1, dv_2) = (chunks.halves(x) for x in (dq, dk, dv))
-    dq, dk, dv = chunks.join(dq_1, dq_2 + dq_s), chunks.join(dk_1 + dk_s, dk_2), chunks.join(dv_1 + dv_s, dv_2)
+  dq = jnp.sum(second[None, None] * dlevels, axis=2) + dq_state + ddiagonal * k
+  dk = jnp.sum((1 - second[None, None]) * dlevels, axis=2) + dk_state + ddiagonal * q
+  dv = (dot("bhij,bhiv->bhjv", scores, do) + diagonal * _wide(do) +
+        dot("bhik,bhkv->bhiv", k * after, dstate))
 
-  dg, = jax.linear_transpose(chunks.exponents, g)((dlevels, dupto, dafter))
-  dq, dk, dv = (x[..., 0, :, :].astype(dtype) for x in (scale * dq, dk, dv))
-  return dstate, (dq, dk, dv, dg)
+  dexponents = jnp.concatenate([rows * drows, (q * dq_state)[:, :, None], (k * dk_state)[:, :, None]], axis=2)
+  dtotal = total * jnp.sum(state * dstate, axis=-1)
+  dg = chunks.sum_exponent_cotangents(dexponents) + dtotal[:, :, None]
+  dstate = _next_state(dstate, total, q * upto, do, dot)
+  return dstate, _swap([*(x.astype(dtype) for x in (scale * dq, dk, dv)), dg])
 
 
-def _first(x, size):
-  return chunks.halves(chunks.blocks(x, size))[0]
+def _intra(q, k, g, dot):
+  """Pair weights without their diagonal, exp of `upto` and `after`, decays `[B, H, L, C, K]` of the levels, and Z."""
+  _, pairs, second = chunks.level_masks(g.shape[2])
+  decay = chunks.decays(g)
+  decay, upto, after = decay[:, :, :-2], decay[:, :, -2], decay[:, :, -1]
+  rows = decay * jnp.where(second[None, None] > 0, q[:, :, None], k[:, :, None])
+  scores = jnp.sum(pairs[None, None] * dot("bhlik,bhljk->bhlij", rows, rows), axis=2)
+  return scores, upto, after, decay, rows
 
 
-def _second(x, size):
-  return chunks.halves(chunks.blocks(x, size))[1]
+def _next_state(state, total, x, y, dot):
+  return total[..., None] * state + dot("bhik,bhiv->bhkv", x, y)
+
+
+def _chunk_size(T, K, V):
+  """Long enough that the saved states of the backward pass stay comparable to the inputs."""
+  return 16 if T <= 16 else 32 if T <= 32 or K * V <= 128 * 128 else 64
+
+
+def _swap(arrays):
+  return [jnp.swapaxes(x, 1, 2) for x in arrays]
 
 
 def _wide(x):

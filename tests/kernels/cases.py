@@ -69,7 +69,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
   """Standard normal arrays of the case's shapes and dtypes."""
   B, T, H, G = case.B, case.T, case.H, case.key_heads or case.H
   keys = jax.random.split(jax.random.key(seed), 7)
-  normal = lambda i, *shape, dtype="float32": jax.random.normal(keys[i], shape).astype(dtype)  # noqa: E731
+  normal = lambda i, *shape, dtype="float32": jax.random.normal(keys[i], shape).astype(dtype)
   arrays = {
       "q": normal(0, B, T, G, case.K, dtype=case.dtype),
       "k": normal(1, B, T, G, case.K, dtype=case.dtype),
@@ -93,7 +93,7 @@ def segment_ids(lengths, B):
 @functools.partial(jax.jit, static_argnames=("fn", "chunk_size"))
 def results(fn, arrays, segment_ids, cotangents, chunk_size=None) -> dict:
   """Outputs and gradients by name, of `fn` with the signature of `kernels.gla`."""
-  call = lambda x: fn(**x, segment_ids=segment_ids, chunk_size=chunk_size)  # noqa: E731
+  call = lambda x: fn(**x, segment_ids=segment_ids, chunk_size=chunk_size)
   (output, final_state), vjp = jax.vjp(call, arrays)
   gradients = {f"d{name}": x for name, x in vjp(cotangents)[0].items() if x is not None}
   return {"output": output, "final_state": final_state, **gradients}
