@@ -9,7 +9,7 @@ Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 1 the los
 import sys
 
 import jax
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 import commands
@@ -28,7 +28,6 @@ _PROCESS = flags.DEFINE_integer("process", None, "Index of this process, with a 
 
 
 def main(_):
-  logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at the level below
   config = _CONFIG.value
   if not config.name:
     raise ValueError(f"--config is required: one of {', '.join(configs.CONFIGS)}")

@@ -4,6 +4,7 @@ A step under `workdir/checkpoints` holds four items: `params` and `optimizer` (e
 `data` (the data iterator's position) and `config`. Saves copy to the host and are written in the background.
 """
 
+import math
 import pathlib
 
 import grain
@@ -20,12 +21,14 @@ class Checkpoints:
   """Checkpoints of one workdir: keeps the last `keep_last`, and the `keep_best` of lowest `eval_loss`."""
 
   def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
-    """Opens `workdir/checkpoints`, for reading only when `config` is None."""
+    """Opens `workdir/checkpoints`, for reading only when `config` is None.
+
+    Checkpoints that were not evaluated count among the best only while fewer than `keep_best` were.
+    """
     config, read_only = config or CheckpointConfig(), config is None
     keep = [policies.LatestN(config.keep_last)]
     if config.keep_best:
-      keep.append(policies.BestN(get_metric_fn=_eval_loss, reverse=True, n=config.keep_best,
-                                 keep_checkpoints_without_metrics=False))
+      keep.append(policies.BestN(get_metric_fn=_eval_loss, reverse=True, n=config.keep_best))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=_eval_loss, best_mode="min",
         # Orbax warns of its own mode for reading; a manager that never saves needs none.
@@ -42,7 +45,8 @@ class Checkpoints:
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(_flat(params)), optimizer=ocp.args.StandardSave(_flat(optimizer)),
         data=grain.checkpoint.CheckpointSave(data), config=ocp.args.JsonSave(configs.to_dict(config)))
-    metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+    # Orbax warns of a save without metrics; one with empty metrics ranks last.
+    metrics = {} if eval_loss is None else {"eval_loss": eval_loss}
     self._manager.save(step, args=items, metrics=metrics, force=True)
 
   def restore(self, step: int, params, optimizer, data):
@@ -71,7 +75,8 @@ class Checkpoints:
 
   def best(self) -> int | None:
     """The saved step of lowest `eval_loss`, or None when no saved step was evaluated."""
-    return self._manager.best_step()
+    step = self._manager.best_step()
+    return None if step is None or not self._manager.metrics(step) else step
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
@@ -117,7 +122,7 @@ def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
 
 
 def _eval_loss(metrics):
-  return metrics["eval_loss"]
+  return metrics.get("eval_loss", math.inf)
 
 
 def _flat(tree):

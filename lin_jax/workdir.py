@@ -34,7 +34,11 @@ def prepare(workdir: pathlib.Path, config: TrainConfig) -> None:
       pass
   except OSError as e:
     raise ValueError(f"workdir {str(workdir)!r} cannot be written: {e.strerror}") from e
-  configs.save(config, saved)
+  if jax.process_index():
+    return
+  # Renamed into place: other processes, or a run after a kill, never read half a file.
+  configs.save(config, unfinished := workdir / "config.json.new")
+  unfinished.replace(saved)
   (workdir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 

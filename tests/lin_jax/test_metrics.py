@@ -2,12 +2,15 @@
 
 import json
 
+import jax
 import matplotlib.image
+import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
 from lin_jax import metrics
 from lin_jax.config import LogConfig
+from tests.lin_jax import tiny
 
 
 class Clock:
@@ -51,6 +54,25 @@ def test_throughput_leaves_out_the_first_step_and_pauses():
   clock.now = 195.0
   throughput.count(1000)
   assert throughput.read() == 1000
+
+
+def test_steps_are_reported_when_due_with_their_model_flops_utilisation(tmp_path, monkeypatch, capsys):
+  config = tiny.config("", steps=7)
+  config.log.every = 3
+  rate = 1000.0  # tokens per second
+  flops = metrics.flops.training_flops_per_token(config.model, config.data.sequence_length)
+  monkeypatch.setattr(metrics.flops, "peak_flops", lambda kind: rate * flops / 0.25 / jax.device_count())
+  reporter, clock = metrics.Reporter(config, tmp_path, 0, 2.0), Clock()
+  reporter.throughput = metrics.Throughput(clock)
+  for step in range(1, 8):
+    clock.now += 8 * 64 / rate
+    reporter.step(step, {"loss": np.float32(3.5), "skipped": np.int32(0)})
+  reporter.close()
+  records = metrics.read(tmp_path / "metrics.jsonl")
+  assert [r["step"] for r in records] == [1, 3, 6, 7] and "mfu" not in records[0]
+  for record in records[1:]:
+    assert record["tokens_per_second"] == pytest.approx(rate) and record["mfu"] == pytest.approx(0.25)
+  assert capsys.readouterr().out.splitlines()[2] == "step 6/7  loss 3.500  1,000 tok/s  MFU 25.0%  eta 1s"
 
 
 def test_records_are_json_lines_and_a_resumed_run_drops_those_it_repeats(tmp_path):

@@ -1,6 +1,7 @@
 """The step against a plain one, sharded against unsharded, and what a run does with bad numbers and bad workdirs."""
 
 import functools
+import json
 import math
 
 import jax
@@ -129,13 +130,17 @@ def test_skipped_step_changes_nothing_but_the_count(data, batches, one_device):
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
   config, workdir = tiny.config(data), tmp_path_factory.mktemp("finished") / "runs" / "tiny"
+  config.log.profile_steps = "3,4"
   return config, workdir, train(config, workdir)
 
 
 def test_run_learns_and_leaves_everything_in_its_workdir(finished):
   config, workdir, result = finished
   names = {path.name for path in workdir.iterdir()}
-  assert names == {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "loss.png"}
+  assert names == {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "profile", "loss.png"}
+  assert list((workdir / "profile").rglob("*.xplane.pb"))
+  environment = json.loads((workdir / "environment.json").read_text())
+  assert environment["jax"] == jax.__version__ and environment["device_count"] == 8
   assert configs.load(workdir / "config.json") == config
   records = reporting.read(workdir / "metrics.jsonl")
   assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
