@@ -29,7 +29,7 @@ bench: $(INSTALLED) ## time the kernels on this machine
 	$(PYTHON) experiments/bench_kernels.py
 
 notebooks: $(INSTALLED) ## write each notebook's .ipynb from its script, and run it
-	$(PYTHON) -m jupytext --to ipynb experiments/notebooks/[0-9]*.py
+	$(PYTHON) -m jupytext --update --to ipynb experiments/notebooks/[0-9]*.py
 	$(PYTHON) -m pytest tests/experiments/test_notebooks.py
 
 $(CORPUS)/manifest.json: | $(INSTALLED)

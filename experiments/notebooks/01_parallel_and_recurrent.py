@@ -80,6 +80,7 @@ def step(state, token):
   return state, q @ state
 
 
+@jax.jit
 def recurrent(q, k, v, log_decay, state):
   state, output = jax.lax.scan(step, state, (q, k, v, log_decay))
   return output, state
@@ -111,6 +112,7 @@ assert error(library_output[0, 0], first_output) < 1e-6
 # that pairs above the diagonal yield exactly zero, and so do their gradients.
 
 # %%
+@jax.jit
 def logspace_scores(q, k, log_decay):
   b = jnp.cumsum(log_decay, 0)
   causal = jnp.tri(len(q), dtype=bool)[:, :, None]
@@ -172,11 +174,13 @@ assert abs(logspace_scores(strong[0], strong[1], strong[3])).max() < 20
 # subtracted; section 5 shows why that matters.
 
 # %%
+@jax.jit
 def sum_after(log_decay):
   """Row j holds the sum of the rows below it."""
   return jax.lax.cumsum(jnp.pad(log_decay[1:], ((0, 1), (0, 0))), reverse=True)
 
 
+# %%
 def one_chunk(state, chunk, scores=logspace_scores):
   q, k, v, log_decay = chunk
   b = jnp.cumsum(log_decay, 0)
@@ -261,7 +265,7 @@ def level_scores(q, k, log_decay):
 assert all((exponents(log_decay[:C], s) <= 0).all() for s in levels(C))
 assert error(level_scores(q, k, log_decay), logspace_scores(q, k, log_decay)) < 1e-12
 assert error(chunkwise(q, k, v, log_decay, S0, C, level_scores)[0], output) < 1e-12
-assert error(chunkwise(*strong, 0 * S0, 64, level_scores)[0], truth) < 1e-6
+assert error(chunkwise(*strong, 0 * S0, 32, level_scores)[0], truth) < 1e-6
 
 
 # %% [markdown]
@@ -349,10 +353,10 @@ assert errors["log space"][-1] > 30 * errors["levels"][-1]
 figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
 for (name, y), line in zip(errors.items(), (":", "--", "-.", "-"), strict=True):
   end = np.flatnonzero(np.isfinite(y))[-1]
-  axis.loglog(strengths, y, line, color="black", marker="x", markersize=8, markevery=[end], label=name)
+  axis.loglog(strengths, y, line, color="black", marker="x", markersize=8, markevery=[end])
   axis.annotate(name, (strengths[end], y[end]), (-8, 6), textcoords="offset points", ha="right")
 axis.set(xlabel="mean strength of a forgetting gate, $-g$", ylabel="relative RMS error, float32")
-axis.legend()
+axis.set(ylim=(5e-8, 5e-3))
 
 
 # %% [markdown]
@@ -365,7 +369,7 @@ axis.legend()
 def library(q, k, v, log_decay, state, **options):
   q, k, v, log_decay = (jnp.asarray(x, jnp.float32)[None, :, None] for x in (q, k, v, log_decay))
   state = jnp.asarray(state, jnp.float32)[None, None]
-  output, state = gla(q, k, v, log_decay, initial_state=state, scale=1.0, **options)
+  output, state = gla(q, k, v, log_decay, initial_state=state, scale=1.0, chunk_size=C, **options)
   return output[0, :, 0], state[0, 0]
 
 
