@@ -102,13 +102,23 @@ def test_eight_devices_equal_one_with_every_leaf_sharded(data, batches, one_devi
   for name in ("loss", "grad_norm", "accuracy"):
     assert_close(name, [m[name] for m in metrics], [m[name] for m in one_device[1]], 1e-5)
   assert_states_close(state, one_device[0], 5e-5)
+  mesh, _, _, create, _ = compiled(data, 1, (2, 2, 2))
+  with jax.set_mesh(mesh):
+    created = create()
+  for before_or_after in (created, state):
+    assert_every_leaf_sharded(before_or_after)
+
+
+def assert_every_leaf_sharded(state):
+  """Over every axis of size 2 that its logical axes name, in the parameters and both moments."""
   adam = state.opt_state[1][0]
   for tree in (state.params, adam.mu, adam.nu):
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
     for path, variable in leaves:
       names = variable.get_metadata()["out_sharding"]
       axes = [None] * (variable.ndim - len(names)) + [sharding.LOGICAL_AXES[name] for name in names]
-      expected = [size // 2 if axis and size % 2 == 0 else size for size, axis in zip(variable.shape, axes)]
+      sizes = zip(variable.shape, axes, strict=True)
+      expected = [size // 2 if axis and size % 2 == 0 else size for size, axis in sizes]
       shards = {shard.data.shape for shard in variable[...].addressable_shards}
       assert shards == {tuple(expected)}, jax.tree_util.keystr(path)
     assert any(len([axis for axis in v[...].sharding.spec if axis]) == 2 for _, v in leaves)
