@@ -121,7 +121,7 @@ def logspace_scores(q, k, log_decay):
 
 
 # %% [markdown]
-# The exponential factors, $e^{b_i - b_j} = e^{b_i} e^{-b_j}$, so the paper writes one matrix product instead.
+# The exponential splits, $e^{b_i - b_j} = e^{b_i} e^{-b_j}$, so the paper writes one matrix product instead.
 # With $B = e^{b}$ and $M$ the lower triangle of ones,
 #
 # $$P = \big((Q \odot B)\,(K / B)^\top\big) \odot M .$$
@@ -363,7 +363,7 @@ axis.set(ylim=(5e-8, 5e-3))
 # ## 6. The library computes the same function
 #
 # `kernels.gla` takes `[B, T, H, K]` arrays and returns the output and the final state. Its implementations
-# differ in speed and memory only. All are compared here with the float64 scan.
+# differ in speed and memory only. The two that suit any device are compared here with the float64 scan.
 
 # %%
 def library(q, k, v, log_decay, state, **options):
