@@ -1,0 +1,64 @@
+"""Which implementation runs, what is said about it, and what importing the package costs."""
+
+import logging
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kernels
+from kernels import dispatch
+
+X = jax.ShapeDtypeStruct((1, 20, 2, 16), jnp.float32)
+
+
+def test_every_entry_of_the_table_keeps_the_contract():
+  for op, names in dispatch.TABLE.items():
+    assert "pallas_triton" in names and names[-1] == "reference"
+    for name in names:
+      assert callable(dispatch.choose(op, name, X, X, X, X))
+
+
+def test_none_takes_the_first_that_the_platform_allows(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  assert dispatch.choose("gla", None, X, X, X, X).__module__ == "kernels.gla.xla_chunked"
+  assert kernels.explain("gla", X, X, X, X).splitlines() == [
+      "gla runs as xla_chunked on cpu",
+      "  pallas_triton: the default backend is cpu, it needs gpu",
+      "  reference: can run, xla_chunked comes first",
+  ]
+
+
+def test_on_a_gpu_the_reasons_of_an_implementation_count(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert dispatch.choose("gla", None, X, X, X, X).__module__ == "kernels.gla.pallas_triton"
+  assert dispatch.choose("gla", None, X, X, X, X, chunk_size=128).__module__ == "kernels.gla.xla_chunked"
+  assert "pallas_triton: chunk_size=128 is not one of" in kernels.explain("gla", X, X, X, X, chunk_size=128)
+
+
+def test_a_named_implementation_runs_or_raises():
+  x = jnp.zeros(X.shape)
+  with pytest.raises(NotImplementedError, match="'pallas_triton' declines these inputs: chunk_size=128"):
+    kernels.gla(x, x, x, x, implementation="pallas_triton", chunk_size=128)
+  with pytest.raises(ValueError, match="'triton' is unknown; known: pallas_triton, xla_chunked, reference"):
+    kernels.gla(x, x, x, x, implementation="triton")
+  with pytest.raises(ValueError, match="op='attention' is unknown; known: gla"):
+    kernels.explain("attention", X, X, X, X)
+
+
+def test_the_choice_is_logged_once(caplog):
+  dispatch._log_once.cache_clear()
+  with caplog.at_level(logging.INFO, logger="kernels.dispatch"):
+    for _ in range(2):
+      dispatch.choose("gla", None, X, X, X, X)
+  assert len(caplog.messages) == 1 and caplog.messages[0].startswith("gla runs as ")
+
+
+def test_import_is_light():
+  """No device is started, no Pallas loaded, and the package is ours rather than Hugging Face's of the same name."""
+  code = ("import sys, kernels, jax._src.xla_bridge as bridge; assert not bridge._backends; "
+          "assert not any('pallas' in name for name in sys.modules if name.startswith(('jax', 'kernels'))); "
+          "assert not hasattr(kernels, '__version__'); assert kernels.__all__ == ['explain', 'gla']")
+  subprocess.run([sys.executable, "-c", code], check=True)
