@@ -29,8 +29,8 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
   Raises:
     ValueError: shapes, dtypes, chunk_size or implementation break a rule; the message names both.
     NotImplementedError: the named implementation cannot run these inputs.
-  Precision: products of operands in q's dtype, accumulated in float32; float32 inputs get full float32 products
-    (`pallas_triton`: three TF32 passes). Relative RMS error of the output against "reference": at most 5e-3 for
+  Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32
+    (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference": at most 5e-3 for
     16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32.
   Source: Yang et al., arXiv:2312.06635, sections 4.2 and 4.3.
   """

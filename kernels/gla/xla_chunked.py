@@ -71,7 +71,7 @@ def _forward_chunk(scale, state, x):
   scores, upto, after, _, _ = _intra(q, k, g, dot)
   output = (dot("bhij,bhjv->bhiv", scores, v) + dot("bhik,bhkv->bhiv", q * upto, state) +
             _rowsum(q * k) * _wide(v))
-  return _next_state(state, upto[:, :, -1], k * after, v, dot), *_swap([output.astype(v.dtype)])
+  return _next_state(state, upto[:, :, -1], k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
 
 
 def _state_chunk(state, x):
@@ -140,8 +140,8 @@ def _rowsum(x):
 
 
 def _dot(dtype):
-  """einsum for inputs of `dtype`: float32 exactly, 16-bit as bfloat16, because states and cotangents may leave the
-  range of float16; accumulated in float32."""
+  """einsum with float32 accumulation; its operands are float32 for float32 inputs and bfloat16 for 16-bit ones."""
+  # States and cotangents may leave the range of float16.
   operand = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
 
   def dot(subscripts, a, b):
