@@ -7,9 +7,9 @@ multiplied in three TF32 passes on a GPU (relative error about 1e-6) and in full
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-import jax.numpy as jnp
 
 LOG2E = 1.4426950408889634  # kernels use exp2 of logarithms in base 2
 

@@ -30,8 +30,8 @@ import dataclasses
 import functools
 
 import jax
-from jax.experimental import pallas as pl
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from kernels import triton_blocks
 from kernels.triton_blocks import LOG2E, masked_sum, rows_and_columns

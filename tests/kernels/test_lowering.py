@@ -4,9 +4,9 @@ import collections
 import re
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import kernels
 
