@@ -10,7 +10,7 @@ from lin_jax.config import from_dict, to_dict, validate
 from lin_jax.model import parameter_count
 
 # Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget).
-SIZES = {"gla_tiny": 0.89e6, "transformer_tiny": 0.89e6, "gla_small": 42.1e6, "transformer_small": 42.1e6,
+SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, "transformer_small": 42.1e6,
          "gla_340m": 341.6e6, "transformer_340m": 341.6e6, "gla_1b3": 1.30e9, "transformer_1b3": 1.30e9}
 
 
