@@ -7,19 +7,21 @@ Per head, with q scaled, g = log_decay in base 2, and chunks of C tokens (arXiv:
   P_ij = sum_d Q_id K_jd 2^(sum of g_d over (j, i])  for i >= j
 
 P is a sum over dyadic levels s = 1, 2, ..., C/2. A pair belongs to level s when i lies in the second and j in the first
-half of one block of 2s tokens; its exponent then splits at the middle of the block into two sums of the same sign, and
+half of one block of 2s tokens; its exponent then splits at the middle of the block into two sums of the same sign. With
+E_s the sum of g between the middle of the block and a row,
 
-  P = sum_s mask_s * ((Q * 2^E_s) (K * 2^E_s)^T) + diag(Q K^T)
+  P = lower triangle of sum_s (pairs of s) * ((Q * 2^E_s) (K * 2^E_s)^T) + diag(Q K^T)
 
-where E_s sums g from the middle of the block to the row. All exponents are sums of terms <= 0, never differences of
-cumulative sums, so the scheme is exact for any gate (a reset included) and consists of matrix products only.
+All exponents are sums of terms <= 0, never differences of cumulative sums, so the scheme is exact for any gate (a reset
+included) and consists of matrix products only. Its backward takes dP mirrored into a symmetric matrix: with Z_s the
+rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds the rows of dQ and dK likewise.
 
 | pass | kernel | reads | writes |
 | forward, backward | `gla_scores` | q, k, g | P [C, C] a chunk |
 | forward, backward | `gla_states` | k, v, g | entry state of each chunk, final state |
 | forward | `gla_output` | q, g, v, P, states | o |
 | backward | `gla_dstates` | q, do, g | dS of each chunk's exit state, d initial_state |
-| backward | `gla_dscores` | do, v | dP [C, C] a chunk |
+| backward | `gla_dscores` | do, v | dP [C, C] a chunk, mirrored |
 | backward | `gla_dqkg` | q, k, g, v, do, dP, states, dS | dq, dk, dlog_decay |
 | backward | `gla_dv` | k, g, do, P, dS | dv |
 
@@ -42,11 +44,13 @@ CHUNKS = (16, 32, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tile sizes and launch parameters; `chunk` tokens, `block_k` x `block_v` tiles of the state."""
+  """Tile sizes and launch parameters: `chunk` tokens, `block_k` x `block_v` tiles of the state, and `loop_v` columns of
+  the state at a time where a program loops over all of them."""
 
   chunk: int
   block_k: int
   block_v: int
+  loop_v: int
   num_warps: int = 4
   num_stages: int = 3
 
@@ -55,7 +59,7 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None) -> Config:
   """A configuration that compiles for every supported shape: the widest tiles that fit, narrower for narrow heads."""
   widest_k, widest_v, chunk = (32, 32, 32) if dtype == jnp.float32 else (64, 128, 64)
   tile = lambda size, widest: min(widest, max(16, pl.next_power_of_2(size)))
-  return Config(chunk_size or chunk, tile(K, widest_k), tile(V, widest_v))
+  return Config(chunk_size or chunk, tile(K, widest_k), tile(V, widest_v), tile(V, widest_k))
 
 
 def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
@@ -131,14 +135,17 @@ def _levels(C):
 
 
 def _level(level, g, **sums):
-  """`(pairs, pairs_transposed, decay)` of one dyadic level: its pairs (i, j) and (j, i), and 2^E_s of every row."""
+  """`(pairs, second, decay)` of one dyadic level: which [C, C] entries pair its halves (in either order), which rows
+  are in second halves, and 2^E_s of every row."""
   row, column = rows_and_columns(g.shape[0])
-  row_half, column_half = row >> level, column >> level
-  row_second, column_second = (row_half & 1) == 1, (column_half & 1) == 1
-  pairs = row_second & (column_half == row_half - 1)
-  pairs_transposed = column_second & (row_half == column_half - 1)
-  terms = (row_half == column_half) & ((row_second & (column <= row)) | (~row_second & (column > row)))
-  return pairs, pairs_transposed, jnp.exp2(masked_sum(terms, g, **sums))
+  apart = (row ^ column) >> level  # 0 in the same half, 1 in the two halves of one block
+  terms = (apart == 0) & (_is_second(level, row) == (column <= row))
+  second = _is_second(level, jax.lax.broadcasted_iota(jnp.int32, g.shape, 0))
+  return apart == 1, second, jnp.exp2(masked_sum(terms, g, **sums))
+
+
+def _is_second(level, row):
+  return ((row >> level) & 1) == 1
 
 
 # Kernel bodies. A ref holds one head's chunk [C, .] or, in the two scans, all T tokens.
@@ -162,7 +169,7 @@ def _scores_kernel(q_ref, k_ref, g_ref, p_ref, *, scale, block_k, dot):
     return jax.lax.fori_loop(0, _levels(C), add_level, scores)
 
   scores = jax.lax.fori_loop(0, K // block_k, add_tile, jnp.zeros((C, C), jnp.float32))
-  p_ref[...] = scores.astype(p_ref.dtype)
+  p_ref[...] = jnp.where(row >= column, scores, 0.0).astype(p_ref.dtype)
 
 
 def _states_kernel(k_ref, v_ref, g_ref, initial_ref, states_ref, final_ref, *, chunk, dot):
@@ -205,33 +212,37 @@ def _dstates_kernel(q_ref, do_ref, g_ref, dfinal_ref, dstates_ref, dinitial_ref,
   dinitial_ref[...] = jax.lax.fori_loop(0, N, step, dfinal_ref[...])
 
 
-def _dscores_kernel(do_ref, v_ref, dp_ref, *, block_v, dot):
+def _dscores_kernel(do_ref, v_ref, dp_ref, *, loop_v, dot):
   C = do_ref.shape[0]
   operand = _operand(do_ref.dtype)
 
-  def add_tile(i, dp):
-    tile = pl.ds(i * block_v, block_v)
-    return dp + dot(do_ref[:, tile].astype(operand), v_ref[:, tile].astype(operand).T)
+  def add_tile(i, carry):
+    # P^T gets its own product: a transposed accumulator is miscompiled by some Triton versions.
+    dp, dp_transposed = carry
+    do, v = (ref[:, pl.ds(i * loop_v, loop_v)].astype(operand) for ref in (do_ref, v_ref))
+    return dp + dot(do, v.T), dp_transposed + dot(v, do.T)
 
-  dp = jax.lax.fori_loop(0, v_ref.shape[1] // block_v, add_tile, jnp.zeros((C, C), jnp.float32))
-  dp_ref[...] = dp.astype(dp_ref.dtype)
+  zeros = jnp.zeros((C, C), jnp.float32)
+  dp, dp_transposed = jax.lax.fori_loop(0, v_ref.shape[1] // loop_v, add_tile, (zeros, zeros))
+  row, column = rows_and_columns(C)
+  dp_ref[...] = jnp.where(row >= column, dp, dp_transposed).astype(dp_ref.dtype)
 
 
 def _dqkg_kernel(q_ref, k_ref, g_ref, v_ref, do_ref, dp_ref, states_ref, dstates_ref, dq_ref, dk_ref, dg_ref, *,
-                 scale, block_v, dot):
+                 scale, loop_v, dot):
   C, K = q_ref.shape
   operand, sums = _operand(q_ref.dtype), dict(dot=dot, parts=_parts(q_ref.dtype))
   zeros = jnp.zeros((C, K), jnp.float32)
 
   def add_tile(i, carry):
     dq, dk, dtotal = carry
-    tile = pl.ds(i * block_v, block_v)
+    tile = pl.ds(i * loop_v, loop_v)
     state, dstate = states_ref[:, tile], dstates_ref[:, tile]
     dtotal += jnp.sum(state.astype(jnp.float32) * dstate.astype(jnp.float32), axis=1)
     return (dq + dot(do_ref[:, tile].astype(operand), state.T), dk + dot(v_ref[:, tile].astype(operand), dstate.T),
             dtotal)
 
-  dq, dk, dtotal = jax.lax.fori_loop(0, v_ref.shape[1] // block_v, add_tile, (zeros, zeros, jnp.sum(zeros, axis=0)))
+  dq, dk, dtotal = jax.lax.fori_loop(0, v_ref.shape[1] // loop_v, add_tile, (zeros, zeros, jnp.sum(zeros, axis=0)))
 
   # A gate multiplies what enters the chunk and every pair (i, j) with j before it and i not before it: terms that end
   # in its chunk count through q * dq, terms that leave it through k * dk. No sum of terms without it is subtracted
@@ -244,11 +255,10 @@ def _dqkg_kernel(q_ref, k_ref, g_ref, v_ref, do_ref, dp_ref, states_ref, dstates
 
   def add_level(level, carry):
     dq, dk_intra = carry
-    pairs, pairs_transposed, decay = _level(level, g, **sums)
+    pairs, second, decay = _level(level, g, **sums)
     dp = jnp.where(pairs, dp_ref[...].astype(jnp.float32), 0.0).astype(operand)
-    dp_transposed = jnp.where(pairs_transposed, dp_ref[...].T.astype(jnp.float32), 0.0).astype(operand)
-    return (dq + decay * dot(dp, (k() * decay).astype(operand)),
-            dk_intra + decay * dot(dp_transposed, (q() * decay).astype(operand)))
+    dz = decay * dot(dp, (jnp.where(second, q(), k()) * decay).astype(operand))
+    return dq + jnp.where(second, dz, 0.0), dk_intra + jnp.where(second, 0.0, dz)
 
   dq, dk_intra = jax.lax.fori_loop(0, _levels(C), add_level, (dq, zeros))
   dg = masked_sum(column >= row, q() * dq - k() * dk_intra, **sums) + masked_sum(column < row, k() * dk, **sums)
@@ -348,7 +358,7 @@ def _output(q, g, v, scores, states, scale, config):
 def _dscores(do, v, config):
   B, T, H, V = v.shape
   N, C = T // config.chunk, config.chunk
-  return _launch(functools.partial(_dscores_kernel, block_v=config.block_v), "gla_dscores", (1, N, H, B),
+  return _launch(functools.partial(_dscores_kernel, loop_v=config.loop_v), "gla_dscores", (1, N, H, B),
                  [_chunk(config, V, tiled=False)] * 2, _scores_block(config),
                  jax.ShapeDtypeStruct((B, H, N, C, C), _operand(v.dtype)), config)(do, v)
 
@@ -359,7 +369,7 @@ def _dqkg(q, k, g, v, do, dscores, states, dstates, scale, config):
   keys, values = _chunk(config, config.block_k, tiled=True), _chunk(config, V, tiled=False)
   state = _state_block(config.block_k, V, lambda t: (t, 0))
   out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, g)]
-  return _launch(functools.partial(_dqkg_kernel, scale=scale, block_v=config.block_v), "gla_dqkg",
+  return _launch(functools.partial(_dqkg_kernel, scale=scale, loop_v=config.loop_v), "gla_dqkg",
                  (K // config.block_k, T // config.chunk, H, B),
                  [keys, keys, keys, values, values, _scores_block(config), state, state], [keys] * 3, out_shape,
                  config)(q, k, g, v, do, dscores, states, dstates)
