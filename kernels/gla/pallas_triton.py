@@ -14,7 +14,7 @@ E_s the sum of g between the middle of the block and a row,
 
 All exponents are sums of terms <= 0, never differences of cumulative sums, so the scheme is exact for any gate (a reset
 included) and consists of matrix products only. Its backward takes dP mirrored into a symmetric matrix: with Z_s the
-rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds the rows of dQ and dK likewise.
+rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds those of dQ and dK likewise.
 
 | pass | kernel | reads | writes |
 | forward, backward | `gla_scores` | q, k, g | P [C, C] a chunk |

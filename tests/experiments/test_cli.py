@@ -74,7 +74,7 @@ def test_generate_repeats_with_its_seed(run, tmp_path):
 
 
 def test_bench_times_each_implementation_both_ways(tmp_path):
-  out, _ = succeed("bench_kernels.py", "--length=20", "--key=8", "--value=16", "--repeats=2", f"--out={tmp_path}/b.json")
+  succeed("bench_kernels.py", "--length=20", "--key=8", "--value=16", "--repeats=2", f"--out={tmp_path}/b.json")
   rows = json.loads((tmp_path / "b.json").read_text())["rows"]
   assert {(r["implementation"], r["pass"]) for r in rows} >= {
       (name, label) for name in ("xla_chunked", "reference") for label in ("forward", "forward + backward")}
