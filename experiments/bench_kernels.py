@@ -33,7 +33,8 @@ _OUT = flags.DEFINE_string("out", "", "JSON file that receives the record as wel
 def main(_):
   sets = [_inputs(jax.random.key(seed)) for seed in range(3)]
   device = jax.devices()[0]
-  record = {"command": " ".join(["python", *sys.argv]), "op": "gla", "device": device.device_kind, "jax": importlib.metadata.version("jax"),
+  record = {"command": " ".join(["python", *sys.argv]), "op": "gla", "device": device.device_kind,
+            "jax": importlib.metadata.version("jax"),
             **{flag.name: flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE, _DTYPE, _REPEATS)}}
   print(kernels.explain("gla", *sets[0][:4]))
   print(f"{'implementation':>15} {'pass':>18} {'ms':>9} {'GB/s of the floor':>18} {'scratch MB':>11}")
