@@ -17,8 +17,9 @@ _SOURCES = tuple(_ROOT / name for name in ("experiments", "lin_jax", "kernels"))
 def run(main: Callable[[Sequence[str]], object]) -> None:
   """Parses the flags and calls `main(argv)`, as `absl.app.run` does.
 
-  Unknown or malformed flags, and a ValueError that this repository raises, are the user's to mend: the message goes to
-  stderr and the exit code is 2. A ValueError from inside a dependency is a defect and keeps its traceback.
+  Unknown or malformed flags, and a ValueError or NotImplementedError that this repository raises, are the user's to
+  mend: the message goes to stderr and the exit code is 2. One from inside a dependency is a defect and keeps its
+  traceback.
   """
   # JAX otherwise cuts its own frames out, and with them the difference between its errors and ours.
   jax.config.update("jax_traceback_filtering", "off")
@@ -31,7 +32,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
       _exit(f"unexpected argument {argv[1]!r}: write options as --name=value")
     try:
       main(argv)
-    except ValueError as e:
+    except (ValueError, NotImplementedError) as e:
       if not _raised_here(e):
         raise
       _exit(e)

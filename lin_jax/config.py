@@ -133,6 +133,8 @@ def validate(config: TrainConfig) -> TrainConfig:
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")
   require(config.optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")
   require(config.optim.warmup_steps < config.optim.steps, "optim.warmup_steps", "must be less than config.optim.steps")
+  for field in ("optim.beta1", "optim.beta2"):
+    require(0 <= _get(config, field) < 1, field, "must lie in [0, 1)")
   require(0 <= config.optim.final_learning_rate <= config.optim.learning_rate, "optim.final_learning_rate",
           "must lie between 0 and config.optim.learning_rate")
   require(config.data.batch_size % config.optim.accumulation == 0, "data.batch_size",
@@ -140,10 +142,10 @@ def validate(config: TrainConfig) -> TrainConfig:
   if config.log.profile_steps:
     try:
       start, stop = map(int, config.log.profile_steps.split(","))
-      ok = 0 <= start < stop
+      ok = 1 <= start < stop
     except ValueError:
       ok = False
-    require(ok, "log.profile_steps", "must be 'start,stop' with start < stop")
+    require(ok, "log.profile_steps", "must be 'start,stop' with 1 <= start < stop")
   return config
 
 

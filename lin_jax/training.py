@@ -48,7 +48,8 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
   Returns:
     The last value of each metric, `step`, `preempted` (ended by SIGTERM), and `checkpoint` (the folder of the last).
   Raises:
-    ValueError: the config, the data or the workdir breaks a rule; raised before anything is written.
+    ValueError, or NotImplementedError from an op's named implementation: the config, the data or the workdir breaks a
+      rule; raised before anything is written.
     FloatingPointError: the loss or a gradient is not finite and config.optim.nonfinite is "stop".
   """
   workdir = pathlib.Path(workdir)
@@ -60,6 +61,9 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
   batches = train_iterator(config.data, config.seed, vocab_size=vocab_size)
   held_out = eval_batches(config.data, "val", config.eval.batches, vocab_size=vocab_size)
   bytes_per_token = {split: TokenDataset(config.data.path, split).bytes_per_token for split in ("train", "val")}
+  with jax.set_mesh(mesh):
+    # Ops refuse what they cannot run only when they are traced.
+    jax.eval_shape(functools.partial(loss_sum, graph), abstract.params, held_out[0])
   workdirs.prepare(workdir, config)
 
   with contextlib.ExitStack() as stack:

@@ -26,9 +26,9 @@ def prepare(workdir: pathlib.Path, config: TrainConfig) -> None:
     ValueError: it holds a run whose config differs in a field outside `RESUMABLE`, or it cannot be written.
   """
   saved = workdir / "config.json"
-  if saved.exists():
-    _require_same_run(workdir, configs.load(saved), config)
   try:
+    if saved.exists():
+      _require_same_run(workdir, configs.load(saved), config)
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):
       pass

@@ -33,6 +33,12 @@ def register(name: str):
   return add
 
 
+def require(config: Any, field: str, ok: bool, rule: str) -> None:
+  """Raises ValueError with the field's value and the rule unless `ok`; for the constructors of mixers."""
+  if not ok:
+    raise ValueError(f"{field}={getattr(config, field)!r}: {rule}")
+
+
 def name_of(config: Any) -> str:
   """The registered name of a mixer config. Raises ValueError for an object that is none."""
   for name, cls in MIXERS.items():

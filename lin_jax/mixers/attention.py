@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from lin_jax.layers import Linear, rotary, segment_runs
-from lin_jax.mixers import register
+from lin_jax.mixers import register, require
 from lin_jax.sharding import shard_heads
 
 
@@ -42,6 +42,10 @@ class Attention(nnx.Module):
   Config = AttentionConfig
 
   def __init__(self, config: AttentionConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    require(config, "heads", config.heads >= 1, "must be at least 1")
+    for field in ("kv_heads", "window"):
+      require(config, field, getattr(config, field) >= 0, "must not be negative")
+    require(config, "rope_base", config.rope_base > 0, "must be positive")
     kv_heads = config.kv_heads or config.heads
     if width % config.heads or (width // config.heads) % 2:
       raise ValueError(f"heads={config.heads} must divide the width {width} into an even number of channels")

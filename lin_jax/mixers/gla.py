@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from kernels import gla
 from kernels.gla import step as gla_step
 from lin_jax.layers import Linear, RMSNorm, ShortConvolution
-from lin_jax.mixers import register
+from lin_jax.mixers import register, require
 from lin_jax.sharding import shard_heads
 
 # Xavier with gain 2^-2.5 for queries, keys and gates, as in the authors' training code.
@@ -51,6 +51,9 @@ class GatedLinearAttention(nnx.Module):
   Config = GLAConfig
 
   def __init__(self, config: GLAConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    for field in ("heads", "gate_rank"):
+      require(config, field, getattr(config, field) >= 1, "must be at least 1")
+    require(config, "gate_temperature", config.gate_temperature > 0, "must be positive")
     key_width, value_width = round(width * config.expand_k), round(width * config.expand_v)
     for name, size in (("expand_k", key_width), ("expand_v", value_width)):
       if size < 1 or size % config.heads:

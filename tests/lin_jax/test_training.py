@@ -17,6 +17,7 @@ from lin_jax import sharding
 from lin_jax.checkpoint import load_model
 from lin_jax.config import MeshConfig
 from lin_jax.data import eval_batches, train_iterator
+from lin_jax.mixers.gla import GLAConfig
 from lin_jax.training import make_state, make_train_step, train
 from tests.close import assert_close
 from tests.lin_jax import tiny
@@ -197,6 +198,8 @@ def test_unwritable_workdir_is_found_before_anything_runs(data, tmp_path, monkey
   (tmp_path / "file").write_text("")
   with pytest.raises(ValueError, match="file/run' cannot be written: Not a directory"):
     train(tiny.config(data), tmp_path / "file" / "run")
+  with pytest.raises(ValueError, match="cannot be written: File name too long"):
+    train(tiny.config(data), tmp_path / ("a" * 300))
 
 
 @pytest.mark.parametrize("section, field, value, message", [
@@ -205,6 +208,10 @@ def test_unwritable_workdir_is_found_before_anything_runs(data, tmp_path, monkey
     ("mesh", "tensor", 4, "config.model.mixer.heads=2"),
     ("model", "vocab_size", 50, "vocab_size=50"),
     ("optim", "steps", 0, "config.optim.steps=0"),
+    ("optim", "beta2", 1.0, "config.optim.beta2=1.0"),
+    ("log", "profile_steps", "0,4", "config.log.profile_steps='0,4'"),
+    ("model", "mixer", GLAConfig(heads=2, chunk_size=5), "chunk_size=5"),
+    ("model", "mixer", GLAConfig(heads=2, implementation="fast"), "implementation='fast' is unknown"),
 ])
 def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, section, field, value, message):
   config = tiny.config(data)
