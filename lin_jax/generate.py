@@ -58,8 +58,8 @@ def compile_generate(model: LanguageModel, batch: int, prompt_length: int, steps
   if prompt_length < 1 or steps < 1 or batch < 1:
     raise ValueError(f"batch={batch}, prompt_length={prompt_length}, steps={steps}: each must be at least 1")
   request = f"a prompt of {prompt_length:,} and {steps:,} new tokens (batch {batch})"
-  # Before compiling: the compiler itself runs out of memory on states that cannot fit.
-  _require_memory(request, state_bytes(model, batch, prompt_length + steps))
+  # Before compiling: the compiler itself runs out of memory on states and tokens (int32) that cannot fit.
+  _require_memory(request, state_bytes(model, batch, prompt_length + steps) + 4 * batch * (prompt_length + steps))
   tokens = jax.ShapeDtypeStruct((batch, prompt_length), jnp.int32)
   program = _generate.lower(model, tokens, jax.eval_shape(jax.random.key, 0), steps, sampling).compile()
   memory = program.memory_analysis()

@@ -113,6 +113,11 @@ def test_too_long_for_memory_is_refused_with_the_size():
     compile_generate(model, 1, 10**6, 10, Sampling())
 
 
+def test_more_tokens_than_memory_holds_are_refused_whatever_the_state(model):
+  with pytest.raises(ValueError, match=r"100,000,000,000,000 new tokens .* needs"):
+    compile_generate(model, 1, 10, 10**14, Sampling())
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(temperature=-0.1), "temperature=-0.1: must be finite and not negative"),
     (dict(temperature=float("nan")), "temperature=nan: must be finite"),
