@@ -8,7 +8,6 @@ The floor is the traffic of one pass: inputs read once, results written once, gr
 
 import importlib.metadata
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -52,7 +51,7 @@ def main(_):
       print(f"{name:>15} {label:>18} {row['milliseconds']:>9.3f} {row['gigabytes_per_second']:>18.1f} "
             f"{row['scratch_bytes'] / 1e6:>11.1f}")
   if _OUT.value:
-    pathlib.Path(_OUT.value).write_text(json.dumps(record | {"rows": rows}, indent=2) + "\n")
+    commands.write(_OUT.value, json.dumps(record | {"rows": rows}, indent=2) + "\n")
 
 
 def _inputs(key):

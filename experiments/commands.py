@@ -54,6 +54,14 @@ def checkpoint_step(value: str) -> int | str | None:
   return int(value)
 
 
+def write(path: str | pathlib.Path, text: str) -> None:
+  """Writes a result that has been printed already. Raises ValueError when `path` cannot be written."""
+  try:
+    pathlib.Path(path).write_text(text)
+  except OSError as e:
+    raise ValueError(f"{path}: cannot be written: {e.strerror}") from e
+
+
 def _parse(argv):
   try:
     return flags.FLAGS(argv)

@@ -44,9 +44,9 @@ def main(_):
     print(_line(f"{row['start']}-{row['stop'] - 1}", row))
   print(_line("all", result), f"   {result['bits_per_byte']:.4f} bits per byte")
   path = workdir / f"evaluation_{_SPLIT.value}_{length}.json"
-  path.write_text(json.dumps({"data": data.path, "split": _SPLIT.value, "checkpoint": _CHECKPOINT.value,
-                              "sequence_length": length, "reset_at_documents": data.reset_at_documents, **result},
-                             indent=2) + "\n")
+  record = {"data": data.path, "split": _SPLIT.value, "checkpoint": _CHECKPOINT.value, "sequence_length": length,
+            "reset_at_documents": data.reset_at_documents, **result}
+  commands.write(path, json.dumps(record, indent=2) + "\n")
   print(f"written to {path}")
 
 

@@ -45,7 +45,7 @@ def main(_):
   text = _PROMPT.value + tokenizer.decode(tokens[:ends[0]] if ends.size else tokens)
   print(text)
   if _OUT.value:
-    pathlib.Path(_OUT.value).write_text(text + "\n")
+    commands.write(_OUT.value, text + "\n")
   print(f"\n{len(prompt)} tokens read and {len(tokens)} generated in {seconds:.2f} s "
         f"({len(tokens) / seconds:,.0f} tokens/s); decoding state {state_bytes(model, 1, len(prompt) + len(tokens)):,} "
         "bytes", file=sys.stderr)

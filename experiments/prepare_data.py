@@ -67,22 +67,26 @@ def _prepare(out):
   from corpora import shakespeare, tokenize
 
   cache = pathlib.Path(_CACHE.value)
-  cache.mkdir(parents=True, exist_ok=True)
-  name = _TOKENIZER.value or ("bytes" if _CORPUS.value == "shakespeare" else "mistral")
-  tokenizer, file = tokenize.find_tokenizer(name, cache)
-  shared = dict(tokenizer=tokenizer, tokenizer_file=file)
   if _CORPUS.value == "english":
     from corpora import english
 
-    return english.prepare(out, tier=_TIER.value, seed=_SEED.value, cache=cache, **shared)
+    return english.prepare(out, tier=_TIER.value, seed=_SEED.value, cache=cache, **_tokenizer(cache, "mistral"))
   if _CORPUS.value == "shakespeare":
     return tokenize.prepare(out, functools.partial(shakespeare.documents, cache), shakespeare.split_of,
-                            splits=["train", "val", "test"], recipe=shakespeare.RECIPE, **shared)
+                            splits=["train", "val", "test"], recipe=shakespeare.RECIPE, **_tokenizer(cache, "bytes"))
   split_of = tokenize.hash_split(_SEED.value, _VAL.value, _TEST.value)
   splits = ["train"] + ["val"] * (_VAL.value > 0) + ["test"] * (_TEST.value > 0)
   stream, recipe = _hub() if _HF_DATASET.value else _files()
   recipe |= dict(split="by a hash of the text", val_fraction=_VAL.value, test_fraction=_TEST.value, seed=_SEED.value)
-  return tokenize.prepare(out, stream, split_of, splits=splits, recipe=recipe, **shared)
+  # After the checks of the input: this may download.
+  return tokenize.prepare(out, stream, split_of, splits=splits, recipe=recipe, **_tokenizer(cache, "mistral"))
+
+
+def _tokenizer(cache, default):
+  from corpora import tokenize
+
+  tokenizer, file = tokenize.find_tokenizer(_TOKENIZER.value or default, cache)
+  return dict(tokenizer=tokenizer, tokenizer_file=file)
 
 
 def _files():

@@ -92,6 +92,7 @@ def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
       (["generate.py", f"--workdir={tmp_path}/new"], "not a saved lin_jax config"),
       (["generate.py", f"--workdir={run}", "--top_p=0"], "top_p=0.0: must lie in (0, 1]"),
       (["generate.py", f"--workdir={run}", "--tokens=some"], "--tokens=some: invalid literal for int()"),
+      (["generate.py", f"--workdir={run}", "--tokens=1", f"--out={tmp_path}/new/x"], "new/x: cannot be written: No"),
       (["evaluate.py", f"--workdir={run}", "--checkpoint=5"], "no checkpoint of step 5; saved: "),
       (["evaluate.py", f"--workdir={run}", "--split=nope"], "no split 'nope': it has test, train, val"),
   ]

@@ -439,6 +439,9 @@ def test_command_line(tmp_path, text_file):
 
 
 def test_an_input_that_matches_nothing_is_refused(tmp_path):
+  result = run(f"--input={tmp_path}/none.txt", f"--out={tmp_path}/out", f"--cache={tmp_path}/cache")
+  assert result.returncode == 2 and result.stderr.endswith("none.txt: no such file\n"), result.stderr
+  assert not list(tmp_path.iterdir())
   with pytest.raises(ValueError, match="--input=.*none.txt: no such file"):
     documents.find([str(tmp_path / "none.txt")])
   with pytest.raises(ValueError, match="--val_fraction=0.5 --test_fraction=0.5: must not be negative and must leave"):
