@@ -25,12 +25,17 @@ def unpack(packed: pathlib.Path, out: pathlib.Path) -> bool:
     if not (out / _MANIFEST).exists() or (out / _MANIFEST).read_bytes() != content:
       raise ValueError(f"{out}: exists and is not the dataset of {packed}; choose another --out or delete it")
     return False
-  work = out.with_name(out.name + ".partial")
+  # Not the name that preparing uses: a preparation that was interrupted there is not ours to delete.
+  work = out.with_name(out.name + ".unpacking")
   shutil.rmtree(work, ignore_errors=True)
   work.mkdir(parents=True)
   parts = [part for entry in splits.values() for part in [entry["index"], *entry["shards"]]]
-  for part in parts:
-    _decompress(packed / (part["file"] + SUFFIX), work / part["file"], part["sha256"])
+  try:
+    for part in parts:
+      _decompress(packed / (part["file"] + SUFFIX), work / part["file"], part["sha256"])
+  except ValueError:
+    shutil.rmtree(work)
+    raise
   for file in packed.iterdir():
     if file.suffix != SUFFIX:
       shutil.copyfile(file, work / file.name)

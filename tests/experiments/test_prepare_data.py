@@ -247,7 +247,8 @@ def test_unpacking_restores_a_packed_dataset(tmp_path, text_file, limit):
   prepare(tmp_path / "set", [text_file])
   assert pack.pack(tmp_path / "set", tmp_path / "packed", limit)
   assert not pack.pack(tmp_path / "set", tmp_path / "packed", limit)
-  assert unpack.unpack(tmp_path / "packed", tmp_path / "again")
+  (tmp_path / "again.partial").mkdir()  # an interrupted preparation
+  assert unpack.unpack(tmp_path / "packed", tmp_path / "again") and (tmp_path / "again.partial").exists()
   assert not unpack.unpack(tmp_path / "packed", tmp_path / "again")
   for split in SPLITS:
     whole, restored = decoded(tmp_path / "set", split), decoded(tmp_path / "again", split)
@@ -271,6 +272,7 @@ def test_a_damaged_pack_is_refused_and_nothing_appears(tmp_path, text_file):
     with pytest.raises(ValueError, match=message):
       unpack.unpack(tmp_path / "packed", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+  assert not (tmp_path / "again.unpacking").exists()
   with pytest.raises(ValueError, match="not a directory made by --pack"):
     unpack.unpack(tmp_path, tmp_path / "again")
 
