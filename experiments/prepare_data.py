@@ -3,7 +3,7 @@
   python experiments/prepare_data.py --corpus=shakespeare --out=data/shakespeare
   python experiments/prepare_data.py --corpus=english --tier=full --out=data/english
   python experiments/prepare_data.py --input='books/*.txt' --input=web.jsonl --out=data/mine
-  python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --out=data/slimpajama
+  python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --tokens=16000000000 --out=data/slimpajama
   python experiments/prepare_data.py --pack=data/english --tokens=48000000 --out=english-packed
   python experiments/prepare_data.py --unpack=english-packed --out=data/english
 
@@ -34,7 +34,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the split, and of the order of docum
                              lower_bound=0)
 _CACHE = flags.DEFINE_string("cache", "data/cache", "where downloads are kept")
 _PACK = flags.DEFINE_string("pack", "", "dataset to compress into --out, its training split cut to --tokens")
-_TOKENS = flags.DEFINE_integer("tokens", 0, "with --pack: training tokens to keep; 0 keeps all", lower_bound=0)
+_TOKENS = flags.DEFINE_integer("tokens", 0, "tokens to take from --input or --hf_dataset, over all splits, or training "
+                               "tokens to keep with --pack; 0 is all", lower_bound=0)
 _UNPACK = flags.DEFINE_string("unpack", "", "directory made by --pack to turn back into a dataset")
 
 
@@ -42,6 +43,8 @@ def main(_) -> None:
   chosen = [name for name in ("input", "hf_dataset", "corpus", "pack", "unpack") if flags.FLAGS[name].value]
   if len(chosen) != 1:
     raise ValueError(f"give exactly one of --input, --hf_dataset, --corpus, --pack and --unpack: got {len(chosen)}")
+  if _TOKENS.value and chosen[0] in ("corpus", "unpack"):
+    raise ValueError(f"--tokens={_TOKENS.value}: goes with --input, --hf_dataset and --pack, not with --{chosen[0]}")
   out = pathlib.Path(_OUT.value)
   try:
     made = {"pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
@@ -79,7 +82,8 @@ def _prepare(out):
   stream, recipe = _hub() if _HF_DATASET.value else _files()
   recipe |= dict(split="by a hash of the text", val_fraction=_VAL.value, test_fraction=_TEST.value, seed=_SEED.value)
   # After the checks of the input: this may download.
-  return tokenize.prepare(out, stream, split_of, splits=splits, recipe=recipe, **_tokenizer(cache, "mistral"))
+  return tokenize.prepare(out, stream, split_of, splits=splits, recipe=recipe, limit=_TOKENS.value,
+                          **_tokenizer(cache, "mistral"))
 
 
 def _tokenizer(cache, default):

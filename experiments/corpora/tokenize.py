@@ -49,20 +49,23 @@ def hash_split(seed: int, val_fraction: float, test_fraction: float) -> Callable
 
 def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], split_of: Callable[[Document], str], *,
             splits: list[str], recipe: dict, tokenizer: Tokenizer, tokenizer_file: pathlib.Path | None = None,
-            shard_tokens: int = SHARD_TOKENS, checkpoint_tokens: int = CHECKPOINT_TOKENS) -> bool:
+            limit: int = 0, shard_tokens: int = SHARD_TOKENS, checkpoint_tokens: int = CHECKPOINT_TOKENS) -> bool:
   """Writes the dataset `out` from documents in their order; returns whether there was anything to do.
 
   `documents(n)` yields all but the first n. `recipe` determines the bytes: an existing `out` of the same recipe is left
-  as it is, an interrupted one continued. Its "sources" become the manifest's, with counts of the documents that name
+  as it is, an interrupted one continued. A positive `limit` ends the stream with the document that brings the tokens of
+  all splits to that many. The recipe's "sources" become the manifest's, with counts of the documents that name
   their "package". Raises ValueError when `out` is of another recipe, or a split stays empty.
   """
+  if limit:
+    recipe = recipe | dict(limit=limit)
   recipe = recipe | dict(tokenizer=dict(name=tokenizer.name, sha256=sha256(tokenizer_file) if tokenizer_file else None))
   work = begin(out, recipe)
   if work is None:
     return False
   with DatasetWriter(work, splits, shard_tokens=shard_tokens) as writer:
     try:
-      number, counts = _write(writer, documents, split_of, tokenizer, checkpoint_tokens)
+      number, counts = _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens)
       empty = [split for split, tokens in writer.totals().items() if not tokens]
       if empty:
         raise ValueError(f"split {empty[0]!r} would be empty: it got none of the {number} documents; give more "
@@ -78,12 +81,15 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
   return True
 
 
-def _write(writer, documents, split_of, tokenizer, checkpoint_tokens):
+def _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens):
   counts, progress = writer.notes, Progress("tokenize: documents")
   end = np.array([tokenizer.eos_id], DTYPE)
   total = saved = sum(writer.totals().values())
   number = writer.done
-  for number, document in enumerate(documents(writer.done), writer.done + 1):
+  for document in documents(writer.done):
+    if limit and total >= limit:
+      break
+    number += 1
     if not document.text.strip():
       continue
     ids = np.concatenate([np.array(tokenizer.encode(document.text), DTYPE), end])

@@ -132,6 +132,18 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, text_file, sto
   assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_limit_ends_with_the_document_that_reaches_it(tmp_path, text_file):
+  prepare(tmp_path / "whole", [text_file])
+  prepare(tmp_path / "out", [text_file], limit=6000)
+  sizes = [TokenDataset(tmp_path / "out", split).tokens for split in SPLITS]
+  assert 6000 <= sum(sizes) < 6000 + max(len(text.encode()) for text in TEXTS) + 1
+  for split in SPLITS:
+    part = decoded(tmp_path / "out", split)
+    assert part == decoded(tmp_path / "whole", split)[:len(part)]
+  with pytest.raises(ValueError, match="made from other inputs or options"):
+    prepare(tmp_path / "out", [text_file], limit=7000)
+
+
 def test_an_interruption_while_finishing_loses_nothing(tmp_path, text_file, monkeypatch):
   prepare(tmp_path / "whole", [text_file])
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
