@@ -23,12 +23,16 @@ def prepare(workdir: pathlib.Path, config: TrainConfig) -> None:
   """Creates `workdir` with `config.json` and `environment.json`, or checks that it belongs to this run.
 
   Raises:
-    ValueError: it holds a run whose config differs in a field outside `RESUMABLE`, or it cannot be written.
+    ValueError: it holds a run whose config differs in a field outside `RESUMABLE`, or checkpoints of an unknown run, or
+      it cannot be written.
   """
   saved = workdir / "config.json"
   try:
     if saved.exists():
       _require_same_run(workdir, configs.load(saved), config)
+    elif any(workdir.glob("checkpoints/*")):
+      raise ValueError(f"workdir {str(workdir)!r} holds checkpoints but no config.json that says of which run: choose "
+                       "another workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):
       pass

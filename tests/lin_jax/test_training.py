@@ -193,6 +193,13 @@ def test_workdir_of_another_config_is_refused(finished, data):
   assert configs.load(workdir / "config.json") == config
 
 
+def test_workdir_with_checkpoints_of_an_unknown_run_is_refused(data, tmp_path):
+  (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+  with pytest.raises(ValueError, match="holds checkpoints but no config.json"):
+    train(tiny.config(data), tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
 def test_unwritable_workdir_is_found_before_anything_runs(data, tmp_path, monkeypatch):
   monkeypatch.setattr("lin_jax.training.make_train_step", lambda *a: pytest.fail("reached the first step"))
   (tmp_path / "file").write_text("")
