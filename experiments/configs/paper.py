@@ -16,7 +16,8 @@ def gla_340m() -> TrainConfig:
   """GLA, 24 layers of width 1024 with 4 heads (K 128, V 256): 342M parameters with tied embeddings.
 
   Source: arXiv:2312.06635 table 2 (340M rows).
-  Command: python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --out=data/slimpajama
+  Command: python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --tokens=16000000000
+               --out=data/slimpajama
            python experiments/train.py --config=gla_340m --workdir=runs/gla_340m
   Expected: perplexity on WikiText 28.65, on LAMBADA 43.35; LAMBADA accuracy 30.3, PIQA 64.8, HellaSwag 34.5.
   Obtained: the paper's run not made yet. 500 steps of 65,536 tokens on the English corpus, learning rate 1e-3: held-out
@@ -40,7 +41,8 @@ def gla_1b3() -> TrainConfig:
   """GLA, 24 layers of width 2048 with 4 heads (K 256, V 512): 1.30B parameters with tied embeddings.
 
   Source: arXiv:2312.06635 table 2 (1.3B rows).
-  Command: python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --out=data/slimpajama
+  Command: python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --tokens=103000000000
+               --out=data/slimpajama
            python experiments/train.py --config=gla_1b3 --workdir=runs/gla_1b3
   Expected: perplexity on WikiText 17.22, on LAMBADA 14.47; LAMBADA accuracy 46.9, PIQA 71.8, HellaSwag 49.8.
   Obtained: the paper's run not made yet. 60 steps of 32,768 tokens on the English corpus: 50,800 tokens/s, MFU 40.8%,
