@@ -77,6 +77,8 @@ def test_run_killed_and_terminated_goes_on_as_if_nothing_had_happened(data, tmp_
     (["--config=transformer_tiny", "--config.model.mixer.expand_k=1.0"], "expand_k"),
     (["--config=gla_tiny", "--config.data.path=nowhere"], "data path 'nowhere': no such directory"),
     (["--config=gla_tiny", "--config.data.path={data}", "--workdir={data}/manifest.json/run"], "cannot be written"),
+    (["--config=gla_tiny", "--config.data.path={data}", "--config.model.mixer.implementation=pallas_triton",
+      "--config.model.mixer.chunk_size=128"], "declines these inputs: chunk_size=128"),
 ])
 def test_user_errors_exit_with_2_and_one_message_and_write_nothing(data, tmp_path, arguments, message):
   code, out, err = run(tmp_path, *[a.format(data=data) for a in arguments])
