@@ -6,5 +6,6 @@ says which. Importing this package starts no device.
 
 from kernels.dispatch import explain
 from kernels.gla import gla
+from kernels.linear_attention import linear_attention
 
-__all__ = ["explain", "gla"]
+__all__ = ["explain", "gla", "linear_attention"]

@@ -1,4 +1,4 @@
-"""Cases of the gla tests, for every implementation: inputs, and the comparison with the float32 scan."""
+"""Cases of the gla and linear_attention tests: inputs, and the comparison with the float32 scan."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.gla import reference
 from tests.close import assert_close, tolerance
 
 TIMES = (1, 15, 63, 64, 65, 100, 200, 500, 1000, 1024, 2048)
@@ -32,7 +31,11 @@ GATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One input of gla. `segments` are lengths that sum to T; row b has them rotated by b places."""
+  """One input. `segments` are lengths that sum to T; row b has them rotated by b places.
+
+  `decay`: what has its own log_decay, a "channel" `[B, T, H, K]` as in gla; or as in linear_attention a "token"
+  `[B, T, H]`, a "head" `[H]`, or "none".
+  """
 
   B: int = 2
   T: int = 100
@@ -45,6 +48,7 @@ class Case:
   initial_state: bool = True
   segments: tuple[int, ...] = ()
   chunk_size: int | None = None
+  decay: str = "channel"
 
   def __str__(self):
     default = Case()
@@ -67,11 +71,12 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
   B, T, H, G = case.B, case.T, case.H, case.key_heads or case.H
   rng = np.random.default_rng(seed)
   normal = lambda *shape, dtype="float32": jnp.asarray(rng.standard_normal(shape).astype(jnp.dtype(dtype)))
+  decay_shape = {"channel": (B, T, G, case.K), "token": (B, T, H), "head": (H,), "none": None}[case.decay]
   arrays = {
       "q": normal(B, T, G, case.K, dtype=case.dtype),
       "k": normal(B, T, G, case.K, dtype=case.dtype),
       "v": normal(B, T, H, case.V, dtype=case.dtype),
-      "log_decay": jnp.asarray(GATES[case.gate](rng, (B, T, G, case.K)), jnp.float32),
+      "log_decay": None if decay_shape is None else jnp.asarray(GATES[case.gate](rng, decay_shape), jnp.float32),
       "initial_state": normal(B, H, case.K, case.V) if case.initial_state else None,
   }
   cotangents = normal(B, T, H, case.V, dtype=case.dtype), normal(B, H, case.K, case.V)
@@ -94,27 +99,42 @@ def results(fn, arrays, segment_ids, cotangents, chunk_size=None) -> dict:
 
 
 def expected(inputs: Inputs) -> dict:
-  """Results of the float32 scan on the same inputs, widened to float32."""
-  wide = jax.tree.map(lambda x: x.astype(jnp.float32), (inputs.arrays, inputs.cotangents))
-  with jax.default_matmul_precision("highest"):
+  """Results of the scan on the same inputs, widened to float32."""
+  log_decay = inputs.arrays["log_decay"]
+  # exp of a constant decay is off by one rounding, the same at every token: a scan in float32 would compound it.
+  constant = log_decay is not None and log_decay.ndim == 1
+  with jax.enable_x64(constant), jax.default_matmul_precision("highest"):
+    wide = jax.tree.map(lambda x: x.astype("float64" if constant else "float32"), (inputs.arrays, inputs.cotangents))
     return results(_scan, wide[0], inputs.segment_ids, wide[1])
 
 
 def _scan(q, k, v, log_decay, *, initial_state, segment_ids, chunk_size):
   """The definition without the op's own front: heads repeated, and a state set to zero where a segment starts."""
   B, T, H, V = v.shape
-  q, k, log_decay = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (q, k, log_decay))
+  q, k = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (q, k))
+  log_decay = per_channel(log_decay, q.shape)
   state = jnp.zeros((B, H, q.shape[-1], V)) if initial_state is None else initial_state
   ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
   same = jnp.concatenate([jnp.ones((B, 1), bool), ids[:, 1:] == ids[:, :-1]], axis=1)
 
   def step(state, x):
-    same, *x = x
-    return reference.step(jnp.where(same[:, None, None, None], state, 0.0), *x)
+    same, q, k, v, g = x
+    state = jnp.where(same[:, None, None, None], state, 0.0)
+    state = jnp.exp(g)[..., None] * state + k[..., None] * v[..., None, :]
+    return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
 
   by_time = [jnp.moveaxis(x, 1, 0) for x in (same, q, k, v, log_decay)]
   state, output = jax.lax.scan(step, state, by_time)
   return q.shape[-1]**-0.5 * jnp.moveaxis(output, 0, 1), state
+
+
+def per_channel(log_decay, shape):
+  """The log_decay `[B, T, H, K]` of gla that equals any form of it."""
+  if log_decay is None:
+    return jnp.zeros(shape)
+  if log_decay.ndim == 4:
+    return jnp.repeat(log_decay, shape[2] // log_decay.shape[2], axis=2)
+  return jnp.broadcast_to(log_decay[..., None], shape)
 
 
 def check(case: Case, fn, *, split: bool = False) -> None:

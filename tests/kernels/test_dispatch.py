@@ -16,7 +16,7 @@ X = jax.ShapeDtypeStruct((1, 20, 2, 16), jnp.float32)
 
 def test_every_entry_of_the_table_keeps_the_contract():
   for op, names in dispatch.TABLE.items():
-    assert "pallas_triton" in names and names[-1] == "reference"
+    assert "xla_chunked" in names and names[-1] == "reference"
     for name in names:
       assert callable(dispatch.choose(op, name, X, X, X, X))
 
@@ -44,7 +44,7 @@ def test_a_named_implementation_runs_or_raises():
     kernels.gla(x, x, x, x, implementation="pallas_triton", chunk_size=128)
   with pytest.raises(ValueError, match="'triton' is unknown; known: pallas_triton, xla_chunked, reference"):
     kernels.gla(x, x, x, x, implementation="triton")
-  with pytest.raises(ValueError, match="op='attention' is unknown; known: gla"):
+  with pytest.raises(ValueError, match="op='attention' is unknown; known: gla, linear_attention"):
     kernels.explain("attention", X, X, X, X)
 
 
@@ -60,5 +60,6 @@ def test_import_is_light():
   """No device is started, no Pallas loaded, and the package is ours rather than Hugging Face's of the same name."""
   code = ("import sys, kernels, jax._src.xla_bridge as bridge; assert not bridge._backends; "
           "assert not any('pallas' in name for name in sys.modules if name.startswith(('jax', 'kernels'))); "
-          "assert not hasattr(kernels, '__version__'); assert kernels.__all__ == ['explain', 'gla']")
+          "assert not hasattr(kernels, '__version__'); "
+          "assert kernels.__all__ == ['explain', 'gla', 'linear_attention']")
   subprocess.run([sys.executable, "-c", code], check=True)

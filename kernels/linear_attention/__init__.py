@@ -1,0 +1,81 @@
+"""Linear attention with scalar decay: the op's contract, its checks, and what every implementation may rely on."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import chunks, dispatch
+from kernels.linear_attention.reference import step
+
+__all__ = ["linear_attention", "step"]
+
+
+def linear_attention(
+    q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "H"] | Float[Array, "B T H"] | None = None, *,
+    initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None, chunk_size: int | None = None, implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+  """Linear attention: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, per head.
+
+  Args:
+    q, k: key heads G divide the value heads H; value head h reads key head h // (H / G).
+    log_decay: natural log of the decay, <= 0, accumulated in float32. None: plain linear attention. `[H]`: constant in
+      time (RetNet, Lightning Attention). `[B, T, H]`: per token (simple GLA, Mamba-2).
+    initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
+    segment_ids: the state restarts from zero at each token whose id differs from the one before it.
+    scale: K**-0.5 if None.
+    chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
+    implementation: "xla_chunked" or "reference"; None takes the first that supports the inputs and the default backend
+      (`kernels.explain` says which).
+  Returns:
+    The output in v's dtype, and S_T in float32.
+  Raises:
+    ValueError: shapes, dtypes, chunk_size or implementation break a rule; the message names both.
+    NotImplementedError: the named implementation cannot run these inputs.
+  Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32.
+    Relative RMS error of the output against "reference": at most 5e-3 for 16-bit inputs, 1e-5 for float32.
+  Source: Sun et al., arXiv:2307.08621, section 2 (constant); Qin et al., arXiv:2405.17381, section 3 (chunks); Dao and
+    Gu, arXiv:2405.21060, section 6 (per token).
+  """
+  _check(q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  (B, T, H, V), K = v.shape, q.shape[-1]
+  if log_decay is not None:
+    log_decay = log_decay.astype(jnp.float32)
+  if segment_ids is not None:
+    # Where segments start differs between rows, so a decay shared by tokens becomes one per token.
+    log_decay = jnp.broadcast_to(0.0 if log_decay is None else log_decay, (B, T, H)).astype(jnp.float32)
+    log_decay = jnp.where(chunks.segment_starts(segment_ids)[:, :, None], chunks.RESET, log_decay)
+  if initial_state is None:
+    initial_state = jnp.zeros((B, H, K, V), jnp.float32)
+  q, k = (chunks.repeat_heads(x, H) for x in (q, k))
+  run = dispatch.choose("linear_attention", implementation, q, k, v, log_decay, chunk_size=chunk_size)
+  return run(q, k, v, log_decay, initial_state, scale=K**-0.5 if scale is None else scale, chunk_size=chunk_size)
+
+
+def _check(q, k, v, log_decay, initial_state, segment_ids, chunk_size):
+  def require(ok, message):
+    if not ok:
+      raise ValueError(f"linear_attention: {message}")
+
+  require(q.ndim == 4 and v.ndim == 4, f"q has shape {q.shape} and v {v.shape}; both must be [batch, time, heads, dim]")
+  require(k.shape == q.shape, f"k has shape {k.shape}; it must equal q's {q.shape}")
+  require(v.shape[:2] == q.shape[:2], f"v has shape {v.shape}; batch and time must equal q's {q.shape[:2]}")
+  require(min(q.shape + v.shape) >= 1, f"q has shape {q.shape} and v {v.shape}; every dimension must be at least 1")
+  require(v.shape[2] % q.shape[2] == 0, f"v has {v.shape[2]} heads; they must be a multiple of q's {q.shape[2]}")
+  require(q.dtype == k.dtype == v.dtype, f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal")
+  if log_decay is not None:
+    require(log_decay.shape in (v.shape[2:3], v.shape[:3]),
+            f"log_decay has shape {log_decay.shape}; it must be [heads] {v.shape[2:3]} or [batch, time, heads] "
+            f"{v.shape[:3]}, or None")
+  for name, x in (("q", q), ("log_decay", log_decay)):
+    require(x is None or x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32),
+            f"{name} has dtype {x is not None and x.dtype}; it must be bfloat16, float16 or float32")
+  if initial_state is not None:
+    expected = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    require(initial_state.shape == expected and initial_state.dtype == jnp.float32,
+            f"initial_state is {initial_state.dtype}{initial_state.shape}; it must be float32{expected}")
+  if segment_ids is not None:
+    require(segment_ids.shape == q.shape[:2] and jnp.issubdtype(segment_ids.dtype, jnp.integer),
+            f"segment_ids is {segment_ids.dtype}{segment_ids.shape}; it must be integers of shape {q.shape[:2]}")
+  require(chunk_size is None or chunk_size in chunks.SIZES,
+          f"chunk_size={chunk_size!r}; it must be one of {', '.join(map(str, chunks.SIZES))}, or None")

@@ -1,0 +1,196 @@
+"""Linear attention with scalar decay chunk by chunk in plain jnp, for every device; forward and backward.
+
+With q scaled, S the state entering and S' the one leaving a chunk, the decays between its tokens are exp of
+
+  between_ij = sum of log_decay over (j, i], for i >= j         upto_i = the sum up to and including i
+  after_j = the sum over the tokens after j                     total = the sum over the chunk
+
+and with D = exp(between) below and on the diagonal, 0 above, and P = D * (Q K^T) (arXiv:2405.17381, section 3)
+
+  O = P V + (Q * exp(upto)) S                  S' = exp(total) S + (K * exp(after))^T V
+
+Given dO and dS', with dA = D * (dO V^T):
+
+  dQ = dA K + exp(upto) * (dO S^T)             dK = dA^T Q + exp(after) * (V dS'^T)
+  dV = P^T dO + (K * exp(after)) dS'           dS = exp(total) dS' + (Q * exp(upto))^T dO
+
+The cotangent of an exponent is P * (dO V^T), query times its share of dQ, key times its share of dK, or for the total
+exp(total) * sum(S * dS'). The exponents are sums of log_decay, each formed directly, so a reset costs no precision, and
+dlog_decay is the transpose of these sums: none is a difference of larger terms. A constant decay makes the exponents
+multiples of it, and without decay there is nothing to form.
+
+The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import chunks
+
+# Chunks per iteration of the compiled loops: on a CPU, two take three quarters of the time that one takes.
+UNROLL = 2
+
+
+def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
+  """None: everything that `kernels.linear_attention` accepts."""
+  return None
+
+
+def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
+  """See `kernels.linear_attention`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  if chunk_size is None:
+    chunk_size = _chunk_size(q.shape[1], q.shape[3], v.shape[3])
+  return _linear_attention(q, k, v, log_decay, initial_state, scale, chunk_size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _linear_attention(q, k, v, log_decay, initial_state, scale, chunk_size):
+  xs = [chunks.split(x, chunk_size) for x in (q, k, v)]
+  constant, gates = _gates(log_decay, q.shape[1], chunk_size)
+  body = functools.partial(_forward_chunk, scale, constant)
+  final_state, output = jax.lax.scan(body, initial_state, (xs, gates), unroll=UNROLL)
+  return chunks.merge(output, q.shape[1]), final_state
+
+
+def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
+  residuals = q, k, v, log_decay, initial_state
+  return _linear_attention(*residuals, scale, chunk_size), residuals
+
+
+def _backward(scale, chunk_size, residuals, cotangents):
+  q, k, v, log_decay, initial_state = residuals
+  doutput, dfinal_state = cotangents
+  xs = q, k, v, do = [chunks.split(x, chunk_size) for x in (q, k, v, doutput)]
+  T = doutput.shape[1]
+  constant, gates = _gates(log_decay, T, chunk_size)
+  _, states = jax.lax.scan(functools.partial(_state_chunk, constant), initial_state, (k, v, gates), unroll=UNROLL)
+  body = functools.partial(_backward_chunk, scale, constant)
+  dinitial_state, (gradients, dgates) = jax.lax.scan(
+      body, dfinal_state, (xs, gates, states), reverse=True, unroll=UNROLL)
+  if log_decay is None:
+    dlog_decay = None
+  elif log_decay.ndim == 1:
+    dlog_decay = jnp.sum(dgates, axis=0)
+  else:
+    dlog_decay = chunks.merge(dgates, T)[..., 0]
+  return *(chunks.merge(x, T) for x in gradients), dlog_decay, dinitial_state
+
+
+_linear_attention.defvjp(_forward, _backward, optimize_remat=True)
+
+
+def _gates(log_decay, T, size):
+  """What the chunks share of a decay, and what each has of its own: its gates `[N, B, C, H, 1]` or tokens `[N]`."""
+  if log_decay is None:
+    return None, None
+  if log_decay.ndim == 1:
+    return log_decay, np.minimum(size, T - np.arange(0, T, size)).astype(np.float32)
+  return None, chunks.split(log_decay[..., None], size)
+
+
+# Bodies of the scans over chunks: x holds one chunk `[B, C, H, .]` of each array. Heads move before time here and not
+# in the whole arrays, because a chunk stays in the cache.
+
+
+def _forward_chunk(scale, constant, state, x):
+  (q, k, v), gate = _swap(x[0]), x[1]
+  dot, q, k = _dot(q.dtype), scale * _wide(q), _wide(k)
+  between, upto, after, total = _decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
+  scores = between * dot("bhik,bhjk->bhij", q, k)
+  output = dot("bhij,bhjv->bhiv", scores, v) + dot("bhik,bhkv->bhiv", q * upto, state)
+  return _next_state(state, total, k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
+
+
+def _state_chunk(constant, state, x):
+  (k, v), gate = _swap(x[:2]), x[2]
+  _, _, after, total = _decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
+  return _next_state(state, total, _wide(k) * after, v, _dot(k.dtype)), state
+
+
+def _backward_chunk(scale, constant, dstate, x):
+  (q, k, v, do), gate, state = _swap(x[0]), x[1], x[2]
+  dtype, dot, q, k = q.dtype, _dot(q.dtype), scale * _wide(q), _wide(k)
+  exponents, transpose = jax.vjp(lambda *x: _exponents(*x, v.shape[2]), constant, gate)
+  between, upto, after, total = _decays(exponents, v.shape[2])
+
+  scores = between * dot("bhik,bhjk->bhij", q, k)
+  dweights = dot("bhiv,bhjv->bhij", do, v)
+  dproducts = between * dweights
+  dq_state = upto * dot("bhiv,bhkv->bhik", do, state)
+  dk_state = after * dot("bhiv,bhkv->bhik", v, dstate)
+  dq = dot("bhij,bhjk->bhik", dproducts, k) + dq_state
+  dk = dot("bhij,bhik->bhjk", dproducts, q) + dk_state
+  dv = dot("bhij,bhiv->bhjv", scores, do) + dot("bhik,bhkv->bhiv", k * after, dstate)
+
+  dgate = None
+  if exponents is not None:
+    dtotal = total * jnp.sum(state * dstate, axis=(-2, -1), keepdims=True)
+    dexponents = scores * dweights, _rowsum(q * dq_state), _rowsum(k * dk_state), dtotal
+    if constant is None:
+      _, dgate = transpose(dexponents)
+    else:
+      dgate, _ = transpose(tuple(jnp.sum(x, axis=0, keepdims=True) for x in dexponents))
+  dstate = _next_state(dstate, total, q * upto, do, dot)
+  return dstate, (_swap(x.astype(dtype) for x in (scale * dq, dk, dv)), dgate)
+
+
+def _exponents(constant, gate, size):
+  """`between`, `upto`, `after`, `total`: `[B, H, C, C]`, two `[B, H, C, 1]`, `[B, H, 1, 1]`; B = 1 if constant."""
+  if gate is None:
+    return None
+  row, column = np.indices((size, size))
+  below = np.float32(row > column)
+  if constant is not None:
+    constant, rows = constant[None, :, None, None], np.arange(size, dtype=np.float32)[None, None, :, None]
+    # Nothing decays after the last token, and what fills up its chunk comes after it.
+    return (constant * (np.float32(row - column) * below)[None, None], constant * (rows + 1),
+            constant * jnp.maximum(gate - 1 - rows, 0), constant * gate)
+  g = jnp.swapaxes(gate, 1, 2)
+  sums = lambda terms, g: jnp.einsum("ir,bhrj->bhij", terms, g, precision="highest")
+  upto = np.float32(row >= column)
+  return sums(upto, below[None, None] * g), sums(upto, g), sums(below.T, g), jnp.sum(g, axis=2, keepdims=True)
+
+
+def _decays(exponents, size):
+  """exp of the exponents, zero above the diagonal; ones without decay."""
+  causal = np.tril(np.ones((1, 1, size, size), bool))
+  if exponents is None:
+    return causal.astype(np.float32), 1.0, 1.0, 1.0
+  between, *others = exponents
+  return jnp.exp(jnp.where(causal, between, -jnp.inf)), *(jnp.exp(x) for x in others)
+
+
+def _next_state(state, total, x, y, dot):
+  return total * state + dot("bhik,bhiv->bhkv", x, y)
+
+
+def _chunk_size(T, K, V):
+  """Long enough that the saved states of the backward pass stay comparable to the inputs."""
+  return 16 if T <= 16 else 32 if T <= 32 else 64 if K * V <= 128 * 128 else 128
+
+
+def _swap(arrays):
+  return [jnp.swapaxes(x, 1, 2) for x in arrays]
+
+
+def _wide(x):
+  return x.astype(jnp.float32)
+
+
+def _rowsum(x):
+  return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _dot(dtype):
+  """einsum with float32 accumulation; its operands are float32 for float32 inputs and bfloat16 for 16-bit ones."""
+  # States and cotangents may leave the range of float16.
+  operand = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+
+  def dot(subscripts, a, b):
+    return jnp.einsum(
+        subscripts, a.astype(operand), b.astype(operand), precision="highest", preferred_element_type=jnp.float32)
+
+  return dot
