@@ -49,6 +49,36 @@ def merge(x, T):
   return jnp.moveaxis(x, 0, 1).reshape(B, N * C, H, D)[:, :T]
 
 
+# Inside the body of a scan over chunks.
+
+
+def heads_first(arrays):
+  """Chunks `[B, C, H, D]` to `[B, H, C, D]`, or back."""
+  return [jnp.swapaxes(x, 1, 2) for x in arrays]
+
+
+def wide(x):
+  """`x` in float32."""
+  return x.astype(jnp.float32)
+
+
+def rowsum(x):
+  """Sum over the last axis, which stays with size 1."""
+  return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def product(dtype):
+  """einsum with float32 accumulation; its operands are float32 for float32 inputs and bfloat16 for 16-bit ones."""
+  # States and cotangents may leave the range of float16.
+  operand = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+
+  def dot(subscripts, a, b):
+    return jnp.einsum(
+        subscripts, a.astype(operand), b.astype(operand), precision="highest", preferred_element_type=jnp.float32)
+
+  return dot
+
+
 @functools.cache
 def level_masks(size: int):
   """The 0/1 matrices of a chunk's L = log2(size) levels, as float32 numpy constants.

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, dispatch
+from kernels import chunks, contract, dispatch
 from kernels.gla.reference import step
 
 __all__ = ["gla", "step"]
@@ -34,7 +34,9 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32.
   Source: Yang et al., arXiv:2312.06635, sections 4.2 and 4.3.
   """
-  _check(q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  contract.check("gla", q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  contract.require("gla", log_decay.shape == q.shape,
+                   f"log_decay has shape {log_decay.shape}; it must equal q's {q.shape}")
   (B, _, H, V), K = v.shape, q.shape[-1]
   log_decay = log_decay.astype(jnp.float32)
   if segment_ids is not None:
@@ -45,29 +47,3 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
   q, k, log_decay = (chunks.repeat_heads(x, H) for x in (q, k, log_decay))
   run = dispatch.choose("gla", implementation, q, k, v, log_decay, chunk_size=chunk_size)
   return run(q, k, v, log_decay, initial_state, scale=K**-0.5 if scale is None else scale, chunk_size=chunk_size)
-
-
-def _check(q, k, v, log_decay, initial_state, segment_ids, chunk_size):
-  def require(ok, message):
-    if not ok:
-      raise ValueError(f"gla: {message}")
-
-  require(q.ndim == 4 and v.ndim == 4, f"q has shape {q.shape} and v {v.shape}; both must be [batch, time, heads, dim]")
-  require(k.shape == q.shape, f"k has shape {k.shape}; it must equal q's {q.shape}")
-  require(log_decay.shape == q.shape, f"log_decay has shape {log_decay.shape}; it must equal q's {q.shape}")
-  require(v.shape[:2] == q.shape[:2], f"v has shape {v.shape}; batch and time must equal q's {q.shape[:2]}")
-  require(min(q.shape + v.shape) >= 1, f"q has shape {q.shape} and v {v.shape}; every dimension must be at least 1")
-  require(v.shape[2] % q.shape[2] == 0, f"v has {v.shape[2]} heads; they must be a multiple of q's {q.shape[2]}")
-  require(q.dtype == k.dtype == v.dtype, f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal")
-  for name, x in (("q", q), ("log_decay", log_decay)):
-    require(x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32),
-            f"{name} has dtype {x.dtype}; it must be bfloat16, float16 or float32")
-  if initial_state is not None:
-    expected = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    require(initial_state.shape == expected and initial_state.dtype == jnp.float32,
-            f"initial_state is {initial_state.dtype}{initial_state.shape}; it must be float32{expected}")
-  if segment_ids is not None:
-    require(segment_ids.shape == q.shape[:2] and jnp.issubdtype(segment_ids.dtype, jnp.integer),
-            f"segment_ids is {segment_ids.dtype}{segment_ids.shape}; it must be integers of shape {q.shape[:2]}")
-  require(chunk_size is None or chunk_size in chunks.SIZES,
-          f"chunk_size={chunk_size!r}; it must be one of {', '.join(map(str, chunks.SIZES))}, or None")

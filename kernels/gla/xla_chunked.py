@@ -66,25 +66,25 @@ _gla.defvjp(_forward, _backward, optimize_remat=True)
 
 
 def _forward_chunk(scale, state, x):
-  q, k, v, g = _swap(x)
-  dot, q, k = _dot(q.dtype), scale * _wide(q), _wide(k)
+  q, k, v, g = chunks.heads_first(x)
+  dot, q, k = chunks.product(q.dtype), scale * chunks.wide(q), chunks.wide(k)
   scores, upto, after, _, _ = _intra(q, k, g, dot)
   output = (dot("bhij,bhjv->bhiv", scores, v) + dot("bhik,bhkv->bhiv", q * upto, state) +
-            _rowsum(q * k) * _wide(v))
+            chunks.rowsum(q * k) * chunks.wide(v))
   return _next_state(state, upto[:, :, -1], k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
 
 
 def _state_chunk(state, x):
-  k, v, g = _swap(x)
+  k, v, g = chunks.heads_first(x)
   after_terms = chunks.level_masks(g.shape[2])[0][-1]
   after = jnp.exp(jnp.einsum("ij,bhjk->bhik", after_terms, g, precision="highest"))
   total = jnp.exp(jnp.sum(g, axis=2))
-  return _next_state(state, total, _wide(k) * after, v, _dot(k.dtype)), state
+  return _next_state(state, total, chunks.wide(k) * after, v, chunks.product(k.dtype)), state
 
 
 def _backward_chunk(scale, dstate, x):
-  (q, k, v, g, do), state = _swap(x[:-1]), x[-1]
-  dtype, dot, q, k = q.dtype, _dot(q.dtype), scale * _wide(q), _wide(k)
+  (q, k, v, g, do), state = chunks.heads_first(x[:-1]), x[-1]
+  dtype, dot, q, k = q.dtype, chunks.product(q.dtype), scale * chunks.wide(q), chunks.wide(k)
   scores, upto, after, decay, rows = _intra(q, k, g, dot)
   _, pairs, second = chunks.level_masks(g.shape[2])
   total = upto[:, :, -1]
@@ -95,17 +95,17 @@ def _backward_chunk(scale, dstate, x):
   dq_state = upto * dot("bhiv,bhkv->bhik", do, state)
   dk_state = after * dot("bhiv,bhkv->bhik", v, dstate)
   # The diagonal of P carries no gate.
-  diagonal, ddiagonal = _rowsum(q * k), _rowsum(_wide(do) * _wide(v))
+  diagonal, ddiagonal = chunks.rowsum(q * k), chunks.rowsum(chunks.wide(do) * chunks.wide(v))
   dq = jnp.sum(second[None, None] * dlevels, axis=2) + dq_state + ddiagonal * k
   dk = jnp.sum((1 - second[None, None]) * dlevels, axis=2) + dk_state + ddiagonal * q
-  dv = (dot("bhij,bhiv->bhjv", scores, do) + diagonal * _wide(do) +
+  dv = (dot("bhij,bhiv->bhjv", scores, do) + diagonal * chunks.wide(do) +
         dot("bhik,bhkv->bhiv", k * after, dstate))
 
   dexponents = jnp.concatenate([rows * drows, (q * dq_state)[:, :, None], (k * dk_state)[:, :, None]], axis=2)
   dtotal = total * jnp.sum(state * dstate, axis=-1)
   dg = chunks.sum_exponent_cotangents(dexponents) + dtotal[:, :, None]
   dstate = _next_state(dstate, total, q * upto, do, dot)
-  return dstate, _swap([*(x.astype(dtype) for x in (scale * dq, dk, dv)), dg])
+  return dstate, chunks.heads_first([*(x.astype(dtype) for x in (scale * dq, dk, dv)), dg])
 
 
 def _intra(q, k, g, dot):
@@ -125,27 +125,3 @@ def _next_state(state, total, x, y, dot):
 def _chunk_size(T, K, V):
   """Long enough that the saved states of the backward pass stay comparable to the inputs."""
   return 16 if T <= 16 else 32 if T <= 32 or K * V <= 128 * 128 else 64
-
-
-def _swap(arrays):
-  return [jnp.swapaxes(x, 1, 2) for x in arrays]
-
-
-def _wide(x):
-  return x.astype(jnp.float32)
-
-
-def _rowsum(x):
-  return jnp.sum(x, axis=-1, keepdims=True)
-
-
-def _dot(dtype):
-  """einsum with float32 accumulation; its operands are float32 for float32 inputs and bfloat16 for 16-bit ones."""
-  # States and cotangents may leave the range of float16.
-  operand = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
-
-  def dot(subscripts, a, b):
-    return jnp.einsum(
-        subscripts, a.astype(operand), b.astype(operand), precision="highest", preferred_element_type=jnp.float32)
-
-  return dot

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, dispatch
+from kernels import chunks, contract, dispatch
 from kernels.linear_attention.reference import step
 
 __all__ = ["linear_attention", "step"]
@@ -37,7 +37,11 @@ def linear_attention(
   Source: Sun et al., arXiv:2307.08621, section 2 (constant); Qin et al., arXiv:2405.17381, section 3 (chunks); Dao and
     Gu, arXiv:2405.21060, section 6 (per token).
   """
-  _check(q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  contract.check("linear_attention", q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  if log_decay is not None:
+    contract.require("linear_attention", log_decay.shape in (v.shape[2:3], v.shape[:3]),
+                     f"log_decay has shape {log_decay.shape}; it must be [heads] {v.shape[2:3]} or [batch, time, "
+                     f"heads] {v.shape[:3]}, or None")
   (B, T, H, V), K = v.shape, q.shape[-1]
   if log_decay is not None:
     log_decay = log_decay.astype(jnp.float32)
@@ -50,32 +54,3 @@ def linear_attention(
   q, k = (chunks.repeat_heads(x, H) for x in (q, k))
   run = dispatch.choose("linear_attention", implementation, q, k, v, log_decay, chunk_size=chunk_size)
   return run(q, k, v, log_decay, initial_state, scale=K**-0.5 if scale is None else scale, chunk_size=chunk_size)
-
-
-def _check(q, k, v, log_decay, initial_state, segment_ids, chunk_size):
-  def require(ok, message):
-    if not ok:
-      raise ValueError(f"linear_attention: {message}")
-
-  require(q.ndim == 4 and v.ndim == 4, f"q has shape {q.shape} and v {v.shape}; both must be [batch, time, heads, dim]")
-  require(k.shape == q.shape, f"k has shape {k.shape}; it must equal q's {q.shape}")
-  require(v.shape[:2] == q.shape[:2], f"v has shape {v.shape}; batch and time must equal q's {q.shape[:2]}")
-  require(min(q.shape + v.shape) >= 1, f"q has shape {q.shape} and v {v.shape}; every dimension must be at least 1")
-  require(v.shape[2] % q.shape[2] == 0, f"v has {v.shape[2]} heads; they must be a multiple of q's {q.shape[2]}")
-  require(q.dtype == k.dtype == v.dtype, f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal")
-  if log_decay is not None:
-    require(log_decay.shape in (v.shape[2:3], v.shape[:3]),
-            f"log_decay has shape {log_decay.shape}; it must be [heads] {v.shape[2:3]} or [batch, time, heads] "
-            f"{v.shape[:3]}, or None")
-  for name, x in (("q", q), ("log_decay", log_decay)):
-    require(x is None or x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32),
-            f"{name} has dtype {x is not None and x.dtype}; it must be bfloat16, float16 or float32")
-  if initial_state is not None:
-    expected = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-    require(initial_state.shape == expected and initial_state.dtype == jnp.float32,
-            f"initial_state is {initial_state.dtype}{initial_state.shape}; it must be float32{expected}")
-  if segment_ids is not None:
-    require(segment_ids.shape == q.shape[:2] and jnp.issubdtype(segment_ids.dtype, jnp.integer),
-            f"segment_ids is {segment_ids.dtype}{segment_ids.shape}; it must be integers of shape {q.shape[:2]}")
-  require(chunk_size is None or chunk_size in chunks.SIZES,
-          f"chunk_size={chunk_size!r}; it must be one of {', '.join(map(str, chunks.SIZES))}, or None")

@@ -96,8 +96,8 @@ def _gates(log_decay, T, size):
 
 
 def _forward_chunk(scale, constant, state, x):
-  (q, k, v), gate = _swap(x[0]), x[1]
-  dot, q, k = _dot(q.dtype), scale * _wide(q), _wide(k)
+  (q, k, v), gate = chunks.heads_first(x[0]), x[1]
+  dot, q, k = chunks.product(q.dtype), scale * chunks.wide(q), chunks.wide(k)
   between, upto, after, total = _decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
   scores = between * dot("bhik,bhjk->bhij", q, k)
   output = dot("bhij,bhjv->bhiv", scores, v) + dot("bhik,bhkv->bhiv", q * upto, state)
@@ -105,14 +105,14 @@ def _forward_chunk(scale, constant, state, x):
 
 
 def _state_chunk(constant, state, x):
-  (k, v), gate = _swap(x[:2]), x[2]
+  (k, v), gate = chunks.heads_first(x[:2]), x[2]
   _, _, after, total = _decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
-  return _next_state(state, total, _wide(k) * after, v, _dot(k.dtype)), state
+  return _next_state(state, total, chunks.wide(k) * after, v, chunks.product(k.dtype)), state
 
 
 def _backward_chunk(scale, constant, dstate, x):
-  (q, k, v, do), gate, state = _swap(x[0]), x[1], x[2]
-  dtype, dot, q, k = q.dtype, _dot(q.dtype), scale * _wide(q), _wide(k)
+  (q, k, v, do), gate, state = chunks.heads_first(x[0]), x[1], x[2]
+  dtype, dot, q, k = q.dtype, chunks.product(q.dtype), scale * chunks.wide(q), chunks.wide(k)
   exponents, transpose = jax.vjp(lambda *x: _exponents(*x, v.shape[2]), constant, gate)
   between, upto, after, total = _decays(exponents, v.shape[2])
 
@@ -128,13 +128,13 @@ def _backward_chunk(scale, constant, dstate, x):
   dgate = None
   if exponents is not None:
     dtotal = total * jnp.sum(state * dstate, axis=(-2, -1), keepdims=True)
-    dexponents = scores * dweights, _rowsum(q * dq_state), _rowsum(k * dk_state), dtotal
+    dexponents = scores * dweights, chunks.rowsum(q * dq_state), chunks.rowsum(k * dk_state), dtotal
     if constant is None:
       _, dgate = transpose(dexponents)
     else:
       dgate, _ = transpose(tuple(jnp.sum(x, axis=0, keepdims=True) for x in dexponents))
   dstate = _next_state(dstate, total, q * upto, do, dot)
-  return dstate, (_swap(x.astype(dtype) for x in (scale * dq, dk, dv)), dgate)
+  return dstate, (chunks.heads_first(x.astype(dtype) for x in (scale * dq, dk, dv)), dgate)
 
 
 def _exponents(constant, gate, size):
@@ -170,27 +170,3 @@ def _next_state(state, total, x, y, dot):
 def _chunk_size(T, K, V):
   """Long enough that the saved states of the backward pass stay comparable to the inputs."""
   return 16 if T <= 16 else 32 if T <= 32 else 64 if K * V <= 128 * 128 else 128
-
-
-def _swap(arrays):
-  return [jnp.swapaxes(x, 1, 2) for x in arrays]
-
-
-def _wide(x):
-  return x.astype(jnp.float32)
-
-
-def _rowsum(x):
-  return jnp.sum(x, axis=-1, keepdims=True)
-
-
-def _dot(dtype):
-  """einsum with float32 accumulation; its operands are float32 for float32 inputs and bfloat16 for 16-bit ones."""
-  # States and cotangents may leave the range of float16.
-  operand = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
-
-  def dot(subscripts, a, b):
-    return jnp.einsum(
-        subscripts, a.astype(operand), b.astype(operand), precision="highest", preferred_element_type=jnp.float32)
-
-  return dot
