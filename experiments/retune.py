@@ -1,0 +1,95 @@
+"""Measures the kernels' configurations on this machine's GPU and lists the fastest in `kernels/tuned/<device>.json`.
+
+  python experiments/retune.py
+  python experiments/retune.py --ops=gla --shapes=128x256x4 --dtype=float32 --limit_seconds=540
+
+For each op and shape it starts at the heuristic and goes through the fields of the op's `Config` once, each field's
+candidates with the others held. A candidate is timed only after its output, final state and all gradients agree with
+the float32 scan. Entries of other ops and shapes in the file stay; each faster one is written when it is found.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import sys
+import time
+
+import jax
+from absl import flags
+
+import commands
+import tuning
+from kernels import tuned
+
+_OPS = flags.DEFINE_list("ops", list(tuning.GATES), "Ops, comma-separated.")
+_SHAPES = flags.DEFINE_list("shapes", ["64x64x16", "128x128x16", "128x256x4", "256x512x4"],
+                            "KxVxH, or KxV for 16 heads, comma-separated.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k and v; float16 runs as bfloat16.")
+_TOKENS = flags.DEFINE_integer("tokens", 32768, "Tokens of a timed call, in sequences of 2048.", lower_bound=1)
+_LIMIT = flags.DEFINE_float("limit_seconds", 0.0, "Ends after the candidate during which they are over; 0: never.")
+_OUT = flags.DEFINE_string("out", "", "The device's file; kernels/tuned/<device>.json if empty.")
+
+
+def main(_):
+  deadline = time.monotonic() + _LIMIT.value if _LIMIT.value else float("inf")
+  problems = [problem(op, shape) for op in _OPS.value for shape in _SHAPES.value]
+  if not _OUT.value and jax.default_backend() != "gpu":
+    raise ValueError(f"--out is empty and the default backend is {jax.default_backend()}; without a GPU it is required")
+  device = jax.devices()[0].device_kind
+  path = pathlib.Path(_OUT.value or tuned.FOLDER / f"{tuned.slug(device)}.json")
+  record = load(path, {"device": device, "versions": {name: importlib.metadata.version(name) for name in
+                                                      ("jax", "jaxlib")}, "configs": []})
+  failed = []
+  for item in problems:
+    if time.monotonic() > deadline:
+      print(f"{item}: not begun, --limit_seconds={_LIMIT.value} are over")
+      continue
+    module = importlib.import_module(f"kernels.{item.op}.pallas_triton")
+    best = tuning.tune(item, module, deadline, lambda config, ms, item=item: save(path, record, item, config, ms))
+    print(f"{item}: best {best}", flush=True)
+    failed += [] if best else [item]
+  if failed:
+    sys.exit(f"no configuration works for {', '.join(map(str, failed))}")
+
+
+def problem(op: str, shape: str) -> tuning.Problem:
+  """The problem that flags name. Raises ValueError."""
+  if op not in tuning.GATES:
+    raise ValueError(f"--ops={op}: known ops are {', '.join(tuning.GATES)}")
+  sizes = shape.split("x")
+  if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) for size in sizes):
+    raise ValueError(f"--shapes={shape}: a shape is KxV or KxVxH, for instance 128x128x16")
+  K, V, H = map(int, (*sizes, 16)[:3])
+  T = min(2048, _TOKENS.value)
+  return tuning.Problem(op, K, V, H, _DTYPE.value, (_TOKENS.value // T, T))
+
+
+def load(path: pathlib.Path, empty: dict) -> dict:
+  """The device's record at `path`, or `empty` if there is none. Raises ValueError for one made otherwise."""
+  if not path.exists():
+    return empty
+  tuned.read(path)
+  record = json.loads(path.read_text())
+  made = {name: record.get(name) for name in ("device", "versions")}
+  here = {name: empty[name] for name in made}
+  if made != here:
+    raise ValueError(f"{path}: was measured with {made}, this is {here}; remove it or choose another --out")
+  return record
+
+
+def save(path, record, problem, config, ms):
+  """Puts an entry into the record, in the place of an older one, and writes the file: one entry a line."""
+  entry = {"op": problem.op, "K": problem.K, "V": problem.V, "dtype": problem.dtype,
+           "config": dataclasses.asdict(config), "timed": dict(zip("BTH", (*problem.timed, problem.H))), "ms": ms}
+  key = lambda entry: [entry[name] for name in ("op", "dtype", "K", "V")]
+  entries = [old for old in record["configs"] if key(old) != key(entry)] + [entry]
+  record["configs"] = sorted(entries, key=key)
+  head = json.dumps({name: x for name, x in record.items() if name != "configs"})
+  lines = ",\n".join(f"  {json.dumps(entry)}" for entry in record["configs"])
+  path.parent.mkdir(parents=True, exist_ok=True)
+  commands.write(path, f'{head[:-1]}, "configs": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+  commands.run(main)

@@ -1,0 +1,180 @@
+"""The search for an op's fastest configuration: each candidate is checked against the float32 scan, then timed."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+import assembler
+import kernels
+from kernels import accuracy, chunks
+
+# Forms of log_decay that an op takes: all are checked, the first is timed.
+GATES = {"gla": ("channel",), "linear_attention": ("token", "head", "none")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What a configuration is chosen for, and the `timed` (B, T) of the measurement."""
+
+  op: str
+  K: int
+  V: int
+  H: int
+  dtype: str
+  timed: tuple[int, int]
+
+  def __str__(self):
+    return f"{self.op} {self.K}x{self.V} {self.dtype}"
+
+
+class Rejected(Exception):
+  """A configuration that must not ship; the message says why."""
+
+
+def tune(problem: Problem, module, deadline: float, keep: Callable):
+  """The fastest configuration of one pass over the fields, or None if none works.
+
+  `keep(config, ms)` is called with each one that is faster than those before. `deadline` is a `time.monotonic()`.
+  """
+  dtype = jnp.dtype(problem.dtype)
+  check, measure = Check(problem, module), Measure(problem, module)
+  best, ms = module.heuristic(problem.K, problem.V, dtype, None), {}
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for field, values in {"": [None], **module.candidates(problem.K, problem.V, dtype)}.items():
+      configs = [dataclasses.replace(best, **{field: value}) if field else best for value in values]
+      programs = [(config, pool.submit(check.compile, config), pool.submit(measure.compile, config))
+                  for config in configs if not field or config != best]
+      # Compilation takes all cores, and calls could not be issued fast enough beside it.
+      concurrent.futures.wait([future for _, *futures in programs for future in futures])
+      for config, checking, timing in programs:
+        if time.monotonic() > deadline:
+          pool.shutdown(cancel_futures=True)
+          return best if ms else None
+        try:
+          check(checking.result())
+          found = measure(timing.result())
+          outcome = ", ".join(f"{name} {x:.3f} ms" for name, x in found.items())
+        except (Rejected, jax.errors.JaxRuntimeError) as e:
+          found, outcome = {}, f"rejected: {str(e).splitlines()[0][:200]}"
+        label = f"{field}={describe(getattr(config, field))}" if field else "heuristic"
+        print(f"{problem} {label}: {outcome}", flush=True)
+        if found and (not ms or sum(found.values()) < sum(ms.values())):
+          best, ms = config, found
+          keep(best, ms)
+  return best if ms else None
+
+
+def describe(value) -> str:
+  """A field of a configuration on one line."""
+  return "/".join(map(str, dataclasses.astuple(value))) if dataclasses.is_dataclass(value) else str(value)
+
+
+class Check:
+  """Comparison of a configuration with the float32 scan on a short, ragged batch, for every form of the gate."""
+
+  def __init__(self, problem, module):
+    self.dtype, self.module, self.scale = problem.dtype, module, problem.K**-0.5
+    self.inputs = {gate: draw(problem, gate, B=2, T=200, H=2) for gate in GATES[problem.op]}
+    op = getattr(kernels, problem.op)
+    scan = functools.partial(op, implementation="reference", scale=self.scale)
+    with jax.default_matmul_precision("highest"):
+      self.expected = {
+          gate: jax.jit(functools.partial(results, scan))(*jax.tree.map(lambda x: x.astype(jnp.float32), inputs))
+          for gate, inputs in self.inputs.items()}
+
+  def compile(self, config):
+    """The programs of one configuration, by gate."""
+    op = functools.partial(results, call(self.module, self.scale, config))
+    return {gate: compiled(op, *inputs) for gate, inputs in self.inputs.items()}
+
+  def __call__(self, programs):
+    """Raises Rejected."""
+    for gate, program in programs.items():
+      actual = program(*self.inputs[gate])
+      for name, expected in self.expected[gate].items():
+        error, bound = accuracy.relative_error(actual[name], expected), accuracy.tolerance(name, self.dtype, split=True)
+        if not error <= bound:
+          raise Rejected(f"gate {gate}: {name} has relative error {error:.1e} over {bound:.0e}")
+
+
+class Measure:
+  """Times of a configuration: the forward pass alone, and forward and backward."""
+
+  def __init__(self, problem, module):
+    self.module, self.scale = module, problem.K**-0.5
+    B, T = problem.timed
+    self.inputs = draw(problem, GATES[problem.op][0], B=B, T=T, H=problem.H)
+
+  def compile(self, config):
+    """The programs of one configuration, by pass."""
+    op = call(self.module, self.scale, config)
+    return {"forward": compiled(lambda arrays, _: op(**arrays), *self.inputs),
+            "forward_backward": compiled(functools.partial(results, op), *self.inputs)}
+
+  def __call__(self, programs):
+    return {name: milliseconds(program, self.inputs) for name, program in programs.items()}
+
+
+def call(module, scale, config):
+  """The op of `module` under one configuration, by keywords."""
+  return lambda *, q, k, v, log_decay=None, initial_state: module.configured(
+      q, k, v, log_decay, initial_state, scale=scale, config=config)
+
+
+def results(op, arrays, cotangents):
+  """Both results of `op(**arrays)` and every gradient, by name."""
+  (output, final_state), pullback = jax.vjp(lambda arrays: op(**arrays), arrays)
+  gradients = {f"d{name}": x for name, x in pullback(cotangents)[0].items()}
+  return {"output": output, "final_state": final_state, **gradients}
+
+
+def compiled(function, *inputs):
+  """`function` compiled for these inputs. Raises Rejected when a kernel for a GPU spills registers."""
+  lowered = jax.jit(function).lower(*inputs)
+  if jax.default_backend() != "gpu":
+    return lowered.compile()
+  with assembler.watch() as watch:
+    program = lowered.compile(compiler_options=watch.options)
+    spills = {name: kernel.spill_bytes for name, kernel in watch.kernels().items() if kernel.spill_bytes}
+  if spills:
+    raise Rejected(f"spills bytes of registers: {spills}")
+  return program
+
+
+def draw(problem, gate, *, B, T, H):
+  """Arrays of the op by name, and the cotangents of its results. Gates go from nearly open to nearly shut, with resets
+  as segments make them where a gate is one per token or channel."""
+  keys = iter(jax.random.split(jax.random.key(0), 7))
+  normal = lambda *shape, dtype="float32": jax.random.normal(next(keys), shape, dtype)
+  K, V, dtype = problem.K, problem.V, problem.dtype
+  arrays = {"q": normal(B, T, H, K, dtype=dtype), "k": normal(B, T, H, K, dtype=dtype),
+            "v": normal(B, T, H, V, dtype=dtype), "initial_state": normal(B, H, K, V)}
+  shape = {"channel": (B, T, H, K), "token": (B, T, H), "head": (H,), "none": None}[gate]
+  if shape is not None:
+    log_decay = -(10 ** jax.random.uniform(next(keys), shape, minval=-4, maxval=1))
+    resets = [t for t in (15, 100, 101) if t < T and len(shape) > 1]
+    arrays["log_decay"] = log_decay.at[:, resets].set(chunks.RESET) if resets else log_decay
+  return arrays, (normal(B, T, H, V, dtype=dtype), normal(B, H, K, V))
+
+
+def milliseconds(program, inputs) -> float:
+  """Median time of a call among back-to-back calls of at least 10 ms together."""
+
+  def run(calls):
+    start = time.perf_counter()
+    for _ in range(calls):
+      result = program(*inputs)
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+  calls = 1
+  run(calls)
+  while run(calls) < 0.01:
+    calls *= 2
+  return round(1e3 * statistics.median(run(calls) for _ in range(3)) / calls, 4)

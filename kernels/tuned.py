@@ -1,0 +1,85 @@
+"""Measured configurations of the kernels: one file a device, `tuned/<device>.json`, as data.
+
+`experiments/retune.py` writes them on the GPU; nothing measures at run time. An entry holds op, K, V, dtype, the fields
+of the op's `Config`, and the milliseconds that speak for it.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+FOLDER = pathlib.Path(__file__).parent / "tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """One kernel's tile width and launch parameters."""
+
+  block: int
+  num_warps: int = 4
+  num_stages: int = 2
+
+
+def lookup[C](op: str, config_class: type[C], *, K: int, V: int, dtype) -> C | None:
+  """The configuration measured on the device that the program is compiled for; None where nothing is listed.
+
+  Args:
+    config_class: dataclass of `op` whose fields are integers, `Tile`s or None.
+  Raises:
+    ValueError: the device's file is broken, or written for other kernels.
+  """
+  device = device_kind()
+  path = device and FOLDER / f"{slug(device)}.json"
+  if not path or not path.exists():
+    return None
+  config = read(path).get((op, K, V, dtype_key(dtype)))
+  return None if config is None else to_config(config_class, config, f"{path}: {op} {K}x{V} {dtype_key(dtype)}")
+
+
+def device_kind() -> str | None:
+  """The GPU that programs are compiled for: the current mesh's abstract device, else the host's first GPU, if any."""
+  abstract = jax.sharding.get_abstract_mesh().abstract_device
+  if abstract is not None:
+    return abstract.device_kind
+  return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+
+
+def slug(device: str) -> str:
+  """The name of a device's file: 'NVIDIA H100 80GB HBM3' gives nvidia_h100_80gb_hbm3."""
+  return re.sub(r"\W+", "_", device.lower()).strip("_")
+
+
+def dtype_key(dtype) -> str:
+  """The dtype under which entries are listed: both 16-bit types run the same kernels."""
+  return "bfloat16" if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype).name
+
+
+@functools.cache
+def read(path: pathlib.Path) -> Mapping[tuple[str, int, int, str], dict]:
+  """Fields of the configurations in a device's file, by (op, K, V, dtype). Raises ValueError."""
+  try:
+    entries = json.loads(path.read_text())["configs"]
+    table = {(entry["op"], entry["K"], entry["V"], entry["dtype"]): entry["config"] for entry in entries}
+  except (ValueError, KeyError, TypeError) as e:
+    raise ValueError(f"{path}: must be JSON with 'configs', each with op, K, V, dtype and config; {e!r}") from e
+  if len(table) < len(entries):
+    raise ValueError(f"{path}: lists an op, K, V and dtype twice; each may occur once")
+  return table
+
+
+def to_config[C](config_class: type[C], fields: dict, where: str) -> C:
+  """The dataclass that `dataclasses.asdict` made `fields` of. Raises ValueError naming `where`."""
+  names = [field.name for field in dataclasses.fields(config_class)]
+  if not isinstance(fields, dict) or sorted(fields) != sorted(names):
+    raise ValueError(f"{where}: config={fields!r} must have exactly the fields {', '.join(names)}")
+  try:
+    return config_class(**{name: Tile(**x) if isinstance(x, dict) else x for name, x in fields.items()})
+  except TypeError as e:
+    raise ValueError(f"{where}: config={fields!r} must hold integers, tiles with block, num_warps and num_stages, "
+                     "or null") from e
