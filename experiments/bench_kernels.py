@@ -1,14 +1,21 @@
-"""Times every implementation of an op that can run here, forward and forward + backward, on the same inputs.
+"""Times every implementation of the ops that can run here, and other libraries', on the same inputs in the same run.
 
-  python experiments/bench_kernels.py                                          # B1 T2048 H4 K=V=64 float32
-  python experiments/bench_kernels.py --batch=16 --heads=4 --key=128 --value=256 --dtype=bfloat16 --out=gla.json
+  python experiments/bench_kernels.py                                  # every op, B1 T2048 H4 K=V=64 float32
+  python experiments/bench_kernels.py --shapes=cpu --repeats=30 --out=experiments/results/kernels.jsonl
+  XLA_PYTHON_CLIENT_PREALLOCATE=false python experiments/bench_kernels.py --shapes=paper,grid,length \
+      --implementations=pallas_triton --out=experiments/results/kernels.jsonl --resume --limit_seconds=540
 
-The floor is the traffic of one pass: inputs read once, results written once, gradients likewise.
+Without that variable JAX takes most of a GPU's memory before PyTorch asks for any. `kernel_cases` says what the sets
+are, `kernel_timing.measure` how time is taken. Each number is taken after the call's output and gradients were
+compared with the float32 scan; what cannot run is recorded with its reason. `report_kernels.py` makes the page.
 """
 
-import importlib.metadata
+import datetime
+import hashlib
 import json
-import statistics
+import os
+import pathlib
+import platform
 import sys
 import time
 
@@ -16,81 +23,174 @@ import jax
 from absl import flags
 
 import commands
-import kernels
+import kernel_cases
+import kernel_timing
+import peers
 from kernels import dispatch
 
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "versions")
+
+_SHAPES = flags.DEFINE_list("shapes", [], f"Sets of shapes: {', '.join(kernel_cases.SETS)}, or all that fit the device "
+                            "(all); none: the one shape of --batch to --value.")
+_OPS = flags.DEFINE_list("ops", list(kernel_cases.GATES), "Ops to time; attention is cuDNN's, for comparison.")
+_IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Of this repository; none given: all that the device is "
+                                     "meant for, the token scan on a CPU only. 'none' for peers alone.")
+_PEERS = flags.DEFINE_list("peers", list(peers.OPS), "Other libraries, where installed; 'none' for none.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens per sequence.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 4, "Heads.", lower_bound=1)
-_KEY = flags.DEFINE_integer("key", 64, "Key channels per head.", lower_bound=1)
-_VALUE = flags.DEFINE_integer("value", 64, "Value channels per head.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of q, k and v; gates are float32.")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed calls; the median is reported.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", "", "JSON file that receives the record as well.")
+_KEY_CHANNELS = flags.DEFINE_integer("key", 64, "Key channels per head.", lower_bound=1)
+_VALUE_CHANNELS = flags.DEFINE_integer("value", 64, "Value channels per head.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
+                           "Of q, k and v; gates are float32. None: the set's, float32 for a single shape.")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Batches of calls; the median counts.", lower_bound=1)
+_INPUTS = flags.DEFINE_integer("input_sets", 2, "Inputs that the calls rotate through.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "", "JSON lines file that receives one record a measurement, appended.")
+_RESUME = flags.DEFINE_bool("resume", False, "Skip what --out holds of this device, these versions and these kernels.")
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no measurement after this time; 0 for no limit.", lower_bound=0)
 
 
 def main(_):
-  sets = [_inputs(jax.random.key(seed)) for seed in range(3)]
-  device = jax.devices()[0]
-  record = {"command": " ".join(["python", *sys.argv]), "op": "gla", "device": device.device_kind,
-            "jax": importlib.metadata.version("jax"),
-            **{flag.name: flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY, _VALUE, _DTYPE, _REPEATS)}}
-  print(kernels.explain("gla", *sets[0][:4]))
-  print(f"{'implementation':>15} {'pass':>18} {'ms':>9} {'GB/s of the floor':>18} {'scratch MB':>11}")
-  rows = []
-  for name in dispatch.TABLE["gla"]:
-    if device.platform not in dispatch.PLATFORMS.get(name, (device.platform,)):
-      continue
-    for label, function in (("forward", _forward(name)), ("forward + backward", _backward(name))):
-      try:
-        row = {"implementation": name, "pass": label, **_measure(function, sets)}
-      except NotImplementedError as e:
-        print(f"{name:>15} {label:>18}  {e}")
-        continue
-      rows.append(row)
-      print(f"{name:>15} {label:>18} {row['milliseconds']:>9.3f} {row['gigabytes_per_second']:>18.1f} "
-            f"{row['scratch_bytes'] / 1e6:>11.1f}")
+  start = time.monotonic()
+  names = _peers()
+  cases = _cases()
+  done = _recorded() if _RESUME.value else set()
+  common = {"device": _device(), "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": " ".join(["python", *sys.argv])}
+  print(f"{common['device']}: {len(cases)} calls")
+  wrong, left = [], 0
+  for case in cases:
+    sets = wanted = None
+    for label in kernel_cases.PASSES:
+      for name in _implementations(case.op) + [name for name in names if case.op in peers.OPS[name]]:
+        row = common | {"op": case.op, "implementation": name, "pass": label, "gate": case.gate, "B": case.B,
+                        "T": case.T, "H": case.H, "K": case.K, "V": case.V, "dtype": case.dtype,
+                        "versions": _versions(name)}
+        if _identity(row) in done:
+          continue
+        if _LIMIT.value and time.monotonic() - start > _LIMIT.value:
+          left += 1
+          continue
+        if sets is None:
+          sets = [jax.block_until_ready(kernel_cases.inputs(case, seed)) for seed in range(_INPUTS.value)]
+          wanted = kernel_cases.expected(case, *sets[0])
+        row |= _measured(name, case, label, sets, wanted)
+        _report(case, row)
+        if name in dispatch.TABLE.get(case.op, ()) and _is_wrong(row):
+          wrong.append(f"{case} {name} {label}")
+  if left:
+    print(f"stopped after {_LIMIT.value:g} s with {left} measurements left; --resume goes on")
+  if wrong:
+    print("not exact, or failed:", *wrong, sep="\n  ", file=sys.stderr)
+    sys.exit(1)
+
+
+def _cases():
+  if not _SHAPES.value:
+    shape = [flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY_CHANNELS, _VALUE_CHANNELS)]
+    return kernel_cases.of_shape(shape, _OPS.value, _DTYPE.value or "float32")
+  names = _SHAPES.value
+  if names == ["all"]:
+    names = [name for name in kernel_cases.SETS if name != "cpu"] if jax.default_backend() == "gpu" else ["cpu"]
+  # Sets overlap; the first mention of a call counts.
+  return list(dict.fromkeys(case for name in names for case in kernel_cases.named(name, _OPS.value, _DTYPE.value)))
+
+
+def _peers():
+  if _PEERS.value == ["none"]:
+    return []
+  names = []
+  for name in _PEERS.value:
+    if name not in peers.OPS:
+      raise ValueError(f"--peers={name}: unknown; known: {', '.join(peers.OPS)}, none")
+    if reason := peers.missing(name):
+      print(f"{name} is left out: {reason}")
+    else:
+      names.append(name)
+  return names
+
+
+def _implementations(op):
+  platform = jax.default_backend()
+  known = dispatch.TABLE.get(op, ())
+  if _IMPLEMENTATIONS.value:
+    everything = {name for names in dispatch.TABLE.values() for name in names} | {"none"}
+    for name in _IMPLEMENTATIONS.value:
+      if name not in everything:
+        raise ValueError(f"--implementations={name}: unknown; known: {', '.join(sorted(everything))}")
+    return [name for name in _IMPLEMENTATIONS.value if name in known]
+  return [name for name in known if platform in dispatch.PLATFORMS.get(name, (platform,))
+          and (name != "reference" or platform == "cpu")]
+
+
+def _measured(name, case, label, sets, wanted):
+  try:
+    if name in peers.OPS:
+      program = peers.program(name, case, label, sets)
+    else:
+      program = kernel_timing.ours(case, label, sets, name)
+    return kernel_timing.measure(case, label, program, wanted, _REPEATS.value)
+  except Exception as e:  # one call that cannot run must not cost the others their measurement
+    return {"ms": None, "gb_per_s": None, "peak_mib": None, "reason": kernel_timing.reason(e),
+            "declined": isinstance(e, NotImplementedError)}
+  finally:
+    program = None
+    peers.release()
+
+
+def _is_wrong(row):
+  return not row["declined"] if row["ms"] is None else not row["within_bounds"]
+
+
+def _report(case, row):
+  head = f"{str(case):>60} {row['pass']:>16} {row['implementation']:>13}"
+  if row["ms"] is None:
+    print(f"{head}  cannot run: {row['reason']}", flush=True)
+  else:
+    worst = max(row["errors"].items(), key=lambda item: item[1])
+    print(f"{head} {row['ms']:9.3f} ms {row['gb_per_s']:7.1f} GB/s {row['peak_mib']:8.0f} MiB  {worst[0]} off by "
+          f"{worst[1]:.1e}{'' if row['within_bounds'] else '  TOO MUCH'}", flush=True)
   if _OUT.value:
-    commands.write(_OUT.value, json.dumps(record | {"rows": rows}, indent=2) + "\n")
+    try:
+      with open(_OUT.value, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    except OSError as e:
+      raise ValueError(f"--out={_OUT.value}: cannot be written: {e.strerror}") from e
 
 
-def _inputs(key):
-  """q, k, v, log_decay of a trained layer's range, and cotangents of output and final state."""
-  shape = _BATCH.value, _LENGTH.value, _HEADS.value
-  keys = jax.random.split(key, 6)
-  q, k = (jax.random.normal(key, (*shape, _KEY.value), _DTYPE.value) for key in keys[:2])
-  v, doutput = (jax.random.normal(key, (*shape, _VALUE.value), _DTYPE.value) for key in keys[2:4])
-  log_decay = jax.nn.log_sigmoid(jax.random.normal(keys[4], q.shape)) / 16
-  dstate = jax.random.normal(keys[5], (shape[0], shape[2], _KEY.value, _VALUE.value))
-  return q, k, v, log_decay, doutput, dstate
+def _recorded():
+  path = pathlib.Path(_OUT.value)
+  if not _OUT.value:
+    raise ValueError("--resume needs --out, the file to go on with")
+  return {_identity(json.loads(line)) for line in path.read_text().splitlines()} if path.exists() else set()
 
 
-def _forward(name):
-  return lambda q, k, v, log_decay, *_: kernels.gla(q, k, v, log_decay, implementation=name)
+def _identity(row):
+  return json.dumps([row[name] for name in _KEY])
 
 
-def _backward(name):
-  def run(q, k, v, log_decay, *cotangents):
-    results, pullback = jax.vjp(lambda *args: kernels.gla(*args, implementation=name), q, k, v, log_decay)
-    return results, pullback(cotangents)
+def _versions(name):
+  if name in peers.OPS:
+    return peers.versions(peers.PACKAGES[name])
+  # Of the sources, so that a record tells which kernels it is of also where there is no git.
+  digest = hashlib.sha256()
+  for path in sorted((_ROOT / "kernels").rglob("*")):
+    if path.suffix in (".py", ".json"):
+      digest.update(path.read_bytes())
+  return {**peers.versions(("jax", "jaxlib")), "kernels": digest.hexdigest()[:12]}
 
-  return run
 
-
-def _measure(function, sets):
-  # Arguments that the function does not read are dropped by jit and must not count towards the floor.
-  run = jax.jit(function).lower(*sets[0]).compile()
-  results = jax.block_until_ready([run(*inputs) for inputs in sets])[0]
-  used = sets[0] if len(jax.tree.leaves(results)) > 2 else sets[0][:4]
-  floor = sum(x.nbytes for x in jax.tree.leaves((used, results)))
-  times = []
-  for i in range(_REPEATS.value):
-    start = time.perf_counter()
-    jax.block_until_ready(run(*sets[i % len(sets)]))
-    times.append(time.perf_counter() - start)
-  seconds = statistics.median(times)
-  return {"milliseconds": 1e3 * seconds, "floor_bytes": floor, "gigabytes_per_second": floor / seconds / 1e9,
-          "scratch_bytes": run.memory_analysis().temp_size_in_bytes}
+def _device():
+  device = jax.devices()[0]
+  if device.platform != "cpu":
+    return device.device_kind
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+  except (OSError, StopIteration):
+    model = platform.machine()
+  return f"{model}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -73,16 +73,6 @@ def test_generate_repeats_with_its_seed(run, tmp_path):
   assert "tokens/s" in outputs[0][1] and "decoding state" in outputs[0][1]
 
 
-def test_bench_times_each_implementation_both_ways(tmp_path):
-  succeed("bench_kernels.py", "--length=20", "--key=8", "--value=16", "--repeats=2", f"--out={tmp_path}/b.json")
-  rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-  assert {(r["implementation"], r["pass"]) for r in rows} >= {
-      (name, label) for name in ("xla_chunked", "reference") for label in ("forward", "forward + backward")}
-  # Float32 q, k, gates of 20 x 4 x 8, v and output of 20 x 4 x 16, final state 4 x 8 x 16; then the same cotangents.
-  forward = 4 * 4 * (3 * 20 * 8 + 2 * 20 * 16 + 8 * 16)
-  assert {r["floor_bytes"] for r in rows} == {forward, 2 * forward} and all(r["milliseconds"] > 0 for r in rows)
-
-
 def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
   train = ["train.py", f"--workdir={tmp_path}/new", "--config=gla_tiny", f"--config.data.path={data}", *SMALL]
   cases = [

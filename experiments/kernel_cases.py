@@ -1,0 +1,172 @@
+"""What the kernel benchmark measures: named sets of shapes, their inputs, the bytes they must move, and the check.
+
+Every number is of one layer's call as training makes it: no initial state, and the final state is not asked for.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kernels
+from kernels import accuracy
+
+PASSES = ("forward", "forward_backward")
+# `attention` is causal softmax attention, which has no implementation here: a yardstick for the same shapes.
+GATES = {"gla": ("channel",), "linear_attention": ("none", "constant", "token"), "attention": ("none",)}
+_PIECE = 1024  # tokens whose states the scan's backward pass keeps at a time
+_SCORES = 4096  # tokens whose scores attention in float32 can hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One call: op, gate ("none", "constant" [H], "token" [B,T,H] or "channel" [B,T,H,K], float32), shape, dtype."""
+
+  op: str
+  gate: str
+  B: int
+  T: int
+  H: int
+  K: int
+  V: int
+  dtype: str
+
+  def __str__(self):
+    return f"{self.op} {self.gate} B{self.B} T{self.T} H{self.H} K{self.K} V{self.V} {self.dtype}"
+
+
+def _named_sets():
+  """Name -> dtype and (op, gate or None for all, B, T, H, K, V).
+
+  `paper`: the layers of GLA 340M and 1.3B, RetNet 1.3B and TransNormerLLM. `grid`: one long sequence to many short
+  ones. `length`: time against length. The tokens of a call are the same throughout a set. `cpu`: the one for a CPU.
+  """
+  paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
+           ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
+  paper += [("linear_attention", "constant", 16, 2048, H, 128, 128) for H in (8, 16, 32)]
+  grid = [(op, None, B, T, 16, D, D) for B, T in ((16, 2048), (4, 8192), (1, 32768)) for D in (64, 128) for op in GATES]
+  length = [(op, None, 2**17 // T, T, 16, 128, 128) for T in (2**n for n in range(10, 18)) for op in GATES]
+  cpu = [(op, None, 1, 2048, 4, 64, 64) for op in GATES]
+  return {"paper": ("bfloat16", paper), "grid": ("bfloat16", grid), "length": ("bfloat16", length),
+          "cpu": ("float32", cpu)}
+
+
+SETS = _named_sets()
+
+
+def named(name: str, ops: list[str], dtype: str | None = None) -> list[Case]:
+  """The cases of the set `name` that belong to `ops`, in the set's dtype unless `dtype` names another.
+
+  Raises:
+    ValueError: the set or an op is unknown.
+  """
+  if name not in SETS:
+    raise ValueError(f"--shapes={name}: unknown; known: {', '.join(SETS)}, all")
+  return [case for op, gate, *shape in SETS[name][1] for case in of_shape(shape, [op], dtype or SETS[name][0], gate)
+          if op in ops]
+
+
+def of_shape(shape, ops: list[str], dtype: str, gate: str | None = None) -> list[Case]:
+  """A case for each op and each of its gates (or `gate` only) at the shape B, T, H, K, V. Raises ValueError."""
+  for op in ops:
+    if op not in GATES:
+      raise ValueError(f"--ops={op}: unknown; known: {', '.join(GATES)}")
+  return [Case(op, name, *shape, dtype) for op in ops for name in ([gate] if gate else GATES[op])
+          if op != "attention" or shape[-1] == shape[-2]]
+
+
+def inputs(case: Case, seed: int) -> tuple[dict, jax.Array]:
+  """The op's arguments by name, and the output's cotangent: normal, with gates of the range that layers train at.
+
+  A decay per token or channel is log sigmoid(normal) / 16 (GLA), a constant one log(1 - 2^(-5-h)) (RetNet).
+  """
+  keys = jax.random.split(jax.random.key(seed), 5)
+  heads = case.B, case.T, case.H
+  q, k = (jax.random.normal(key, (*heads, case.K), case.dtype) for key in keys[:2])
+  v, doutput = (jax.random.normal(key, (*heads, case.V), case.dtype) for key in keys[2:4])
+  arguments = {"q": q, "k": k, "v": v}
+  if case.gate == "constant":
+    arguments["log_decay"] = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(case.H, dtype=jnp.float32)))
+  elif case.gate != "none":
+    shape = heads if case.gate == "token" else q.shape
+    arguments["log_decay"] = jax.nn.log_sigmoid(jax.random.normal(keys[4], shape)) / 16
+  return arguments, doutput
+
+
+def differentiated(case: Case) -> list[str]:
+  """Arguments that get a gradient: all but a decay that is a constant of the architecture."""
+  shapes, _ = jax.eval_shape(lambda: inputs(case, 0))
+  return [name for name in shapes if not (name == "log_decay" and case.gate == "constant")]
+
+
+def floor_bytes(case: Case, label: str) -> int:
+  """The traffic of one pass: each argument read once, each result written once.
+
+  The backward pass reads the arguments again and the output's cotangent, and writes the gradients.
+  """
+  arguments, output = jax.eval_shape(lambda: inputs(case, 0))
+  size = lambda x: x.size * x.dtype.itemsize
+  read = sum(size(x) for x in arguments.values())
+  forward = read + size(output)
+  if label == "forward":
+    return forward
+  return forward + read + size(output) + sum(size(arguments[name]) for name in differentiated(case))
+
+
+def corners(case: Case, x):
+  """The first and the last row and head of `x`; rows and heads are independent, so checking these checks the call."""
+  heads = slice(None, None, max(case.H - 1, 1))
+  return x[heads] if x.ndim == 1 else x[::max(case.B - 1, 1), :, heads]
+
+
+def expected(case: Case, arguments: dict, doutput: jax.Array) -> dict[str, np.ndarray]:
+  """Output and gradients at the `corners`, by the float32 scan.
+
+  `attention` is compared with XLA's in float32; of longer sequences than it can hold, the beginning of the output.
+  """
+  arguments, doutput = jax.tree.map(lambda x: corners(case, x).astype(jnp.float32), (arguments, doutput))
+  names = differentiated(case)
+  if case.op == "attention" and case.T > _SCORES:
+    arguments = jax.tree.map(lambda x: x[:, :_SCORES], arguments)
+    return {"output": np.asarray(jax.jit(lambda arguments: _define(case, arguments))(arguments))}
+
+  @jax.jit
+  def run(arguments, doutput):
+    output, pullback = jax.vjp(lambda chosen: _define(case, {**arguments, **chosen}),
+                               {name: arguments[name] for name in names})
+    return {"output": output, **{f"d{name}": gradient for name, gradient in pullback(doutput)[0].items()}}
+
+  return jax.tree.map(np.asarray, run(arguments, doutput))
+
+
+def _define(case, arguments):
+  if case.op == "attention":
+    with jax.default_matmul_precision("highest"):
+      q, k, v = (arguments[name] for name in "qkv")
+      return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+  op = getattr(kernels, case.op)
+  by_time = {name: x for name, x in arguments.items() if x.ndim > 1}
+  constant = {name: x for name, x in arguments.items() if x.ndim == 1}
+  (B, T, H, V), K = arguments["v"].shape, case.K
+  piece = _PIECE if T % _PIECE == 0 else T
+  pieces = {name: jnp.moveaxis(x.reshape(B, T // piece, piece, *x.shape[2:]), 1, 0) for name, x in by_time.items()}
+
+  @jax.checkpoint
+  def scan(state, piece):
+    output, state = op(**piece, **constant, initial_state=state, implementation="reference")
+    return state, output
+
+  _, output = jax.lax.scan(scan, jnp.zeros((B, H, K, V)), pieces)
+  return jnp.moveaxis(output, 0, 1).reshape(B, T, H, V)
+
+
+def errors(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
+  """Relative RMS error of each tensor that both have, over the tokens that are wanted; infinite for a NaN."""
+  return {name: accuracy.relative_error(x[:, :wanted[name].shape[1]], wanted[name])
+          for name, x in actual.items() if name in wanted}
+
+
+def within_bounds(case: Case, found: dict[str, float]) -> bool:
+  """Whether `found` keeps the bounds of `kernels.accuracy`, those of kernels with split products for float32."""
+  return all(error <= accuracy.tolerance(name, case.dtype, split=True) for name, error in found.items())

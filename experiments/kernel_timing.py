@@ -1,0 +1,109 @@
+"""Times one pass of one implementation: the same measure for JAX and PyTorch, on a GPU and on a CPU."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kernel_cases
+import kernels
+from kernel_cases import Case
+
+_BATCH_SECONDS = 0.02  # calls queued between two waits take at least this long
+_MOST_CALLS = 500
+
+
+@dataclasses.dataclass
+class Program:
+  """A compiled pass and its input sets, in whichever library.
+
+  Attributes:
+    calls: by way of launching; each queues the pass on input set `i` and returns its results by name. The fastest
+      counts: a library that has a cheaper launch may use it.
+    wait: blocks until a call's results are there.
+    to_numpy: one result as a float32 numpy array.
+    peak_bytes: memory of arguments, results and everything between.
+  """
+
+  calls: dict[str, Callable[[int], dict]]
+  wait: Callable[[Any], object]
+  to_numpy: Callable[[Any], np.ndarray]
+  peak_bytes: int
+
+
+def ours(case: Case, label: str, sets: list, implementation: str) -> Program:
+  """`implementation` of this repository's op."""
+  op = getattr(kernels, case.op)
+  return jax_program(case, label, sets, lambda arguments: op(**arguments, implementation=implementation)[0])
+
+
+def jax_program(case: Case, label: str, sets: list, function: Callable[[dict], jax.Array]) -> Program:
+  """The pass `label` of `function`, which takes the op's arguments by name and returns its output."""
+  names = kernel_cases.differentiated(case)
+
+  def backward(arguments, doutput):
+    output, pullback = jax.vjp(lambda chosen: function({**arguments, **chosen}),
+                               {name: arguments[name] for name in names})
+    return {"output": output, **{f"d{name}": gradient for name, gradient in pullback(doutput)[0].items()}}
+
+  if label == "forward":
+    run, sets = (lambda arguments: {"output": function(arguments)}), [arguments[:1] for arguments in sets]
+  else:
+    run = backward
+  run = jax.jit(run).lower(*sets[0]).compile()
+  memory = run.memory_analysis()
+  peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+  return Program({"jit": lambda i: run(*sets[i % len(sets)])}, jax.block_until_ready,
+                 lambda x: np.asarray(x.astype(jnp.float32)), peak)
+
+
+def measure(case: Case, label: str, program: Program, wanted: dict, repeats: int) -> dict:
+  """Checks the pass on input set 0 against `wanted` (`kernel_cases.expected`), then times it.
+
+  On a GPU the time of a call is that of a batch of calls queued back to back over the input sets, waited for once,
+  divided by their number: the launches hide behind the work unless the work is shorter than they are. On a CPU each
+  call is waited for. The median of `repeats` batches counts.
+
+  Returns:
+    The measured fields of a record: ms, gb_per_s (of `kernel_cases.floor_bytes`), peak_mib, bytes, errors,
+    within_bounds, launch.
+  """
+  found = {}
+  for call in program.calls.values():
+    result = call(0)
+    program.wait(result)
+    actual = {tensor: program.to_numpy(kernel_cases.corners(case, x)) for tensor, x in result.items()}
+    errors = kernel_cases.errors(actual, wanted)
+    found = {tensor: max(error, found.get(tensor, 0.0)) for tensor, error in errors.items()}
+    del result, actual
+  seconds = {name: _time(call, program.wait, repeats) for name, call in program.calls.items()}
+  launch = min(seconds, key=seconds.get)
+  size = kernel_cases.floor_bytes(case, label)
+  return {"ms": 1e3 * seconds[launch], "gb_per_s": size / seconds[launch] / 1e9, "peak_mib": program.peak_bytes / 2**20,
+          "bytes": size, "errors": found, "within_bounds": kernel_cases.within_bounds(case, found), "launch": launch}
+
+
+def reason(error: Exception) -> str:
+  """The first line of what `error` says, and its kind."""
+  return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def _time(call, wait, repeats):
+  once = _seconds(call, wait, 0, 3) / 3
+  count = 1
+  if jax.default_backend() == "gpu":
+    count = min(_MOST_CALLS, max(3, round(_BATCH_SECONDS / once)))
+  return statistics.median(_seconds(call, wait, i * count, count) / count for i in range(repeats))
+
+
+def _seconds(call, wait, first, count):
+  start = time.perf_counter()
+  for i in range(first, first + count):
+    result = call(i)
+  wait(result)
+  return time.perf_counter() - start

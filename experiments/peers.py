@@ -1,0 +1,155 @@
+"""Other libraries' kernels for the same calls. They are imported only here, and only when a benchmark asks for them.
+
+`fla`: flash-linear-attention (PyTorch, Triton). It tunes itself on the first call of a shape, which takes minutes.
+`jla`: jax-linear-attention (JAX, Mosaic GPU on Hopper; plain JAX on a CPU). `cudnn`: softmax attention.
+"""
+
+import importlib.metadata
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+
+import kernel_cases
+import kernel_timing
+from kernel_cases import Case
+from kernel_timing import Program
+
+# Ops of each peer, modules that it needs, and packages that decide its speed.
+OPS = {"fla": ("gla", "linear_attention"), "jla": ("gla", "linear_attention"), "cudnn": ("attention",)}
+_MODULES = {"fla": ("torch", "fla"), "jla": ("jla",), "cudnn": ()}
+PACKAGES = {"fla": ("fla-core", "torch", "triton"), "jla": ("jax-linear-attention", "jax", "jaxlib"),
+            "cudnn": ("jax", "jaxlib", "nvidia-cudnn-cu13")}
+
+
+def missing(peer: str) -> str | None:
+  """Why `peer` cannot run on this machine at all, None if it can."""
+  absent = [name for name in _MODULES[peer] if importlib.util.find_spec(name) is None]
+  if absent:
+    return f"not installed: {', '.join(absent)}"
+  if peer != "jla" and jax.default_backend() != "gpu":
+    return f"needs a GPU, the default backend is {jax.default_backend()}"
+  return None
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+  found = {}
+  for name in packages:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      pass
+  return found
+
+
+def program(peer: str, case: Case, label: str, sets: list) -> Program:
+  """The pass `label` of `peer` on the input sets. Raises whatever the peer raises on a call that it cannot run."""
+  return {"fla": _fla, "jla": _jla, "cudnn": _cudnn}[peer](case, label, sets)
+
+
+def release() -> None:
+  """Gives the memory that PyTorch keeps for later calls back to the device."""
+  if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+    torch.cuda.empty_cache()
+
+
+def _cudnn(case, label, sets):
+  def attention(arguments):
+    q, k, v = (arguments[name] for name in "qkv")
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+  return kernel_timing.jax_program(case, label, sets, attention)
+
+
+def _jla(case, label, sets):
+  from jla.ops import linear_attention
+
+  # By name: its own choice falls back to plain JAX without a word.
+  implementation = "mosaic_gpu" if jax.default_backend() == "gpu" else "chunked"
+
+  def attend(arguments):
+    q, k, v = (arguments[name] for name in "qkv")
+    gate = arguments.get("log_decay", jnp.float32(0))
+    if case.op == "gla":
+      return linear_attention("gla", q, k, v, g=gate, impl=implementation)[0]
+    return linear_attention("simple_gla", q, k, v, g=jnp.broadcast_to(gate, v.shape[:3]), impl=implementation)[0]
+
+  return kernel_timing.jax_program(case, label, sets, attend)
+
+
+def _fla(case, label, sets):
+  import torch
+
+  attend = _fla_function(case)
+  arrays = [(jax.tree.map(torch.from_dlpack, arguments), torch.from_dlpack(doutput)) for arguments, doutput in sets]
+  names = kernel_cases.differentiated(case)
+
+  def forward(i):
+    with torch.no_grad():
+      return {"output": attend(arrays[i % len(sets)][0])}
+
+  def backward(i):
+    arguments, doutput = arrays[i % len(sets)]
+    leaves = [arguments[name].requires_grad_() for name in names]
+    output = attend(arguments)
+    gradients = torch.autograd.grad(output, leaves, doutput)
+    return {"output": output.detach(), **{f"d{name}": x for name, x in zip(names, gradients)}}
+
+  call = forward if label == "forward" else backward
+  read = sets[0][0] if label == "forward" else sets[0]
+  peak = _torch_peak(torch, call) + sum(x.nbytes for x in jax.tree.leaves(read))
+  calls = {"eager": call}
+  try:
+    calls["CUDA graph"] = _captured(torch, call, len(sets))
+  except Exception as e:  # whatever stands against a capture, the eager call stands
+    print(f"  fla: no CUDA graph, {kernel_timing.reason(e)}")
+    torch.cuda.synchronize()
+  return Program(calls, lambda _: torch.cuda.synchronize(), lambda x: x.float().cpu().numpy(), peak)
+
+
+def _fla_function(case):
+  if case.op == "gla":
+    from fla.ops.gla import chunk_gla
+
+    return lambda arguments: chunk_gla(arguments["q"], arguments["k"], arguments["v"], arguments["log_decay"])[0]
+  from fla.ops.simple_gla import chunk_simple_gla
+
+  gate = {"none": None, "constant": "g_gamma", "token": "g"}[case.gate]
+
+  def simple_gla(arguments):
+    gates = {gate: arguments["log_decay"]} if gate else {}
+    return chunk_simple_gla(arguments["q"], arguments["k"], arguments["v"], **gates)[0]
+
+  return simple_gla
+
+
+def _torch_peak(torch, call):
+  call(0)  # its tuning tries configurations that need more memory than the one it keeps
+  torch.cuda.synchronize()
+  before = torch.cuda.memory_allocated()
+  torch.cuda.reset_peak_memory_stats()
+  call(0)
+  torch.cuda.synchronize()
+  return torch.cuda.max_memory_allocated() - before
+
+
+def _captured(torch, call, sets):
+  """`call` as one CUDA graph an input set: its launches cost what those of a compiled program cost."""
+  stream = torch.cuda.Stream()
+  stream.wait_stream(torch.cuda.current_stream())
+  with torch.cuda.stream(stream):
+    for i in range(sets):
+      call(i)
+  torch.cuda.synchronize()
+  graphs, results = [], []
+  for i in range(sets):
+    graphs.append(torch.cuda.CUDAGraph())
+    with torch.cuda.graph(graphs[-1], capture_error_mode="thread_local"):
+      results.append(call(i))
+
+  def replay(i):
+    graphs[i % sets].replay()
+    return results[i % sets]
+
+  return replay
