@@ -50,10 +50,13 @@ class Watch:
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     self.options = {"xla_gpu_cuda_data_dir": str(tree), "xla_dump_to": str(self._dump)}
 
-  def kernels(self) -> dict[str, Kernel]:
-    """Resources by name of each Pallas kernel; one that is called twice has a second name that ends in __1."""
-    return parse("\n".join(path.read_text() for path in self._logs.glob("*.log")),
-                 "\n".join(path.read_text() for path in self._dump.glob("*thunk_sequence.txt")))
+  def kernels(self, prefix: str) -> dict[str, Kernel]:
+    """Resources by name of each kernel named `prefix`...; a second call of one is listed, as __1, where it differs."""
+    kernels = parse("\n".join(path.read_text() for path in self._logs.glob("*.log")),
+                    "\n".join(path.read_text() for path in self._dump.glob("*thunk_sequence.txt")))
+    first = lambda name: re.sub(r"__\d+$", "", name)
+    return {name: kernel for name, kernel in sorted(kernels.items())
+            if name.startswith(prefix) and (name == first(name) or kernel != kernels[first(name)])}
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class Check:
   """Comparison of a configuration with the float32 scan on a short, ragged batch, for every form of the gate."""
 
   def __init__(self, problem, module):
-    self.dtype, self.module, self.scale = problem.dtype, module, problem.K**-0.5
+    self.problem, self.module, self.scale = problem, module, problem.K**-0.5
     self.inputs = {gate: draw(problem, gate, B=2, T=200, H=2) for gate in GATES[problem.op]}
     op = getattr(kernels, problem.op)
     scan = functools.partial(op, implementation="reference", scale=self.scale)
@@ -91,14 +91,15 @@ class Check:
   def compile(self, config):
     """The programs of one configuration, by gate."""
     op = functools.partial(results, call(self.module, self.scale, config))
-    return {gate: compiled(op, *inputs) for gate, inputs in self.inputs.items()}
+    return {gate: compile_unspilled(self.problem.op, op, *inputs) for gate, inputs in self.inputs.items()}
 
   def __call__(self, programs):
     """Raises Rejected."""
     for gate, program in programs.items():
       actual = program(*self.inputs[gate])
       for name, expected in self.expected[gate].items():
-        error, bound = accuracy.relative_error(actual[name], expected), accuracy.tolerance(name, self.dtype, split=True)
+        error = accuracy.relative_error(actual[name], expected)
+        bound = accuracy.tolerance(name, self.problem.dtype, split=True)
         if not error <= bound:
           raise Rejected(f"gate {gate}: {name} has relative error {error:.1e} over {bound:.0e}")
 
@@ -107,15 +108,15 @@ class Measure:
   """Times of a configuration: the forward pass alone, and forward and backward."""
 
   def __init__(self, problem, module):
-    self.module, self.scale = module, problem.K**-0.5
+    self.problem, self.module, self.scale = problem, module, problem.K**-0.5
     B, T = problem.timed
     self.inputs = draw(problem, GATES[problem.op][0], B=B, T=T, H=problem.H)
 
   def compile(self, config):
     """The programs of one configuration, by pass."""
     op = call(self.module, self.scale, config)
-    return {"forward": compiled(lambda arrays, _: op(**arrays), *self.inputs),
-            "forward_backward": compiled(functools.partial(results, op), *self.inputs)}
+    return {"forward": compile_unspilled(self.problem.op, lambda arrays, _: op(**arrays), *self.inputs),
+            "forward_backward": compile_unspilled(self.problem.op, functools.partial(results, op), *self.inputs)}
 
   def __call__(self, programs):
     return {name: milliseconds(program, self.inputs) for name, program in programs.items()}
@@ -134,14 +135,14 @@ def results(op, arrays, cotangents):
   return {"output": output, "final_state": final_state, **gradients}
 
 
-def compiled(function, *inputs):
-  """`function` compiled for these inputs. Raises Rejected when a kernel for a GPU spills registers."""
+def compile_unspilled(op, function, *inputs):
+  """`function` compiled for these inputs. Raises Rejected when a kernel of `op` for a GPU spills registers."""
   lowered = jax.jit(function).lower(*inputs)
   if jax.default_backend() != "gpu":
     return lowered.compile()
   with assembler.watch() as watch:
     program = lowered.compile(compiler_options=watch.options)
-    spills = {name: kernel.spill_bytes for name, kernel in watch.kernels().items() if kernel.spill_bytes}
+    spills = {name: kernel.spill_bytes for name, kernel in watch.kernels(op).items() if kernel.spill_bytes}
   if spills:
     raise Rejected(f"spills bytes of registers: {spills}")
   return program

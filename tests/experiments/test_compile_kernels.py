@@ -1,0 +1,147 @@
+"""The compile check: what it reads from the assembler, what it calls a fault, and its exit status and record."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import assembler
+import compiled
+from assembler import Kernel
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+PTXAS = """\
+ptxas warning : Registers are spilled to local memory in function 'gla_dqkg', 120 bytes spill stores, \
+124 bytes spill loads
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'gla_dqkg' for 'sm_90a'
+ptxas info    : Function properties for gla_dqkg
+    120 bytes stack frame, 120 bytes spill stores, 124 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 120 bytes cumulative stack size
+ptxas info    : Compile time = 37.873 ms
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'gla_scan' for 'sm_90a'
+ptxas info    : Function properties for gla_scan
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 94 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]
+"""
+LAUNCHES = """\
+001: kCustomKernel [source       | next=005 (4)] gla_scan grid: [1, 1, 1] threads: [128, 1, 1]  \
+shared_memory: 12288 bytes
+002: kCustomKernel [prev=004 (1) | next=006 (1)] gla_dqkg grid: [2, 1, 1] threads: [256, 1, 1]  \
+shared_memory: 20480 bytes
+003: kCopy         [prev=004 (1) | sink        ] copy
+"""
+
+
+def test_parse():
+  assert assembler.parse(PTXAS, LAUNCHES) == {
+      "gla_dqkg": Kernel(255, 244, 20480, 256), "gla_scan": Kernel(94, 0, 12288 + 1024, 128)}
+
+
+def test_parse_misses_no_kernel():
+  with pytest.raises(ValueError, match="gla_scan is launched, but the assembler printed nothing about it"):
+    assembler.parse(PTXAS.replace("'gla_scan'", "'other'"), LAUNCHES)
+
+
+def test_watch_stands_before_the_assembler(tmp_path, monkeypatch):
+  """The tree that XLA gets: everything of the toolchain, and a ptxas that says what the real one printed."""
+  toolchain = tmp_path / "toolchain"
+  (toolchain / "bin").mkdir(parents=True)
+  (toolchain / "nvvm").mkdir()
+  (toolchain / "bin" / "ptxas").write_text(f"#!/bin/sh\ntest \"$1 $2\" = '-v x.ptx' && cat >&2 <<'END'\n{PTXAS}END\n")
+  (toolchain / "bin" / "ptxas").chmod(0o755)
+  (toolchain / "bin" / "nvlink").touch()
+  monkeypatch.setattr(assembler, "_toolchain", lambda: toolchain)
+  with assembler.watch() as watch:
+    tree, dump = (pathlib.Path(watch.options[name]) for name in ("xla_gpu_cuda_data_dir", "xla_dump_to"))
+    assert (tree / "nvvm").is_dir() and (tree / "bin" / "nvlink").exists()
+    subprocess.run([tree / "bin" / "ptxas", "x.ptx"], check=True)
+    dump.mkdir()
+    (dump / "module_0001.jit_f.thunk_sequence.txt").write_text(LAUNCHES)
+    assert watch.kernels("gla_s") == {"gla_scan": Kernel(94, 0, 13312, 128)}
+  assert not tree.exists()
+
+
+@pytest.mark.parametrize("gpu, shared", [("sm_80", 166912), ("sm_89", 101376), ("sm_90a", 232448), ("sm_100a", 232448)])
+def test_faults(gpu, shared):
+  entry = lambda *kernel: {"gpu": gpu, "kernels": {"gla_scan": list(kernel)}}
+  assert compiled.faults(entry(255, 0, shared, 128)) == []
+  assert compiled.faults(entry(255, 8, shared, 128)) == ["gla_scan spills 8 bytes"]
+  assert len(compiled.faults(entry(255, 8, shared + 1, 128))) == 2
+  assert compiled.faults({"gpu": gpu, "error": "RESOURCE_EXHAUSTED"}) == ["RESOURCE_EXHAUSTED"]
+
+
+def test_digest_is_that_of_code(tmp_path, monkeypatch):
+  monkeypatch.setattr(compiled, "ROOT", tmp_path)
+  (tmp_path / "gla").mkdir()
+  (tmp_path / "triton_blocks.py").touch()
+
+  def digest(text):
+    (tmp_path / "gla" / "pallas_triton.py").write_text(text)
+    return compiled.sources("gla")
+
+  code = digest('"""Kernels."""\ndef f():\n  """Doc."""\n  return 1\n')
+  assert code == digest('"""Other."""\n\ndef f():\n  # why\n  return 1\n')
+  assert code != digest('"""Kernels."""\ndef f():\n  """Doc."""\n  return 2\n')
+
+
+# The command on an op of one tile, with a compiler that finds what the width of the tile says.
+COMMAND = """
+import dataclasses, types
+import compiled, tuning
+from kernels.tuned import Tile
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  chunk: int
+  scan: Tile
+
+heuristic = lambda K, V, dtype, chunk_size: Config(64, Tile(K))
+compiled._module = lambda op: types.SimpleNamespace(Config=Config, heuristic=heuristic)
+compiled.sources = lambda op: op + SOURCES
+compiled.compile_program = lambda program: {"kernels": {"gla_scan": [255, SPILL[program.gpu], 1024, 128]}}
+import compile_kernels
+compile_kernels.versions = lambda: {"jax": "0"}
+compile_kernels.commands.run(compile_kernels.main)
+"""
+
+
+def run(out, *flags, spill=None, sources=""):
+  spill = dict.fromkeys(compiled.GPUS, 0) | (spill or {})
+  result = subprocess.run(
+      [sys.executable, "-c", f"SPILL = {spill}; SOURCES = {sources!r}\n{COMMAND}", f"--out={out}", *flags],
+      cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}, capture_output=True, text=True)
+  assert "Traceback" not in result.stderr, result.stderr
+  return result
+
+
+def test_command(tmp_path):
+  out = tmp_path / "record.json"
+  clean = run(out)
+  assert clean.returncode == 0 and clean.stdout.endswith("0 programs with a fault\n")
+  record = json.loads(out.read_text())
+  grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
+  assert len(record["programs"]) == len(compiled.GPUS) * grid * 4  # gla, and linear_attention with three gates
+  assert record["programs"][0] == {
+      "op": "gla", "gpu": "sm_80", "K": 16, "V": 16, "dtype": "bfloat16", "gate": "channel", "source": "heuristic",
+      "config": "chunk=64 scan=16/4/2", "kernels": {"gla_scan": [255, 0, 1024, 128]}}
+
+  one = run(out, "--gpus=sm_89", "--match=128x64 bfloat16", spill={"sm_89": 8})
+  assert one.returncode == 1 and "sm_89 gla 128x64 bfloat16 channel heuristic: gla_scan spills 8 bytes" in one.stdout
+  assert json.loads(out.read_text()) == record
+
+  part = run(out, "--gpus=sm_89", "--ops=gla", spill={"sm_89": 8})
+  assert part.returncode == 1 and part.stdout.endswith(f"{grid} programs with a fault\n")
+  faulty = [entry for entry in json.loads(out.read_text())["programs"] if compiled.faults(entry)]
+  assert {(entry["op"], entry["gpu"]) for entry in faulty} == {("gla", "sm_89")}
+
+  run(out, "--gpus=sm_80", "--ops=gla", sources="changed")
+  assert len(json.loads(out.read_text())["programs"]) == grid
+
+  wrong = run(out, "--gpus=sm_70")
+  assert wrong.returncode == 2 and "--gpus=sm_70: known are sm_80, sm_89, sm_90a, sm_100a" in wrong.stderr
