@@ -56,8 +56,8 @@ def main(_):
   names = _peers()
   cases = _cases()
   done = _recorded() if _RESUME.value else set()
-  common = {"device": _device(), "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python", *sys.argv])}
+  common = {"device": _device(), "platform": jax.default_backend(), "command": " ".join(["python", *sys.argv]),
+            "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
   print(f"{common['device']}: {len(cases)} calls")
   wrong, left = [], 0
   for case in cases:

@@ -1,0 +1,203 @@
+"""The kernels' page and plots out of the benchmark's records: aims, won and lost, every shape, versions."""
+
+import pathlib
+import re
+import statistics
+
+import kernel_cases
+import kernel_records
+import peers
+from kernel_records import Records
+from kernels import dispatch
+
+_HEAD = """# Kernel benchmarks
+
+Generated from `kernels.jsonl` by `python experiments/report_kernels.py`; do not edit.
+
+Times are milliseconds a call, of one layer's op as training makes it: no initial state, final state unused. A time
+counts only after output and gradients were compared with the float32 scan. On a GPU calls are queued back to back and
+the median batch counts; a PyTorch peer gets the better of eager calls and a CUDA graph. GB/s is of the one-pass floor:
+every argument read once and every result written once, in the backward pass again. MiB is the peak of one call:
+arguments, results and everything between. Both are of the implementation that runs when none is named. `xN` is the
+peer's time over ours, so more than 1 is a win. cuDNN's column is causal softmax attention at the same shape: another
+function, for comparison.
+"""
+
+
+def render(records: Records) -> str:
+  """The page, as markdown."""
+  parts = [_HEAD]
+  for device in records.devices():
+    parts += [f"## {device}", *_aims(records, device), *_summary(records, device)]
+    if _lengths(records, device):
+      parts.append(f"![Tokens per second against length]({_plot_name(device)})")
+    for name, (heading, cases) in _sections(records, device).items():
+      for op, gate in dict.fromkeys((case.op, case.gate) for case in cases if case.op != "attention"):
+        chosen = [case for case in cases if (case.op, case.gate) == (op, gate)]
+        parts += [f"### {heading}: `{op}`, {_gate_text(gate)}", *_comparison(records, device, chosen, name)]
+    parts += _provenance(records, device)
+  return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _sections(records, device):
+  """Name -> heading and measured cases: the named sets, then what is in none of them."""
+  measured, sections, seen = records.cases(device), {}, set()
+  for name in kernel_cases.SETS:
+    cases = [case for case in kernel_cases.named(name, list(kernel_cases.GATES)) if case in measured]
+    seen.update(cases)
+    sections[name] = f"Set `{name}`", cases
+  sections[""] = "Other shapes", [case for case in measured if case not in seen]
+  return sections
+
+
+def _aims(records, device):
+  platforms = {row["platform"] for row in records if row["device"] == device}
+  rows = []
+  for aim in kernel_records.aims():
+    if aim.device not in device and aim.device not in platforms:
+      continue
+    obtained, cells = aim.value(records, device), ["not measured", "", ""]
+    if obtained is not None:
+      margin = aim.margin(obtained)
+      cells = [f"{_digits(obtained)} {aim.unit}", f"{margin:.2f}", "yes" if margin >= 1 else "**no**"]
+    rows.append([aim.text, f"{'>=' if aim.at_least else '<='} {aim.wanted:g} {aim.unit}", *cells])
+  return ["### Aims", _table(["aim", "wanted", "obtained", "margin", "met"], rows)] if rows else []
+
+
+def _summary(records, device):
+  """Won and lost against each peer, over all shapes."""
+  groups = {}
+  for case in records.cases(device):
+    for label in kernel_cases.PASSES:
+      if ours := records.ours(device, case, label):
+        for peer, row in records.rivals(device, case, label).items():
+          groups.setdefault((case.op, case.gate, label, peer), []).append((row["ms"] / ours["ms"], case))
+  rows = []
+  for (op, gate, label, peer), found in sorted(groups.items()):
+    ratios = [ratio for ratio, _ in found]
+    worst, where = min(found, key=lambda x: x[0])
+    rows.append([f"`{op}`", gate, label, peer, f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}",
+                 f"x{worst:.2f}", f"x{statistics.median(ratios):.2f}", f"x{max(ratios):.2f}", _shape(where)])
+  head = ["op", "gate", "pass", "against", "won", "worst", "median", "best", "worst shape"]
+  return ["### Won and lost", _table(head, rows)] if rows else []
+
+
+def _comparison(records, device, cases, name):
+  names = [name for name in (*dispatch.TABLE.get(cases[0].op, ()), *peers.OPS)
+           if any(_row(records, device, case, name, label) for case in cases for label in kernel_cases.PASSES)]
+  rivals = [name for name in names if name in peers.OPS]
+  rows, reasons, mixed = [], {}, False
+  for case in cases:
+    for label in kernel_cases.PASSES:
+      ours, others = records.ours(device, case, label), records.rivals(device, case, label)
+      cells = []
+      for name in names:
+        row = _row(records, device, case, name, label)
+        other_run = bool(ours and row and row["run"] != ours["run"] and row["ms"] is not None)
+        mixed |= other_run
+        cells.append(_cell(row) + "*" * other_run)
+        if row and row["ms"] is None:
+          reasons.setdefault((name, row["reason"]), []).append(f"{_shape(case)} {label}")
+      lost = [peer for peer, row in others.items() if ours and row["ms"] <= ours["ms"]]
+      verdict = f"lost to {', '.join(lost)}" if lost else "won" if ours and others else ""
+      rows.append([_shape(case), label, *cells, *([f"{ours['gb_per_s']:.0f}", f"{ours['peak_mib']:.0f}"] if ours else
+                                                  ["", ""]),
+                   *(f"x{others[peer]['ms'] / ours['ms']:.2f}" if ours and peer in others else "" for peer in rivals),
+                   verdict])
+  head = ["shape", "pass", *names, "GB/s", "MiB", *(f"{peer} / ours" for peer in rivals), "verdict"]
+  notes = [f"- `{name}` cannot run {calls[0]}{f' and {len(calls) - 1} more' * (len(calls) > 1)}: {reason}"
+           for (name, reason), calls in reasons.items()]
+  notes += ["- \\* measured in another run than ours"] * mixed
+  return [_table(head, rows), "\n".join(notes)] if notes else [_table(head, rows)]
+
+
+def _row(records, device, case, name, label):
+  if name == "cudnn":
+    return records.rivals(device, case, label).get(name)
+  return records.row(device, case, name, label)
+
+
+def _cell(row):
+  if row is None:
+    return ""
+  if row["ms"] is None:
+    return "cannot run"
+  return _digits(row["ms"]) + ("" if row["within_bounds"] else f" (off by {max(row['errors'].values()):.0e})")
+
+
+def _provenance(records, device):
+  rows = [row for row in records if row["device"] == device and row["ms"] is not None]
+  versions = dict.fromkeys((row["implementation"], ", ".join(f"{k} {v}" for k, v in sorted(row["versions"].items())))
+                           for row in rows)
+  lines = [f"- `{name}`: {text}" for name, text in sorted(versions)]
+  found = dict.fromkeys(f"{row['run']}: `{row['command']}`" for row in sorted(rows, key=lambda row: row["run"]))
+  return ["### Versions and commands", "\n".join(lines), "\n".join(f"- {line}" for line in found)]
+
+
+def _lengths(records, device):
+  """(op, gate) -> name -> pass -> (length, tokens per second), of the set `length`."""
+  found = {}
+  for case in kernel_cases.named("length", [op for op in kernel_cases.GATES if op != "attention"]):
+    for label in kernel_cases.PASSES:
+      for name in (*dispatch.TABLE.get(case.op, ()), *peers.OPS):
+        row = _row(records, device, case, name, label)
+        if row and row["ms"] is not None and row["within_bounds"]:
+          lines = found.setdefault((case.op, case.gate), {}).setdefault(name, {})
+          lines.setdefault(label, []).append((case.T, case.B * case.T / row["ms"] * 1e3))
+  return found
+
+
+def draw(records: Records, device: str, folder: pathlib.Path) -> pathlib.Path | None:
+  """Writes speed against length: a row an op and gate, a column a pass, a line an implementation.
+
+  Returns:
+    The file, None where the lengths were not measured on `device`.
+  """
+  if not (found := _lengths(records, device)):
+    return None
+  from matplotlib.figure import Figure  # a second of import that the page alone does not pay
+
+  styles = dict(zip(["pallas_triton", "xla_chunked", "reference", *peers.OPS],
+                    ["ko-", "ks:", "kx:", "C0^--", "C1v-.", "C2D:"]))
+  figure = Figure(figsize=(10, 3.2 * len(found)), layout="constrained")
+  axes = figure.subplots(len(found), 2, squeeze=False, sharex=True)
+  for row, ((op, gate), lines) in zip(axes, found.items()):
+    for axis, label in zip(row, kernel_cases.PASSES):
+      for name, points in lines.items():
+        if label in points:
+          axis.plot(*zip(*sorted(points[label])), styles.get(name, "k.-"), markersize=5,
+                    label="cudnn (softmax attention)" if name == "cudnn" else name)
+      axis.set(yscale="log", ylabel="tokens / s")
+      axis.set_title(f"{op}, {_gate_text(gate)}: {label.replace('_', ' + ')}", fontsize=10)
+      axis.set_xscale("log", base=2)
+      axis.xaxis.set_major_formatter(lambda length, _: f"{length / 1024:g}K")
+      axis.grid(alpha=0.3, which="both")
+      if axis.lines:
+        axis.legend(fontsize=8)
+  for axis in axes[-1]:
+    axis.set_xlabel("tokens per sequence, 131,072 a call")
+  figure.suptitle(f"{device}, bfloat16, H16 K=V=128")
+  figure.savefig(folder / _plot_name(device), dpi=110)
+  return folder / _plot_name(device)
+
+
+def _gate_text(gate):
+  return {"none": "no decay", "constant": "constant decay", "token": "decay per token",
+          "channel": "decay per channel"}.get(gate, gate)
+
+
+def _plot_name(device):
+  return f"kernels_{re.sub('[^a-z0-9]+', '_', device.lower())}.png"
+
+
+def _shape(case):
+  return f"B{case.B} T{case.T} H{case.H} K{case.K} V{case.V}"
+
+
+def _digits(value):
+  return f"{value:#.3g}".rstrip(".")
+
+
+def _table(head, rows):
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

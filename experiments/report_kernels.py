@@ -1,0 +1,39 @@
+"""Makes the kernels' page and plots out of the benchmark's records; --check says whether the page is up to date.
+
+  python experiments/report_kernels.py
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+import commands
+import kernel_page
+import kernel_records
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_RECORDS = flags.DEFINE_string("records", str(_ROOT / "experiments/results/kernels.jsonl"), "What bench_kernels wrote.")
+_CHECK = flags.DEFINE_bool("check", False, "Write nothing; exit with 1 when the page is not that of the records.")
+
+
+def main(_):
+  path = pathlib.Path(_RECORDS.value)
+  if not path.exists():
+    raise ValueError(f"--records={path}: no such file; bench_kernels.py --out={path} writes it")
+  records, page = kernel_records.Records(path), path.with_suffix(".md")
+  text = kernel_page.render(records)
+  if _CHECK.value:
+    if not page.exists() or page.read_text() != text:
+      print(f"{page} is not what {path} gives: run report_kernels.py", file=sys.stderr)
+      sys.exit(1)
+    return
+  commands.write(page, text)
+  print(page)
+  for device in records.devices():
+    if plot := kernel_page.draw(records, device, path.parent):
+      print(plot)
+
+
+if __name__ == "__main__":
+  commands.run(main)

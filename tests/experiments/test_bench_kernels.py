@@ -1,0 +1,138 @@
+"""The kernel benchmark: its shapes and byte model, its check against the scan, its records, and peers that fail."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernel_cases
+import kernel_timing
+import kernels
+from kernel_cases import Case
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Stands for an installed library: it refuses one op, and computes the other one wrong.
+FAKE_JLA = """
+def linear_attention(kind, q, k, v, *, g, impl):
+  if kind == "gla":
+    raise RuntimeError("no kernel for this device\\nand more")
+  return 2 * v, None
+"""
+
+
+def bench(*arguments, fake=None):
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  if fake:
+    environment["PYTHONPATH"] = str(fake)
+  command = [sys.executable, "experiments/bench_kernels.py", *arguments]
+  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def fake_jla(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("peer")
+  (folder / "jla").mkdir()
+  (folder / "jla/__init__.py").touch()
+  (folder / "jla/ops.py").write_text(FAKE_JLA)
+  return folder
+
+
+def test_records_are_appended_and_resumed_and_a_failing_peer_is_reported(fake_jla, tmp_path):
+  shape = ["--length=20", "--key=8", "--value=16", "--repeats=2", f"--out={tmp_path}/k.jsonl"]
+  first = bench(*shape, "--ops=gla", "--peers=none")
+  assert first.returncode == 0, first.stderr
+  second = bench(*shape, "--resume", fake=fake_jla)
+  assert second.returncode == 0, second.stderr
+  rows = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
+  names = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "ms", "gb_per_s",
+           "peak_mib", "versions")
+  assert all(set(names) <= set(row) for row in rows)
+  calls = [(row["op"], row["gate"], row["implementation"], row["pass"]) for row in rows]
+  assert sorted(set(calls)) == sorted(calls)
+  assert set(calls) == {(op, gate, name, label) for op, gates in kernel_cases.GATES.items() if op != "attention"
+                        for gate in gates for name in ("xla_chunked", "reference", "jla")
+                        for label in kernel_cases.PASSES}
+  ours = [row for row in rows if row["implementation"] != "jla"]
+  assert all(row["ms"] > 0 and row["within_bounds"] and row["versions"]["kernels"] for row in ours)
+  assert all(np.isclose(row["gb_per_s"], row["bytes"] / row["ms"] / 1e6) for row in ours)
+  refused, wrong = ([row for row in rows if row["implementation"] == "jla" and (row["op"] == "gla") == refused]
+                    for refused in (True, False))
+  assert all(row["ms"] is None and row["reason"] == "RuntimeError: no kernel for this device" for row in refused)
+  assert all(row["ms"] > 0 and not row["within_bounds"] and row["errors"]["output"] > 0.1 for row in wrong)
+  assert "cannot run: RuntimeError: no kernel" in second.stdout and "TOO MUCH" in second.stdout
+
+
+def test_a_limit_leaves_the_rest_for_later(tmp_path):
+  result = bench("--length=8", "--ops=gla", "--peers=none", "--limit_seconds=1e-9", f"--out={tmp_path}/k.jsonl")
+  assert result.returncode == 0, result.stderr
+  assert "with 4 measurements left" in result.stdout and not (tmp_path / "k.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--shapes=paper,nope"], "--shapes=nope: unknown; known: paper, grid, length, cpu, all"),
+    (["--ops=nope"], "--ops=nope: unknown; known: gla, linear_attention, attention"),
+    (["--implementations=nope"], "--implementations=nope: unknown"),
+    (["--peers=nope"], "--peers=nope: unknown"),
+    (["--resume"], "--resume needs --out"),
+    (["--length=8", "--ops=gla", "--peers=none", "--out=no/such/folder/k.jsonl"], "cannot be written"),
+])
+def test_mistakes_exit_with_2_and_one_message(arguments, message):
+  result = bench(*arguments)
+  assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("op, gate, forward, both", [
+    ("linear_attention", "none", 1024, 2816), ("linear_attention", "token", 1028, 2828),
+    ("gla", "channel", 1536, 4352)])
+def test_floor_bytes_per_token_and_head(op, gate, forward, both):
+  case = Case(op, gate, 2, 3, 5, 128, 128, "bfloat16")
+  assert kernel_cases.floor_bytes(case, "forward") == 30 * forward
+  assert kernel_cases.floor_bytes(case, "forward_backward") == 30 * both
+
+
+def test_a_constant_decay_is_read_and_not_differentiated():
+  none, constant = (Case("linear_attention", gate, 2, 3, 5, 16, 32, "float32") for gate in ("none", "constant"))
+  assert sorted(kernel_cases.differentiated(constant)) == ["k", "q", "v"]
+  for label, reads in (("forward", 1), ("forward_backward", 2)):
+    assert kernel_cases.floor_bytes(constant, label) == kernel_cases.floor_bytes(none, label) + reads * 4 * 5
+
+
+def test_sets_hold_their_tokens_constant():
+  for name, tokens in (("paper", 2**15), ("grid", 2**15), ("length", 2**17), ("cpu", 2**11)):
+    cases = kernel_cases.named(name, list(kernel_cases.GATES))
+    assert {case.B * case.T for case in cases} == {tokens}
+    assert len(set(cases)) == len(cases)
+  with pytest.raises(ValueError, match="--ops=nope: unknown"):
+    kernel_cases.of_shape((1, 1, 1, 1, 1), ["nope"], "float32")
+
+
+@pytest.mark.parametrize("op, gate", [("gla", "channel"), ("linear_attention", "constant")])
+def test_what_is_expected_is_the_scan_at_the_corners(op, gate):
+  case = Case(op, gate, 3, 2048, 3, 4, 2, "float32")  # two pieces
+  arguments, doutput = kernel_cases.inputs(case, 0)
+  found = kernel_cases.expected(case, arguments, doutput)
+  run = lambda q, k, v: getattr(kernels, op)(q, k, v, arguments["log_decay"], implementation="reference")[0]
+  output, pullback = jax.vjp(run, *(arguments[name] for name in "qkv"))
+  wanted = dict(zip(("output", "dq", "dk", "dv"), (output, *pullback(doutput))))
+  for name, x in wanted.items():
+    assert found[name].shape == (2, 2048, 2, x.shape[-1])
+    np.testing.assert_allclose(found[name], x[::2, :, ::2], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_measure_checks_before_it_times_and_takes_the_faster_launch():
+  case = Case("gla", "channel", 1, 4, 1, 2, 2, "float32")
+  value = jnp.arange(8, dtype=jnp.float32).reshape(1, 4, 1, 2) + 1
+  slow = lambda i: jax.block_until_ready([value * 1 for _ in range(200)]) and {"output": value}
+  calls = {"slow": slow, "fast": lambda i: {"output": value}}
+  program = kernel_timing.Program(calls, jax.block_until_ready, np.asarray, 2**20)
+  right = kernel_timing.measure(case, "forward", program, {"output": np.asarray(value)}, 3)
+  assert right["launch"] == "fast" and right["within_bounds"] and right["peak_mib"] == 1
+  assert right["errors"] == {"output": 0}
+  wrong = kernel_timing.measure(case, "forward", program, {"output": np.asarray(value) * 1.01}, 3)
+  assert not wrong["within_bounds"] and np.isclose(wrong["errors"]["output"], 0.01 / 1.01)
