@@ -50,6 +50,10 @@ class Watch:
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     self.options = {"xla_gpu_cuda_data_dir": str(tree), "xla_dump_to": str(self._dump)}
 
+  def used(self) -> bool:
+    """Whether XLA assembled anything with these options; it does not when it finds the program in a cache."""
+    return any("Compiling entry function" in path.read_text() for path in self._logs.glob("*.log"))
+
   def kernels(self, prefix: str) -> dict[str, Kernel]:
     """Resources by name of each kernel named `prefix`...; a second call of one is listed, as __1, where it differs."""
     kernels = parse("\n".join(path.read_text() for path in self._logs.glob("*.log")),

@@ -89,9 +89,7 @@ class Program:
   def row(self) -> dict:
     """The program as JSON; its configuration on one line."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    config = " ".join(f"{field.name}={tuning.describe(getattr(self.config, field.name))}"
-                      for field in dataclasses.fields(self.config))
-    return fields | {"config": config}
+    return fields | {"config": tuning.describe(self.config)}
 
   def __str__(self):
     return f"{self.gpu} {self.op} {self.K}x{self.V} {self.dtype} {self.gate} {self.source}"

@@ -47,7 +47,7 @@ def main(_):
       continue
     module = importlib.import_module(f"kernels.{item.op}.pallas_triton")
     best = tuning.tune(item, module, deadline, lambda config, ms, item=item: save(path, record, item, config, ms))
-    print(f"{item}: best {best}", flush=True)
+    print(f"{item}: best {tuning.describe(best)}", flush=True)
     failed += [] if best else [item]
   if failed:
     sys.exit(f"no configuration works for {', '.join(map(str, failed))}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 import assembler
 import kernels
-from kernels import accuracy, chunks
+from kernels import accuracy, chunks, tuned
 
 # Forms of log_decay that an op takes: all are checked, the first is timed.
 GATES = {"gla": ("channel",), "linear_attention": ("token", "head", "none")}
@@ -70,9 +70,13 @@ def tune(problem: Problem, module, deadline: float, keep: Callable):
   return best if ms else None
 
 
-def describe(value) -> str:
-  """A field of a configuration on one line."""
-  return "/".join(map(str, dataclasses.astuple(value))) if dataclasses.is_dataclass(value) else str(value)
+def describe(config) -> str:
+  """A configuration, or one field of it, on one line; a tile as block/num_warps/num_stages."""
+  if isinstance(config, tuned.Tile):
+    return "/".join(map(str, dataclasses.astuple(config)))
+  if not dataclasses.is_dataclass(config):
+    return str(config)
+  return " ".join(f"{field.name}={describe(getattr(config, field.name))}" for field in dataclasses.fields(config))
 
 
 class Check:
@@ -110,7 +114,7 @@ class Measure:
   def __init__(self, problem, module):
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
     B, T = problem.timed
-    self.inputs = draw(problem, GATES[problem.op][0], B=B, T=T, H=problem.H)
+    self.inputs = draw(problem, GATES[problem.op][0], B=B, T=T, H=problem.H, trained=True)
 
   def compile(self, config):
     """The programs of one configuration, by pass."""
@@ -142,22 +146,30 @@ def compile_unspilled(op, function, *inputs):
     return lowered.compile()
   with assembler.watch() as watch:
     program = lowered.compile(compiler_options=watch.options)
+    if not watch.used():
+      print(f"{op}: the compiler did not call the watched ptxas, so that spills are not seen", flush=True)
+      return program
     spills = {name: kernel.spill_bytes for name, kernel in watch.kernels(op).items() if kernel.spill_bytes}
   if spills:
     raise Rejected(f"spills bytes of registers: {spills}")
   return program
 
 
-def draw(problem, gate, *, B, T, H):
-  """Arrays of the op by name, and the cotangents of its results. Gates go from nearly open to nearly shut, with resets
-  as segments make them where a gate is one per token or channel."""
+def draw(problem, gate, *, B, T, H, trained=False):
+  """Arrays of the op by name, and the cotangents of its results.
+
+  Gates are those of a `trained` layer, or go from nearly open to nearly shut side by side, with resets as segments make
+  them where a gate is one per token or channel.
+  """
   keys = iter(jax.random.split(jax.random.key(0), 7))
   normal = lambda *shape, dtype="float32": jax.random.normal(next(keys), shape, dtype)
   K, V, dtype = problem.K, problem.V, problem.dtype
   arrays = {"q": normal(B, T, H, K, dtype=dtype), "k": normal(B, T, H, K, dtype=dtype),
             "v": normal(B, T, H, V, dtype=dtype), "initial_state": normal(B, H, K, V)}
   shape = {"channel": (B, T, H, K), "token": (B, T, H), "head": (H,), "none": None}[gate]
-  if shape is not None:
+  if shape is not None and trained:
+    arrays["log_decay"] = jax.nn.log_sigmoid(normal(*shape)) / 16
+  elif shape is not None:
     log_decay = -(10 ** jax.random.uniform(next(keys), shape, minval=-4, maxval=1))
     resets = [t for t in (15, 100, 101) if t < T and len(shape) > 1]
     arrays["log_decay"] = log_decay.at[:, resets].set(chunks.RESET) if resets else log_decay
