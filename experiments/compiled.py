@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import assembler
 import kernels
 import tuning
-from kernels import tuned
+from kernels import dispatch, tuned
 
 ROOT = pathlib.Path(kernels.__file__).parent
 WIDTHS = (16, 32, 64, 128, 256)
@@ -146,7 +146,8 @@ def faults(entry: dict) -> list[str]:
 def sources(op: str) -> str:
   """Digest of the code that an op's kernels are compiled from; comments and docstrings do not count."""
   digest = hashlib.sha256()
-  for path in (ROOT / "triton_blocks.py", ROOT / op / "pallas_triton.py"):
+  others = {"__init__", *dispatch.TABLE[op]} - {"pallas_triton"}
+  for path in (ROOT / "triton_blocks.py", *sorted(x for x in (ROOT / op).glob("*.py") if x.stem not in others)):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
       if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:

@@ -33,15 +33,16 @@ def pytest_configure(config):
 
 
 class Record:
-  """Collects the errors that tests pass to `record_property`, from all worker processes, and writes them at the end."""
+  """Collects what tests pass to `record_property`, errors and configurations, from all workers, and writes it."""
 
   def __init__(self, path):
     self.path, self.tests = pathlib.Path(path), {}
 
   def pytest_runtest_logreport(self, report):
     if report.when == "call":
-      errors = dict(report.user_properties).get("errors", {})
-      self.tests[report.nodeid] = {"outcome": report.outcome, **{name: float(f"{e:.1e}") for name, e in errors.items()}}
+      found = dict(report.user_properties)
+      errors = {name: float(f"{e:.1e}") for name, e in found.pop("errors", {}).items()}
+      self.tests[report.nodeid] = {"outcome": report.outcome, **found, **errors}
 
   def pytest_sessionfinish(self):
     outcomes = [test["outcome"] for test in self.tests.values()]

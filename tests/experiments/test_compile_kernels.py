@@ -87,7 +87,11 @@ def test_digest_is_that_of_code(tmp_path, monkeypatch):
 
   code = digest('"""Kernels."""\ndef f():\n  """Doc."""\n  return 1\n')
   assert code == digest('"""Other."""\n\ndef f():\n  # why\n  return 1\n')
-  assert code != digest('"""Kernels."""\ndef f():\n  """Doc."""\n  return 2\n')
+  (tmp_path / "gla" / "reference.py").write_text("1\n")
+  assert code == digest("def f():\n  return 1\n")
+  assert code != digest("def f():\n  return 2\n")
+  (tmp_path / "gla" / "chunk_bodies.py").write_text("1\n")
+  assert code != digest("def f():\n  return 1\n")
 
 
 # The command on an op of one tile, with a compiler that finds what the width of the tile says.

@@ -145,15 +145,30 @@ def check(case: Case, fn, *, split: bool = False) -> None:
     assert_close(name, actual[name], x, tolerance(name, case.dtype, split=split))
 
 
-def grid(dtypes=("bfloat16", "float16", "float32")) -> list[Case]:
+def grid(decay="channel", widths=WIDTHS, dtypes=("bfloat16", "float16", "float32")) -> list[Case]:
   """Every value of every axis, around small centres: times, widths, heads, gates, segments, chunk sizes."""
   by_time = [Case(T=T, H=3, K=32, V=64) for T in TIMES]
-  by_width = [Case(B=1, T=100, K=K, V=V) for K, V in itertools.product(WIDTHS, (*WIDTHS, 512))]
+  by_width = [Case(B=1, T=100, K=K, V=V) for K, V in itertools.product(widths, (*widths, 512))]
   by_heads = [Case(H=H, K=64, V=64, gate="near_zero") for H in (1, 3, 4)] + [Case(H=4, key_heads=2)]
   by_gate = [Case(T=200, K=64, gate=gate, initial_state=state)
              for gate, state in itertools.product(GATES, (True, False))]
   by_segment = [Case(T=sum(lengths), gate=gate, segments=lengths)
                 for lengths, gate in itertools.product((PACKED, (1,) * 70, (1, 62, 1, 1, 64, 1)), ("mixed", "-20"))]
   by_chunk = [Case(T=200, K=64, V=64, chunk_size=C) for C in (16, 32, 64, 128)]
-  cases = by_time + by_width + by_heads + by_gate + by_segment + by_chunk
-  return [dataclasses.replace(case, dtype=dtype) for dtype, case in itertools.product(dtypes, cases)]
+  return _with(decay, dtypes, by_time + by_width + by_heads + by_gate + by_segment + by_chunk)
+
+
+def around(K, V, dtypes, decay="channel") -> list[Case]:
+  """Times, gates and segments at one width."""
+  by_time = [Case(B=1, T=T, K=K, V=V) for T in (1, 63, 65, 1000)]
+  by_gate = [Case(T=200, K=K, V=V, gate=gate) for gate in GATES] + [Case(T=200, K=K, V=V, initial_state=False)]
+  by_segment = [Case(T=sum(PACKED), H=1, K=K, V=V, segments=PACKED),
+                Case(T=70, K=K, V=V, gate="-20", segments=(1, 30, 1, 1, 32, 4, 1))]
+  return _with(decay, dtypes, by_time + by_gate + by_segment)
+
+
+def _with(decay, dtypes, cases):
+  """The cases for each dtype under this form of decay, each once: where there is no decay, no gate tells them apart."""
+  gate = {"gate": "zero"} if decay == "none" else {}
+  return list(dict.fromkeys(dataclasses.replace(case, dtype=dtype, decay=decay, **gate)
+                            for dtype, case in itertools.product(dtypes, cases)))
