@@ -104,10 +104,11 @@ def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
         config = module.heuristic(K, V, jnp.dtype(dtype), None)
       for gate in tuning.GATES[op]:
         yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
-    path = tuned.FOLDER / f"{tuned.slug(GPUS[gpu].device)}.json"
-    for (name, K, V, dtype), fields in (tuned.read(path) if path.exists() else {}).items():
-      for gate in tuning.GATES[op] if name == op else ():
-        yield Program(op, gpu, K, V, dtype, gate, "tuned", tuned.to_config(module.Config, fields, str(path)))
+    for K, V, dtype in tuned.listed(op, GPUS[gpu].device):
+      with use_abstract_mesh(GPUS[gpu].abstract):
+        config = tuned.lookup(op, module.Config, K=K, V=V, dtype=dtype)
+      for gate in tuning.GATES[op]:
+        yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
 
 
 def compile_program(program: Program) -> dict:

@@ -3,9 +3,10 @@
   python experiments/retune.py
   python experiments/retune.py --ops=gla --shapes=128x256x4 --dtype=float32 --limit_seconds=540
 
-For each op and shape it starts at the heuristic and goes through the fields of the op's `Config` once, each field's
-candidates with the others held. A candidate is timed only after its output, final state and all gradients agree with
-the float32 scan. Entries of other ops and shapes in the file stay; each faster one is written when it is found.
+For each op and shape it starts at the faster of the file's entry and the heuristic, and goes through the fields of the
+op's `Config` once, each field's candidates with the others held. A candidate is timed only after its output, its final
+state and all gradients agree with the float32 scan. Entries of other ops and shapes stay; each faster one is written
+when it is found.
 """
 
 import dataclasses
@@ -46,7 +47,8 @@ def main(_):
       print(f"{item}: not begun, --limit_seconds={_LIMIT.value} are over")
       continue
     module = importlib.import_module(f"kernels.{item.op}.pallas_triton")
-    best = tuning.tune(item, module, deadline, lambda config, ms, item=item: save(path, record, item, config, ms))
+    best = tuning.tune(item, module, starts(record, item, module), deadline,
+                       lambda config, ms, item=item: save(path, record, item, config, ms))
     print(f"{item}: best {tuning.describe(best)}", flush=True)
     failed += [] if best else [item]
   if failed:
@@ -78,17 +80,31 @@ def load(path: pathlib.Path, empty: dict) -> dict:
   return record
 
 
+def starts(record: dict, problem: tuning.Problem, module) -> list:
+  """What a search begins with: the record's entry, if it fits the kernels as they are, and the heuristic."""
+  found = [entry["config"] for entry in record["configs"] if _key(entry) == _key(dataclasses.asdict(problem))]
+  try:
+    listed = [tuned.to_config(module.Config, fields, str(problem)) for fields in found]
+  except ValueError as e:
+    print(f"entry ignored: {e}", flush=True)
+    listed = []
+  return [*listed, module.heuristic(problem.K, problem.V, jax.numpy.dtype(problem.dtype), None)]
+
+
 def save(path, record, problem, config, ms):
   """Puts an entry into the record, in the place of an older one, and writes the file: one entry a line."""
   entry = {"op": problem.op, "K": problem.K, "V": problem.V, "dtype": problem.dtype,
            "config": dataclasses.asdict(config), "timed": dict(zip("BTH", (*problem.timed, problem.H))), "ms": ms}
-  key = lambda entry: [entry[name] for name in ("op", "dtype", "K", "V")]
-  entries = [old for old in record["configs"] if key(old) != key(entry)] + [entry]
-  record["configs"] = sorted(entries, key=key)
+  entries = [old for old in record["configs"] if _key(old) != _key(entry)] + [entry]
+  record["configs"] = sorted(entries, key=_key)
   head = json.dumps({name: x for name, x in record.items() if name != "configs"})
   lines = ",\n".join(f"  {json.dumps(entry)}" for entry in record["configs"])
   path.parent.mkdir(parents=True, exist_ok=True)
   commands.write(path, f'{head[:-1]}, "configs": [\n{lines}\n]}}\n')
+
+
+def _key(entry):
+  return [entry[name] for name in ("op", "dtype", "K", "V")]
 
 
 if __name__ == "__main__":

@@ -37,19 +37,18 @@ class Rejected(Exception):
   """A configuration that must not ship; the message says why."""
 
 
-def tune(problem: Problem, module, deadline: float, keep: Callable):
-  """The fastest configuration of one pass over the fields, or None if none works.
+def tune(problem: Problem, module, starts: list, deadline: float, keep: Callable):
+  """The fastest configuration of one pass over the fields from the fastest of `starts`, or None if none works.
 
   `keep(config, ms)` is called with each one that is faster than those before. `deadline` is a `time.monotonic()`.
   """
-  dtype = jnp.dtype(problem.dtype)
   check, measure = Check(problem, module), Measure(problem, module)
-  best, ms = module.heuristic(problem.K, problem.V, dtype, None), {}
+  best, ms = starts[0], {}
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    for field, values in {"": [None], **module.candidates(problem.K, problem.V, dtype)}.items():
-      configs = [dataclasses.replace(best, **{field: value}) if field else best for value in values]
+    for field, values in {"": starts, **module.candidates(problem.K, problem.V, jnp.dtype(problem.dtype))}.items():
+      configs = [dataclasses.replace(best, **{field: value}) if field else value for value in values]
       programs = [(config, pool.submit(check.compile, config), pool.submit(measure.compile, config))
-                  for config in configs if not field or config != best]
+                  for config in dict.fromkeys(configs) if not field or config != best]
       # Compilation takes all cores, and calls could not be issued fast enough beside it.
       concurrent.futures.wait([future for _, *futures in programs for future in futures])
       for config, checking, timing in programs:
@@ -62,7 +61,7 @@ def tune(problem: Problem, module, deadline: float, keep: Callable):
           outcome = ", ".join(f"{name} {x:.3f} ms" for name, x in found.items())
         except (Rejected, jax.errors.JaxRuntimeError) as e:
           found, outcome = {}, f"rejected: {str(e).splitlines()[0][:200]}"
-        label = f"{field}={describe(getattr(config, field))}" if field else "heuristic"
+        label = f"{field}={describe(getattr(config, field))}" if field else f"start {describe(config)}"
         print(f"{problem} {label}: {outcome}", flush=True)
         if found and (not ms or sum(found.values()) < sum(ms.values())):
           best, ms = config, found

@@ -35,11 +35,17 @@ def lookup[C](op: str, config_class: type[C], *, K: int, V: int, dtype) -> C | N
     ValueError: the device's file is broken, or written for other kernels.
   """
   device = device_kind()
-  path = device and FOLDER / f"{slug(device)}.json"
+  path = device and _path(device)
   if not path or not path.exists():
     return None
   config = read(path).get((op, K, V, dtype_key(dtype)))
   return None if config is None else to_config(config_class, config, f"{path}: {op} {K}x{V} {dtype_key(dtype)}")
+
+
+def listed(op: str, device: str) -> list[tuple[int, int, str]]:
+  """The K, V and dtype of every entry of `op` in the file of `device`."""
+  path = _path(device)
+  return [key[1:] for key in read(path) if key[0] == op] if path.exists() else []
 
 
 def device_kind() -> str | None:
@@ -58,6 +64,10 @@ def slug(device: str) -> str:
 def dtype_key(dtype) -> str:
   """The dtype under which entries are listed: both 16-bit types run the same kernels."""
   return "bfloat16" if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype).name
+
+
+def _path(device):
+  return FOLDER / f"{slug(device)}.json"
 
 
 @functools.cache

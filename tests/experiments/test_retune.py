@@ -1,6 +1,11 @@
 """The search for a configuration, on an op whose tiles fail in known ways; what the command writes and refuses."""
 
 import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
 import time
 import types
 
@@ -12,6 +17,7 @@ from kernels.gla import xla_chunked
 from kernels.tuned import Tile
 from tuning import Problem
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROBLEM = Problem("gla", 16, 16, 1, "bfloat16", timed=(1, 16))
 NARROW, WRONG_GRADIENT, TOO_LARGE, FAST = Tile(16), Tile(32), Tile(64), Tile(128)
 
@@ -21,6 +27,9 @@ class Config:
   chunk: int
   forward: Tile
   backward: Tile | None
+
+
+START = Config(16, NARROW, NARROW)
 
 
 @jax.custom_jvp
@@ -42,8 +51,7 @@ def configured(q, k, v, log_decay, initial_state, *, scale, config):
 @pytest.fixture
 def module():
   fields = {"forward": [NARROW, FAST], "backward": [NARROW, WRONG_GRADIENT, TOO_LARGE, None]}
-  return types.SimpleNamespace(Config=Config, configured=configured, candidates=lambda K, V, dtype: fields,
-                               heuristic=lambda K, V, dtype, chunk_size: Config(16, NARROW, NARROW))
+  return types.SimpleNamespace(Config=Config, configured=configured, candidates=lambda K, V, dtype: fields)
 
 
 @pytest.fixture
@@ -56,28 +64,36 @@ def clock(monkeypatch):
 
 def test_takes_the_fastest_of_those_that_are_right(module, clock, capsys):
   kept = []
-  best = tuning.tune(PROBLEM, module, time.monotonic() + 600, lambda *found: kept.append(found))
+  best = tuning.tune(PROBLEM, module, [START], time.monotonic() + 600, lambda *found: kept.append(found))
   assert best == Config(16, FAST, None)
   assert [sum(ms.values()) for _, ms in kept] == [6.0, 5.0, 4.0]
   lines = capsys.readouterr().out.splitlines()
   assert [line.split(": ")[0].removeprefix("gla 16x16 bfloat16 ") for line in lines] == [
-      "heuristic", "forward=128/4/2", "backward=32/4/2", "backward=64/4/2", "backward=None"]
+      "start chunk=16 forward=16/4/2 backward=16/4/2", "forward=128/4/2", "backward=32/4/2", "backward=64/4/2",
+      "backward=None"]
   assert "rejected: gate channel: dv has relative error 1.0e+00 over 8e-03" in lines[2]
   assert lines[3].endswith("rejected: RESOURCE_EXHAUSTED: Shared memory size limit exceeded")
 
 
+def test_begins_with_the_faster_start(module, clock):
+  module.candidates = lambda K, V, dtype: {}
+  listed = Config(16, FAST, NARROW)
+  for starts in ([START, listed], [listed, START]):
+    assert tuning.tune(PROBLEM, module, starts, time.monotonic() + 600, lambda *_: None) == listed
+
+
 def test_nothing_is_kept_when_nothing_works(module, clock):
-  module.heuristic = lambda K, V, dtype, chunk_size: Config(16, NARROW, TOO_LARGE)
   module.candidates = lambda K, V, dtype: {"forward": [NARROW, FAST]}
-  assert tuning.tune(PROBLEM, module, time.monotonic() + 600, lambda *_: pytest.fail("kept")) is None
+  starts = [Config(16, NARROW, TOO_LARGE)]
+  assert tuning.tune(PROBLEM, module, starts, time.monotonic() + 600, lambda *_: pytest.fail("kept")) is None
 
 
 def test_an_end_in_time_keeps_the_best_so_far(module, clock, monkeypatch):
   now = iter([0, 0, 2])
   monkeypatch.setattr(tuning, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
   kept = []
-  assert tuning.tune(PROBLEM, module, 1, lambda config, ms: kept.append(config)) == Config(16, FAST, NARROW)
-  assert kept == [Config(16, NARROW, NARROW), Config(16, FAST, NARROW)]
+  assert tuning.tune(PROBLEM, module, [START], 1, lambda config, ms: kept.append(config)) == Config(16, FAST, NARROW)
+  assert kept == [START, Config(16, FAST, NARROW)]
 
 
 @pytest.mark.parametrize("op", tuning.GATES)
@@ -93,3 +109,64 @@ def test_milliseconds_times_calls_until_they_are_long_enough():
   calls = []
   ms = tuning.milliseconds(lambda x: calls.append(x) or time.sleep(0.004), [1])
   assert 4 <= ms < 40 and len(calls) > 8
+
+
+# The command, with an op that has one tile in the place of the kernels.
+COMMAND = """
+import dataclasses, sys, types
+from kernels.gla import xla_chunked
+from kernels.tuned import Tile
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  chunk: int
+  scan: Tile
+
+sys.modules["kernels.gla.pallas_triton"] = types.SimpleNamespace(
+    Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(16, Tile(16)),
+    candidates=lambda K, V, dtype: {"scan": [Tile(16), Tile(32, 8, 3)]},
+    configured=lambda *x, scale, config: xla_chunked.gla(*x, scale=scale, chunk_size=16))
+import retune
+retune.commands.run(retune.main)
+"""
+
+
+def run(out, *flags):
+  result = subprocess.run(
+      [sys.executable, "-c", COMMAND, "--ops=gla", "--tokens=16", f"--out={out}", *flags], cwd=ROOT, text=True,
+      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}, capture_output=True)
+  assert "Traceback" not in result.stderr, result.stderr
+  return result
+
+
+def test_command_adds_to_the_file(tmp_path):
+  out = tmp_path / "tuned" / "device.json"
+  first = run(out, "--shapes=16x16x1")
+  assert first.returncode == 0 and "gla 16x16 bfloat16 scan=32/8/3: forward" in first.stdout
+  assert run(out, "--shapes=8x16x1", "--dtype=float32").returncode == 0
+  record = json.loads(out.read_text())
+  assert [(x["K"], x["V"], x["dtype"], x["timed"]) for x in record["configs"]] == [
+      (16, 16, "bfloat16", {"B": 1, "T": 16, "H": 1}), (8, 16, "float32", {"B": 1, "T": 16, "H": 1})]
+  again = run(out, "--shapes=16x16x1", "--limit_seconds=0.001")
+  assert "gla 16x16 bfloat16: not begun, --limit_seconds=0.001 are over" in again.stdout
+  record["configs"][0]["config"] = {"chunk": 16, "old": None}
+  out.write_text(json.dumps(record))
+  stale = run(out, "--shapes=16x16x1")
+  assert "entry ignored: gla 16x16 bfloat16: config={'chunk': 16, 'old': None} must" in stale.stdout
+  record = json.loads(out.read_text())
+  for entry in record["configs"]:
+    assert entry["config"]["chunk"] == 16 and entry["config"]["scan"]["block"] in (16, 32)
+    assert entry["ms"]["forward"] > 0 < entry["ms"]["forward_backward"]
+  out.write_text(json.dumps(record | {"device": "another"}))
+  other = run(out, "--shapes=16x16x1")
+  assert other.returncode == 2 and "was measured with {'device': 'another'" in other.stderr
+
+
+@pytest.mark.parametrize("flag, rule", [
+    ("--shapes=16", "--shapes=16: a shape is KxV or KxVxH, for instance 128x128x16"),
+    ("--ops=softmax", "--ops=softmax: known ops are gla, linear_attention"),
+    ("--out=", "--out is empty and the default backend is cpu; without a GPU it is required"),
+])
+def test_wrong_flags(tmp_path, flag, rule):
+  result = run(tmp_path / "x.json", "--shapes=16x16x1", flag)
+  assert result.returncode == 2 and rule in result.stderr

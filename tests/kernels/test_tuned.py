@@ -55,6 +55,8 @@ def test_finds_what_was_measured_on_this_device_for_this_shape(folder):
   with on("NVIDIA A100-SXM4-80GB"):
     assert lookup() is None
   assert lookup() is None  # the host of the tests has no GPU
+  assert tuned.listed("gla", DEVICE) == [(128, 64, "bfloat16"), (128, 64, "float32")]
+  assert tuned.listed("linear_attention", DEVICE) == tuned.listed("gla", "NVIDIA A100-SXM4-80GB") == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"configs": 3}', '{"configs": [{"op": "gla"}]}'])
