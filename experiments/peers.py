@@ -142,10 +142,10 @@ def _captured(torch, call, sets):
     for i in range(sets):
       call(i)
   torch.cuda.synchronize()
-  graphs, results = [], []
+  graphs, results, pool = [], [], torch.cuda.graph_pool_handle()
   for i in range(sets):
     graphs.append(torch.cuda.CUDAGraph())
-    with torch.cuda.graph(graphs[-1], capture_error_mode="thread_local"):
+    with torch.cuda.graph(graphs[-1], pool=pool, capture_error_mode="thread_local"):
       results.append(call(i))
 
   def replay(i):
