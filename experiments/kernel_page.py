@@ -19,9 +19,10 @@ counts only after output and gradients were compared with the float32 scan. On a
 the median batch counts; a PyTorch peer gets the better of eager calls and a CUDA graph. GB/s is of the one-pass floor:
 every argument read once and every result written once, in the backward pass again. MiB is the peak of one call:
 arguments, results and everything between. Both are of the implementation that runs when none is named. `xN` is the
-peer's time over ours, so more than 1 is a win. cuDNN's column is causal softmax attention at the same shape: another
-function, for comparison.
+peer's time over ours; within 3% of 1 it counts as even. cuDNN's column is causal softmax attention at the same shape:
+another function, for comparison. Among the versions `kernels` is a digest of this repository's kernel sources.
 """
+_EVEN = 1.03
 
 
 def render(records: Records) -> str:
@@ -76,9 +77,10 @@ def _summary(records, device):
   for (op, gate, label, peer), found in sorted(groups.items()):
     ratios = [ratio for ratio, _ in found]
     worst, where = min(found, key=lambda x: x[0])
-    rows.append([f"`{op}`", gate, label, peer, f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}",
+    rows.append([f"`{op}`", gate, label, peer, f"{sum(ratio >= _EVEN for ratio in ratios)} of {len(ratios)}",
+                 str(sum(ratio <= 1 / _EVEN for ratio in ratios)),
                  f"x{worst:.2f}", f"x{statistics.median(ratios):.2f}", f"x{max(ratios):.2f}", _shape(where)])
-  head = ["op", "gate", "pass", "against", "won", "worst", "median", "best", "worst shape"]
+  head = ["op", "gate", "pass", "against", "won", "lost", "worst", "median", "best", "worst shape"]
   return ["### Won and lost", _table(head, rows)] if rows else []
 
 
@@ -98,17 +100,23 @@ def _comparison(records, device, cases, name):
         cells.append(_cell(row) + "*" * other_run)
         if row and row["ms"] is None:
           reasons.setdefault((name, row["reason"]), []).append(f"{_shape(case)} {label}")
-      lost = [peer for peer, row in others.items() if ours and row["ms"] <= ours["ms"]]
-      verdict = f"lost to {', '.join(lost)}" if lost else "won" if ours and others else ""
-      rows.append([_shape(case), label, *cells, *([f"{ours['gb_per_s']:.0f}", f"{ours['peak_mib']:.0f}"] if ours else
-                                                  ["", ""]),
-                   *(f"x{others[peer]['ms'] / ours['ms']:.2f}" if ours and peer in others else "" for peer in rivals),
-                   verdict])
+      ratios = {peer: row["ms"] / ours["ms"] for peer, row in others.items()} if ours else {}
+      ours = [_digits(ours["gb_per_s"]), f"{ours['peak_mib']:.0f}"] if ours else ["", ""]
+      rows.append([_shape(case), label, *cells, *ours,
+                   *(f"x{ratios[peer]:.2f}" if peer in ratios else "" for peer in rivals), _verdict(ratios)])
   head = ["shape", "pass", *names, "GB/s", "MiB", *(f"{peer} / ours" for peer in rivals), "verdict"]
   notes = [f"- `{name}` cannot run {calls[0]}{f' and {len(calls) - 1} more' * (len(calls) > 1)}: {reason}"
            for (name, reason), calls in reasons.items()]
   notes += ["- \\* measured in another run than ours"] * mixed
   return [_table(head, rows), "\n".join(notes)] if notes else [_table(head, rows)]
+
+
+def _verdict(ratios):
+  lost = [peer for peer, ratio in ratios.items() if ratio <= 1 / _EVEN]
+  even = [peer for peer, ratio in ratios.items() if 1 / _EVEN < ratio < _EVEN]
+  if lost:
+    return f"lost to {', '.join(lost)}"
+  return f"even with {', '.join(even)}" if even else "won" if ratios else ""
 
 
 def _row(records, device, case, name, label):
@@ -195,7 +203,7 @@ def _shape(case):
 
 
 def _digits(value):
-  return f"{value:#.3g}".rstrip(".")
+  return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
 
 
 def _table(head, rows):

@@ -1,0 +1,116 @@
+"""The kernels' page: what it says of known records, and that the committed page is that of the committed records."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import kernel_cases
+import kernel_page
+import kernel_records
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "experiments/results/kernels.jsonl"
+DEVICE = "NVIDIA H100 80GB HBM3"
+
+
+def record(case, implementation, label, ms, **changes):
+  return {"device": DEVICE, "platform": "gpu", "run": "2026-01-01T00:00:00+00:00", "command": "python bench",
+          "implementation": implementation, "versions": {"jax": "0.11.2"}, "pass": label, **dataclasses.asdict(case),
+          "ms": ms, "gb_per_s": 1000.0, "peak_mib": 64.0, "errors": {"output": 1e-3}, "within_bounds": True, **changes}
+
+
+def records(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return kernel_records.Records(path)
+
+
+def rows_of_grid():
+  gla = kernel_cases.Case("gla", "channel", 16, 2048, 16, 128, 128, "bfloat16")
+  attention = dataclasses.replace(gla, op="attention", gate="none")
+  refused = {"ms": None, "gb_per_s": None, "peak_mib": None, "reason": "RuntimeError: none here"}
+  yield record(gla, "pallas_triton", "forward", 9.0)
+  yield record(gla, "pallas_triton", "forward", 0.4)
+  yield record(gla, "fla", "forward", 1.0, run="2025-01-01T00:00:00+00:00")
+  yield record(gla, "jla", "forward", 0.2, within_bounds=False, errors={"output": 0.25})
+  yield record(attention, "cudnn", "forward", 0.3)
+  yield record(gla, "pallas_triton", "forward_backward", 3.0)
+  yield record(gla, "fla", "forward_backward", None, **{k: v for k, v in refused.items() if k != "ms"})
+
+
+def line(text, *starts):
+  found = [row for row in text.splitlines() if all(start in row for start in starts)]
+  assert len(found) == 1, (starts, found)
+  return [cell.strip() for cell in found[0].strip("|").split("|")]
+
+
+def test_page_says_what_is_won_lost_refused_and_wrong(tmp_path):
+  text = kernel_page.render(records(tmp_path / "k.jsonl", rows_of_grid()))
+  # The newest record counts; a wrong peer is shown and wins nothing.
+  assert line(text, "| B16 T2048 H16 K128 V128 | forward |") == [
+      "B16 T2048 H16 K128 V128", "forward", "0.400", "1.00*", "0.200 (off by 2e-01)", "0.300", "1000", "64", "x2.50",
+      "", "x0.75", "lost to cudnn"]
+  assert line(text, "| forward_backward | 3.00 |")[3] == "cannot run"
+  assert "`fla` cannot run B16 T2048 H16 K128 V128 forward_backward: RuntimeError: none here" in text
+  assert "\\* measured in another run" in text
+  assert line(text, "| `gla` | channel | forward | fla |")[4:6] == ["1 of 1", "0"]
+  assert line(text, "| `gla` | channel | forward | cudnn |")[4:6] == ["0 of 1", "1"]
+  assert not [row for row in text.splitlines() if row.startswith("| `gla` |") and "| jla |" in row]
+
+
+@pytest.mark.parametrize("ms, verdict", [(0.38, "lost to fla"), (0.395, "even with fla"), (0.42, "won")])
+def test_a_difference_within_the_noise_is_no_win(tmp_path, ms, verdict):
+  case = kernel_cases.Case("gla", "channel", 16, 2048, 16, 128, 128, "bfloat16")
+  rows = [record(case, "pallas_triton", "forward", 0.4), record(case, "fla", "forward", ms)]
+  text = kernel_page.render(records(tmp_path / "k.jsonl", rows))
+  assert line(text, "| B16 T2048 H16 K128 V128 | forward | 0.400 |")[-1] == verdict
+
+
+def test_aims_are_met_missed_or_not_measured(tmp_path):
+  text = kernel_page.render(records(tmp_path / "k.jsonl", rows_of_grid()))
+  shape = "| gla channel B16 T2048 H16 K128 V128 bfloat16"
+  assert line(text, f"{shape} forward |")[1:] == ["<= 0.5 ms", "0.400 ms", "1.25", "yes"]
+  assert line(text, f"{shape} forward_backward |")[1:] == ["<= 2 ms", "3.00 ms", "0.67", "**no**"]
+  assert line(text, "| gla channel B16 T2048 H4 K256 V512 bfloat16 forward,")[2] == "not measured"
+  assert "cpu" not in text and "float32 forward_backward" not in text
+
+
+def test_aims_that_compare(tmp_path):
+  wide = kernel_cases.Case("gla", "channel", 16, 2048, 4, 256, 512, "bfloat16")
+  rows = [record(wide, "pallas_triton", "forward", 0.5), record(wide, "fla", "forward", 1.5)]
+  lengths = [case for case in kernel_cases.named("length", ["linear_attention"]) if case.gate == "token"]
+  rows += [record(case, "xla_chunked", "forward", 1.0 + 0.02 * (case.T == 1024)) for case in lengths]
+  found = records(tmp_path / "k.jsonl", rows)
+  values = {aim.text: (aim.value(found, DEVICE), aim) for aim in kernel_records.aims()}
+  value, aim = values[f"{wide} forward, speed over FLA's"]
+  assert value == 3.0 and aim.margin(value) == pytest.approx(1.2)
+  value, aim = values["linear_attention token forward, slowest over fastest length, 1K to 128K"]
+  assert value == pytest.approx(1.02) and aim.margin(value) > 1
+  plot = kernel_page.draw(found, DEVICE, tmp_path)
+  assert plot.read_bytes().startswith(b"\x89PNG") and plot.name in kernel_page.render(found)
+
+
+def report(*arguments):
+  command = [sys.executable, "experiments/report_kernels.py", *arguments]
+  return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+
+
+def test_check_tells_a_stale_page(tmp_path):
+  path = tmp_path / "k.jsonl"
+  records(path, rows_of_grid())
+  assert report(f"--records={path}").returncode == 0
+  assert report(f"--records={path}", "--check").returncode == 0
+  path.write_text(path.read_text().replace("0.4,", "0.6,"))
+  stale = report(f"--records={path}", "--check")
+  assert stale.returncode == 1 and "run report_kernels.py" in stale.stderr
+  path.write_text("{}\n")
+  broken = report(f"--records={path}")
+  assert broken.returncode == 2 and "line 1: not a record" in broken.stderr and "Traceback" not in broken.stderr
+
+
+def test_committed_page_is_that_of_the_committed_records():
+  assert COMMITTED.with_suffix(".md").read_text() == kernel_page.render(kernel_records.Records(COMMITTED))
