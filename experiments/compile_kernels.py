@@ -13,6 +13,7 @@ a block may have, or does not compile. The record keeps registers, spills and sh
 import concurrent.futures
 import importlib.metadata
 import json
+import os
 import pathlib
 import re
 import sys
@@ -51,22 +52,27 @@ def main(_):
 
 
 def compile_all(programs):
-  """Record entries of `programs`, each printed on a line when it is there."""
-  start, entries = time.perf_counter(), []
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    for program, outcome in zip(programs, pool.map(compiled.compile_program, programs)):
-      entry = {**program.row(), **outcome}
-      entries.append(entry)
+  """Record entries of `programs` for one GPU, each printed on a line when it is there."""
+  start, entries, futures = time.perf_counter(), [], {}
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for program in programs:
+      calls = compiled.calls(program)
+      for call in calls.values():
+        if call.key not in futures:
+          futures[call.key] = pool.submit(compiled.compile_call, program.gpu, call)
+      entries.append((program, calls))
+    for i, (program, calls) in enumerate(entries):
+      entry = program.row() | compiled.outcome({name: futures[call.key].result() for name, call in calls.items()})
       print(f"{program}: {'; '.join(compiled.faults(entry)) or 'ok'} | {summary(entry)}", flush=True)
-  print(f"{len(programs)} programs in {time.perf_counter() - start:.0f} s", flush=True)
+      entries[i] = entry
+  print(f"{len(programs)} programs of {len(futures)} kernels in {time.perf_counter() - start:.0f} s", flush=True)
   return entries
 
 
 def summary(entry: dict) -> str:
   """Registers and KB of shared memory of each kernel, on one line."""
-  kernels = (compiled.kernel(row) for row in entry.get("kernels", {}).values())
-  return ", ".join(f"{name.removeprefix(entry['op'] + '_')} {kernel.registers}r {kernel.shared_bytes / 1024:.0f}K"
-                   for name, kernel in zip(entry.get("kernels", {}), kernels))
+  kernels = {name.removeprefix(f"{entry['op']}_"): compiled.kernel(row) for name, row in entry["kernels"].items()}
+  return ", ".join(f"{name} {kernel.registers}r {kernel.shared_bytes / 1024:.0f}K" for name, kernel in kernels.items())
 
 
 def versions() -> dict:

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -111,20 +111,73 @@ def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
         yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
 
 
-def compile_program(program: Program) -> dict:
-  """`kernels`, the resources of each by name, or the compiler's `error`."""
-  gpu = GPUS[program.gpu]
-  sharding = jax.NamedSharding(_mesh(program.gpu), jax.P())
-  problem = tuning.Problem(program.op, program.K, program.V, H, program.dtype, (B, T))
-  inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        jax.eval_shape(lambda: tuning.draw(problem, program.gate, B=B, T=T, H=H)))
-  op = tuning.call(_module(program.op), program.K**-0.5, program.config)
-  with use_abstract_mesh(gpu.abstract), assembler.watch() as watch:
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One kernel launch. Calls with equal `key` compile to the same code."""
+
+  key: str
+  name: str
+  function: Callable = dataclasses.field(compare=False)
+  arguments: tuple = dataclasses.field(compare=False)
+
+
+def calls(program: Program) -> dict[str, Call]:
+  """The different kernels of the forward pass alone and of forward and backward; the second of one name ends in __1."""
+  found = {}
+  for call in dict.fromkeys(_calls(program.op, program.K, program.V, program.dtype, program.gate, program.config)):
+    before = sum(other.name == call.name for other in found.values())
+    found[f"{call.name}__{before}" if before else call.name] = call
+  return found
+
+
+@functools.cache
+def _calls(op, K, V, dtype, gate, config):
+  problem = tuning.Problem(op, K, V, H, dtype, (B, T))
+  inputs = jax.eval_shape(lambda: tuning.draw(problem, gate, B=B, T=T, H=H))
+  function = tuning.call(_module(op), K**-0.5, config)
+  both = lambda arrays, cotangents: (function(**arrays), tuning.results(function, arrays, cotangents))
+  return [_call(eqn) for eqn in _launches(jax.make_jaxpr(both)(*inputs).jaxpr)]
+
+
+def _launches(jaxpr):
+  """Every equation that launches a compiled kernel, in the order of the program."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call":
+      if not eqn.params["interpret"]:
+        yield eqn
+      continue
+    inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+    for x in inner:
+      x = getattr(x, "jaxpr", x)
+      if hasattr(x, "eqns"):
+        yield from _launches(x)
+
+
+def _call(eqn):
+  """Its code follows from the equation's text, and from what that leaves out: arguments and index maps."""
+  arguments = tuple(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars)
+  maps = [str(block.index_map_jaxpr) for block in eqn.params["grid_mapping"].block_mappings]
+  return Call("\n".join([str(eqn), str(arguments), *maps]), eqn.params["name"],
+              lambda *args: eqn.primitive.bind(*args, **eqn.params), arguments)
+
+
+def compile_call(gpu: str, call: Call) -> assembler.Kernel | str:
+  """The kernel's resources on `gpu`, or the compiler's error."""
+  sharding = jax.NamedSharding(_mesh(gpu), jax.P())
+  arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in call.arguments]
+  with use_abstract_mesh(GPUS[gpu].abstract), assembler.watch() as watch:
     try:
-      jax.jit(functools.partial(tuning.results, op)).lower(*inputs).compile(compiler_options=watch.options)
+      jax.jit(call.function).lower(*arguments).compile(compiler_options=watch.options)
     except jax.errors.JaxRuntimeError as e:
-      return {"error": str(e).splitlines()[0]}
-    return {"kernels": {name: list(dataclasses.astuple(kernel)) for name, kernel in watch.kernels(program.op).items()}}
+      return str(e).splitlines()[0]
+    return watch.kernels(call.name)[call.name]
+
+
+def outcome(kernels: dict) -> dict:
+  """`kernels`, the resources of each by name, and `errors` of those that did not compile."""
+  errors = {name: x for name, x in kernels.items() if isinstance(x, str)}
+  rows = {name: list(dataclasses.astuple(x)) for name, x in kernels.items() if name not in errors}
+  return {"kernels": rows} | ({"errors": errors} if errors else {})
 
 
 def kernel(row: list) -> assembler.Kernel:
@@ -135,8 +188,8 @@ def kernel(row: list) -> assembler.Kernel:
 def faults(entry: dict) -> list[str]:
   """Why a recorded program must not ship: it does not compile, or a kernel spills or wants more than a block has."""
   limit = GPUS[entry["gpu"]].shared_per_block
-  found = [entry["error"]] if "error" in entry else []
-  for name, row in entry.get("kernels", {}).items():
+  found = [f"{name}: {error}" for name, error in entry.get("errors", {}).items()]
+  for name, row in entry["kernels"].items():
     if spilled := kernel(row).spill_bytes:
       found.append(f"{name} spills {spilled} bytes")
     if (shared := kernel(row).shared_bytes) > limit:

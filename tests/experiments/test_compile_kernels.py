@@ -73,7 +73,8 @@ def test_faults(gpu, shared):
   assert compiled.faults(entry(255, 0, shared, 128)) == []
   assert compiled.faults(entry(255, 8, shared, 128)) == ["gla_scan spills 8 bytes"]
   assert len(compiled.faults(entry(255, 8, shared + 1, 128))) == 2
-  assert compiled.faults({"gpu": gpu, "error": "RESOURCE_EXHAUSTED"}) == ["RESOURCE_EXHAUSTED"]
+  refused = {"gpu": gpu} | compiled.outcome({"gla_scan": "RESOURCE_EXHAUSTED", "gla_dv": Kernel(255, 0, shared, 128)})
+  assert compiled.faults(refused) == ["gla_scan: RESOURCE_EXHAUSTED"] and list(refused["kernels"]) == ["gla_dv"]
 
 
 def test_digest_is_that_of_code(tmp_path, monkeypatch):
@@ -98,6 +99,7 @@ def test_digest_is_that_of_code(tmp_path, monkeypatch):
 COMMAND = """
 import dataclasses, types
 import compiled, tuning
+from assembler import Kernel
 from kernels.tuned import Tile
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Config:
 heuristic = lambda K, V, dtype, chunk_size: Config(64, Tile(K))
 compiled._module = lambda op: types.SimpleNamespace(Config=Config, heuristic=heuristic)
 compiled.sources = lambda op: op + SOURCES
-compiled.compile_program = lambda program: {"kernels": {"gla_scan": [255, SPILL[program.gpu], 1024, 128]}}
+compiled.calls = lambda program: {"gla_scan": compiled.Call(str(program.K), "gla_scan", None, ())}
+compiled.compile_call = lambda gpu, call: Kernel(255, SPILL[gpu], 1024, 128)
 import compile_kernels
 compile_kernels.versions = lambda: {"jax": "0"}
 compile_kernels.commands.run(compile_kernels.main)
@@ -128,6 +131,7 @@ def test_command(tmp_path):
   out = tmp_path / "record.json"
   clean = run(out)
   assert clean.returncode == 0 and clean.stdout.endswith("0 programs with a fault\n")
+  assert "180 programs of 5 kernels" in clean.stdout  # linear_attention on one GPU, where K decides
   record = json.loads(out.read_text())
   grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
   assert len(record["programs"]) == len(compiled.GPUS) * grid * 4  # gla, and linear_attention with three gates
