@@ -14,7 +14,7 @@ import jax
 
 TABLE = {
     "gla": ("pallas_triton", "xla_chunked", "reference"),
-    "linear_attention": ("xla_chunked", "reference"),
+    "linear_attention": ("pallas_triton", "xla_chunked", "reference"),
 }
 # Platforms where an implementation is worth choosing. A named one runs elsewhere too: interpreted, or lowered for
 # another platform than the host's.

@@ -14,10 +14,11 @@ from jax.experimental.pallas import triton as plt
 LOG2E = 1.4426950408889634  # kernels use exp2 of logarithms in base 2
 
 
-def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num_stages):
+def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num_stages, aliases=None):
   """`pallas_call` of `kernel`: compiled by Triton when lowered for CUDA, interpreted on every other platform.
 
   `kernel` becomes the CUDA kernel's name in a profile; `name` marks the call in the lowered program.
+  `aliases` maps inputs to the outputs that share their memory.
   """
 
   def call(interpret):
@@ -25,7 +26,7 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
     body.__name__ = name
     return pl.pallas_call(
         body, name=name, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, interpret=interpret,
-        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages))
+        input_output_aliases=aliases or {}, compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages))
 
   return lambda *args: jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
 
@@ -38,6 +39,17 @@ def _dot(a, b, *, interpret):
   return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def operand(dtype):
+  """What products of inputs of `dtype` take: states and cotangents may leave the range of float16."""
+  return jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+
+
+def tile_width(size, widest=None):
+  """The power of two that holds `size` columns, at least the 16 that a product takes, at most `widest`."""
+  width = max(16, pl.next_power_of_2(size))
+  return width if widest is None else min(width, widest)
+
+
 def rows_and_columns(size):
   """Row and column index of every entry of a `[size, size]` matrix."""
   shape = (size, size)
@@ -45,17 +57,20 @@ def rows_and_columns(size):
 
 
 def masked_sum(mask, x, dot, parts):
-  """`mask @ x` for a boolean `[C, C]` mask and float32 `[C, D]`, through bfloat16 products.
+  """`mask @ x` for a `[C, C]` matrix of -1, 0 and 1 and float32 `[C, D]`, through bfloat16 products.
 
-  `x` is cut into `parts` pieces of 8 significant bits by truncating its bit pattern, so that every product is exact:
-  two parts carry 16 bits of each term, three all 24. A cast to bfloat16 and back could be simplified away.
+  `x` is cut into `parts` pieces of 8 significant bits, so that every product is exact: two parts carry 16 bits of each
+  term, three all 24. All but the last are cut by truncating the bit pattern: a cast to bfloat16 and back could be
+  simplified away.
   """
   mask = mask.astype(jnp.bfloat16)
   total = None
-  for _ in range(parts):
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-    head = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  for part in range(parts):
+    head = x
+    if part < parts - 1:
+      bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+      head = jax.lax.bitcast_convert_type(bits, jnp.float32)
+      x = x - head
     product = dot(mask, head.astype(jnp.bfloat16))
     total = product if total is None else total + product
-    x = x - head
   return total

@@ -6,66 +6,91 @@ Per head, with q scaled, g = log_decay in base 2, and chunks of C tokens (arXiv:
   O  = (Q * 2^upto) S + P V                         `upto[i]` sums g up to and including i
   P_ij = sum_d Q_id K_jd 2^(sum of g_d over (j, i])  for i >= j
 
-P is a sum over dyadic levels s = 1, 2, ..., C/2. A pair belongs to level s when i lies in the second and j in the first
-half of one block of 2s tokens; its exponent then splits at the middle of the block into two sums of the same sign. With
-E_s the sum of g between the middle of the block and a row,
+Let x_i be the sum of g from the middle of the chunk to row i, positive before the middle. With the factors
+
+  X = Q * 2^x    Y = K * 2^-x    enter = 2^(sum over the first half)    exit = 2^(sum over the second half)
+
+every decay splits: P = lower triangle of X Y^T, O = P V + X (enter * S), S' = 2^total S + exit * (Y^T V). After the
+factors the gates are gone: what remains is linear attention with a decay of the state's rows. The factors stay in
+float32's range while no half of a chunk decays by more than `LIMIT`, which is the rule in trained models.
+
+A chunk that decays by more takes X = Q * 2^upto, Y = K * 2^after, enter = exit = 1, which never overflow, and its P
+from dyadic levels s = 1, 2, ..., C/2. A pair belongs to level s when i lies in the second and j in the first half of
+one block of 2s tokens; with E_s the sum of g between the middle of the block and a row,
 
   P = lower triangle of sum_s (pairs of s) * ((Q * 2^E_s) (K * 2^E_s)^T) + diag(Q K^T)
 
-All exponents are sums of terms <= 0, never differences of cumulative sums, so the scheme is exact for any gate (a reset
-included) and consists of matrix products only. Its backward takes dP mirrored into a symmetric matrix: with Z_s the
-rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds those of dQ and dK likewise.
+where all exponents are sums of terms <= 0, exact for any gate. Its backward takes dP mirrored into a symmetric matrix:
+with Z_s the rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds dQ and dK.
 
 | pass | kernel | reads | writes |
-| forward, backward | `gla_scores` | q, k, g | P [C, C] a chunk |
-| forward, backward | `gla_states` | k, v, g | entry state of each chunk, final state |
-| forward | `gla_output` | q, g, v, P, states | o |
-| backward | `gla_dstates` | q, do, g | dS of each chunk's exit state, d initial_state |
-| backward | `gla_dscores` | do, v | dP [C, C] a chunk, mirrored |
-| backward | `gla_dqkg` | q, k, g, v, do, dP, states, dS | dq, dk, dlog_decay |
-| backward | `gla_dv` | k, g, do, P, dS | dv |
+| forward, backward | `gla_factors` | q, k, g | X, Y; of each chunk enter, exit, 2^total; P where a chunk decays too much |
+| forward | `gla_scan` | X, Y, v | o, final state; for a gradient the entry state of each chunk |
+| backward | `gla_scan`, reversed | Y, X, do | dv, dS' of each chunk, d initial_state |
+| backward | `gla_dqkg` | q, k, g, v, do, states, dS' | dq, dk, dlog_decay |
 
-Residuals are the inputs. 16-bit inputs use bfloat16 operands, states and scores; float32 inputs keep float32.
+The scan carries a tile of V's columns of the state in registers over all chunks. dV and dS obey the line of O and S with
+time reversed, Y and X for X and Y, exit and enter for enter and exit.
+
+Residuals: the inputs and the chunk states, 2 K V / C bytes a token-head for 16-bit inputs (512 at K = V = 128). 16-bit
+inputs use bfloat16 operands, states and factors; float32 inputs keep float32. Gates below `WEAKEST` count as `WEAKEST`.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
-from kernels import triton_blocks
-from kernels.triton_blocks import LOG2E, masked_sum, rows_and_columns
+from kernels import split, triton_blocks, tuned
+from kernels.gla import exact_chunks
+from kernels.gla.exact_chunks import LIMIT, after, exact_sums, gates, upto
+from kernels.triton_blocks import masked_sum, operand, rows_and_columns, tile_width
+from kernels.tuned import Tile
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 CHUNKS = (16, 32, 64)
+KEYS = {2: 64, 4: 32}  # K columns of a dqkg program by item size
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tile sizes and launch parameters: `chunk` tokens, `block_k` x `block_v` tiles of the state, and `loop_v` columns of
-  the state at a time where a program loops over all of them."""
+  """Tokens a chunk, and the tile of each kernel: K columns of factors, V columns of the scans, V columns at a time of
+  dqkg, which has `KEYS` columns of K a program."""
 
   chunk: int
-  block_k: int
-  block_v: int
-  loop_v: int
-  num_warps: int = 4
-  num_stages: int = 3
+  factors: Tile
+  scan: Tile
+  reverse_scan: Tile
+  dqkg: Tile
 
 
-def heuristic(K: int, V: int, dtype, chunk_size: int | None) -> Config:
-  """A configuration that compiles for every supported shape: the widest tiles that fit, narrower for narrow heads."""
-  widest_k, widest_v, chunk = (32, 32, 32) if dtype == jnp.float32 else (64, 128, 64)
-  tile = lambda size, widest: min(widest, max(16, pl.next_power_of_2(size)))
-  return Config(chunk_size or chunk, tile(K, widest_k), tile(V, widest_v), tile(V, widest_k))
+def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
+  """A configuration that compiles for every supported shape and device."""
+  wide = dtype == jnp.float32
+  scan = Tile(tile_width(V, 32 if wide or K > 128 else 64), 4, 2 if K <= 128 else 1)
+  return Config(chunk_size or (32 if wide else 64), Tile(tile_width(K, 32 if wide else 64), 4, 1), scan, scan,
+                Tile(tile_width(V, 32 if wide else 64), 4, 1))
+
+
+def candidates(K: int, V: int, dtype) -> dict[str, list[Tile]]:
+  """The tiles worth timing for each kernel."""
+  tiles = lambda widths, size, warps, stages: [
+      Tile(w, *launch) for w in sorted({tile_width(size, w) for w in widths}) for launch in itertools.product(warps, stages)]
+  scan = tiles((32, 64, 128), V, (4, 8), (1, 2, 3))
+  return {"factors": tiles((32, 64, 128), K, (2, 4), (1,)), "scan": scan, "reverse_scan": scan,
+          "dqkg": tiles((32, 64, 128), V, (4, 8), (1, 2, 3))}
 
 
 def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
   """Why these inputs cannot run here, or None."""
   if q.dtype not in DTYPES:
     return f"dtype {q.dtype} is not one of bfloat16, float16, float32"
+  if q.shape[-1] > 256:
+    return f"{q.shape[-1]} key channels are more than 256"
   if chunk_size is not None and chunk_size not in CHUNKS:
     return f"chunk_size={chunk_size} is not one of {', '.join(map(str, CHUNKS))}"
   return None
@@ -73,313 +98,213 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
   """See `kernels.gla`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
-  T, K, V = q.shape[1], q.shape[3], v.shape[3]
-  config = heuristic(K, V, q.dtype, chunk_size)
-  dT, dK, dV = -T % config.chunk, -K % config.block_k, -V % config.block_v
-  pad = lambda x, extra: jnp.pad(x, ((0, 0), (0, dT), (0, 0), (0, extra)))
+  K, V = q.shape[3], v.shape[3]
+  config = None if chunk_size else tuned.lookup("gla", Config, K=K, V=V, dtype=q.dtype)
+  config = config or heuristic(K, V, q.dtype, chunk_size)
+  return configured(q, k, v, log_decay, initial_state, scale=scale, config=config)
+
+
+def configured(q, k, v, log_decay, initial_state, *, scale, config):
+  """The op under an explicit configuration."""
+  (B, T, H, K), V = q.shape, v.shape[3]
+  dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, config.dqkg.block)
+  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
+  pad = lambda x, extra: split.fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))), pieces, config.chunk)
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
   output, final_state = _gla(pad(q, dK), pad(k, dK), pad(v, dV), pad(log_decay, dK), state, scale, config)
-  return output[:, :T, :, :V], final_state[:, :, :K, :V]
+  return split.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _gla(q, k, v, log_decay, initial_state, scale, config):
-  states, final_state = _states(k, v, log_decay, initial_state, config)
-  return _output(q, log_decay, v, _scores(q, k, log_decay, scale, config), states, scale, config), final_state
+  output, _, final_state = _scan(_factors(q, k, log_decay, scale, config), v, initial_state, config, save=False)
+  return output, final_state
 
 
 def _forward(q, k, v, log_decay, initial_state, scale, config):
-  return _gla(q, k, v, log_decay, initial_state, scale, config), (q, k, v, log_decay, initial_state)
+  factors = _factors(q, k, log_decay, scale, config)
+  output, states, final_state = _scan(factors, v, initial_state, config)
+  return (output, final_state), (q, k, v, log_decay, states)
 
 
 def _backward(scale, config, residuals, cotangents):
-  q, k, v, log_decay, initial_state = residuals
+  q, k, v, log_decay, states = residuals
   do, dfinal_state = cotangents
-  states, _ = _states(k, v, log_decay, initial_state, config)
-  dstates, dinitial_state = _dstates(q, do, log_decay, dfinal_state, scale, config)
-  dq, dk, dlog_decay = _dqkg(q, k, log_decay, v, do, _dscores(do, v, config), states, dstates, scale,
-                             config)
-  dv = _dv(k, log_decay, do, _scores(q, k, log_decay, scale, config), dstates, config)
+  x, y, decays, bounded, p = factors = _factors(q, k, log_decay, scale, config)
+  dv, dstates, dinitial_state = _scan(factors, do, dfinal_state, config, reverse=True)
+  gradients = _dqkg(x, y, log_decay, v, do, states, dstates, scale, config, q.dtype)
+  dq, dk, dlog_decay = exact_chunks.dqkg(
+      bounded, q, k, log_decay, v, do, states, dstates, gradients, scale, config.chunk)
   return dq, dk, dv, dlog_decay, dinitial_state
 
 
 _gla.defvjp(_forward, _backward, optimize_remat=True)
 
 
-# Gates and exponents. `g` is in base 2; masks are [C, C] with a row for each result and a column for each term.
+def _halves(g):
+  """Sums of g over the first and the second half of its rows."""
+  second = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0) >= g.shape[0] // 2
+  return jnp.sum(jnp.where(second, 0.0, g), axis=0), jnp.sum(jnp.where(second, g, 0.0), axis=0)
 
 
-def _operand(dtype):
-  return jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
-
-
-def _parts(dtype):
-  return 3 if dtype == jnp.float32 else 2
-
-
-def _upto(g, **sums):
-  """Sum of g from the start of the chunk up to and including each row: decay between entry state and query."""
-  row, column = rows_and_columns(g.shape[0])
-  return masked_sum(column <= row, g, **sums)
-
-
-def _after(g, **sums):
-  """Sum of g over the rows after each row: decay between key and exit state."""
-  row, column = rows_and_columns(g.shape[0])
-  return masked_sum(column > row, g, **sums)
-
-
-def _levels(C):
-  """How many dyadic levels a chunk has."""
-  return C.bit_length() - 1
-
-
-def _level(level, g, **sums):
-  """`(pairs, second, decay)` of one dyadic level: which [C, C] entries pair its halves (in either order), which rows
-  are in second halves, and 2^E_s of every row."""
-  row, column = rows_and_columns(g.shape[0])
-  apart = (row ^ column) >> level  # 0 in the same half, 1 in the two halves of one block
-  terms = (apart == 0) & (_is_second(level, row) == (column <= row))
-  second = _is_second(level, jax.lax.broadcasted_iota(jnp.int32, g.shape, 0))
-  return apart == 1, second, jnp.exp2(masked_sum(terms, g, **sums))
-
-
-def _is_second(level, row):
-  return ((row >> level) & 1) == 1
-
-
-# Kernel bodies. A ref holds one head's chunk [C, .] or, in the two scans, all T tokens.
-
-
-def _scores_kernel(q_ref, k_ref, g_ref, p_ref, *, scale, block_k, dot):
-  C, K = q_ref.shape
-  operand, sums = _operand(q_ref.dtype), dict(dot=dot, parts=_parts(q_ref.dtype))
+def _from_middle(C):
+  """Signs of the terms of x: the rows from the middle up to and including a row, or back from it, not included."""
   row, column = rows_and_columns(C)
-
-  def add_tile(i, scores):
-    tile = pl.ds(i * block_k, block_k)
-    q, k = q_ref[:, tile].astype(jnp.float32) * scale, k_ref[:, tile].astype(jnp.float32)
-    g = g_ref[:, tile] * LOG2E
-
-    def add_level(level, scores):
-      pairs, _, decay = _level(level, g, **sums)
-      return scores + jnp.where(pairs, dot((q * decay).astype(operand), (k * decay).astype(operand).T), 0.0)
-
-    scores += jnp.where(row == column, jnp.sum(q * k, axis=1)[:, None], 0.0)
-    return jax.lax.fori_loop(0, _levels(C), add_level, scores)
-
-  scores = jax.lax.fori_loop(0, K // block_k, add_tile, jnp.zeros((C, C), jnp.float32))
-  p_ref[...] = jnp.where(row >= column, scores, 0.0).astype(p_ref.dtype)
+  middle = C // 2
+  return jnp.where((column >= middle) & (column <= row), 1.0, jnp.where((column < middle) & (column > row), -1.0, 0.0))
 
 
-def _states_kernel(k_ref, v_ref, g_ref, initial_ref, states_ref, final_ref, *, chunk, dot):
-  operand, sums = _operand(k_ref.dtype), dict(dot=dot, parts=_parts(k_ref.dtype))
-
-  def step(n, state):
-    states_ref[n] = state.astype(states_ref.dtype)
-    rows = pl.ds(n * chunk, chunk)
-    g = g_ref[rows, :] * LOG2E
-    k = (k_ref[rows, :].astype(jnp.float32) * jnp.exp2(_after(g, **sums))).astype(operand)
-    return jnp.exp2(jnp.sum(g, axis=0))[:, None] * state + dot(k.T, v_ref[rows, :].astype(operand))
-
-  final_ref[...] = jax.lax.fori_loop(0, states_ref.shape[0], step, initial_ref[...])
+# Kernel bodies. A ref holds one head's chunk [C, .] or, in the scan, all T tokens.
 
 
-def _output_kernel(q_ref, g_ref, v_ref, p_ref, states_ref, o_ref, *, scale, block_k, dot):
-  operand, sums = _operand(q_ref.dtype), dict(dot=dot, parts=_parts(q_ref.dtype))
-
-  def add_tile(i, output):
-    tile = pl.ds(i * block_k, block_k)
-    q = q_ref[:, tile].astype(jnp.float32) * scale * jnp.exp2(_upto(g_ref[:, tile] * LOG2E, **sums))
-    return output + dot(q.astype(operand), states_ref[tile, :])
-
-  intra = dot(p_ref[...], v_ref[...].astype(operand))
-  o_ref[...] = jax.lax.fori_loop(0, q_ref.shape[1] // block_k, add_tile, intra).astype(o_ref.dtype)
-
-
-def _dstates_kernel(q_ref, do_ref, g_ref, dfinal_ref, dstates_ref, dinitial_ref, *, scale, chunk, dot):
-  operand, sums = _operand(q_ref.dtype), dict(dot=dot, parts=_parts(q_ref.dtype))
-  N = dstates_ref.shape[0]
-
-  def step(i, dstate):
-    n = N - 1 - i
-    dstates_ref[n] = dstate.astype(dstates_ref.dtype)
-    rows = pl.ds(n * chunk, chunk)
-    g = g_ref[rows, :] * LOG2E
-    q = (q_ref[rows, :].astype(jnp.float32) * scale * jnp.exp2(_upto(g, **sums))).astype(operand)
-    return jnp.exp2(jnp.sum(g, axis=0))[:, None] * dstate + dot(q.T, do_ref[rows, :].astype(operand))
-
-  dinitial_ref[...] = jax.lax.fori_loop(0, N, step, dfinal_ref[...])
+def _factors_kernel(q_ref, k_ref, g_ref, x_ref, y_ref, decays_ref, bounded_ref, *, scale, dot):
+  C, dtype, sums = q_ref.shape[0], operand(q_ref.dtype), exact_sums(q_ref.dtype, dot)
+  g = gates(g_ref, ...)
+  first, second = _halves(g)
+  bounded = jnp.minimum(jnp.min(first), jnp.min(second)) >= LIMIT
+  x = sums(jnp.where(bounded, _from_middle(C), upto(C)), g)
+  y = jax.lax.cond(bounded, lambda: -x, lambda: sums(after(C), g))
+  x_ref[...] = (q_ref[...].astype(jnp.float32) * scale * jnp.exp2(x)).astype(dtype)
+  y_ref[...] = (k_ref[...].astype(jnp.float32) * jnp.exp2(y)).astype(dtype)
+  bounded_ref[...] = bounded.astype(jnp.int32)
+  decays_ref[0, :] = jnp.exp2(jnp.where(bounded, first, 0.0))
+  decays_ref[1, :] = jnp.exp2(jnp.where(bounded, 0.0, first + second))
+  decays_ref[2, :] = jnp.exp2(jnp.where(bounded, second, 0.0))
 
 
-def _dscores_kernel(do_ref, v_ref, dp_ref, *, loop_v, dot):
-  C = do_ref.shape[0]
-  operand = _operand(do_ref.dtype)
+def _scan_kernel(x_ref, y_ref, decays_ref, *refs, outputs, save, reverse, chunk, dot):
+  if outputs:
+    bounded_ref, p_ref, *refs = refs
+  z_ref, initial_ref, *refs, final_ref = refs
+  C, N = chunk, y_ref.shape[0] // chunk
+  dtype = y_ref.dtype
+  row, column = rows_and_columns(C)
+  causal = column >= row if reverse else row >= column
+  enter, keep, exit = (2, 1, 0) if reverse else (0, 1, 2)
+
+  def step(i, state):
+    n = N - 1 - i if reverse else i
+    rows = pl.ds(n * C, C)
+    y, z = y_ref[rows, :], z_ref[rows, :].astype(dtype)
+    state = decays_ref[n, enter, :][:, None] * state
+    middle = state.astype(dtype)
+    if save:
+      refs[-1][n] = middle
+    if outputs:
+      x = x_ref[rows, :]
+      bounded = bounded_ref[n] == 1
+      exact = plt.load(p_ref.at[n], mask=jnp.broadcast_to(jnp.logical_not(bounded), (C, C)), other=0.0)
+      p = jnp.where(bounded, dot(x, y.T).astype(dtype), exact.T if reverse else exact)
+      refs[0][rows, :] = (dot(x, middle) + dot(jnp.where(causal, p, 0.0).astype(dtype), z)).astype(refs[0].dtype)
+    return decays_ref[n, exit, :][:, None] * (decays_ref[n, keep, :][:, None] * state + dot(y.T, z))
+
+  final_ref[...] = jax.lax.fori_loop(0, N, step, initial_ref[...])
+
+
+def _dqkg_kernel(x_ref, y_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, dq_ref, dk_ref, dg_ref, *, scale, block_v,
+                 dot):
+  C, K = x_ref.shape
+  dtype, sums = x_ref.dtype, exact_sums(x_ref.dtype, dot)
+  square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, K), jnp.float32)
+  row, column = rows_and_columns(C)
+  f32 = lambda x: x.astype(jnp.float32)
 
   def add_tile(i, carry):
-    # P^T gets its own product: a transposed accumulator is miscompiled by some Triton versions.
-    dp, dp_transposed = carry
-    do, v = (ref[:, pl.ds(i * loop_v, loop_v)].astype(operand) for ref in (do_ref, v_ref))
-    return dp + dot(do, v.T), dp_transposed + dot(v, do.T)
-
-  zeros = jnp.zeros((C, C), jnp.float32)
-  dp, dp_transposed = jax.lax.fori_loop(0, v_ref.shape[1] // loop_v, add_tile, (zeros, zeros))
-  row, column = rows_and_columns(C)
-  dp_ref[...] = jnp.where(row >= column, dp, dp_transposed).astype(dp_ref.dtype)
-
-
-def _dqkg_kernel(q_ref, k_ref, g_ref, v_ref, do_ref, dp_ref, states_ref, dstates_ref, dq_ref, dk_ref, dg_ref, *,
-                 scale, loop_v, dot):
-  C, K = q_ref.shape
-  operand, sums = _operand(q_ref.dtype), dict(dot=dot, parts=_parts(q_ref.dtype))
-  zeros = jnp.zeros((C, K), jnp.float32)
-
-  def add_tile(i, carry):
-    dq, dk, dtotal = carry
-    tile = pl.ds(i * loop_v, loop_v)
+    dp, dpt, dx, dy, through = carry
+    tile = pl.ds(i * block_v, block_v)
+    v, do = v_ref[:, tile].astype(dtype), do_ref[:, tile].astype(dtype)
     state, dstate = states_ref[:, tile], dstates_ref[:, tile]
-    dtotal += jnp.sum(state.astype(jnp.float32) * dstate.astype(jnp.float32), axis=1)
-    return (dq + dot(do_ref[:, tile].astype(operand), state.T), dk + dot(v_ref[:, tile].astype(operand), dstate.T),
-            dtotal)
+    through += jnp.sum(f32(state) * f32(dstate), axis=1)
+    # P^T gets its own product: a transposed accumulator is miscompiled by some Triton versions.
+    return dp + dot(do, v.T), dpt + dot(v, do.T), dx + dot(do, state.T), dy + dot(v, dstate.T), through
 
-  dq, dk, dtotal = jax.lax.fori_loop(0, v_ref.shape[1] // loop_v, add_tile, (zeros, zeros, jnp.sum(zeros, axis=0)))
-
-  # A gate multiplies what enters the chunk and every pair (i, j) with j before it and i not before it: terms that end
-  # in its chunk count through q * dq, terms that leave it through k * dk. No sum of terms without it is subtracted
-  # except pairs on one side of it, which cancel to rounding.
-  g = g_ref[...] * LOG2E
-  q = lambda: q_ref[...].astype(jnp.float32) * scale
-  k = lambda: k_ref[...].astype(jnp.float32)
-  row, column = rows_and_columns(C)
-  dq, dk = dq * jnp.exp2(_upto(g, **sums)), dk * jnp.exp2(_after(g, **sums))
-
-  def add_level(level, carry):
-    dq, dk_intra = carry
-    pairs, second, decay = _level(level, g, **sums)
-    dp = jnp.where(pairs, dp_ref[...].astype(jnp.float32), 0.0).astype(operand)
-    dz = decay * dot(dp, (jnp.where(second, q(), k()) * decay).astype(operand))
-    return dq + jnp.where(second, dz, 0.0), dk_intra + jnp.where(second, 0.0, dz)
-
-  dq, dk_intra = jax.lax.fori_loop(0, _levels(C), add_level, (dq, zeros))
-  dg = masked_sum(column >= row, q() * dq - k() * dk_intra, **sums) + masked_sum(column < row, k() * dk, **sums)
-  dg_ref[...] = dg + (dtotal * jnp.exp2(jnp.sum(g, axis=0)))[None]
+  dp, dpt, dx, dy_state, through = jax.lax.fori_loop(
+      0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, jnp.sum(wide, axis=0)))
+  x, y = x_ref[...], y_ref[...]
   # The pairs (i, i) come last: no gate lies between them, so the gates' gradient must not see them even as rounding.
-  diagonal = jnp.sum(jnp.where(row == column, dp_ref[...].astype(jnp.float32), 0.0), axis=1)[:, None]
-  dq_ref[...] = ((dq + diagonal * k()) * scale).astype(dq_ref.dtype)
-  dk_ref[...] = (dk + dk_intra + diagonal * q()).astype(dk_ref.dtype)
+  diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
+  dx += dot(jnp.where(row > column, dp, 0.0).astype(dtype), y)
+  dy = dot(jnp.where(row < column, dpt, 0.0).astype(dtype), x)
+  # A gate's gradient is the flow through it, the sum of P * dP and of the like for the states over all that it
+  # multiplies: pairs inside the chunk, pairs with the entry state, with the exit state, and S with dS'. Pairs on one
+  # side of it cancel to float32 rounding, because both their terms are products of the same rounded factors.
+  inside, leaving = f32(x) * dx - f32(y) * dy, f32(y) * dy_state
+  dg = sums(jnp.where(column >= row, 1.0, 0.0), inside)
+  dg_ref[...] = dg + masked_sum(jnp.where(column < row, 1.0, 0.0), leaving, dot, sums.keywords["parts"] - 1) + through[None]
+  exponent = sums(_from_middle(C), gates(g_ref, ...))
+  dq_ref[...] = (scale * jnp.exp2(exponent) * (dx + diagonal * f32(y))).astype(dq_ref.dtype)
+  dk_ref[...] = (jnp.exp2(-exponent) * (dy + dy_state + diagonal * f32(x))).astype(dk_ref.dtype)
 
 
-def _dv_kernel(k_ref, g_ref, do_ref, p_ref, dstates_ref, dv_ref, *, block_k, dot):
-  operand, sums = _operand(k_ref.dtype), dict(dot=dot, parts=_parts(k_ref.dtype))
-
-  def add_tile(i, dv):
-    tile = pl.ds(i * block_k, block_k)
-    k = k_ref[:, tile].astype(jnp.float32) * jnp.exp2(_after(g_ref[:, tile] * LOG2E, **sums))
-    return dv + dot(k.astype(operand), dstates_ref[tile, :])
-
-  intra = dot(p_ref[...].T, do_ref[...].astype(operand))
-  dv_ref[...] = jax.lax.fori_loop(0, k_ref.shape[1] // block_k, add_tile, intra).astype(dv_ref.dtype)
-
-
-# Launches. A chunk kernel has one program a (tile, chunk, head, row of the batch), a scan one a (K tile, V tile, head,
-# row). In `_chunk` and `_state` below, block sizes select the tile axis or the whole extent.
+# Launches. A chunk kernel has one program a (K tile, chunk, head, row of the batch), a scan one a (V tile, head, row).
 
 
 def _chunk(config, width, tiled):
-  """Block of a [B, T, H, width] array in a chunk kernel."""
+  """Block of a [B, T, H, width] array in a chunk kernel: the tile's columns or all."""
   return pl.BlockSpec((None, config.chunk, None, width), lambda t, n, h, b: (b, n, h, t if tiled else 0))
 
 
-def _scores_block(config):
-  """Block of the [B, H, N, C, C] scores in a chunk kernel."""
-  return pl.BlockSpec((None, None, None, config.chunk, config.chunk), lambda t, n, h, b: (b, h, n, 0, 0))
-
-
-def _state_block(K, V, index):
-  """Block of the [B, H, N, K, V] chunk states in a chunk kernel; `index` maps the tile to a (K, V) block."""
-  return pl.BlockSpec((None, None, None, K, V), lambda t, n, h, b: (b, h, n, *index(t)))
-
-
-def _scan_specs(T, N, config):
-  """Blocks of a scan kernel: all tokens of a K tile, of a V tile, all chunk states of a tile, one state of a tile."""
-  bk, bv = config.block_k, config.block_v
-  return (pl.BlockSpec((None, T, None, bk), lambda i, j, h, b: (b, 0, h, i)),
-          pl.BlockSpec((None, T, None, bv), lambda i, j, h, b: (b, 0, h, j)),
-          pl.BlockSpec((None, None, N, bk, bv), lambda i, j, h, b: (b, h, 0, i, j)),
-          pl.BlockSpec((None, None, bk, bv), lambda i, j, h, b: (b, h, i, j)))
-
-
-def _launch(kernel, name, grid, in_specs, out_specs, out_shape, config):
-  return triton_blocks.launch(kernel, name=name, grid=grid, in_specs=in_specs, out_specs=out_specs,
-                              out_shape=out_shape, num_warps=config.num_warps, num_stages=config.num_stages)
-
-
-def _scores(q, k, g, scale, config):
+def _factors(q, k, g, scale, config):
+  """X, Y; enter, keep and exit [B, H, N, 3, K]; which chunks are bounded [B, H, N]; P of those that are not."""
   B, T, H, K = q.shape
-  N, C = T // config.chunk, config.chunk
-  whole = _chunk(config, K, tiled=False)
-  return _launch(functools.partial(_scores_kernel, scale=scale, block_k=config.block_k), "gla_scores", (1, N, H, B),
-                 [whole] * 3, _scores_block(config), jax.ShapeDtypeStruct((B, H, N, C, C), _operand(q.dtype)),
-                 config)(q, k, g)
+  N, dtype, tile = T // config.chunk, operand(q.dtype), config.factors
+  block = min(tile.block, K)
+  keys = _chunk(config, block, tiled=True)
+  x, y, decays, bounded = triton_blocks.launch(
+      functools.partial(_factors_kernel, scale=scale), name="gla_factors", grid=(K // block, N, H, B),
+      in_specs=[keys] * 3,
+      out_specs=[keys, keys, pl.BlockSpec((None, None, None, 3, block), lambda t, n, h, b: (b, h, n, 0, t)),
+                 pl.BlockSpec((None, None, None, None), lambda t, n, h, b: (t, b, h, n))],
+      out_shape=[*[jax.ShapeDtypeStruct(q.shape, dtype)] * 2, jax.ShapeDtypeStruct((B, H, N, 3, K), jnp.float32),
+                 jax.ShapeDtypeStruct((K // block, B, H, N), jnp.int32)],
+      num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, g)
+  bounded = jnp.min(bounded, axis=0)
+  return x, y, decays, bounded, exact_chunks.scores(bounded, q, k, g, scale, config.chunk)
 
 
-def _states(k, v, g, initial_state, config):
-  B, T, H, K = k.shape
-  V, N = v.shape[3], T // config.chunk
-  keys, values, states, state = _scan_specs(T, N, config)
-  out_shape = (jax.ShapeDtypeStruct((B, H, N, K, V), _operand(k.dtype)),
-               jax.ShapeDtypeStruct((B, H, K, V), jnp.float32))
-  return _launch(functools.partial(_states_kernel, chunk=config.chunk), "gla_states",
-                 (K // config.block_k, V // config.block_v, H, B), [keys, values, keys, state], (states, state),
-                 out_shape, config)(k, v, g, initial_state)
+def _scan(factors, z, initial_state, config, *, save=True, reverse=False):
+  """Output (dv), the state in the middle of each chunk if `save`, and final state, of pieces that follow each other."""
+  x, y, decays, bounded, p = factors
+  if reverse:
+    x, y = y, x
+  tile = config.reverse_scan if reverse else config.scan
+  run = functools.partial(_launch_scan, config=config, tile=tile, reverse=reverse)
+  B = initial_state.shape[0]
+  if z.shape[0] > B:
+    (update,) = run([x, y, decays], z, jnp.zeros((z.shape[0], *initial_state.shape[1:])), outputs=False, save=False)
+    kept = jnp.prod(decays, axis=(2, 3))[..., None]
+    initial_state = split.entry_states(initial_state, kept, update, reverse)
+  output, *states, final = run([x, y, decays, bounded, p], z, initial_state, outputs=True, save=save)
+  return output, states[0] if save else None, split.exit_state(final, B, reverse)
 
 
-def _dstates(q, do, g, dfinal_state, scale, config):
-  B, T, H, K = q.shape
-  V, N = do.shape[3], T // config.chunk
-  keys, values, states, state = _scan_specs(T, N, config)
-  out_shape = (jax.ShapeDtypeStruct((B, H, N, K, V), _operand(q.dtype)),
-               jax.ShapeDtypeStruct((B, H, K, V), jnp.float32))
-  return _launch(functools.partial(_dstates_kernel, scale=scale, chunk=config.chunk), "gla_dstates",
-                 (K // config.block_k, V // config.block_v, H, B), [keys, values, keys, state], (states, state),
-                 out_shape, config)(q, do, g, dfinal_state)
+def _launch_scan(factors, z, initial_state, *, config, tile, reverse, outputs, save):
+  (B, T, H, V), (K, dtype) = z.shape, (factors[0].shape[3], factors[0].dtype)
+  block, C, N = min(tile.block, V), config.chunk, T // config.chunk
+  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
+  values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, t))
+  all_chunks = lambda *shape: pl.BlockSpec((None, None, N, *shape), lambda t, h, b: (b, h, 0, *(0 for _ in shape)))
+  state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
+  states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
+  out_shape = [*[jax.ShapeDtypeStruct(z.shape, z.dtype)] * outputs,
+               *[jax.ShapeDtypeStruct((B, H, N, K, V), dtype)] * save,
+               jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
+  return triton_blocks.launch(
+      functools.partial(_scan_kernel, outputs=outputs, save=save, reverse=reverse, chunk=C),
+      name="gla_scan" if outputs else "gla_piece", grid=(V // block, H, B),
+      in_specs=[keys, keys, all_chunks(3, K), *[all_chunks(), all_chunks(C, C)] * outputs, values, state],
+      out_specs=[*[values] * outputs, *[states] * save, state], out_shape=out_shape, num_warps=tile.num_warps,
+      num_stages=tile.num_stages)(*factors, z, initial_state)
 
 
-def _output(q, g, v, scores, states, scale, config):
-  B, T, H, K = q.shape
-  V = v.shape[3]
-  keys, values = _chunk(config, K, tiled=False), _chunk(config, config.block_v, tiled=True)
-  state = _state_block(K, config.block_v, lambda t: (0, t))
-  return _launch(functools.partial(_output_kernel, scale=scale, block_k=config.block_k), "gla_output",
-                 (V // config.block_v, T // config.chunk, H, B), [keys, keys, values, _scores_block(config), state],
-                 values, jax.ShapeDtypeStruct(v.shape, v.dtype), config)(q, g, v, scores, states)
-
-
-def _dscores(do, v, config):
-  B, T, H, V = v.shape
-  N, C = T // config.chunk, config.chunk
-  return _launch(functools.partial(_dscores_kernel, loop_v=config.loop_v), "gla_dscores", (1, N, H, B),
-                 [_chunk(config, V, tiled=False)] * 2, _scores_block(config),
-                 jax.ShapeDtypeStruct((B, H, N, C, C), _operand(v.dtype)), config)(do, v)
-
-
-def _dqkg(q, k, g, v, do, dscores, states, dstates, scale, config):
-  B, T, H, K = q.shape
-  V = v.shape[3]
-  keys, values = _chunk(config, config.block_k, tiled=True), _chunk(config, V, tiled=False)
-  state = _state_block(config.block_k, V, lambda t: (t, 0))
-  out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, g)]
-  return _launch(functools.partial(_dqkg_kernel, scale=scale, loop_v=config.loop_v), "gla_dqkg",
-                 (K // config.block_k, T // config.chunk, H, B),
-                 [keys, keys, keys, values, values, _scores_block(config), state, state], [keys] * 3, out_shape,
-                 config)(q, k, g, v, do, dscores, states, dstates)
-
-
-def _dv(k, g, do, scores, dstates, config):
-  B, T, H, K = k.shape
-  V = do.shape[3]
-  keys, values = _chunk(config, K, tiled=False), _chunk(config, config.block_v, tiled=True)
-  state = _state_block(K, config.block_v, lambda t: (0, t))
-  return _launch(functools.partial(_dv_kernel, block_k=config.block_k), "gla_dv",
-                 (V // config.block_v, T // config.chunk, H, B), [keys, keys, values, _scores_block(config), state],
-                 values, jax.ShapeDtypeStruct(do.shape, do.dtype), config)(k, g, do, scores, dstates)
+def _dqkg(x, y, g, v, do, states, dstates, scale, config, dtype):
+  B, T, H, K = x.shape
+  V, tile, block = v.shape[3], config.dqkg, min(KEYS[x.dtype.itemsize], K)
+  keys, values = _chunk(config, block, tiled=True), _chunk(config, V, tiled=False)
+  state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
+  return triton_blocks.launch(
+      functools.partial(_dqkg_kernel, scale=scale, block_v=min(tile.block, V)), name="gla_dqkg",
+      grid=(K // block, T // config.chunk, H, B), in_specs=[keys, keys, keys, values, values, state, state],
+      out_specs=[keys] * 3,
+      out_shape=[*[jax.ShapeDtypeStruct(x.shape, dtype)] * 2, jax.ShapeDtypeStruct(g.shape, g.dtype)],
+      num_warps=tile.num_warps, num_stages=tile.num_stages)(x, y, g, v, do, states, dstates)

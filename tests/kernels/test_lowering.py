@@ -1,6 +1,7 @@
 """The Pallas kernels lower for CUDA on a host without a GPU, each exactly as often as the algorithm needs it."""
 
 import collections
+import functools
 import re
 
 import jax
@@ -11,39 +12,62 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import kernels
 
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", 132, "gpu"))
-FORWARD = {"gla_states": 1, "gla_scores": 1, "gla_output": 1}
-BACKWARD = {"gla_states": 1, "gla_scores": 1, "gla_dstates": 1, "gla_dscores": 1, "gla_dqkg": 1, "gla_dv": 1}
+FORWARD = {"gla": ["gla_factors", "gla_exact_scores", "gla_scan"], "linear_attention": ["linear_attention_scan"]}
+BACKWARD = {"gla": ["gla_factors", "gla_exact_scores", "gla_scan", "gla_dqkg", "gla_exact_dqkg"],
+            "linear_attention": ["linear_attention_scan", "linear_attention_dqk"]}
+PIECES = {"gla": ["gla_piece"], "linear_attention": ["linear_attention_piece"]}
+OPS = list(FORWARD)
 
 
-def kernel_counts(fn, K=64, V=64, dtype="bfloat16"):
+def kernel_counts(fn, op, K=64, V=64, dtype="bfloat16", gate="token", B=16, T=130):
   """How often each kernel appears in `fn` lowered for CUDA."""
-  array = lambda width, dtype: jax.ShapeDtypeStruct((1, 130, 2, width), dtype)  # noqa: E731
-  arguments = array(K, dtype), array(K, dtype), array(V, dtype), array(K, "float32")
+  H = 16
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  gates = {"token": (B, T, H), "constant": (H,), "none": None, "channel": (B, T, H, K)}
+  shape = gates["channel" if op == "gla" else gate]
+  arguments = (array(B, T, H, K), array(B, T, H, K), array(B, T, H, V),
+               None if shape is None else array(*shape, dtype="float32"))
   with use_abstract_mesh(H100):
-    text = jax.jit(fn).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(functools.partial(fn, op)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
   assert "stablehlo.while" not in text, "an interpreted kernel is part of the program"
-  return collections.Counter(re.findall(r'name = "(gla_\w+)"', text))
+  return collections.Counter(re.findall(rf'name = "({op}_\w+)"', text))
 
 
-def loss(q, k, v, log_decay):
-  output, final_state = kernels.gla(q, k, v, log_decay, implementation="pallas_triton")
+def loss(op, q, k, v, log_decay):
+  output, final_state = getattr(kernels, op)(q, k, v, log_decay, implementation="pallas_triton")
   return jnp.sum(jnp.sin(output.astype(jnp.float32))) + jnp.sum(jnp.sin(final_state))
 
 
+gradient = jax.grad(loss, argnums=(1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("K, V", [(32, 32), (60, 100), (128, 128), (256, 512)])
-def test_every_width_lowers(K, V, dtype):
-  counts = kernel_counts(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), K, V, dtype)
-  assert counts == collections.Counter(FORWARD) + collections.Counter(BACKWARD)
+def test_every_width_lowers(K, V, dtype, op):
+  assert kernel_counts(gradient, op, K, V, dtype) == collections.Counter(FORWARD[op] + BACKWARD[op])
 
 
-def test_forward_alone():
-  assert kernel_counts(loss) == FORWARD
+@pytest.mark.parametrize("op", OPS)
+def test_forward_alone(op):
+  assert kernel_counts(loss, op) == collections.Counter(FORWARD[op])
 
 
-def test_remat_repeats_no_kernel_that_only_the_output_needs():
-  # The loss needs the output's value, so the backward pass under remat recomputes the forward once for it, and the
-  # backward's own states and scores; nothing is computed a third time.
-  plain = kernel_counts(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
-  remat = kernel_counts(jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1, 2, 3)))
-  assert remat == plain + collections.Counter(FORWARD)
+@pytest.mark.parametrize("op", OPS)
+def test_few_long_sequences_are_split(op):
+  assert kernel_counts(gradient, op, B=1, T=4096) == collections.Counter(FORWARD[op] + BACKWARD[op] + 2 * PIECES[op])
+
+
+def test_no_decay_has_no_gradient_of_it():
+  only_inputs = jax.grad(loss, argnums=(1, 2, 3))
+  wanted = collections.Counter(FORWARD["linear_attention"] + BACKWARD["linear_attention"])
+  for gate in ("none", "constant"):
+    assert kernel_counts(only_inputs, "linear_attention", gate=gate, T=128) == wanted
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_remat_repeats_only_the_forward_pass(op):
+  # The loss needs the output's value and the backward pass the states, so remat runs the forward pass a second time.
+  plain = kernel_counts(jax.value_and_grad(loss, argnums=(1, 2, 3, 4)), op)
+  remat = kernel_counts(jax.value_and_grad(jax.checkpoint(loss, static_argnums=0), argnums=(1, 2, 3, 4)), op)
+  assert remat == plain + collections.Counter(FORWARD[op])

@@ -1,0 +1,201 @@
+"""The chunks of gated linear attention whose gates are too strong to be split into factors, as Pallas kernels.
+
+`kernels.gla.pallas_triton` writes P = lower triangle of X Y^T with factors that hold each gate's decay up to the middle
+of the chunk. A chunk of which one half decays by more than `LIMIT` overflows them. Here its P comes from dyadic levels
+s = 1, 2, 4, ..., C/2. A pair belongs to level s when i lies in the second and j in the first half of one block of 2s
+tokens. With E_s the sum of g, the gate in base 2, between the middle of the block and a row,
+
+  P = lower triangle of sum_s (pairs of s) * ((Q * 2^E_s) (K * 2^E_s)^T) + diag(Q K^T)
+
+All exponents are sums of terms <= 0, never differences of cumulative sums, so the scheme is exact for any gate (a reset
+included) and consists of matrix products only. Its backward takes dP mirrored into a symmetric matrix: with Z_s the
+rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds those of dQ and dK likewise.
+
+Both kernels run over the flags of the other chunks too and leave those alone: in trained models they find no work.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels import triton_blocks
+from kernels.triton_blocks import LOG2E, masked_sum, operand, rows_and_columns
+
+WEAKEST = -40 * LOG2E  # of one gate, in base 2: a decay of 4e-18
+LIMIT = -60 * LOG2E  # of half a chunk, in base 2: factors up to 1e26, whose products with data and sums are finite
+GROUP = 16  # chunks a program looks through
+KEYS = 32  # K columns of a program
+
+
+# Gates and exponents. `g` is in base 2; matrices are [C, C] with a row for each result and a column for each term.
+
+
+def gates(g_ref, *index):
+  return jnp.maximum(g_ref[index] * LOG2E, WEAKEST)
+
+
+def exact_sums(dtype, dot):
+  """Products of 0/1 matrices and gates: with 16 bits of each gate for 16-bit inputs, all 24 for float32."""
+  return functools.partial(masked_sum, dot=dot, parts=3 if dtype == jnp.float32 else 2)
+
+
+def upto(C):
+  row, column = rows_and_columns(C)
+  return jnp.where(column <= row, 1.0, 0.0)
+
+
+def after(C):
+  row, column = rows_and_columns(C)
+  return jnp.where(column > row, 1.0, 0.0)
+
+
+def _level(level, g, sums):
+  """`(pairs, second, decay)` of one dyadic level: which [C, C] entries pair its halves (in either order), which rows
+  are in second halves, and 2^E_s of every row."""
+  row, column = rows_and_columns(g.shape[0])
+  apart = (row ^ column) >> level  # 0 in the same half, 1 in the two halves of one block
+  terms = (apart == 0) & (_is_second(level, row) == (column <= row))
+  second = _is_second(level, jax.lax.broadcasted_iota(jnp.int32, g.shape, 0))
+  return apart == 1, second, jnp.exp2(sums(jnp.where(terms, 1.0, 0.0), g))
+
+
+def _levels(C):
+  """How many dyadic levels a chunk has."""
+  return C.bit_length() - 1
+
+
+def _is_second(level, row):
+  return ((row >> level) & 1) == 1
+
+
+# Kernel bodies. A ref holds a group of chunks of one head.
+
+
+def _each_unbounded(bounded_ref, run):
+  """Calls `run` with the index of each chunk whose flag is 0."""
+
+  def visit(n, _):
+    @pl.when(bounded_ref[n] == 0)
+    def _():
+      run(n)
+
+  @pl.when(jnp.min(bounded_ref[...]) == 0)
+  def _():
+    jax.lax.fori_loop(0, bounded_ref.shape[0], visit, None)
+
+
+def _scores_kernel(bounded_ref, q_ref, k_ref, g_ref, p_ref, *, scale, block, dot):
+  C, K, dtype, sums = p_ref.shape[1], q_ref.shape[1], operand(q_ref.dtype), exact_sums(q_ref.dtype, dot)
+  row, column = rows_and_columns(C)
+
+  def run(n):
+    rows = pl.ds(n * C, C)
+
+    def add_tile(i, p):
+      tile = pl.ds(i * block, block)
+      q, k = q_ref[rows, tile].astype(jnp.float32) * scale, k_ref[rows, tile].astype(jnp.float32)
+      g = gates(g_ref, rows, tile)
+
+      def add_level(level, p):
+        pairs, _, decay = _level(level, g, sums)
+        return p + jnp.where(pairs, dot((q * decay).astype(dtype), (k * decay).astype(dtype).T), 0.0)
+
+      p += jnp.where(row == column, jnp.sum(q * k, axis=1)[:, None], 0.0)
+      return jax.lax.fori_loop(0, _levels(C), add_level, p)
+
+    p_ref[n] = jax.lax.fori_loop(0, K // block, add_tile, jnp.zeros((C, C), jnp.float32)).astype(dtype)
+
+  _each_unbounded(bounded_ref, run)
+
+
+def _dqkg_kernel(bounded_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, *refs, scale, chunk, block_v,
+                 dot):
+  C, K, dtype, sums = chunk, q_ref.shape[1], operand(q_ref.dtype), exact_sums(q_ref.dtype, dot)
+  dq_ref, dk_ref, dg_ref = refs[3:]  # the first three are the same arrays as they come in
+  row, column = rows_and_columns(C)
+  square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, K), jnp.float32)
+
+  def run(n):
+    rows = pl.ds(n * C, C)
+
+    def add_tile(i, carry):
+      dp, dq, dk, through = carry
+      tile = pl.ds(i * block_v, block_v)
+      v, do = v_ref[rows, tile].astype(dtype), do_ref[rows, tile].astype(dtype)
+      state, dstate = states_ref[n, :, tile], dstates_ref[n, :, tile]
+      through += jnp.sum(state.astype(jnp.float32) * dstate.astype(jnp.float32), axis=1)
+      dp += jnp.where(row >= column, dot(do, v.T), dot(v, do.T))
+      return dp, dq + dot(do, state.T), dk + dot(v, dstate.T), through
+
+    dp, dq, dk, through = jax.lax.fori_loop(
+        0, v_ref.shape[1] // block_v, add_tile, (square, wide, wide, jnp.sum(wide, axis=0)))
+    g = gates(g_ref, rows, slice(None))
+    q = lambda: q_ref[rows, :].astype(jnp.float32) * scale
+    k = lambda: k_ref[rows, :].astype(jnp.float32)
+    diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
+    dp = dp.astype(dtype)
+    dq, dk = dq * jnp.exp2(sums(upto(C), g)), dk * jnp.exp2(sums(after(C), g))
+
+    # Pairs on one side of a gate cancel in its gradient to float32 rounding: both their terms are products of the same
+    # rounded factors.
+    def add_level(level, carry):
+      dq, dk, inside = carry
+      pairs, second, decay = _level(level, g, sums)
+      z = (jnp.where(second, q(), k()) * decay).astype(dtype)
+      dz = dot(jnp.where(pairs, dp, 0).astype(dtype), z)
+      flow, dz = z.astype(jnp.float32) * dz, decay * dz
+      return (dq + jnp.where(second, dz, 0.0), dk + jnp.where(second, 0.0, dz),
+              inside + jnp.where(second, flow, -flow))
+
+    leaving = k() * dk
+    dq, dk, inside = jax.lax.fori_loop(0, _levels(C), add_level, (dq, dk, q() * dq))
+    dg = sums(jnp.where(column >= row, 1.0, 0.0), inside) + sums(jnp.where(column < row, 1.0, 0.0), leaving)
+    dg_ref[rows, :] = dg + (through * jnp.exp2(jnp.sum(g, axis=0)))[None]
+    dq_ref[rows, :] = ((dq + diagonal * k()) * scale).astype(dq_ref.dtype)
+    dk_ref[rows, :] = (dk + diagonal * q()).astype(dk_ref.dtype)
+
+  _each_unbounded(bounded_ref, run)
+
+
+# Launches: one program a (K tile, group of chunks, head, row of the batch).
+
+
+def _group(N):
+  return math.gcd(N, GROUP)
+
+
+def _tokens(rows, width, tiled):
+  return pl.BlockSpec((None, rows, None, width), lambda t, n, h, b: (b, n, h, t if tiled else 0))
+
+
+def _flags(N):
+  return pl.BlockSpec((None, None, _group(N)), lambda t, n, h, b: (b, h, n))
+
+
+def scores(bounded, q, k, g, scale, chunk):
+  """P `[B, H, N, C, C]` of the chunks whose flag `bounded[B, H, N]` is 0; the others are left unwritten."""
+  B, T, H, K = q.shape
+  N, C = T // chunk, chunk
+  keys = _tokens(_group(N) * C, K, tiled=False)
+  return triton_blocks.launch(
+      functools.partial(_scores_kernel, scale=scale, block=min(KEYS, K)), name="gla_exact_scores",
+      grid=(1, N // _group(N), H, B), in_specs=[_flags(N), keys, keys, keys],
+      out_specs=pl.BlockSpec((None, None, _group(N), C, C), lambda t, n, h, b: (b, h, n, 0, 0)),
+      out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(q.dtype)), num_warps=4, num_stages=1)(bounded, q, k, g)
+
+
+def dqkg(bounded, q, k, g, v, do, states, dstates, gradients, scale, chunk):
+  """`gradients` of q, k and g with those of the chunks whose flag is 0 replaced."""
+  (B, T, H, K), V = q.shape, v.shape[3]
+  N, block = T // chunk, min(KEYS, K)
+  keys, values = (_tokens(_group(N) * chunk, width, tiled) for width, tiled in ((block, True), (V, False)))
+  state = pl.BlockSpec((None, None, _group(N), block, V), lambda t, n, h, b: (b, h, n, t, 0))
+  return triton_blocks.launch(
+      functools.partial(_dqkg_kernel, scale=scale, chunk=chunk, block_v=min(32, V)), name="gla_exact_dqkg",
+      grid=(K // block, N // _group(N), H, B),
+      in_specs=[_flags(N), keys, keys, keys, values, values, state, state, keys, keys, keys], out_specs=[keys] * 3,
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={8: 0, 9: 1, 10: 2}, num_warps=4,
+      num_stages=1)(bounded, q, k, g, v, do, states, dstates, *gradients)

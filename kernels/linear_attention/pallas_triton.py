@@ -1,0 +1,320 @@
+"""Linear attention with scalar decay as Pallas kernels for the Triton backend: forward, backward, and their `custom_vjp`.
+
+Per head, for a chunk of C tokens with entry state S and exit state S', g = log_decay in base 2, and
+
+  upto_i = 2^(sum of g up to and including i)      after_j = 2^(sum of g after j)      total = 2^(sum of g)
+  D_ij = 2^(sum of g over (j, i]) for i >= j, else 0                                   (arXiv:2405.17381, section 3)
+
+  P = scale D * (Q K^T)        O = P V + scale upto * (Q S)              S' = total S + K^T (after * V)
+  dA = scale D * (dO V^T)      dQ = dA K + scale upto * (dO S^T)         dK = dA^T Q + after * (V dS'^T)
+                               dV = P^T dO + after * (K dS')             dS = total dS' + Q^T (scale upto * dO)
+
+The line of dV and dS is that of O and S' with time reversed, (K, Q, dO) for (Q, K, V), and the two row weights
+exchanged: one scan kernel computes both. It carries the state of a tile of V's columns in registers over all chunks.
+
+| pass | kernel | reads | writes |
+| forward | `linear_attention_scan` | q, k, v, g | o, final state; for a gradient the entry state of each chunk |
+| backward | `linear_attention_scan`, reversed | k, q, do, g | dv, dS' of each chunk, d initial_state |
+| backward | `linear_attention_dqk` | q, k, v, g, do, states, dS' | dq, dk, dg |
+
+Residuals: the inputs and the chunk states, 2 K V / C bytes a token-head for 16-bit inputs (512 at K = V = 128). 16-bit
+inputs use bfloat16 operands and states; float32 inputs keep float32.
+
+Gates are summed as integers in units of 2^-17, so that the difference of two sums is the exact sum between them. A
+constant decay needs no sums. A gate's gradient is the flow through it, the sum of P * dP and of the like for the states
+over all that it multiplies: pairs inside the chunk, pairs with the entry state, with the exit state, and S with dS'.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels import split, triton_blocks, tuned
+from kernels.triton_blocks import LOG2E, operand, rows_and_columns, tile_width
+from kernels.tuned import Tile
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+CHUNKS = (16, 32, 64)
+KEYS = {2: 64, 4: 32}  # K columns of a dqk program by item size
+UNIT = 2.0**-17  # of gates summed as integers
+WEAKEST = -127.0  # of one gate, in base 2: 2^-127 is 0 to float32, and 64 such gates stay within int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Tokens a chunk, and the tile of each kernel: V columns of the scans, V columns at a time of dqk, which has `KEYS`
+  columns of K a program."""
+
+  chunk: int
+  scan: Tile
+  reverse_scan: Tile
+  dqk: Tile
+
+
+def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
+  """A configuration that compiles for every supported shape and device."""
+  wide = dtype == jnp.float32
+  scan = Tile(tile_width(V, 32 if wide or K > 128 else 64), 4, 2 if K <= 128 else 1)
+  return Config(chunk_size or (32 if wide else 64), scan, scan, Tile(tile_width(V, 32 if wide else 64), 4, 2))
+
+
+def candidates(K: int, V: int, dtype) -> dict[str, list[Tile]]:
+  """The tiles worth timing for each kernel."""
+  tiles = [Tile(width, *launch) for width in sorted({tile_width(V, w) for w in (32, 64, 128)})
+           for launch in itertools.product((4, 8), (1, 2, 3))]
+  return {"scan": tiles, "reverse_scan": tiles, "dqk": tiles}
+
+
+def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
+  """Why these inputs cannot run here, or None."""
+  if q.dtype not in DTYPES:
+    return f"dtype {q.dtype} is not one of bfloat16, float16, float32"
+  if q.shape[-1] > 256:
+    return f"{q.shape[-1]} key channels are more than 256"
+  if chunk_size is not None and chunk_size not in CHUNKS:
+    return f"chunk_size={chunk_size} is not one of {', '.join(map(str, CHUNKS))}"
+  return None
+
+
+def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
+  """See `kernels.linear_attention`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  K, V = q.shape[3], v.shape[3]
+  config = None if chunk_size else tuned.lookup("linear_attention", Config, K=K, V=V, dtype=q.dtype)
+  config = config or heuristic(K, V, q.dtype, chunk_size)
+  return configured(q, k, v, log_decay, initial_state, scale=scale, config=config)
+
+
+def configured(q, k, v, log_decay, initial_state, *, scale, config):
+  """The op under an explicit configuration."""
+  (B, T, H, K), V = q.shape, v.shape[3]
+  dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, config.dqk.block)
+  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
+  fold = functools.partial(split.fold, count=pieces, chunk=config.chunk)
+  pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
+  state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
+  if log_decay is not None and (log_decay.ndim == 3 or T % (pieces * config.chunk)):
+    # What fills up the last chunk must not decay the final state.
+    log_decay = fold(jnp.broadcast_to(log_decay, (B, T, H)))
+  output, final_state = _linear_attention(pad(q, dK), pad(k, dK), pad(v, dV), log_decay, state, scale, config)
+  return split.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _linear_attention(q, k, v, log_decay, initial_state, scale, config):
+  output, _, final_state = _scan(q, k, v, log_decay, initial_state, scale, config, save=False)
+  return output, final_state
+
+
+def _forward(q, k, v, log_decay, initial_state, scale, config):
+  output, states, final_state = _scan(q, k, v, log_decay, initial_state, scale, config)
+  return (output, final_state), (q, k, v, log_decay, states)
+
+
+def _backward(scale, config, residuals, cotangents):
+  q, k, v, log_decay, states = residuals
+  do, dfinal_state = cotangents
+
+  def gradients(log_decay):
+    dv, dstates, dinitial_state = _scan(k, q, do, log_decay, dfinal_state, scale, config, reverse=True)
+    return *_dqk(q, k, v, log_decay, do, states, dstates, scale, config), dv, dinitial_state
+
+  dq, dk, dlog_decay, dv, dinitial_state = gradients(log_decay)
+  if log_decay is not None and log_decay.ndim == 1:
+    # Computed as a decay per token, by kernels that the compiler drops when nobody asks for the gradient.
+    _, _, dlog_decay, _, _ = gradients(jnp.broadcast_to(log_decay, do.shape[:3]))
+    dlog_decay = jnp.sum(dlog_decay, axis=(0, 1))
+  return dq, dk, dv, dlog_decay, dinitial_state
+
+
+_linear_attention.defvjp(_forward, _backward, optimize_remat=True)
+
+
+# Kernel bodies. A ref holds one head: all T tokens or one chunk of them.
+
+
+@dataclasses.dataclass
+class _Decay:
+  """Decays of one chunk of C tokens; each is None without decay. `sums` are inclusive sums of the gates."""
+  upto: jax.Array | None
+  after: jax.Array | None
+  total: jax.Array | None
+  sums: jax.Array | None = None
+  unit: float | jax.Array = 1.0
+
+
+def _decay(g_ref, rows, C):
+  if g_ref is None:
+    return _Decay(None, None, None)
+  index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
+  if not g_ref.shape:
+    sums, last, unit = index + 1, C, jnp.maximum(g_ref[...] * LOG2E, WEAKEST)
+    return _Decay(jnp.exp2((sums).astype(jnp.float32) * unit), jnp.exp2((C - sums).astype(jnp.float32) * unit),
+                  jnp.exp2(unit * C), sums, unit)
+  g = jnp.maximum(g_ref[rows] * LOG2E, WEAKEST) / UNIT
+  whole = jnp.floor(g)
+  sums = jnp.cumsum(whole.astype(jnp.int32)) + jnp.floor(jnp.cumsum(g - whole) + 0.5).astype(jnp.int32)
+  last = jnp.min(sums)
+  decay = lambda x: jnp.exp2(x.astype(jnp.float32) * UNIT)
+  return _Decay(decay(sums), decay(last - sums), decay(last), sums, UNIT)
+
+
+def _between(decay, C, transposed):
+  """D of a chunk, or its transpose."""
+  row, column = rows_and_columns(C)
+  mask = column >= row if transposed else row >= column
+  if decay.sums is None:
+    return mask.astype(jnp.float32)
+  difference = decay.sums[:, None] - decay.sums[None, :]
+  if transposed:
+    difference = -difference
+  return jnp.where(mask, jnp.exp2(difference.astype(jnp.float32) * decay.unit), 0.0)
+
+
+def _weigh(x, *weights):
+  """Rows of x times each weight that there is."""
+  for weight in weights:
+    if weight is not None:
+      x = x * (weight if jnp.ndim(weight) == 0 else weight[:, None])
+  return x
+
+
+def _scan_kernel(*refs, gated, outputs, save, reverse, scale, chunk, dot):
+  q_ref, k_ref, v_ref, *refs = refs
+  g_ref = refs.pop(0) if gated else None
+  initial_ref, *refs, final_ref = refs
+  C, N = chunk, k_ref.shape[0] // chunk
+  dtype = operand(k_ref.dtype)
+
+  def step(i, state):
+    n = N - 1 - i if reverse else i
+    rows = pl.ds(n * C, C)
+    k, v = k_ref[rows, :].astype(dtype), v_ref[rows, :].astype(dtype)
+    decay = _decay(g_ref, rows, C)
+    query_weights, key_weights = (decay.upto, scale), (decay.after,)
+    if reverse:
+      query_weights, key_weights = key_weights, query_weights
+    entry = state.astype(dtype)
+    if save:
+      refs[-1][n] = entry
+    if outputs:
+      q = q_ref[rows, :].astype(dtype)
+      p = _between(decay, C, transposed=reverse) * (scale * dot(q, k.T))
+      refs[0][rows, :] = (_weigh(dot(q, entry), *query_weights) + dot(p.astype(dtype), v)).astype(refs[0].dtype)
+    update = dot(k.T, _weigh(v.astype(jnp.float32), *key_weights).astype(dtype))
+    return update + (state if decay.total is None else decay.total * state)
+
+  final_ref[...] = jax.lax.fori_loop(0, N, step, initial_ref[...])
+
+
+def _dqk_kernel(*refs, gated, scale, block_v, dot):
+  q_ref, k_ref, v_ref, do_ref, states_ref, dstates_ref, *refs = refs
+  g_ref = refs.pop(0) if gated else None
+  dq_ref, dk_ref, *dg_ref = refs
+  C, K = q_ref.shape
+  dtype = operand(q_ref.dtype)
+  square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, K), jnp.float32)
+  row, column = rows_and_columns(C)
+  f32 = lambda x: x.astype(jnp.float32)
+
+  def add_tile(i, carry):
+    dp, dpt, dq, dk, through = carry
+    tile = pl.ds(i * block_v, block_v)
+    v, do = v_ref[:, tile].astype(dtype), do_ref[:, tile].astype(dtype)
+    state, dstate = states_ref[:, tile], dstates_ref[:, tile]
+    if dg_ref:
+      through += jnp.sum(f32(state) * f32(dstate), axis=1)
+    # P^T gets its own product: a transposed accumulator is miscompiled by some Triton versions.
+    return dp + dot(do, v.T), dpt + dot(v, do.T), dq + dot(do, state.T), dk + dot(v, dstate.T), through
+
+  dp, dpt, dq_state, dk_state, through = jax.lax.fori_loop(
+      0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, jnp.sum(wide, axis=0)))
+  decay = _decay(g_ref, slice(None), C)
+  q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
+  dp, dpt = (scale * _between(decay, C, transposed) * x for transposed, x in ((False, dp), (True, dpt)))
+  dq_state, dk_state = _weigh(dq_state, decay.upto, scale), _weigh(dk_state, decay.after)
+  if not dg_ref:
+    dq_ref[...] = (dot(dp.astype(dtype), k) + dq_state).astype(dq_ref.dtype)
+    dk_ref[...] = (dot(dpt.astype(dtype), q) + dk_state).astype(dk_ref.dtype)
+    return
+  # The pairs (i, i) come last: no gate lies between them, so the gates' gradient must not see them even as rounding.
+  # Pairs on one side of a gate cancel to float32 rounding, because both their terms are products of the same operands.
+  diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
+  dq = dot(jnp.where(row > column, dp, 0.0).astype(dtype), k) + dq_state
+  dk = dot(jnp.where(row < column, dpt, 0.0).astype(dtype), q)
+  q, k = f32(q), f32(k)
+  inside, leaving = jnp.sum(q * dq - k * dk, axis=1), jnp.sum(k * dk_state, axis=1)
+  dq_ref[...] = (dq + diagonal * k).astype(dq_ref.dtype)
+  dk_ref[...] = (dk + dk_state + diagonal * q).astype(dk_ref.dtype)
+  # Sums over rows and not differences of cumulative sums: a token's own flow out may be many times what passes its gate.
+  passing = jnp.where(column >= row, inside[None, :], leaving[None, :])
+  dg_ref[0][...] = decay.total * jnp.sum(through) + jnp.sum(passing, axis=1)
+
+
+# Launches. A scan has one program a (V tile, head, row of the batch), dqk one a (K tile, chunk, head, row).
+
+
+def _gate(log_decay, rows, chunked):
+  """The gates that a program reads: none, its head's constant, or those of `rows` tokens; arrays and their blocks."""
+  if log_decay is None:
+    return [], []
+  if log_decay.ndim == 1:
+    return [log_decay], [pl.BlockSpec((None,), lambda *i: (i[-2],))]
+  return [log_decay], [pl.BlockSpec((None, rows, None), lambda *i: (i[-1], i[1] if chunked else 0, i[-2]))]
+
+
+def _scan(q, k, v, log_decay, initial_state, scale, config, *, save=True, reverse=False):
+  """Output, entry state of each chunk if `save`, and final state, of pieces that follow each other."""
+  run = functools.partial(_launch_scan, q, k, v, log_decay, scale=scale, config=config, reverse=reverse)
+  B, T = initial_state.shape[0], v.shape[1]
+  if v.shape[0] > B:
+    (update,) = run(jnp.zeros((v.shape[0], *initial_state.shape[1:])), outputs=False, save=False)
+    kept = jnp.ones((v.shape[0], v.shape[2]))
+    if log_decay is not None:
+      kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay)
+    initial_state = split.entry_states(initial_state, kept[..., None, None], update, reverse)
+  output, *states, final = run(initial_state, outputs=True, save=save)
+  return output, states[0] if save else None, split.exit_state(final, B, reverse)
+
+
+def _launch_scan(q, k, v, log_decay, initial_state, *, scale, config, reverse, outputs, save):
+  (B, T, H, K), V = k.shape, v.shape[3]
+  tile = config.reverse_scan if reverse else config.scan
+  block, N = min(tile.block, V), T // config.chunk
+  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
+  values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, t))
+  state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
+  states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
+  gate, gate_spec = _gate(log_decay, T, chunked=False)
+  return triton_blocks.launch(
+      functools.partial(_scan_kernel, gated=bool(gate), outputs=outputs, save=save, reverse=reverse, scale=scale,
+                        chunk=config.chunk),
+      name="linear_attention_scan" if outputs else "linear_attention_piece", grid=(V // block, H, B),
+      in_specs=[keys, keys, values, *gate_spec, state], out_specs=[*[values] * outputs, *[states] * save, state],
+      out_shape=[*[jax.ShapeDtypeStruct(v.shape, v.dtype)] * outputs,
+                 *[jax.ShapeDtypeStruct((B, H, N, K, V), operand(v.dtype))] * save,
+                 jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)],
+      num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, v, *gate, initial_state)
+
+
+def _dqk(q, k, v, log_decay, do, states, dstates, scale, config):
+  """dq, dk, and for a decay per token its gradient, of which each K tile has its part."""
+  (B, T, H, K), V = q.shape, v.shape[3]
+  C, block = config.chunk, min(KEYS[jnp.dtype(operand(q.dtype)).itemsize], K)
+  keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))
+  values = pl.BlockSpec((None, C, None, V), lambda t, n, h, b: (b, n, h, 0))
+  state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
+  dgate = pl.BlockSpec((None, None, C, None), lambda t, n, h, b: (t, b, n, h))
+  gate, gate_spec = _gate(log_decay, C, chunked=True)
+  per_token = bool(gate) and log_decay.ndim == 3
+  dq, dk, *dg = triton_blocks.launch(
+      functools.partial(_dqk_kernel, gated=bool(gate), scale=scale, block_v=min(config.dqk.block, V)),
+      name="linear_attention_dqk", grid=(K // block, T // C, H, B),
+      in_specs=[keys, keys, values, values, state, state, *gate_spec], out_specs=[keys, keys, *[dgate] * per_token],
+      out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype),
+                 *[jax.ShapeDtypeStruct((K // block, B, T, H), jnp.float32)] * per_token],
+      num_warps=config.dqk.num_warps, num_stages=config.dqk.num_stages)(q, k, v, do, states, dstates, *gate)
+  return dq, dk, jnp.sum(dg[0], axis=0) if per_token else None

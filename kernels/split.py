@@ -1,0 +1,54 @@
+"""Splitting a sequence into pieces, so that a scan over chunks fills a GPU with few sequences and heads.
+
+The pieces of a sequence become rows of the batch. Each is first scanned from a zero state for its update alone; the
+state that enters piece p + 1 is `kept` times the one that enters p plus the update of p, exactly, because the state's
+recurrence is affine and its map diagonal. Then all pieces are scanned at once, each from its own entry state.
+"""
+
+import jax.numpy as jnp
+
+ENOUGH = 128  # programs that fill a GPU: splitting costs one more reading of the keys and values
+WANTED = 256  # programs to split into
+SHORTEST = 8  # chunks in a piece
+
+
+def pieces(programs: int, T: int, chunk: int) -> int:
+  """How many pieces to cut `T` tokens into when a scan has `programs` programs without cutting."""
+  count = 1
+  while programs < ENOUGH and programs * count < WANTED and -(-T // chunk) >= 2 * count * SHORTEST:
+    count *= 2
+  return count
+
+
+def fold(x, count: int, chunk: int):
+  """`[B, T, ...]` to `[B * count, T' / count, ...]`, zeros behind T up to whole chunks in each piece."""
+  B, T = x.shape[:2]
+  x = jnp.pad(x, ((0, 0), (0, -T % (count * chunk)), *((0, 0) for _ in x.shape[2:])))
+  return x.reshape(B * count, -1, *x.shape[2:])
+
+
+def unfold(x, B: int):
+  """Inverse of `fold`, with the zeros."""
+  return x.reshape(B, -1, *x.shape[2:])
+
+
+def entry_states(initial_state, kept, update, reverse: bool):
+  """State that enters each piece, `[B * count, H, K, V]`.
+
+  Args:
+    initial_state: `[B, H, K, V]` of the first piece, or the last one if `reverse`.
+    kept, update: `[B * count, H, 1 or K, 1]` and `[B * count, H, K, V]` of each piece.
+  """
+  B = initial_state.shape[0]
+  kept, update = (jnp.moveaxis(x.reshape(B, -1, *x.shape[1:]), 1, 0) for x in (kept, update))
+  order = range(len(update))
+  state, states = initial_state, {}
+  for p in reversed(order) if reverse else order:
+    states[p] = state
+    state = kept[p] * state + update[p]
+  return jnp.stack([states[p] for p in order], axis=1).reshape(-1, *initial_state.shape[1:])
+
+
+def exit_state(states, B: int, reverse: bool):
+  """State `[B, H, K, V]` that leaves the last piece of each row, or the first one if `reverse`."""
+  return states.reshape(B, -1, *states.shape[1:])[:, 0 if reverse else -1]
