@@ -17,7 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import assembler
 import kernels
 import tuning
-from kernels import dispatch, tuned
+from kernels import tuned
 
 ROOT = pathlib.Path(kernels.__file__).parent
 WIDTHS = (16, 32, 64, 128, 256)
@@ -200,14 +200,25 @@ def faults(entry: dict) -> list[str]:
 def sources(op: str) -> str:
   """Digest of the code that an op's kernels are compiled from; comments and docstrings do not count."""
   digest = hashlib.sha256()
-  others = {"__init__", *dispatch.TABLE[op]} - {"pallas_triton"}
-  for path in (ROOT / "triton_blocks.py", *sorted(x for x in (ROOT / op).glob("*.py") if x.stem not in others)):
+  for path in sorted(_imported(ROOT / op / "pallas_triton.py", set())):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
       if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
         node.body = node.body[1:] or [ast.Pass()]
     digest.update(ast.unparse(tree).encode())
   return digest.hexdigest()
+
+
+def _imported(path, found):
+  """`path` and all modules of `kernels` that it needs, but for the one that chooses between configurations."""
+  found.add(path)
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "kernels":
+      folder = ROOT.joinpath(*node.module.split(".")[1:])
+      for module in (folder.with_suffix(".py"), *(folder / f"{name.name}.py" for name in node.names)):
+        if module.exists() and module not in found and module != ROOT / "tuned.py":
+          _imported(module, found)
+  return found
 
 
 @functools.cache

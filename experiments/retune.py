@@ -94,7 +94,8 @@ def starts(record: dict, problem: tuning.Problem, module) -> list:
 def save(path, record, problem, config, ms):
   """Puts an entry into the record, in the place of an older one, and writes the file: one entry a line."""
   entry = {"op": problem.op, "K": problem.K, "V": problem.V, "dtype": problem.dtype,
-           "config": dataclasses.asdict(config), "timed": dict(zip("BTH", (*problem.timed, problem.H))), "ms": ms}
+           "config": dataclasses.asdict(config), "timed": dict(zip("BTH", (*problem.timed, problem.H))),
+           "forward_backward_ms": ms}
   entries = [old for old in record["configs"] if _key(old) != _key(entry)] + [entry]
   record["configs"] = sorted(entries, key=_key)
   head = json.dumps({name: x for name, x in record.items() if name != "configs"})

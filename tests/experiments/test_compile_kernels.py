@@ -77,22 +77,23 @@ def test_faults(gpu, shared):
   assert compiled.faults(refused) == ["gla_scan: RESOURCE_EXHAUSTED"] and list(refused["kernels"]) == ["gla_dv"]
 
 
-def test_digest_is_that_of_code(tmp_path, monkeypatch):
+def test_digest_is_that_of_the_code_that_kernels_need(tmp_path, monkeypatch):
   monkeypatch.setattr(compiled, "ROOT", tmp_path)
   (tmp_path / "gla").mkdir()
-  (tmp_path / "triton_blocks.py").touch()
 
-  def digest(text):
-    (tmp_path / "gla" / "pallas_triton.py").write_text(text)
+  def digest(text, name="gla/pallas_triton"):
+    (tmp_path / f"{name}.py").write_text(text)
     return compiled.sources("gla")
 
   code = digest('"""Kernels."""\ndef f():\n  """Doc."""\n  return 1\n')
   assert code == digest('"""Other."""\n\ndef f():\n  # why\n  return 1\n')
-  (tmp_path / "gla" / "reference.py").write_text("1\n")
-  assert code == digest("def f():\n  return 1\n")
-  assert code != digest("def f():\n  return 2\n")
-  (tmp_path / "gla" / "chunk_bodies.py").write_text("1\n")
-  assert code != digest("def f():\n  return 1\n")
+  assert code != digest('"""Kernels."""\ndef f():\n  """Doc."""\n  return 2\n')
+  # What is imported counts, at any distance; what is not, and the choice of a configuration, does not.
+  code = digest("from kernels import blocks, tuned\nfrom kernels.gla import bodies\n")
+  assert code == digest("1\n", "gla/reference") == digest("1\n", "tuned")
+  code = digest("from kernels.sums import total\n", "blocks")
+  assert code != (code := digest("1\n", "gla/bodies"))
+  assert code != digest("1\n", "sums")
 
 
 # The command on an op of one tile, with a compiler that finds what the width of the tile says.
