@@ -1,5 +1,6 @@
 """The search for a configuration, on an op whose tiles fail in known ways; what the command writes and refuses."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import jax
 import pytest
 
 import tuning
+from assembler import Kernel
 from kernels.gla import xla_chunked
 from kernels.tuned import Tile
 from tuning import Problem
@@ -95,6 +97,25 @@ def test_an_end_in_time_keeps_the_best_so_far(module, clock, monkeypatch):
   kept = []
   assert tuning.tune(PROBLEM, module, [START], 1, lambda config, ms: kept.append(config)) == Config(16, FAST, NARROW)
   assert kept == [START, Config(16, FAST, NARROW)]
+
+
+def test_spilling_kernels_are_rejected(monkeypatch):
+  """As on a GPU: the watch stands for the assembler, and must reach the compiler."""
+  class Watch:
+    options = {"xla_embed_ir_in_executable": True}
+
+    def used(self):
+      return True
+
+    def kernels(self, prefix):
+      return {f"{prefix}_scan": Kernel(255, 8, 0, 128)}
+
+  monkeypatch.setattr(tuning.assembler, "watch", lambda: contextlib.nullcontext(Watch()))
+  monkeypatch.setattr(tuning.jax, "default_backend", lambda: "gpu")
+  with pytest.raises(tuning.Rejected, match=r"spills bytes of registers: {'gla_scan': 8}"):
+    tuning.compile_for(PROBLEM, lambda x: x + 1, 1.0)
+  allowed = dataclasses.replace(PROBLEM, may_spill=True)
+  assert tuning.compile_for(allowed, lambda x: x + 1, 1.0)(1.0) == 2
 
 
 @pytest.mark.parametrize("op", tuning.GATES)
