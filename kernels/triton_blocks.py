@@ -26,7 +26,8 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
     body.__name__ = name
     return pl.pallas_call(
         body, name=name, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, interpret=interpret,
-        input_output_aliases=aliases or {}, compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages))
+        input_output_aliases=aliases or {},
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages))
 
   return lambda *args: jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
 

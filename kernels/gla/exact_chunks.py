@@ -111,8 +111,8 @@ def _scores_kernel(bounded_ref, q_ref, k_ref, g_ref, p_ref, *, scale, block, dot
   _each_unbounded(bounded_ref, run)
 
 
-def _dqkg_kernel(bounded_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, *refs, scale, chunk, block_v,
-                 dot):
+def _dqkg_kernel(bounded_ref, decays_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, *refs, scale,
+                 chunk, block_v, dot):
   C, K, dtype, sums = chunk, q_ref.shape[1], operand(q_ref.dtype), exact_sums(q_ref.dtype, dot)
   dq_ref, dk_ref, dg_ref = refs[3:]  # the first three are the same arrays as they come in
   row, column = rows_and_columns(C)
@@ -137,7 +137,9 @@ def _dqkg_kernel(bounded_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, ds
     k = lambda: k_ref[rows, :].astype(jnp.float32)
     diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
     dp = dp.astype(dtype)
-    dq, dk = dq * jnp.exp2(sums(upto(C), g)), dk * jnp.exp2(sums(after(C), g))
+    # The states are those of the middle of the chunk in the channels that are bounded for themselves.
+    enter, keep, exit = (decays_ref[n, i, :][None] for i in range(3))
+    dq, dk = dq * jnp.exp2(sums(upto(C), g) - jnp.log2(enter)), dk * jnp.exp2(sums(after(C), g) - jnp.log2(exit))
 
     # Pairs on one side of a gate cancel in its gradient to float32 rounding: both their terms are products of the same
     # rounded factors.
@@ -153,7 +155,7 @@ def _dqkg_kernel(bounded_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, ds
     leaving = k() * dk
     dq, dk, inside = jax.lax.fori_loop(0, _levels(C), add_level, (dq, dk, q() * dq))
     dg = sums(jnp.where(column >= row, 1.0, 0.0), inside) + sums(jnp.where(column < row, 1.0, 0.0), leaving)
-    dg_ref[rows, :] = dg + (through * jnp.exp2(jnp.sum(g, axis=0)))[None]
+    dg_ref[rows, :] = dg + keep * through[None]
     dq_ref[rows, :] = ((dq + diagonal * k()) * scale).astype(dq_ref.dtype)
     dk_ref[rows, :] = (dk + diagonal * q()).astype(dk_ref.dtype)
 
@@ -187,15 +189,17 @@ def scores(bounded, q, k, g, scale, chunk):
       out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(q.dtype)), num_warps=4, num_stages=1)(bounded, q, k, g)
 
 
-def dqkg(bounded, q, k, g, v, do, states, dstates, gradients, scale, chunk):
+def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chunk):
   """`gradients` of q, k and g with those of the chunks whose flag is 0 replaced."""
   (B, T, H, K), V = q.shape, v.shape[3]
   N, block = T // chunk, min(KEYS, K)
   keys, values = (_tokens(_group(N) * chunk, width, tiled) for width, tiled in ((block, True), (V, False)))
   state = pl.BlockSpec((None, None, _group(N), block, V), lambda t, n, h, b: (b, h, n, t, 0))
+  rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, h, n, 0, t))
   return triton_blocks.launch(
       functools.partial(_dqkg_kernel, scale=scale, chunk=chunk, block_v=min(32, V)), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B),
-      in_specs=[_flags(N), keys, keys, keys, values, values, state, state, keys, keys, keys], out_specs=[keys] * 3,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={8: 0, 9: 1, 10: 2}, num_warps=4,
-      num_stages=1)(bounded, q, k, g, v, do, states, dstates, *gradients)
+      in_specs=[_flags(N), rows, keys, keys, keys, values, values, state, state, keys, keys, keys],
+      out_specs=[keys] * 3,
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={9: 0, 10: 1, 11: 2}, num_warps=4,
+      num_stages=1)(bounded, decays, q, k, g, v, do, states, dstates, *gradients)

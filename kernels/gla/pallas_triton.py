@@ -6,39 +6,36 @@ Per head, with q scaled, g = log_decay in base 2, and chunks of C tokens (arXiv:
   O  = (Q * 2^upto) S + P V                         `upto[i]` sums g up to and including i
   P_ij = sum_d Q_id K_jd 2^(sum of g_d over (j, i])  for i >= j
 
-Let x_i be the sum of g from the middle of the chunk to row i, positive before the middle. With the factors
+Let x_i be the sum of g from the middle of the chunk to row i, positive before the middle, and M the state as it would
+be there if the chunk held no keys. With the factors
 
   X = Q * 2^x    Y = K * 2^-x    enter = 2^(sum over the first half)    exit = 2^(sum over the second half)
 
-every decay splits: P = lower triangle of X Y^T, O = P V + X (enter * S), S' = 2^total S + exit * (Y^T V). After the
-factors the gates are gone: what remains is linear attention with a decay of the state's rows. The factors stay in
-float32's range while no half of a chunk decays by more than `LIMIT`, which is the rule in trained models.
+every decay splits: M = enter * S, P = lower triangle of X Y^T, O = P V + X M, S' = exit * (M + Y^T V). The gates are
+gone: what remains is linear attention with a decay of the state's rows. Its gradients are
 
-A chunk that decays by more takes X = Q * 2^upto, Y = K * 2^after, enter = exit = 1, which never overflow, and its P
-from dyadic levels s = 1, 2, ..., C/2. A pair belongs to level s when i lies in the second and j in the first half of
-one block of 2s tokens; with E_s the sum of g between the middle of the block and a row,
+  dX = dP Y + dO M^T    dY = dP^T X + V dM^T    dP = lower triangle of dO V^T    dQ = 2^x * dX    dK = 2^-x * dY
 
-  P = lower triangle of sum_s (pairs of s) * ((Q * 2^E_s) (K * 2^E_s)^T) + diag(Q K^T)
+and dV and dM obey the line of O and M with time reversed: Y and X for X and Y, exit and enter for enter and exit. The
+factors stay in float32's range while no half of a chunk decays by more than `LIMIT`, which is the rule in trained
+models. A chunk that decays by more takes X = Q * 2^upto, Y = K * 2^after, enter = exit = 1 and keep = 2^total for M in
+S', which never overflow; its P and gradients come from `kernels.gla.exact_chunks`. Gates below e^-40 count as e^-40.
 
-where all exponents are sums of terms <= 0, exact for any gate. Its backward takes dP mirrored into a symmetric matrix:
-with Z_s the rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds dQ and dK.
+| pass | kernel | reads | writes | bytes a token-head at K = V = 128, bfloat16, C = 64 |
+| both | `gla_factors` | q, k, g | X, Y, enter, keep, exit | 1536 |
+| forward | `gla_scan` | X, Y, v | o, final state; for a gradient M of each chunk | 1024 + 512 |
+| backward | `gla_scan`, reversed | Y, X, do | dv, dM of each chunk, d initial_state | 1024 + 512 |
+| backward | `gla_dqkg` | X, Y, g, v, do, M, dM | dq, dk, dlog_decay | 3584 |
 
-| pass | kernel | reads | writes |
-| forward, backward | `gla_factors` | q, k, g | X, Y; of each chunk enter, exit, 2^total; P where a chunk decays too much |
-| forward | `gla_scan` | X, Y, v | o, final state; for a gradient the entry state of each chunk |
-| backward | `gla_scan`, reversed | Y, X, do | dv, dS' of each chunk, d initial_state |
-| backward | `gla_dqkg` | q, k, g, v, do, states, dS' | dq, dk, dlog_decay |
-
-The scan carries a tile of V's columns of the state in registers over all chunks. dV and dS obey the line of O and S with
-time reversed, Y and X for X and Y, exit and enter for enter and exit.
+The scan carries a tile of V's columns of the state in registers over all chunks; where few heads leave the GPU idle,
+`kernels.split` cuts the sequence, and `gla_piece`, the scan without outputs, finds each piece's entry state.
 
 Residuals: the inputs and the chunk states, 2 K V / C bytes a token-head for 16-bit inputs (512 at K = V = 128). 16-bit
-inputs use bfloat16 operands, states and factors; float32 inputs keep float32. Gates below `WEAKEST` count as `WEAKEST`.
+inputs use bfloat16 operands, states and factors; float32 inputs keep float32.
 """
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -53,15 +50,15 @@ from kernels.tuned import Tile
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 CHUNKS = (16, 32, 64)
-KEYS = {2: 64, 4: 32}  # K columns of a dqkg program by item size
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tokens a chunk, and the tile of each kernel: K columns of factors, V columns of the scans, V columns at a time of
-  dqkg, which has `KEYS` columns of K a program."""
+  """Tokens a chunk, K columns of one product in the scans, and the tile of each kernel: K columns of factors, V columns
+  of the scans, K columns of a dqkg program, which takes as many V columns at a time."""
 
   chunk: int
+  depth: int
   factors: Tile
   scan: Tile
   reverse_scan: Tile
@@ -71,18 +68,22 @@ class Config:
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """A configuration that compiles for every supported shape and device."""
   wide = dtype == jnp.float32
-  scan = Tile(tile_width(V, 32 if wide or K > 128 else 64), 4, 2 if K <= 128 else 1)
-  return Config(chunk_size or (32 if wide else 64), Tile(tile_width(K, 32 if wide else 64), 4, 1), scan, scan,
-                Tile(tile_width(V, 32 if wide else 64), 4, 1))
+  scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 4 if wide else 8, 1)
+  keys = Tile(tile_width(K, 16 if wide else 32), 4 if wide else 8, 1)
+  return Config(chunk_size or (32 if wide else 64), 32 if wide else 64, keys, scan, scan, keys)
 
 
-def candidates(K: int, V: int, dtype) -> dict[str, list[Tile]]:
-  """The tiles worth timing for each kernel."""
-  tiles = lambda widths, size, warps, stages: [
-      Tile(w, *launch) for w in sorted({tile_width(size, w) for w in widths}) for launch in itertools.product(warps, stages)]
-  scan = tiles((32, 64, 128), V, (4, 8), (1, 2, 3))
-  return {"factors": tiles((32, 64, 128), K, (2, 4), (1,)), "scan": scan, "reverse_scan": scan,
-          "dqkg": tiles((32, 64, 128), V, (4, 8), (1, 2, 3))}
+def candidates(K: int, V: int, dtype) -> dict[str, list]:
+  """The values worth timing for each field, around those that were fastest on an H100."""
+  wide = dtype == jnp.float32
+  tiles = lambda size, *values: list(dict.fromkeys(Tile(tile_width(size, w), *launch) for w, *launch in values))
+  if wide:
+    scan, keys = tiles(V, (16, 4, 1), (32, 4, 1), (32, 8, 1)), tiles(K, (16, 4, 1), (32, 4, 1))
+  else:
+    scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
+    keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (64, 8, 2))
+  return {"depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan,
+          "dqkg": keys, "factors": tiles(K, (64, 4, 1), (128, 4, 1))}
 
 
 def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
@@ -107,7 +108,8 @@ def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
 def configured(q, k, v, log_decay, initial_state, *, scale, config):
   """The op under an explicit configuration."""
   (B, T, H, K), V = q.shape, v.shape[3]
-  dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, config.dqkg.block)
+  widest = max(config.scan.block, config.reverse_scan.block, min(config.dqkg.block, tile_width(V)))
+  dK, dV = tile_width(K) - K, -V % widest
   pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
   pad = lambda x, extra: split.fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))), pieces, config.chunk)
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
@@ -130,11 +132,11 @@ def _forward(q, k, v, log_decay, initial_state, scale, config):
 def _backward(scale, config, residuals, cotangents):
   q, k, v, log_decay, states = residuals
   do, dfinal_state = cotangents
-  x, y, decays, bounded, p = factors = _factors(q, k, log_decay, scale, config)
+  x, y, decays, bounded, _ = factors = _factors(q, k, log_decay, scale, config)
   dv, dstates, dinitial_state = _scan(factors, do, dfinal_state, config, reverse=True)
   gradients = _dqkg(x, y, log_decay, v, do, states, dstates, scale, config, q.dtype)
   dq, dk, dlog_decay = exact_chunks.dqkg(
-      bounded, q, k, log_decay, v, do, states, dstates, gradients, scale, config.chunk)
+      bounded, decays, q, k, log_decay, v, do, states, dstates, gradients, scale, config.chunk)
   return dq, dk, dv, dlog_decay, dinitial_state
 
 
@@ -172,33 +174,44 @@ def _factors_kernel(q_ref, k_ref, g_ref, x_ref, y_ref, decays_ref, bounded_ref, 
   decays_ref[2, :] = jnp.exp2(jnp.where(bounded, second, 0.0))
 
 
-def _scan_kernel(x_ref, y_ref, decays_ref, *refs, outputs, save, reverse, chunk, dot):
+def _scan_kernel(x_ref, y_ref, decays_ref, *refs, outputs, save, reverse, chunk, depth, dot):
   if outputs:
     bounded_ref, p_ref, *refs = refs
   z_ref, initial_ref, *refs, final_ref = refs
-  C, N = chunk, y_ref.shape[0] // chunk
-  dtype = y_ref.dtype
+  C, dtype, (T, K) = chunk, y_ref.dtype, y_ref.shape
   row, column = rows_and_columns(C)
   causal = column >= row if reverse else row >= column
   enter, keep, exit = (2, 1, 0) if reverse else (0, 1, 2)
+  decay = lambda n, which, tile: decays_ref[n, which, tile][:, None]
+  tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
 
-  def step(i, state):
-    n = N - 1 - i if reverse else i
+  def step(i, states):
+    n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
-    y, z = y_ref[rows, :], z_ref[rows, :].astype(dtype)
-    state = decays_ref[n, enter, :][:, None] * state
-    middle = state.astype(dtype)
-    if save:
-      refs[-1][n] = middle
+    ys, z = [y_ref[rows, tile] for tile in tiles], z_ref[rows, :].astype(dtype)
     if outputs:
-      x = x_ref[rows, :]
+      xs = [x_ref[rows, tile] for tile in tiles]
+      p = sum(dot(x, y.T) for x, y in zip(xs, ys)).astype(dtype)
       bounded = bounded_ref[n] == 1
       exact = plt.load(p_ref.at[n], mask=jnp.broadcast_to(jnp.logical_not(bounded), (C, C)), other=0.0)
-      p = jnp.where(bounded, dot(x, y.T).astype(dtype), exact.T if reverse else exact)
-      refs[0][rows, :] = (dot(x, middle) + dot(jnp.where(causal, p, 0.0).astype(dtype), z)).astype(refs[0].dtype)
-    return decays_ref[n, exit, :][:, None] * (decays_ref[n, keep, :][:, None] * state + dot(y.T, z))
+      p = jnp.where(causal, jnp.where(bounded, p, exact.T if reverse else exact), 0.0).astype(dtype)
+      o = dot(p, z)
+    next_states = []
+    for i, (tile, state) in enumerate(zip(tiles, states)):
+      state = decay(n, enter, tile) * state
+      middle = state.astype(dtype)
+      if outputs:
+        o += dot(xs[i], middle)
+      if save:
+        refs[-1][n, tile, :] = middle
+      next_states.append(decay(n, exit, tile) * (decay(n, keep, tile) * state + dot(ys[i].T, z)))
+    if outputs:
+      refs[0][rows, :] = o.astype(refs[0].dtype)
+    return tuple(next_states)
 
-  final_ref[...] = jax.lax.fori_loop(0, N, step, initial_ref[...])
+  states = jax.lax.fori_loop(0, T // C, step, tuple(initial_ref[tile, :] for tile in tiles))
+  for tile, state in zip(tiles, states):
+    final_ref[tile, :] = state
 
 
 def _dqkg_kernel(x_ref, y_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, dq_ref, dk_ref, dg_ref, *, scale, block_v,
@@ -220,20 +233,23 @@ def _dqkg_kernel(x_ref, y_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, dq
 
   dp, dpt, dx, dy_state, through = jax.lax.fori_loop(
       0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, jnp.sum(wide, axis=0)))
-  x, y = x_ref[...], y_ref[...]
+  exponent = sums(_from_middle(C), gates(g_ref, ...))
   # The pairs (i, i) come last: no gate lies between them, so the gates' gradient must not see them even as rounding.
   diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
+  y = y_ref[...]
   dx += dot(jnp.where(row > column, dp, 0.0).astype(dtype), y)
+  dq_ref[...] = (scale * jnp.exp2(exponent) * (dx + diagonal * f32(y))).astype(dq_ref.dtype)
+  x = x_ref[...]
   dy = dot(jnp.where(row < column, dpt, 0.0).astype(dtype), x)
   # A gate's gradient is the flow through it, the sum of P * dP and of the like for the states over all that it
-  # multiplies: pairs inside the chunk, pairs with the entry state, with the exit state, and S with dS'. Pairs on one
+  # multiplies: pairs inside the chunk, pairs with the entry state, with the exit state, and M with dM. Pairs on one
   # side of it cancel to float32 rounding, because both their terms are products of the same rounded factors.
-  inside, leaving = f32(x) * dx - f32(y) * dy, f32(y) * dy_state
-  dg = sums(jnp.where(column >= row, 1.0, 0.0), inside)
-  dg_ref[...] = dg + masked_sum(jnp.where(column < row, 1.0, 0.0), leaving, dot, sums.keywords["parts"] - 1) + through[None]
-  exponent = sums(_from_middle(C), gates(g_ref, ...))
-  dq_ref[...] = (scale * jnp.exp2(exponent) * (dx + diagonal * f32(y))).astype(dq_ref.dtype)
+  inside = f32(x) * dx
   dk_ref[...] = (jnp.exp2(-exponent) * (dy + dy_state + diagonal * f32(x))).astype(dk_ref.dtype)
+  inside -= f32(y) * dy
+  dg = sums(jnp.where(column >= row, 1.0, 0.0), inside)
+  dg_ref[...] = dg + through[None] + masked_sum(
+      jnp.where(column < row, 1.0, 0.0), f32(y) * dy_state, dot, sums.keywords["parts"] - 1)
 
 
 # Launches. A chunk kernel has one program a (K tile, chunk, head, row of the batch), a scan one a (V tile, head, row).
@@ -290,7 +306,8 @@ def _launch_scan(factors, z, initial_state, *, config, tile, reverse, outputs, s
                *[jax.ShapeDtypeStruct((B, H, N, K, V), dtype)] * save,
                jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
   return triton_blocks.launch(
-      functools.partial(_scan_kernel, outputs=outputs, save=save, reverse=reverse, chunk=C),
+      functools.partial(_scan_kernel, outputs=outputs, save=save, reverse=reverse, chunk=C,
+                        depth=min(config.depth, K)),
       name="gla_scan" if outputs else "gla_piece", grid=(V // block, H, B),
       in_specs=[keys, keys, all_chunks(3, K), *[all_chunks(), all_chunks(C, C)] * outputs, values, state],
       out_specs=[*[values] * outputs, *[states] * save, state], out_shape=out_shape, num_warps=tile.num_warps,
@@ -299,7 +316,8 @@ def _launch_scan(factors, z, initial_state, *, config, tile, reverse, outputs, s
 
 def _dqkg(x, y, g, v, do, states, dstates, scale, config, dtype):
   B, T, H, K = x.shape
-  V, tile, block = v.shape[3], config.dqkg, min(KEYS[x.dtype.itemsize], K)
+  V, tile = v.shape[3], config.dqkg
+  block = min(tile.block, K)
   keys, values = _chunk(config, block, tiled=True), _chunk(config, V, tiled=False)
   state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
   return triton_blocks.launch(

@@ -1,4 +1,4 @@
-"""Linear attention with scalar decay as Pallas kernels for the Triton backend: forward, backward, and their `custom_vjp`.
+"""Linear attention with scalar decay as Pallas kernels for the Triton backend, with their `custom_vjp`.
 
 Per head, for a chunk of C tokens with entry state S and exit state S', g = log_decay in base 2, and
 
@@ -12,10 +12,13 @@ Per head, for a chunk of C tokens with entry state S and exit state S', g = log_
 The line of dV and dS is that of O and S' with time reversed, (K, Q, dO) for (Q, K, V), and the two row weights
 exchanged: one scan kernel computes both. It carries the state of a tile of V's columns in registers over all chunks.
 
-| pass | kernel | reads | writes |
-| forward | `linear_attention_scan` | q, k, v, g | o, final state; for a gradient the entry state of each chunk |
-| backward | `linear_attention_scan`, reversed | k, q, do, g | dv, dS' of each chunk, d initial_state |
-| backward | `linear_attention_dqk` | q, k, v, g, do, states, dS' | dq, dk, dg |
+| pass | kernel | reads | writes | bytes a token-head at K = V = 128, bfloat16, C = 64 |
+| forward | `linear_attention_scan` | q, k, v, g | o, final state; for a gradient S of each chunk | 1024 + 512 |
+| backward | `linear_attention_scan`, reversed | k, q, do, g | dv, dS' of each chunk, d initial_state | 1024 + 512 |
+| backward | `linear_attention_dqk` | q, k, v, g, do, S, dS' | dq, dk, dg | 2560 |
+
+Where few heads leave the GPU idle, `kernels.split` cuts the sequence, and `linear_attention_piece`, the scan without
+outputs, finds each piece's entry state.
 
 Residuals: the inputs and the chunk states, 2 K V / C bytes a token-head for 16-bit inputs (512 at K = V = 128). 16-bit
 inputs use bfloat16 operands and states; float32 inputs keep float32.
@@ -27,7 +30,6 @@ over all that it multiplies: pairs inside the chunk, pairs with the entry state,
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +41,17 @@ from kernels.tuned import Tile
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 CHUNKS = (16, 32, 64)
-KEYS = {2: 64, 4: 32}  # K columns of a dqk program by item size
 UNIT = 2.0**-17  # of gates summed as integers
 WEAKEST = -127.0  # of one gate, in base 2: 2^-127 is 0 to float32, and 64 such gates stay within int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tokens a chunk, and the tile of each kernel: V columns of the scans, V columns at a time of dqk, which has `KEYS`
-  columns of K a program."""
+  """Tokens a chunk, K columns of one product in the scans, and the tile of each kernel: V columns of the scans, K
+  columns of a dqk program, which takes as many V columns at a time."""
 
   chunk: int
+  depth: int
   scan: Tile
   reverse_scan: Tile
   dqk: Tile
@@ -58,15 +60,22 @@ class Config:
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """A configuration that compiles for every supported shape and device."""
   wide = dtype == jnp.float32
-  scan = Tile(tile_width(V, 32 if wide or K > 128 else 64), 4, 2 if K <= 128 else 1)
-  return Config(chunk_size or (32 if wide else 64), scan, scan, Tile(tile_width(V, 32 if wide else 64), 4, 2))
+  scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 4 if wide else 8, 1)
+  return Config(chunk_size or (32 if wide else 64), 32 if wide else 64, scan, scan,
+                Tile(tile_width(K, 16 if wide else 32), 4 if wide else 8, 1))
 
 
-def candidates(K: int, V: int, dtype) -> dict[str, list[Tile]]:
-  """The tiles worth timing for each kernel."""
-  tiles = [Tile(width, *launch) for width in sorted({tile_width(V, w) for w in (32, 64, 128)})
-           for launch in itertools.product((4, 8), (1, 2, 3))]
-  return {"scan": tiles, "reverse_scan": tiles, "dqk": tiles}
+def candidates(K: int, V: int, dtype) -> dict[str, list]:
+  """The values worth timing for each field, around those that were fastest on an H100."""
+  wide = dtype == jnp.float32
+  tiles = lambda size, *values: list(dict.fromkeys(Tile(tile_width(size, w), *launch) for w, *launch in values))
+  if wide:
+    scan, keys = tiles(V, (16, 4, 1), (32, 4, 1), (32, 8, 1)), tiles(K, (16, 4, 1), (32, 4, 1))
+  else:
+    scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
+    keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (64, 8, 2))
+  return {"depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan,
+          "dqk": keys}
 
 
 def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
@@ -91,7 +100,8 @@ def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=Non
 def configured(q, k, v, log_decay, initial_state, *, scale, config):
   """The op under an explicit configuration."""
   (B, T, H, K), V = q.shape, v.shape[3]
-  dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, config.dqk.block)
+  widest = max(config.scan.block, config.reverse_scan.block, min(config.dqk.block, tile_width(V)))
+  dK, dV = tile_width(K) - K, -V % widest
   pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
   fold = functools.partial(split.fold, count=pieces, chunk=config.chunk)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
@@ -182,32 +192,39 @@ def _weigh(x, *weights):
   return x
 
 
-def _scan_kernel(*refs, gated, outputs, save, reverse, scale, chunk, dot):
+def _scan_kernel(*refs, gated, outputs, save, reverse, scale, chunk, depth, dot):
   q_ref, k_ref, v_ref, *refs = refs
   g_ref = refs.pop(0) if gated else None
   initial_ref, *refs, final_ref = refs
-  C, N = chunk, k_ref.shape[0] // chunk
-  dtype = operand(k_ref.dtype)
+  C, dtype, (T, K) = chunk, operand(k_ref.dtype), k_ref.shape
+  tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
 
-  def step(i, state):
-    n = N - 1 - i if reverse else i
+  def step(i, states):
+    n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
-    k, v = k_ref[rows, :].astype(dtype), v_ref[rows, :].astype(dtype)
+    v = v_ref[rows, :].astype(dtype)
     decay = _decay(g_ref, rows, C)
     query_weights, key_weights = (decay.upto, scale), (decay.after,)
     if reverse:
       query_weights, key_weights = key_weights, query_weights
-    entry = state.astype(dtype)
-    if save:
-      refs[-1][n] = entry
+    weighted = _weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
+    p, o, next_states = 0.0, 0.0, []
+    for tile, state in zip(tiles, states):
+      k, entry = k_ref[rows, tile].astype(dtype), state.astype(dtype)
+      if save:
+        refs[-1][n, tile, :] = entry
+      if outputs:
+        q = q_ref[rows, tile].astype(dtype)
+        p, o = p + dot(q, k.T), o + dot(q, entry)
+      next_states.append(dot(k.T, weighted) + (state if decay.total is None else decay.total * state))
     if outputs:
-      q = q_ref[rows, :].astype(dtype)
-      p = _between(decay, C, transposed=reverse) * (scale * dot(q, k.T))
-      refs[0][rows, :] = (_weigh(dot(q, entry), *query_weights) + dot(p.astype(dtype), v)).astype(refs[0].dtype)
-    update = dot(k.T, _weigh(v.astype(jnp.float32), *key_weights).astype(dtype))
-    return update + (state if decay.total is None else decay.total * state)
+      p = (_between(decay, C, transposed=reverse) * (scale * p)).astype(dtype)
+      refs[0][rows, :] = (_weigh(o, *query_weights) + dot(p, v)).astype(refs[0].dtype)
+    return tuple(next_states)
 
-  final_ref[...] = jax.lax.fori_loop(0, N, step, initial_ref[...])
+  states = jax.lax.fori_loop(0, T // C, step, tuple(initial_ref[tile, :] for tile in tiles))
+  for tile, state in zip(tiles, states):
+    final_ref[tile, :] = state
 
 
 def _dqk_kernel(*refs, gated, scale, block_v, dot):
@@ -249,7 +266,7 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
   inside, leaving = jnp.sum(q * dq - k * dk, axis=1), jnp.sum(k * dk_state, axis=1)
   dq_ref[...] = (dq + diagonal * k).astype(dq_ref.dtype)
   dk_ref[...] = (dk + dk_state + diagonal * q).astype(dk_ref.dtype)
-  # Sums over rows and not differences of cumulative sums: a token's own flow out may be many times what passes its gate.
+  # Sums over rows, not differences of cumulative sums: a token's own flow out may be many times what passes its gate.
   passing = jnp.where(column >= row, inside[None, :], leaving[None, :])
   dg_ref[0][...] = decay.total * jnp.sum(through) + jnp.sum(passing, axis=1)
 
@@ -291,7 +308,7 @@ def _launch_scan(q, k, v, log_decay, initial_state, *, scale, config, reverse, o
   gate, gate_spec = _gate(log_decay, T, chunked=False)
   return triton_blocks.launch(
       functools.partial(_scan_kernel, gated=bool(gate), outputs=outputs, save=save, reverse=reverse, scale=scale,
-                        chunk=config.chunk),
+                        chunk=config.chunk, depth=min(config.depth, K)),
       name="linear_attention_scan" if outputs else "linear_attention_piece", grid=(V // block, H, B),
       in_specs=[keys, keys, values, *gate_spec, state], out_specs=[*[values] * outputs, *[states] * save, state],
       out_shape=[*[jax.ShapeDtypeStruct(v.shape, v.dtype)] * outputs,
@@ -303,7 +320,7 @@ def _launch_scan(q, k, v, log_decay, initial_state, *, scale, config, reverse, o
 def _dqk(q, k, v, log_decay, do, states, dstates, scale, config):
   """dq, dk, and for a decay per token its gradient, of which each K tile has its part."""
   (B, T, H, K), V = q.shape, v.shape[3]
-  C, block = config.chunk, min(KEYS[jnp.dtype(operand(q.dtype)).itemsize], K)
+  C, block = config.chunk, min(config.dqk.block, K)
   keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))
   values = pl.BlockSpec((None, C, None, V), lambda t, n, h, b: (b, n, h, 0))
   state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
