@@ -31,7 +31,10 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     NotImplementedError: the named implementation cannot run these inputs.
   Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32
     (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference": at most 5e-3 for
-    16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32.
+    16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32. `pallas_triton` takes gates below -40 (a decay of 4e-18) as
+    -40.
+  Memory: the backward pass keeps the inputs, 2 (2 K + V) + 4 K bytes a token-head for 16-bit inputs, and in
+    `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 1280 + 512 bytes.
   Source: Yang et al., arXiv:2312.06635, sections 4.2 and 4.3.
   """
   contract.check("gla", q, k, v, log_decay, initial_state, segment_ids, chunk_size)
