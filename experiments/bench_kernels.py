@@ -10,6 +10,7 @@ are, `kernel_timing.measure` how time is taken. Each number is taken after the c
 compared with the float32 scan; what cannot run is recorded with its reason. `report_kernels.py` makes the page.
 """
 
+import concurrent.futures
 import datetime
 import functools
 import hashlib
@@ -60,23 +61,27 @@ def main(_):
   common = {"device": _device(), "platform": jax.default_backend(), "command": " ".join(["python", *sys.argv]),
             "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
   print(f"{common['device']}: {len(cases)} calls")
-  wrong, left = [], 0
+  wanted = []
   for case in cases:
-    _prepared.cache_clear()  # before the next inputs take memory
     for label in kernel_cases.PASSES:
       for name in _implementations(case.op) + [name for name in names if case.op in peers.OPS[name]]:
         row = common | {"op": case.op, "implementation": name, "pass": label, "gate": case.gate, "B": case.B,
                         "T": case.T, "H": case.H, "K": case.K, "V": case.V, "dtype": case.dtype,
                         "versions": _versions(name)}
-        if _identity(row) in done:
-          continue
-        if _LIMIT.value and time.monotonic() - start > _LIMIT.value:
-          left += 1
-          continue
-        row |= _measured(name, case, label)
-        _report(case, row)
-        if name in dispatch.TABLE.get(case.op, ()) and _is_wrong(row):
-          wrong.append(f"{case} {name} {label}")
+        if _identity(row) not in done:
+          wanted.append((row, case, label, name))
+  wrong, left, before = [], 0, None
+  for (row, case, label, name), compiled in zip(wanted, _compiled(wanted)):
+    if case != before:
+      _prepared.cache_clear()  # before the next inputs take memory
+      before = case
+    if _LIMIT.value and time.monotonic() - start > _LIMIT.value:
+      left += 1
+      continue
+    row |= _measured(name, case, label, compiled)
+    _report(case, row)
+    if name in dispatch.TABLE.get(case.op, ()) and _is_wrong(row):
+      wrong.append(f"{case} {name} {label}")
   if left:
     print(f"stopped after {_LIMIT.value:g} s with {left} measurements left; --resume goes on")
   if wrong:
@@ -128,19 +133,35 @@ def _prepared(case):
   return sets, kernel_cases.expected(case, *sets[0])
 
 
-def _measured(name, case, label):
+def _compiled(wanted):
+  """For each measurement a function that gives its compiled pass, None where a library compiles on the first call.
+
+  On a GPU all are compiled first and side by side, which takes most of the time that a long list takes; on a CPU each
+  in its turn, because compilation would disturb the measurement beside it.
+  """
+  calls = [functools.partial(_compile, name, case, label) for _, case, label, name in wanted]
+  if jax.default_backend() != "gpu":
+    return calls
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return [future.result for future in [pool.submit(call) for call in calls]]
+
+
+def _compile(name, case, label):
+  function = peers.jax_function(name, case) if name in peers.OPS else kernel_timing.ours(case, name)
+  return function and kernel_timing.compile_pass(case, label, function)
+
+
+def _measured(name, case, label, compiled):
   try:
+    run = compiled()  # what cannot run this shape raises here
     sets, wanted = _prepared(case)
-    if name in peers.OPS:
-      program = peers.program(name, case, label, sets)
-    else:
-      program = kernel_timing.ours(case, label, sets, name)
+    program = kernel_timing.jax_program(run, sets) if run else peers.fla_program(case, label, sets)
     return kernel_timing.measure(case, label, program, wanted, _REPEATS.value)
   except Exception as e:  # one call that cannot run must not cost the others their measurement
     return {"ms": None, "gb_per_s": None, "peak_mib": None, "reason": kernel_timing.reason(e),
             "declined": isinstance(e, NotImplementedError)}
   finally:
-    program = None
+    run = program = None
     peers.release()
 
 

@@ -36,14 +36,14 @@ class Program:
   peak_bytes: int
 
 
-def ours(case: Case, label: str, sets: list, implementation: str) -> Program:
-  """`implementation` of this repository's op."""
+def ours(case: Case, implementation: str) -> Callable[[dict], jax.Array]:
+  """`implementation` of this repository's op: its output from its arguments by name."""
   op = getattr(kernels, case.op)
-  return jax_program(case, label, sets, lambda arguments: op(**arguments, implementation=implementation)[0])
+  return lambda arguments: op(**arguments, implementation=implementation)[0]
 
 
-def jax_program(case: Case, label: str, sets: list, function: Callable[[dict], jax.Array]) -> Program:
-  """The pass `label` of `function`, which takes the op's arguments by name and returns its output."""
+def compile_pass(case: Case, label: str, function: Callable[[dict], jax.Array]):
+  """The pass `label` of `function`, compiled for the case's shapes. Raises whatever `function` raises on them."""
   names = kernel_cases.differentiated(case)
 
   def backward(arguments, doutput):
@@ -51,11 +51,12 @@ def jax_program(case: Case, label: str, sets: list, function: Callable[[dict], j
                                {name: arguments[name] for name in names})
     return {"output": output, **{f"d{name}": gradient for name, gradient in pullback(doutput)[0].items()}}
 
-  if label == "forward":
-    run, sets = (lambda arguments: {"output": function(arguments)}), [arguments[:1] for arguments in sets]
-  else:
-    run = backward
-  run = jax.jit(run).lower(*sets[0]).compile()
+  run = backward if label == "forward_backward" else lambda arguments, _: {"output": function(arguments)}
+  return jax.jit(run).lower(*jax.eval_shape(lambda: kernel_cases.inputs(case, 0))).compile()
+
+
+def jax_program(run, sets: list) -> Program:
+  """`run`, a compiled pass, on the input sets."""
   memory = run.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
   return Program({"jit": lambda i: run(*sets[i % len(sets)])}, jax.block_until_ready,

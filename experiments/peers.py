@@ -43,9 +43,9 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
   return found
 
 
-def program(peer: str, case: Case, label: str, sets: list) -> Program:
-  """The pass `label` of `peer` on the input sets. Raises whatever the peer raises on a call that it cannot run."""
-  return {"fla": _fla, "jla": _jla, "cudnn": _cudnn}[peer](case, label, sets)
+def jax_function(peer: str, case: Case):
+  """The output of a peer that is written in JAX from the op's arguments by name, None for a peer that is not."""
+  return {"fla": lambda case: None, "jla": _jla, "cudnn": _cudnn}[peer](case)
 
 
 def release() -> None:
@@ -54,15 +54,15 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def _cudnn(case, label, sets):
+def _cudnn(case):
   def attention(arguments):
     q, k, v = (arguments[name] for name in "qkv")
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
-  return kernel_timing.jax_program(case, label, sets, attention)
+  return attention
 
 
-def _jla(case, label, sets):
+def _jla(case):
   from jla.ops import linear_attention
 
   # By name: its own choice falls back to plain JAX without a word.
@@ -75,10 +75,11 @@ def _jla(case, label, sets):
       return linear_attention("gla", q, k, v, g=gate, impl=implementation)[0]
     return linear_attention("simple_gla", q, k, v, g=jnp.broadcast_to(gate, v.shape[:3]), impl=implementation)[0]
 
-  return kernel_timing.jax_program(case, label, sets, attend)
+  return attend
 
 
-def _fla(case, label, sets):
+def fla_program(case: Case, label: str, sets: list) -> Program:
+  """The pass `label` of flash-linear-attention. Raises whatever it raises on a call that it cannot run."""
   import torch
 
   attend = _fla_function(case)
