@@ -27,7 +27,7 @@ from kernels.triton_blocks import LOG2E, masked_sum, operand, rows_and_columns
 WEAKEST = -40 * LOG2E  # of one gate, in base 2: a decay of 4e-18
 LIMIT = -60 * LOG2E  # of half a chunk, in base 2: factors up to 1e26, whose products with data and sums are finite
 GROUP = 16  # chunks a program looks through
-KEYS = 32  # K columns of a program
+KEYS = {"scores": 64, "dqkg": 16}  # K columns of a product and of a program; 8 warps: what spills least
 
 
 # Gates and exponents. `g` is in base 2; matrices are [C, C] with a row for each result and a column for each term.
@@ -183,23 +183,23 @@ def scores(bounded, q, k, g, scale, chunk):
   N, C = T // chunk, chunk
   keys = _tokens(_group(N) * C, K, tiled=False)
   return triton_blocks.launch(
-      functools.partial(_scores_kernel, scale=scale, block=min(KEYS, K)), name="gla_exact_scores",
+      functools.partial(_scores_kernel, scale=scale, block=min(KEYS["scores"], K)), name="gla_exact_scores",
       grid=(1, N // _group(N), H, B), in_specs=[_flags(N), keys, keys, keys],
       out_specs=pl.BlockSpec((None, None, _group(N), C, C), lambda t, n, h, b: (b, h, n, 0, 0)),
-      out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(q.dtype)), num_warps=4, num_stages=1)(bounded, q, k, g)
+      out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(q.dtype)), num_warps=8, num_stages=1)(bounded, q, k, g)
 
 
 def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chunk):
   """`gradients` of q, k and g with those of the chunks whose flag is 0 replaced."""
   (B, T, H, K), V = q.shape, v.shape[3]
-  N, block = T // chunk, min(KEYS, K)
+  N, block = T // chunk, min(KEYS["dqkg"], K)
   keys, values = (_tokens(_group(N) * chunk, width, tiled) for width, tiled in ((block, True), (V, False)))
   state = pl.BlockSpec((None, None, _group(N), block, V), lambda t, n, h, b: (b, h, n, t, 0))
   rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, h, n, 0, t))
   return triton_blocks.launch(
-      functools.partial(_dqkg_kernel, scale=scale, chunk=chunk, block_v=min(32, V)), name="gla_exact_dqkg",
+      functools.partial(_dqkg_kernel, scale=scale, chunk=chunk, block_v=16), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B),
       in_specs=[_flags(N), rows, keys, keys, keys, values, values, state, state, keys, keys, keys],
       out_specs=[keys] * 3,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={9: 0, 10: 1, 11: 2}, num_warps=4,
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={9: 0, 10: 1, 11: 2}, num_warps=8,
       num_stages=1)(bounded, decays, q, k, g, v, do, states, dstates, *gradients)

@@ -60,8 +60,11 @@ class Config:
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """A configuration that compiles for every supported shape and device."""
   wide = dtype == jnp.float32
-  scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 4 if wide else 8, 1)
-  return Config(chunk_size or (32 if wide else 64), 32 if wide else 64, scan, scan,
+  # Two stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first. Narrower tiles of
+  # float32 spill too, so V is padded.
+  scan = Tile(32, 8, 2) if wide else Tile(tile_width(V, 16 if K > 64 else 32), 8 if K > 128 else 4, 2)
+  chunk = 16 if wide else 32 if K > 128 else 64
+  return Config(chunk_size or chunk, 32 if wide else 64, scan, scan,
                 Tile(tile_width(K, 16 if wide else 32), 4 if wide else 8, 1))
 
 
