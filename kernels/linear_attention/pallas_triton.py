@@ -103,47 +103,65 @@ def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=Non
 def configured(q, k, v, log_decay, initial_state, *, scale, config):
   """The op under an explicit configuration."""
   (B, T, H, K), V = q.shape, v.shape[3]
-  widest = max(config.scan.block, config.reverse_scan.block, min(config.dqk.block, tile_width(V)))
+  # Powers of two, of which the widest is a multiple of the tiles of every kernel.
+  widest = max(min(block, tile_width(V)) for block in (
+      config.scan.block, config.reverse_scan.block, config.dqk.block, heuristic(K, V, jnp.float32).scan.block))
   dK, dV = tile_width(K) - K, -V % widest
   pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
   fold = functools.partial(split.fold, count=pieces, chunk=config.chunk)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
-  if log_decay is not None and (log_decay.ndim == 3 or T % (pieces * config.chunk)):
-    # What fills up the last chunk must not decay the final state.
-    log_decay = fold(jnp.broadcast_to(log_decay, (B, T, H)))
-  output, final_state = _linear_attention(pad(q, dK), pad(k, dK), pad(v, dV), log_decay, state, scale, config)
+  if log_decay is not None and log_decay.ndim == 3:
+    log_decay = fold(log_decay)
+  # What fills up the last chunk must not decay the final state.
+  real = None if T % (pieces * config.chunk) == 0 else fold(jnp.ones((B, T, 1), bool))
+  output, final_state = _linear_attention(pad(q, dK), pad(k, dK), pad(v, dV), log_decay, state, real, scale, config)
   return split.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _linear_attention(q, k, v, log_decay, initial_state, scale, config):
-  output, _, final_state = _scan(q, k, v, log_decay, initial_state, scale, config, save=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _linear_attention(q, k, v, log_decay, initial_state, real, scale, config):
+  """`real` [B, T, 1] says which tokens are no filling, None if all are."""
+  output, _, final_state = _scan(q, k, v, _filled(log_decay, real), initial_state, scale, config, save=False)
   return output, final_state
 
 
-def _forward(q, k, v, log_decay, initial_state, scale, config):
-  output, states, final_state = _scan(q, k, v, log_decay, initial_state, scale, config)
-  return (output, final_state), (q, k, v, log_decay, states)
+def _forward(q, k, v, log_decay, initial_state, real, scale, config):
+  output, states, final_state = _scan(q, k, v, _filled(log_decay, real), initial_state, scale, config)
+  return (output, final_state), (q, k, v, log_decay, initial_state, real, states)
 
 
 def _backward(scale, config, residuals, cotangents):
-  q, k, v, log_decay, states = residuals
+  q, k, v, log_decay, initial_state, real, states = residuals
   do, dfinal_state = cotangents
-
-  def gradients(log_decay):
-    dv, dstates, dinitial_state = _scan(k, q, do, log_decay, dfinal_state, scale, config, reverse=True)
-    return *_dqk(q, k, v, log_decay, do, states, dstates, scale, config), dv, dinitial_state
-
-  dq, dk, dlog_decay, dv, dinitial_state = gradients(log_decay)
+  gate = _filled(log_decay, real)
+  dv, dstates, dinitial_state = _scan(k, q, do, gate, dfinal_state, scale, config, reverse=True)
+  dq, dk, dlog_decay = _dqk(q, k, v, gate, do, states, dstates, scale, config)
   if log_decay is not None and log_decay.ndim == 1:
-    # Computed as a decay per token, by kernels that the compiler drops when nobody asks for the gradient.
-    _, _, dlog_decay, _, _ = gradients(jnp.broadcast_to(log_decay, do.shape[:3]))
-    dlog_decay = jnp.sum(dlog_decay, axis=(0, 1))
-  return dq, dk, dv, dlog_decay, dinitial_state
+    dlog_decay = _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale, config)
+  return dq, dk, dv, dlog_decay, dinitial_state, None
 
 
 _linear_attention.defvjp(_forward, _backward, optimize_remat=True)
+
+
+def _filled(log_decay, real):
+  """The gates that the kernels read: a constant decay becomes one per token where a chunk is filled up."""
+  if log_decay is None or log_decay.ndim == 3 or real is None:
+    return log_decay
+  return jnp.where(real, log_decay[None, None], 0.0)
+
+
+def _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale, config):
+  """Gradient of a constant decay: the sum of those of a decay per token. Most of the sum cancels, so its terms need
+  float32 products. The compiler drops all of this when nobody asks for the gradient."""
+  q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
+  config = heuristic(q.shape[3], v.shape[3], q.dtype, min(config.chunk, 16))
+  real = jnp.ones((*do.shape[:2], 1), bool) if real is None else real
+  gate = _filled(log_decay, real)
+  _, states, _ = _scan(q, k, v, gate, initial_state, scale, config)
+  _, dstates, _ = _scan(k, q, do, gate, dfinal_state, scale, config, reverse=True)
+  return jnp.sum(jnp.where(real, _dqk(q, k, v, gate, do, states, dstates, scale, config)[2], 0.0), axis=(0, 1))
 
 
 # Kernel bodies. A ref holds one head: all T tokens or one chunk of them.
@@ -294,7 +312,7 @@ def _scan(q, k, v, log_decay, initial_state, scale, config, *, save=True, revers
     (update,) = run(jnp.zeros((v.shape[0], *initial_state.shape[1:])), outputs=False, save=False)
     kept = jnp.ones((v.shape[0], v.shape[2]))
     if log_decay is not None:
-      kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay)
+      kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay[None])
     initial_state = split.entry_states(initial_state, kept[..., None, None], update, reverse)
   output, *states, final = run(initial_state, outputs=True, save=save)
   return output, states[0] if save else None, split.exit_state(final, B, reverse)
