@@ -76,7 +76,8 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan, keys = tiles(V, (16, 4, 1), (32, 4, 1), (32, 8, 1)), tiles(K, (16, 4, 1), (32, 4, 1))
   else:
     scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
-    keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (64, 8, 2))
+    # With 4 warps and a single tile of 64 columns the loop over tiles is unrolled into more than the registers hold.
+    keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), *([(64, 4, 1), (64, 4, 2), (64, 4, 3)] if V > 64 else []))
   return {"depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan,
           "dqk": keys}
 
