@@ -70,7 +70,8 @@ def _jla(case):
 
   def attend(arguments):
     q, k, v = (arguments[name] for name in "qkv")
-    gate = arguments.get("log_decay", jnp.float32(0))
+    # Behind a barrier, or the compiler spends minutes on folding what is made of a constant array of gates.
+    gate = arguments.get("log_decay", jax.lax.optimization_barrier(jnp.float32(0)))
     if case.op == "gla":
       return linear_attention("gla", q, k, v, g=gate, impl=implementation)[0]
     return linear_attention("simple_gla", q, k, v, g=jnp.broadcast_to(gate, v.shape[:3]), impl=implementation)[0]

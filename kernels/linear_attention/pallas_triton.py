@@ -64,7 +64,7 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   # float32 spill too, so V is padded.
   scan = Tile(32, 8, 2) if wide else Tile(tile_width(V, 16 if K > 64 else 32), 8 if K > 128 else 4, 2)
   chunk = 16 if wide else 32 if K > 128 else 64
-  return Config(chunk_size or chunk, 32 if wide else 64, scan, scan,
+  return Config(chunk_size or chunk, 64, scan, scan,
                 Tile(tile_width(K, 16 if wide else 32), 4 if wide else 8, 1))
 
 
