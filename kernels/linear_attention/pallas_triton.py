@@ -160,8 +160,8 @@ def _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale,
   config = heuristic(q.shape[3], v.shape[3], q.dtype, min(config.chunk, 16))
   real = jnp.ones((*do.shape[:2], 1), bool) if real is None else real
   gate = _filled(log_decay, real)
-  _, states, _ = _scan(q, k, v, gate, initial_state, scale, config)
-  _, dstates, _ = _scan(k, q, do, gate, dfinal_state, scale, config, reverse=True)
+  _, states, _ = _scan(q, k, v, gate, initial_state, scale, config, outputs=False)
+  _, dstates, _ = _scan(k, q, do, gate, dfinal_state, scale, config, outputs=False, reverse=True)
   return jnp.sum(jnp.where(real, _dqk(q, k, v, gate, do, states, dstates, scale, config)[2], 0.0), axis=(0, 1))
 
 
@@ -305,8 +305,8 @@ def _gate(log_decay, rows, chunked):
   return [log_decay], [pl.BlockSpec((None, rows, None), lambda *i: (i[-1], i[1] if chunked else 0, i[-2]))]
 
 
-def _scan(q, k, v, log_decay, initial_state, scale, config, *, save=True, reverse=False):
-  """Output, entry state of each chunk if `save`, and final state, of pieces that follow each other."""
+def _scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, save=True, reverse=False):
+  """Output if `outputs`, entry state of each chunk if `save`, and final state, of pieces that follow each other."""
   run = functools.partial(_launch_scan, q, k, v, log_decay, scale=scale, config=config, reverse=reverse)
   B, T = initial_state.shape[0], v.shape[1]
   if v.shape[0] > B:
@@ -315,8 +315,8 @@ def _scan(q, k, v, log_decay, initial_state, scale, config, *, save=True, revers
     if log_decay is not None:
       kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay[None])
     initial_state = split.entry_states(initial_state, kept[..., None, None], update, reverse)
-  output, *states, final = run(initial_state, outputs=True, save=save)
-  return output, states[0] if save else None, split.exit_state(final, B, reverse)
+  *found, final = run(initial_state, outputs=outputs, save=save)
+  return found[0] if outputs else None, found[-1] if save else None, split.exit_state(final, B, reverse)
 
 
 def _launch_scan(q, k, v, log_decay, initial_state, *, scale, config, reverse, outputs, save):
