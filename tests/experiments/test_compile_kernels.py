@@ -109,6 +109,7 @@ class Config:
   scan: Tile
 
 heuristic = lambda K, V, dtype, chunk_size: Config(64, Tile(K))
+compiled.tuned.listed = lambda op, device: []
 compiled._module = lambda op: types.SimpleNamespace(Config=Config, heuristic=heuristic)
 compiled.sources = lambda op: op + SOURCES
 compiled.calls = lambda program: {"gla_scan": compiled.Call(str(program.K), "gla_scan", None, ())}

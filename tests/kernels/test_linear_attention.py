@@ -198,5 +198,5 @@ def test_bad_dtypes_and_values_are_named():
   for size in (0, 8, 48, 256):
     with pytest.raises(ValueError, match=f"chunk_size={size}; it must be one of 16, 32, 64, 128, or None"):
       linear_attention(x, x, x, g, chunk_size=size)
-  with pytest.raises(ValueError, match="'pallas' is unknown; known: xla_chunked, reference"):
+  with pytest.raises(ValueError, match="'pallas' is unknown; known: pallas_triton, xla_chunked, reference"):
     linear_attention(x, x, x, g, implementation="pallas")
