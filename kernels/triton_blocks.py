@@ -12,6 +12,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 LOG2E = 1.4426950408889634  # kernels use exp2 of logarithms in base 2
+CHUNKS = (16, 32, 64)
+MOST_KEYS = 256  # more do not leave room for a tile of the state in registers
+
+
+def declines(q, chunk_size: int | None) -> str | None:
+  """Why the kernels cannot run queries like `q` in chunks of `chunk_size`, or None. The op has checked dtypes."""
+  if q.shape[-1] > MOST_KEYS:
+    return f"{q.shape[-1]} key channels are more than {MOST_KEYS}"
+  if chunk_size is not None and chunk_size not in CHUNKS:
+    return f"chunk_size={chunk_size} is not one of {', '.join(map(str, CHUNKS))}"
+  return None
 
 
 def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num_stages, aliases=None):

@@ -39,8 +39,6 @@ from kernels import split, triton_blocks, tuned
 from kernels.triton_blocks import LOG2E, operand, rows_and_columns, tile_width
 from kernels.tuned import Tile
 
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-CHUNKS = (16, 32, 64)
 UNIT = 2.0**-17  # of gates summed as integers
 WEAKEST = -127.0  # of one gate, in base 2: 2^-127 is 0 to float32, and 64 such gates stay within int32
 
@@ -58,7 +56,7 @@ class Config:
 
 
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
-  """A configuration that compiles for every supported shape and device."""
+  """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
   wide = dtype == jnp.float32
   # Two stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first. Narrower tiles of
   # float32 spill too, so V is padded.
@@ -84,13 +82,7 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
 
 def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
   """Why these inputs cannot run here, or None."""
-  if q.dtype not in DTYPES:
-    return f"dtype {q.dtype} is not one of bfloat16, float16, float32"
-  if q.shape[-1] > 256:
-    return f"{q.shape[-1]} key channels are more than 256"
-  if chunk_size is not None and chunk_size not in CHUNKS:
-    return f"chunk_size={chunk_size} is not one of {', '.join(map(str, CHUNKS))}"
-  return None
+  return triton_blocks.declines(q, chunk_size)
 
 
 def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
@@ -139,7 +131,7 @@ def _backward(scale, config, residuals, cotangents):
   dv, dstates, dinitial_state = _scan(k, q, do, gate, dfinal_state, scale, config, reverse=True)
   dq, dk, dlog_decay = _dqk(q, k, v, gate, do, states, dstates, scale, config)
   if log_decay is not None and log_decay.ndim == 1:
-    dlog_decay = _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale, config)
+    dlog_decay = _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale)
   return dq, dk, dv, dlog_decay, dinitial_state, None
 
 
@@ -153,11 +145,11 @@ def _filled(log_decay, real):
   return jnp.where(real, log_decay[None, None], 0.0)
 
 
-def _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale, config):
+def _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale):
   """Gradient of a constant decay: the sum of those of a decay per token. Most of the sum cancels, so its terms need
   float32 products. The compiler drops all of this when nobody asks for the gradient."""
   q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
-  config = heuristic(q.shape[3], v.shape[3], q.dtype, min(config.chunk, 16))
+  config = heuristic(q.shape[3], v.shape[3], q.dtype, 16)  # 16 tokens divide every chunk
   real = jnp.ones((*do.shape[:2], 1), bool) if real is None else real
   gate = _filled(log_decay, real)
   _, states, _ = _scan(q, k, v, gate, initial_state, scale, config, outputs=False)
@@ -183,8 +175,8 @@ def _decay(g_ref, rows, C):
     return _Decay(None, None, None)
   index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
   if not g_ref.shape:
-    sums, last, unit = index + 1, C, jnp.maximum(g_ref[...] * LOG2E, WEAKEST)
-    return _Decay(jnp.exp2((sums).astype(jnp.float32) * unit), jnp.exp2((C - sums).astype(jnp.float32) * unit),
+    sums, unit = index + 1, jnp.maximum(g_ref[...] * LOG2E, WEAKEST)
+    return _Decay(jnp.exp2(sums.astype(jnp.float32) * unit), jnp.exp2((C - sums).astype(jnp.float32) * unit),
                   jnp.exp2(unit * C), sums, unit)
   g = jnp.maximum(g_ref[rows] * LOG2E, WEAKEST) / UNIT
   whole = jnp.floor(g)
