@@ -11,7 +11,7 @@ All exponents are sums of terms <= 0, never differences of cumulative sums, so t
 included) and consists of matrix products only. Its backward takes dP mirrored into a symmetric matrix: with Z_s the
 rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds those of dQ and dK likewise.
 
-Both kernels run over the flags of the other chunks too and leave those alone: in trained models they find no work.
+The kernels run over the flags of the other chunks too and leave those alone: in trained models they find no work.
 """
 
 import functools
@@ -26,7 +26,7 @@ from kernels.triton_blocks import LOG2E, masked_sum, operand, rows_and_columns
 
 WEAKEST = -40 * LOG2E  # of one gate, in base 2: a decay of 4e-18
 LIMIT = -60 * LOG2E  # of half a chunk, in base 2: factors up to 1e26, whose products with data and sums are finite
-GROUP = 16  # chunks a program looks through
+GROUP = 32  # chunks a program looks through
 KEYS = {"scores": 64, "dqkg": 16}  # K columns of a product and of a program; 8 warps: what spills least
 
 
@@ -111,32 +111,46 @@ def _scores_kernel(bounded_ref, q_ref, k_ref, g_ref, p_ref, *, scale, block, dot
   _each_unbounded(bounded_ref, run)
 
 
-def _dqkg_kernel(bounded_ref, decays_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, *refs, scale,
-                 chunk, block_v, dot):
-  C, K, dtype, sums = chunk, q_ref.shape[1], operand(q_ref.dtype), exact_sums(q_ref.dtype, dot)
+def _dscores_kernel(bounded_ref, v_ref, do_ref, dp_ref, *, block, dot):
+  C, V, dtype = dp_ref.shape[1], v_ref.shape[1], dp_ref.dtype
+  row, column = rows_and_columns(C)
+
+  def run(n):
+    rows = pl.ds(n * C, C)
+
+    def add_tile(i, dp):
+      tile = pl.ds(i * block, block)
+      v, do = v_ref[rows, tile].astype(dtype), do_ref[rows, tile].astype(dtype)
+      return dp + jnp.where(row >= column, dot(do, v.T), dot(v, do.T))
+
+    dp_ref[n] = jax.lax.fori_loop(0, V // block, add_tile, jnp.zeros((C, C), jnp.float32)).astype(dtype)
+
+  _each_unbounded(bounded_ref, run)
+
+
+def _dqkg_kernel(bounded_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, *refs,
+                 scale, block_v, dot):
+  C, K, dtype, sums = dp_ref.shape[1], q_ref.shape[1], dp_ref.dtype, exact_sums(q_ref.dtype, dot)
   dq_ref, dk_ref, dg_ref = refs[3:]  # the first three are the same arrays as they come in
   row, column = rows_and_columns(C)
-  square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, K), jnp.float32)
+  wide = jnp.zeros((C, K), jnp.float32)
 
   def run(n):
     rows = pl.ds(n * C, C)
 
     def add_tile(i, carry):
-      dp, dq, dk, through = carry
+      dq, dk, through = carry
       tile = pl.ds(i * block_v, block_v)
       v, do = v_ref[rows, tile].astype(dtype), do_ref[rows, tile].astype(dtype)
       state, dstate = states_ref[n, :, tile], dstates_ref[n, :, tile]
       through += jnp.sum(state.astype(jnp.float32) * dstate.astype(jnp.float32), axis=1)
-      dp += jnp.where(row >= column, dot(do, v.T), dot(v, do.T))
-      return dp, dq + dot(do, state.T), dk + dot(v, dstate.T), through
+      return dq + dot(do, state.T), dk + dot(v, dstate.T), through
 
-    dp, dq, dk, through = jax.lax.fori_loop(
-        0, v_ref.shape[1] // block_v, add_tile, (square, wide, wide, jnp.sum(wide, axis=0)))
+    dq, dk, through = jax.lax.fori_loop(0, v_ref.shape[1] // block_v, add_tile, (wide, wide, jnp.sum(wide, axis=0)))
     g = gates(g_ref, rows, slice(None))
     q = lambda: q_ref[rows, :].astype(jnp.float32) * scale
     k = lambda: k_ref[rows, :].astype(jnp.float32)
-    diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
-    dp = dp.astype(dtype)
+    diagonal = jnp.sum(jnp.where(row == column, dp_ref[n].astype(jnp.float32), 0.0), axis=1)[:, None]
     # The states are those of the middle of the chunk in the channels that are bounded for themselves.
     enter, keep, exit = (decays_ref[n, i, :][None] for i in range(3))
     dq, dk = dq * jnp.exp2(sums(upto(C), g) - jnp.log2(enter)), dk * jnp.exp2(sums(after(C), g) - jnp.log2(exit))
@@ -147,7 +161,7 @@ def _dqkg_kernel(bounded_ref, decays_ref, q_ref, k_ref, g_ref, v_ref, do_ref, st
       dq, dk, inside = carry
       pairs, second, decay = _level(level, g, sums)
       z = (jnp.where(second, q(), k()) * decay).astype(dtype)
-      dz = dot(jnp.where(pairs, dp, 0).astype(dtype), z)
+      dz = dot(jnp.where(pairs, dp_ref[n], 0), z)
       flow, dz = z.astype(jnp.float32) * dz, decay * dz
       return (dq + jnp.where(second, dz, 0.0), dk + jnp.where(second, 0.0, dz),
               inside + jnp.where(second, flow, -flow))
@@ -169,7 +183,7 @@ def _group(N):
   return math.gcd(N, GROUP)
 
 
-def _tokens(rows, width, tiled):
+def _tokens(rows, width, tiled=False):
   return pl.BlockSpec((None, rows, None, width), lambda t, n, h, b: (b, n, h, t if tiled else 0))
 
 
@@ -177,29 +191,45 @@ def _flags(N):
   return pl.BlockSpec((None, None, _group(N)), lambda t, n, h, b: (b, h, n))
 
 
+def _squares(N, C):
+  return pl.BlockSpec((None, None, _group(N), C, C), lambda t, n, h, b: (b, h, n, 0, 0))
+
+
 def scores(bounded, q, k, g, scale, chunk):
   """P `[B, H, N, C, C]` of the chunks whose flag `bounded[B, H, N]` is 0; the others are left unwritten."""
-  B, T, H, K = q.shape
-  N, C = T // chunk, chunk
-  keys = _tokens(_group(N) * C, K, tiled=False)
+  B, H, N = bounded.shape
+  block = min(KEYS["scores"], q.shape[3])
+  return _launch_square(functools.partial(_scores_kernel, scale=scale, block=block), "gla_exact_scores",
+                        bounded, (q, k, g), chunk)
+
+
+def dscores(bounded, v, do, chunk):
+  """dP of the same chunks, mirrored into a symmetric matrix."""
+  return _launch_square(functools.partial(_dscores_kernel, block=min(32, v.shape[3])), "gla_exact_dscores",
+                        bounded, (v, do), chunk)
+
+
+def _launch_square(kernel, name, bounded, inputs, C):
+  B, H, N = bounded.shape
   return triton_blocks.launch(
-      functools.partial(_scores_kernel, scale=scale, block=min(KEYS["scores"], K)), name="gla_exact_scores",
-      grid=(1, N // _group(N), H, B), in_specs=[_flags(N), keys, keys, keys],
-      out_specs=pl.BlockSpec((None, None, _group(N), C, C), lambda t, n, h, b: (b, h, n, 0, 0)),
-      out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(q.dtype)), num_warps=8, num_stages=1)(bounded, q, k, g)
+      kernel, name=name, grid=(1, N // _group(N), H, B),
+      in_specs=[_flags(N), *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]], out_specs=_squares(N, C),
+      out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(inputs[0].dtype)), num_warps=8, num_stages=1)(
+          bounded, *inputs)
 
 
 def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chunk):
   """`gradients` of q, k and g with those of the chunks whose flag is 0 replaced."""
   (B, T, H, K), V = q.shape, v.shape[3]
   N, block = T // chunk, min(KEYS["dqkg"], K)
-  keys, values = (_tokens(_group(N) * chunk, width, tiled) for width, tiled in ((block, True), (V, False)))
+  keys, values = _tokens(_group(N) * chunk, block, tiled=True), _tokens(_group(N) * chunk, V)
   state = pl.BlockSpec((None, None, _group(N), block, V), lambda t, n, h, b: (b, h, n, t, 0))
   rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, h, n, 0, t))
   return triton_blocks.launch(
-      functools.partial(_dqkg_kernel, scale=scale, chunk=chunk, block_v=16), name="gla_exact_dqkg",
+      functools.partial(_dqkg_kernel, scale=scale, block_v=min(32, V)), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B),
-      in_specs=[_flags(N), rows, keys, keys, keys, values, values, state, state, keys, keys, keys],
+      in_specs=[_flags(N), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state, keys, keys, keys],
       out_specs=[keys] * 3,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={9: 0, 10: 1, 11: 2}, num_warps=8,
-      num_stages=1)(bounded, decays, q, k, g, v, do, states, dstates, *gradients)
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={10: 0, 11: 1, 12: 2},
+      num_warps=8, num_stages=1)(
+          bounded, decays, dscores(bounded, v, do, chunk), q, k, g, v, do, states, dstates, *gradients)

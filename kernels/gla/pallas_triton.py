@@ -66,8 +66,8 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
   wide = dtype == jnp.float32
   # Two stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first.
-  scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8, 2)
-  keys = Tile(tile_width(K, 16 if wide else 32), 4 if wide else 8, 1)
+  scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide or K > 128 else 4, 2)
+  keys = Tile(tile_width(K, 16 if wide else 32), 4, 1)
   return Config(chunk_size or (16 if wide else 64), 64 if wide else 128, keys, scan, scan, keys)
 
 

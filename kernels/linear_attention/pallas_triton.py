@@ -62,8 +62,8 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   # float32 spill too, so V is padded.
   scan = Tile(32, 8, 2) if wide else Tile(tile_width(V, 16 if K > 64 else 32), 8 if K > 128 else 4, 2)
   chunk = 16 if wide else 32 if K > 128 else 64
-  return Config(chunk_size or chunk, 64, scan, scan,
-                Tile(tile_width(K, 16 if wide else 32), 4 if wide else 8, 1))
+  keys = Tile(tile_width(K, 16), 4, 1) if wide else Tile(tile_width(K, 32), 4 if K > 16 else 8, 2)
+  return Config(chunk_size or chunk, 64, scan, scan, keys)
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
@@ -76,8 +76,8 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
     # With 4 warps and a single tile of 64 columns the loop over tiles is unrolled into more than the registers hold.
     keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), *([(64, 4, 1), (64, 4, 2), (64, 4, 3)] if V > 64 else []))
-  return {"depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan,
-          "dqk": keys}
+  return {"chunk": [16 if wide else 64], "depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan,
+          "reverse_scan": scan, "dqk": keys}
 
 
 def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
@@ -170,15 +170,16 @@ class _Decay:
   unit: float | jax.Array = 1.0
 
 
-def _decay(g_ref, rows, C):
-  if g_ref is None:
+def _decay(g, C):
+  """Of the gates `[C]` of a chunk, or the constant one of all its tokens, or None."""
+  if g is None:
     return _Decay(None, None, None)
   index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
-  if not g_ref.shape:
-    sums, unit = index + 1, jnp.maximum(g_ref[...] * LOG2E, WEAKEST)
+  if not g.shape:
+    sums, unit = index + 1, jnp.maximum(g * LOG2E, WEAKEST)
     return _Decay(jnp.exp2(sums.astype(jnp.float32) * unit), jnp.exp2((C - sums).astype(jnp.float32) * unit),
                   jnp.exp2(unit * C), sums, unit)
-  g = jnp.maximum(g_ref[rows] * LOG2E, WEAKEST) / UNIT
+  g = jnp.maximum(g * LOG2E, WEAKEST) / UNIT
   whole = jnp.floor(g)
   sums = jnp.cumsum(whole.astype(jnp.int32)) + jnp.floor(jnp.cumsum(g - whole) + 0.5).astype(jnp.int32)
   last = jnp.min(sums)
@@ -217,7 +218,7 @@ def _scan_kernel(*refs, gated, outputs, save, reverse, scale, chunk, depth, dot)
     n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
     v = v_ref[rows, :].astype(dtype)
-    decay = _decay(g_ref, rows, C)
+    decay = _decay(g_ref[rows if g_ref.shape else ...] if gated else None, C)
     query_weights, key_weights = (decay.upto, scale), (decay.after,)
     if reverse:
       query_weights, key_weights = key_weights, query_weights
@@ -250,6 +251,9 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
   square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, K), jnp.float32)
   row, column = rows_and_columns(C)
   f32 = lambda x: x.astype(jnp.float32)
+  # Loads that stand here wait beside those of the loop, not after them.
+  q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
+  gate = g_ref[...] if gated else None
 
   def add_tile(i, carry):
     dp, dpt, dq, dk, through = carry
@@ -263,8 +267,7 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
 
   dp, dpt, dq_state, dk_state, through = jax.lax.fori_loop(
       0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, jnp.sum(wide, axis=0)))
-  decay = _decay(g_ref, slice(None), C)
-  q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
+  decay = _decay(gate, C)
   dp, dpt = (scale * _between(decay, C, transposed) * x for transposed, x in ((False, dp), (True, dpt)))
   dq_state, dk_state = _weigh(dq_state, decay.upto, scale), _weigh(dk_state, decay.after)
   if not dg_ref:
