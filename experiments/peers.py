@@ -4,9 +4,11 @@
 `jla`: jax-linear-attention (JAX, Mosaic GPU on Hopper; plain JAX on a CPU). `cudnn`: softmax attention.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ OPS = {"fla": ("gla", "linear_attention"), "jla": ("gla", "linear_attention"), "
 _MODULES = {"fla": ("torch", "fla"), "jla": ("jla",), "cudnn": ()}
 PACKAGES = {"fla": ("fla-core", "torch", "triton"), "jla": ("jax-linear-attention", "jax", "jaxlib"),
             "cudnn": ("jax", "jaxlib", "nvidia-cudnn-cu13")}
+_IMPORT = threading.Lock()
 
 
 def missing(peer: str) -> str | None:
@@ -67,6 +70,9 @@ def _jla(case):
 
   # By name: its own choice falls back to plain JAX without a word.
   implementation = "mosaic_gpu" if jax.default_backend() == "gpu" else "chunked"
+  if implementation == "mosaic_gpu":
+    with _IMPORT:  # it registers its kernels while this is imported, and calls are compiled side by side
+      importlib.import_module("jla.ops.mosaic_gpu")
 
   def attend(arguments):
     q, k, v = (arguments[name] for name in "qkv")

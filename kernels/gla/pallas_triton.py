@@ -28,7 +28,8 @@ S', which never overflow; its P and gradients come from `kernels.gla.exact_chunk
 | backward | `gla_dqkg` | X, Y, g, v, do, M, dM | dq, dk, dlog_decay | 3584 |
 
 The scan carries a tile of V's columns of the state in registers over all chunks; where few heads leave the GPU idle,
-`kernels.split` cuts the sequence, and `gla_piece`, the scan without outputs, finds each piece's entry state.
+`kernels.split` cuts the sequence, and `gla_piece`, the scan without outputs, finds each piece's entry state. For wide
+heads `gla_scores` computes P once, in both passes (reads X, Y, writes P, C elements a token-head), and not each V tile.
 
 Residuals: the inputs and the chunk states, 2 K V / C bytes a token-head for 16-bit inputs (512 at K = V = 128). 16-bit
 inputs use bfloat16 operands, states and factors; float32 inputs keep float32.
@@ -51,11 +52,13 @@ from kernels.tuned import Tile
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tokens a chunk, K columns of one product in the scans, and the tile of each kernel: K columns of factors, V columns
-  of the scans, K columns of a dqkg program, which takes as many V columns at a time."""
+  """Tokens a chunk, K columns of one product in the scans, and the tile of each kernel: K columns of a product of
+  scores (None: the scans compute P), K columns of factors, V columns of the scans, K columns of a dqkg program, which
+  takes as many V columns at a time."""
 
   chunk: int
   depth: int
+  scores: Tile | None
   factors: Tile
   scan: Tile
   reverse_scan: Tile
@@ -68,7 +71,7 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   # Two stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first.
   scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide or K > 128 else 4, 2)
   keys = Tile(tile_width(K, 16 if wide else 32), 4, 1)
-  return Config(chunk_size or (16 if wide else 64), 64 if wide else 128, keys, scan, scan, keys)
+  return Config(chunk_size or (16 if wide else 64), 64 if wide else 128, None, keys, scan, scan, keys)
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
@@ -81,7 +84,9 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
     # With 4 warps and a single tile of 64 columns the loop over tiles is unrolled into more than the registers hold.
     keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), *([(64, 4, 1), (64, 4, 2), (64, 4, 3)] if V > 64 else []))
-  return {"depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan,
+  # Where many V tiles would each compute P again, and its accumulator costs the registers of a second program.
+  scores = [Tile(64, 4, 2)] if not wide and K > 128 else []
+  return {"scores": scores, "depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan,
           "dqkg": keys, "factors": tiles(K, (64, 4, 1), (128, 4, 1))}
 
 
@@ -167,7 +172,15 @@ def _factors_kernel(q_ref, k_ref, g_ref, x_ref, y_ref, decays_ref, bounded_ref, 
   decays_ref[2, :] = jnp.exp2(jnp.where(bounded, second, 0.0))
 
 
-def _scan_kernel(x_ref, y_ref, decays_ref, *refs, outputs, save, reverse, chunk, depth, dot):
+def _scores_kernel(bounded_ref, x_ref, y_ref, _, p_ref, *, depth, dot):
+  tiles = [pl.ds(i * depth, depth) for i in range(x_ref.shape[1] // depth)]
+
+  @pl.when(bounded_ref[...] == 1)
+  def _():
+    p_ref[...] = sum(dot(x_ref[:, tile], y_ref[:, tile].T) for tile in tiles).astype(p_ref.dtype)
+
+
+def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse, chunk, depth, dot):
   if outputs:
     bounded_ref, p_ref, *refs = refs
   z_ref, initial_ref, *refs, final_ref = refs
@@ -184,11 +197,14 @@ def _scan_kernel(x_ref, y_ref, decays_ref, *refs, outputs, save, reverse, chunk,
     ys, z = [y_ref[rows, tile] for tile in tiles], z_ref[rows, :].astype(dtype)
     if outputs:
       xs = [x_ref[rows, tile] for tile in tiles]
-      p = sum(dot(x, y.T) for x, y in zip(xs, ys)).astype(dtype)
-      bounded = bounded_ref[n] == 1
-      exact = plt.load(p_ref.at[n], mask=jnp.broadcast_to(jnp.logical_not(bounded), (C, C)), other=0.0)
-      p = jnp.where(causal, jnp.where(bounded, p, exact.T if reverse else exact), 0.0).astype(dtype)
-      o = dot(p, z)
+      if scores:
+        p = p_ref[n].T if reverse else p_ref[n]
+      else:
+        p = sum(dot(x, y.T) for x, y in zip(xs, ys)).astype(dtype)
+        bounded = bounded_ref[n] == 1
+        exact = plt.load(p_ref.at[n], mask=jnp.broadcast_to(jnp.logical_not(bounded), (C, C)), other=0.0)
+        p = jnp.where(bounded, p, exact.T if reverse else exact)
+      o = dot(jnp.where(causal, p, 0.0).astype(dtype), z)
     next_states = []
     for i, (tile, state) in enumerate(zip(tiles, states)):
       state = decay(n, enter, tile) * state
@@ -269,7 +285,21 @@ def _factors(q, k, g, scale, config):
                  jax.ShapeDtypeStruct((K // block, B, H, N), jnp.int32)],
       num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, g)
   bounded = jnp.min(bounded, axis=0)
-  return x, y, decays, bounded, exact_chunks.scores(bounded, q, k, g, scale, config.chunk)
+  p = exact_chunks.scores(bounded, q, k, g, scale, config.chunk)
+  return x, y, decays, bounded, _scores(bounded, x, y, p, config) if config.scores else p
+
+
+def _scores(bounded, x, y, p, config):
+  """`p` with the P of every other chunk; entries above the diagonal are no part of it."""
+  (B, T, H, K), tile = x.shape, config.scores
+  keys = _chunk(config, K, tiled=True)
+  square = pl.BlockSpec((None, None, None, *p.shape[3:]), lambda t, n, h, b: (b, h, n, 0, 0))
+  return triton_blocks.launch(
+      functools.partial(_scores_kernel, depth=min(tile.block, K)), name="gla_scores",
+      grid=(1, T // config.chunk, H, B), aliases={3: 0},
+      in_specs=[pl.BlockSpec((None, None, None), lambda t, n, h, b: (b, h, n)), keys, keys, square], out_specs=square,
+      out_shape=jax.ShapeDtypeStruct(p.shape, p.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages)(
+          bounded, x, y, p)
 
 
 def _scan(factors, z, initial_state, config, *, save=True, reverse=False):
@@ -300,8 +330,8 @@ def _launch_scan(factors, z, initial_state, *, config, tile, reverse, outputs, s
                *[jax.ShapeDtypeStruct((B, H, N, K, V), dtype)] * save,
                jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
   return triton_blocks.launch(
-      functools.partial(_scan_kernel, outputs=outputs, save=save, reverse=reverse, chunk=C,
-                        depth=min(config.depth, K)),
+      functools.partial(_scan_kernel, scores=bool(config.scores), outputs=outputs, save=save, reverse=reverse,
+                        chunk=C, depth=min(config.depth, K)),
       name="gla_scan" if outputs else "gla_piece", grid=(V // block, H, B),
       in_specs=[keys, keys, all_chunks(3, K), *[all_chunks(), all_chunks(C, C)] * outputs, values, state],
       out_specs=[*[values] * outputs, *[states] * save, state], out_shape=out_shape, num_warps=tile.num_warps,

@@ -18,7 +18,8 @@ exchanged: one scan kernel computes both. It carries the state of a tile of V's 
 | backward | `linear_attention_dqk` | q, k, v, g, do, S, dS' | dq, dk, dg | 2560 |
 
 Where few heads leave the GPU idle, `kernels.split` cuts the sequence, and `linear_attention_piece`, the scan without
-outputs, finds each piece's entry state.
+outputs, finds each piece's entry state. For wide heads `linear_attention_scores` computes P once, in both passes (reads
+q, k, g, writes P, C elements a token-head), and not each V tile.
 
 Residuals: the inputs and the chunk states, 2 K V / C bytes a token-head for 16-bit inputs (512 at K = V = 128). 16-bit
 inputs use bfloat16 operands and states; float32 inputs keep float32.
@@ -45,11 +46,13 @@ WEAKEST = -127.0  # of one gate, in base 2: 2^-127 is 0 to float32, and 64 such 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tokens a chunk, K columns of one product in the scans, and the tile of each kernel: V columns of the scans, K
-  columns of a dqk program, which takes as many V columns at a time."""
+  """Tokens a chunk, K columns of one product in the scans, and the tile of each kernel: K columns of a product of
+  scores (None: the scans compute P), V columns of the scans, K columns of a dqk program, which takes as many V columns
+  at a time."""
 
   chunk: int
   depth: int
+  scores: Tile | None
   scan: Tile
   reverse_scan: Tile
   dqk: Tile
@@ -63,7 +66,7 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   scan = Tile(32, 8, 2) if wide else Tile(tile_width(V, 16 if K > 64 else 32), 8 if K > 128 else 4, 2)
   chunk = 16 if wide else 32 if K > 128 else 64
   keys = Tile(tile_width(K, 16), 4, 1) if wide else Tile(tile_width(K, 32), 4 if K > 16 else 8, 2)
-  return Config(chunk_size or chunk, 64, scan, scan, keys)
+  return Config(chunk_size or chunk, 64, None, scan, scan, keys)
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
@@ -76,8 +79,10 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
     # With 4 warps and a single tile of 64 columns the loop over tiles is unrolled into more than the registers hold.
     keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), *([(64, 4, 1), (64, 4, 2), (64, 4, 3)] if V > 64 else []))
-  return {"chunk": [16 if wide else 64], "depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan,
-          "reverse_scan": scan, "dqk": keys}
+  # Where many V tiles would each compute P again, and its accumulator costs the registers of a second program.
+  scores = [Tile(64, 4, 2)] if not wide and K > 128 else []
+  return {"chunk": [16 if wide else 64], "scores": scores, "depth": sorted({32 if wide else 64, tile_width(K)}),
+          "scan": scan, "reverse_scan": scan, "dqk": keys}
 
 
 def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
@@ -207,9 +212,19 @@ def _weigh(x, *weights):
   return x
 
 
-def _scan_kernel(*refs, gated, outputs, save, reverse, scale, chunk, depth, dot):
+def _scores_kernel(*refs, gated, transposed, scale, depth, dot):
+  q_ref, k_ref, *g_ref, p_ref = refs
+  (C, K), dtype = q_ref.shape, p_ref.dtype
+  decay = _decay(g_ref[0][...] if gated else None, C)
+  tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
+  p = sum(dot(q_ref[:, tile].astype(dtype), k_ref[:, tile].astype(dtype).T) for tile in tiles)
+  p_ref[...] = (_between(decay, C, transposed) * (scale * p)).astype(dtype)
+
+
+def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, depth, dot):
   q_ref, k_ref, v_ref, *refs = refs
   g_ref = refs.pop(0) if gated else None
+  p_ref = refs.pop(0) if scores else None
   initial_ref, *refs, final_ref = refs
   C, dtype, (T, K) = chunk, operand(k_ref.dtype), k_ref.shape
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
@@ -230,10 +245,12 @@ def _scan_kernel(*refs, gated, outputs, save, reverse, scale, chunk, depth, dot)
         refs[-1][n, tile, :] = entry
       if outputs:
         q = q_ref[rows, tile].astype(dtype)
-        p, o = p + dot(q, k.T), o + dot(q, entry)
+        o += dot(q, entry)
+        if not scores:
+          p += dot(q, k.T)
       next_states.append(dot(k.T, weighted) + (state if decay.total is None else decay.total * state))
     if outputs:
-      p = (_between(decay, C, transposed=reverse) * (scale * p)).astype(dtype)
+      p = p_ref[n] if scores else (_between(decay, C, transposed=reverse) * (scale * p)).astype(dtype)
       refs[0][rows, :] = (_weigh(o, *query_weights) + dot(p, v)).astype(refs[0].dtype)
     return tuple(next_states)
 
@@ -323,15 +340,33 @@ def _launch_scan(q, k, v, log_decay, initial_state, *, scale, config, reverse, o
   state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
   states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
   gate, gate_spec = _gate(log_decay, T, chunked=False)
+  p, p_spec = [], []
+  if config.scores and outputs:
+    p = [_scores(q, k, log_decay, scale, config, reverse)]
+    p_spec = [pl.BlockSpec((None, None, N, config.chunk, config.chunk), lambda t, h, b: (b, h, 0, 0, 0))]
   return triton_blocks.launch(
-      functools.partial(_scan_kernel, gated=bool(gate), outputs=outputs, save=save, reverse=reverse, scale=scale,
-                        chunk=config.chunk, depth=min(config.depth, K)),
+      functools.partial(_scan_kernel, gated=bool(gate), scores=bool(p), outputs=outputs, save=save, reverse=reverse,
+                        scale=scale, chunk=config.chunk, depth=min(config.depth, K)),
       name="linear_attention_scan" if outputs else "linear_attention_piece", grid=(V // block, H, B),
-      in_specs=[keys, keys, values, *gate_spec, state], out_specs=[*[values] * outputs, *[states] * save, state],
+      in_specs=[keys, keys, values, *gate_spec, *p_spec, state],
+      out_specs=[*[values] * outputs, *[states] * save, state],
       out_shape=[*[jax.ShapeDtypeStruct(v.shape, v.dtype)] * outputs,
                  *[jax.ShapeDtypeStruct((B, H, N, K, V), operand(v.dtype))] * save,
                  jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)],
-      num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, v, *gate, initial_state)
+      num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, v, *gate, *p, initial_state)
+
+
+def _scores(q, k, log_decay, scale, config, transposed):
+  """P `[B, H, N, C, C]`, or its transpose when q and k are exchanged."""
+  (B, T, H, K), C, tile = q.shape, config.chunk, config.scores
+  keys = pl.BlockSpec((None, C, None, K), lambda t, n, h, b: (b, n, h, 0))
+  gate, gate_spec = _gate(log_decay, C, chunked=True)
+  return triton_blocks.launch(
+      functools.partial(_scores_kernel, gated=bool(gate), transposed=transposed, scale=scale, depth=min(tile.block, K)),
+      name="linear_attention_scores", grid=(1, T // C, H, B), in_specs=[keys, keys, *gate_spec],
+      out_specs=pl.BlockSpec((None, None, None, C, C), lambda t, n, h, b: (b, h, n, 0, 0)),
+      out_shape=jax.ShapeDtypeStruct((B, H, T // C, C, C), operand(q.dtype)), num_warps=tile.num_warps,
+      num_stages=tile.num_stages)(q, k, *gate)
 
 
 def _dqk(q, k, v, log_decay, do, states, dstates, scale, config):

@@ -4,6 +4,7 @@
 the grid of an op and writes every error, and the configuration that ran, to FILE.
 """
 
+import dataclasses
 import functools
 import importlib
 
@@ -79,6 +80,19 @@ INTERPRETED = {
 @pytest.mark.parametrize("op, case", [(op, case) for op in OPS for case in INTERPRETED[op]], ids=str)
 def test_interpreted_kernels_match_the_scan(op, case, record_property, monkeypatch):
   check(op, case, record_property, monkeypatch)
+
+
+@pytest.mark.parametrize("op, case", [
+    ("gla", Case(T=128, H=2, K=32, V=32, dtype="bfloat16", gate="logit_-20", segments=(1, 15, 70, 1, 41))),
+    ("linear_attention", Case(T=100, H=2, K=32, V=32, dtype="bfloat16", decay="token", segments=(1, 59, 40))),
+    ("linear_attention", Case(T=65, H=2, K=32, V=32, dtype="float32", decay="head")),
+], ids=str)
+def test_scores_from_a_kernel_of_their_own(op, case, record_property, monkeypatch):
+  module = importlib.import_module(f"kernels.{op}.pallas_triton")
+  heuristic = module.heuristic
+  monkeypatch.setattr(module, "heuristic",
+                      lambda *shape: dataclasses.replace(heuristic(*shape), scores=tuned.Tile(16, 4, 1)))
+  assert check(op, case, record_property, monkeypatch).scores
 
 
 def gpu_grid(op):
