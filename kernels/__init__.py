@@ -4,8 +4,9 @@ Each op returns `(output, final_state)` and picks an implementation by the input
 says which. Importing this package starts no device.
 """
 
+from kernels.delta_rule import delta_rule
 from kernels.dispatch import explain
 from kernels.gla import gla
 from kernels.linear_attention import linear_attention
 
-__all__ = ["explain", "gla", "linear_attention"]
+__all__ = ["delta_rule", "explain", "gla", "linear_attention"]

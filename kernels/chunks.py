@@ -18,6 +18,7 @@ start of the chunk, and `after` each row to its end.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,6 +61,12 @@ def heads_first(arrays):
 def wide(x):
   """`x` in float32."""
   return x.astype(jnp.float32)
+
+
+def normalize(x):
+  """Rows of norm 1, in float32. The same 1e-6 as in the published layers keeps a row of zeros finite."""
+  x = wide(x)
+  return x * jax.lax.rsqrt(rowsum(x * x) + 1e-6)
 
 
 def rowsum(x):
@@ -110,3 +117,40 @@ def sum_exponent_cotangents(de):
   # A batched product: XLA on a CPU would otherwise move the batch of the large operand to the end and back.
   terms = jnp.broadcast_to(terms.reshape(-1, C).T, (B, H, C, terms.shape[0] * C))
   return jnp.einsum("bhjr,bhrk->bhjk", terms, de.reshape(B, H, -1, K), precision="highest")
+
+
+def exponents(g):
+  """Sums of a decay per token g `[B, H, C, 1]`, each formed directly, so that a reset costs no precision.
+
+  Returns:
+    between: `[B, H, C, C]`, over (j, i] for i >= j; zero above the diagonal.
+    upto, after: `[B, H, C, 1]`, up to and including i, and over the tokens after j.
+    total: `[B, H, 1, 1]`, over the chunk.
+  """
+  row, column = np.indices((g.shape[2], g.shape[2]))
+  below, upto = np.float32(row > column), np.float32(row >= column)
+  sums = lambda terms, g: jnp.einsum("ir,bhrj->bhij", terms, g, precision="highest")
+  return sums(upto, below[None, None] * g), sums(upto, g), sums(below.T, g), jnp.sum(g, axis=2, keepdims=True)
+
+
+def unit_lower_inverse(lower):
+  """(I + lower)^-1 for strictly lower triangular `[..., C, C]` in float32, C a power of two of at least 16.
+
+  Diagonal blocks of 16 rows by forward substitution, then [[A, 0], [L, B]]^-1 = [[A', 0], [-B' L A', B']] with A', B'
+  the inverses so far. For correlated keys the powers of `lower` are larger than its inverse by many orders of
+  magnitude, and a product of them, the Neumann series, would lose every digit.
+  """
+  C, size = lower.shape[-1], 16
+  blocks = lambda row, size: jnp.stack(
+      [lower[..., i + row:i + row + size, i:i + size] for i in range(0, C, size + row)], axis=-3)
+  diagonal = blocks(0, size)
+  inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), diagonal.shape)
+  for j in range(size - 1):
+    inverse -= diagonal[..., :, j:j + 1] * inverse[..., j:j + 1, :]
+  while size < C:
+    top, bottom = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+    corner = -jnp.matmul(jnp.matmul(bottom, blocks(size, size), precision="highest"), top, precision="highest")
+    inverse = jnp.concatenate([
+        jnp.concatenate([top, jnp.zeros_like(top)], axis=-1), jnp.concatenate([corner, bottom], axis=-1)], axis=-2)
+    size *= 2
+  return inverse[..., 0, :, :]

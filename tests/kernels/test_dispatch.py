@@ -44,7 +44,7 @@ def test_a_named_implementation_runs_or_raises():
     kernels.gla(x, x, x, x, implementation="pallas_triton", chunk_size=128)
   with pytest.raises(ValueError, match="'triton' is unknown; known: pallas_triton, xla_chunked, reference"):
     kernels.gla(x, x, x, x, implementation="triton")
-  with pytest.raises(ValueError, match="op='attention' is unknown; known: gla, linear_attention"):
+  with pytest.raises(ValueError, match="op='attention' is unknown; known: delta_rule, gla, linear_attention"):
     kernels.explain("attention", X, X, X, X)
 
 
@@ -61,5 +61,5 @@ def test_import_is_light():
   code = ("import sys, kernels, jax._src.xla_bridge as bridge; assert not bridge._backends; "
           "assert not any('pallas' in name for name in sys.modules if name.startswith(('jax', 'kernels'))); "
           "assert not hasattr(kernels, '__version__'); "
-          "assert kernels.__all__ == ['explain', 'gla', 'linear_attention']")
+          "assert kernels.__all__ == ['delta_rule', 'explain', 'gla', 'linear_attention']")
   subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,61 @@
+"""The delta rule, gated or not: the op's contract, its checks, and what every implementation may rely on."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import chunks, contract, dispatch
+from kernels.delta_rule.reference import step
+
+__all__ = ["delta_rule", "step"]
+
+
+def delta_rule(
+    q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"], beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | None = None, *, normalize_qk: bool = False,
+    initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None, chunk_size: int | None = None, implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+  """The delta rule: S_t = a_t S_{t-1} + beta_t k_t^T (v_t - a_t k_t S_{t-1}) and o_t = scale * q_t S_t, per head.
+
+  What the decayed state holds under the key, k_t a_t S_{t-1}, moves by the share beta_t towards v_t: a step of gradient
+  descent on |k_t S - v_t|^2 / 2.
+
+  Args:
+    q, k: key heads G divide the value heads H; value head h reads key head h // (H / G).
+    beta: in [0, 2] for keys of norm 1, where beyond 1 the state may change sign along the key; no check at run time. A
+      longer key needs a smaller one: the state grows without bound where beta_t |k_t|^2 stays above 2.
+    log_decay: natural log of a_t, <= 0. None: no decay (DeltaNet); per token: Gated DeltaNet.
+    normalize_qk: divides q and k by their norm in each head, x * rsqrt(sum(x^2) + 1e-6) in float32.
+    initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
+    segment_ids: the state restarts from zero at each token whose id differs from the one before it.
+    scale: K**-0.5 if None.
+    chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
+    implementation: "xla_chunked" or "reference"; None takes the first that supports the inputs and the default backend
+      (`kernels.explain` says which).
+  Returns:
+    The output in v's dtype, and S_T in float32.
+  Raises:
+    ValueError: shapes, dtypes, chunk_size or implementation break a rule; the message names both.
+    NotImplementedError: the named implementation cannot run these inputs.
+  Source: Yang et al., arXiv:2406.06484, section 3 (delta rule, chunks); arXiv:2412.06464, section 3 (with decay);
+    Grazzi et al., arXiv:2411.12537, section 4 (beta in [0, 2]).
+  """
+  contract.check("delta_rule", q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  for name, x, rest in (("beta", beta, ""), ("log_decay", log_decay, ", or None")):
+    contract.require("delta_rule", x is None or x.shape == v.shape[:3],
+                     f"{name} has shape {jnp.shape(x)}; it must be [batch, time, heads] {v.shape[:3]}{rest}")
+  contract.require("delta_rule", beta.dtype in contract.DTYPES,
+                   f"beta has dtype {beta.dtype}; it must be bfloat16, float16 or float32")
+  (B, T, H, V), K = v.shape, q.shape[-1]
+  beta = beta.astype(jnp.float32)
+  if log_decay is not None:
+    log_decay = log_decay.astype(jnp.float32)
+  if segment_ids is not None:
+    log_decay = jnp.zeros((B, T, H), jnp.float32) if log_decay is None else log_decay
+    log_decay = jnp.where(chunks.segment_starts(segment_ids)[:, :, None], chunks.RESET, log_decay)
+  if initial_state is None:
+    initial_state = jnp.zeros((B, H, K, V), jnp.float32)
+  q, k = (chunks.repeat_heads(x, H) for x in (q, k))
+  run = dispatch.choose("delta_rule", implementation, q, k, v, beta, log_decay, chunk_size=chunk_size)
+  return run(q, k, v, beta, log_decay, initial_state, scale=K**-0.5 if scale is None else scale,
+             normalize_qk=normalize_qk, chunk_size=chunk_size)

@@ -1,0 +1,35 @@
+"""The delta rule token by token, in float32: the definition, and the decode step."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels import chunks
+
+
+def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Array, "B H K"], v: Float[Array, "B H V"],
+         beta: Float[Array, "B H"], log_decay: Float[Array, "B H"] | None = None, *, normalize_qk: bool = False,
+         ) -> tuple[Float[Array, "B H K V"], Float[Array, "B H V"]]:
+  """One token: S' = a S + beta k^T (v - k a S) with a = exp(log_decay), and the unscaled output q S', both float32."""
+  q, k, v, beta = (x.astype(jnp.float32) for x in (q, k, v, beta))
+  if normalize_qk:
+    q, k = chunks.normalize(q), chunks.normalize(k)
+  if log_decay is not None:
+    state = jnp.exp(log_decay.astype(jnp.float32))[..., None, None] * state
+  error = v - jnp.einsum("bhk,bhkv->bhv", k, state, precision="highest")
+  state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
+  return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
+
+
+def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
+  """See `kernels.delta_rule`: the scan of `step`. `chunk_size` has no effect."""
+  del chunk_size
+  by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, beta, log_decay))
+  final_state, output = jax.lax.scan(
+      lambda state, x: step(state, *x, normalize_qk=normalize_qk), initial_state, by_time)
+  return (scale * jnp.moveaxis(output, 0, 1)).astype(v.dtype), final_state
+
+
+def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
+  """None: the definition runs everything."""
+  return None
