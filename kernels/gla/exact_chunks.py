@@ -19,6 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels import triton_blocks
@@ -27,7 +28,7 @@ from kernels.triton_blocks import LOG2E, masked_sum, operand, rows_and_columns
 WEAKEST = -40 * LOG2E  # of one gate, in base 2: a decay of 4e-18
 LIMIT = -60 * LOG2E  # of half a chunk, in base 2: factors up to 1e26, whose products with data and sums are finite
 GROUP = 32  # chunks a program looks through
-KEYS = {"scores": 64, "dqkg": 16}  # K columns of a product and of a program; 8 warps: what spills least
+KEYS = {"scores": 32, "dqkg": 16}  # K columns of a product and of a program; 8 warps: what spills least
 
 
 # Gates and exponents. `g` is in base 2; matrices are [C, C] with a row for each result and a column for each term.
@@ -52,14 +53,23 @@ def after(C):
   return jnp.where(column > row, 1.0, 0.0)
 
 
-def _level(level, g, sums):
-  """`(pairs, second, decay)` of one dyadic level: which [C, C] entries pair its halves (in either order), which rows
-  are in second halves, and 2^E_s of every row."""
-  row, column = rows_and_columns(g.shape[0])
-  apart = (row ^ column) >> level  # 0 in the same half, 1 in the two halves of one block
-  terms = (apart == 0) & (_is_second(level, row) == (column <= row))
-  second = _is_second(level, jax.lax.broadcasted_iota(jnp.int32, g.shape, 0))
-  return apart == 1, second, jnp.exp2(sums(jnp.where(terms, 1.0, 0.0), g))
+def _level(level, masks_ref, g, sums):
+  """`(pairs, second, decay)` of one dyadic level: 1 for the [C, C] entries that pair its halves, in either order, which
+  rows are in second halves, and 2^E_s of every row."""
+  second = _is_second(1 << level, jax.lax.broadcasted_iota(jnp.int32, g.shape, 0))
+  return masks_ref[1, level], second, jnp.exp2(sums(masks_ref[0, level], g))
+
+
+def _masks(C):
+  """The terms of E_s and the pairs of every level, [2, levels, C, C] of 0 and 1.
+
+  They are read from memory: made from indices they would stay in registers, all levels at once, and spill.
+  """
+  row, column = np.indices((C, C))
+  half = 2 ** np.arange(_levels(C))[:, None, None]
+  terms = (row // half == column // half) & (_is_second(half, row) == (column <= row))
+  pairs = (row // half ^ column // half) == 1
+  return jnp.asarray(np.stack([terms, pairs]), jnp.bfloat16)
 
 
 def _levels(C):
@@ -67,8 +77,8 @@ def _levels(C):
   return C.bit_length() - 1
 
 
-def _is_second(level, row):
-  return ((row >> level) & 1) == 1
+def _is_second(half, row):
+  return row // half % 2 == 1
 
 
 # Kernel bodies. A ref holds a group of chunks of one head.
@@ -87,7 +97,7 @@ def _each_unbounded(bounded_ref, run):
     jax.lax.fori_loop(0, bounded_ref.shape[0], visit, None)
 
 
-def _scores_kernel(bounded_ref, q_ref, k_ref, g_ref, p_ref, *, scale, block, dot):
+def _scores_kernel(bounded_ref, masks_ref, q_ref, k_ref, g_ref, p_ref, *, scale, block, dot):
   C, K, dtype, sums = p_ref.shape[1], q_ref.shape[1], operand(q_ref.dtype), exact_sums(q_ref.dtype, dot)
   row, column = rows_and_columns(C)
 
@@ -100,8 +110,8 @@ def _scores_kernel(bounded_ref, q_ref, k_ref, g_ref, p_ref, *, scale, block, dot
       g = gates(g_ref, rows, tile)
 
       def add_level(level, p):
-        pairs, _, decay = _level(level, g, sums)
-        return p + jnp.where(pairs, dot((q * decay).astype(dtype), (k * decay).astype(dtype).T), 0.0)
+        pairs, _, decay = _level(level, masks_ref, g, sums)
+        return p + pairs.astype(jnp.float32) * dot((q * decay).astype(dtype), (k * decay).astype(dtype).T)
 
       p += jnp.where(row == column, jnp.sum(q * k, axis=1)[:, None], 0.0)
       return jax.lax.fori_loop(0, _levels(C), add_level, p)
@@ -128,7 +138,7 @@ def _dscores_kernel(bounded_ref, v_ref, do_ref, dp_ref, *, block, dot):
   _each_unbounded(bounded_ref, run)
 
 
-def _dqkg_kernel(bounded_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, *refs,
+def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, *refs,
                  scale, block_v, dot):
   C, K, dtype, sums = dp_ref.shape[1], q_ref.shape[1], dp_ref.dtype, exact_sums(q_ref.dtype, dot)
   dq_ref, dk_ref, dg_ref = refs[3:]  # the first three are the same arrays as they come in
@@ -159,9 +169,9 @@ def _dqkg_kernel(bounded_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref, v_ref, do
     # rounded factors.
     def add_level(level, carry):
       dq, dk, inside = carry
-      pairs, second, decay = _level(level, g, sums)
+      pairs, second, decay = _level(level, masks_ref, g, sums)
       z = (jnp.where(second, q(), k()) * decay).astype(dtype)
-      dz = dot(jnp.where(pairs, dp_ref[n], 0), z)
+      dz = dot(pairs.astype(dtype) * dp_ref[n], z)
       flow, dz = z.astype(jnp.float32) * dz, decay * dz
       return (dq + jnp.where(second, dz, 0.0), dk + jnp.where(second, 0.0, dz),
               inside + jnp.where(second, flow, -flow))
@@ -187,6 +197,10 @@ def _tokens(rows, width, tiled=False):
   return pl.BlockSpec((None, rows, None, width), lambda t, n, h, b: (b, n, h, t if tiled else 0))
 
 
+def _whole(x):
+  return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+
+
 def _flags(N):
   return pl.BlockSpec((None, None, _group(N)), lambda t, n, h, b: (b, h, n))
 
@@ -200,7 +214,7 @@ def scores(bounded, q, k, g, scale, chunk):
   B, H, N = bounded.shape
   block = min(KEYS["scores"], q.shape[3])
   return _launch_square(functools.partial(_scores_kernel, scale=scale, block=block), "gla_exact_scores",
-                        bounded, (q, k, g), chunk)
+                        bounded, (q, k, g), chunk, [_masks(chunk)])
 
 
 def dscores(bounded, v, do, chunk):
@@ -209,27 +223,27 @@ def dscores(bounded, v, do, chunk):
                         bounded, (v, do), chunk)
 
 
-def _launch_square(kernel, name, bounded, inputs, C):
+def _launch_square(kernel, name, bounded, inputs, C, masks=()):
   B, H, N = bounded.shape
   return triton_blocks.launch(
       kernel, name=name, grid=(1, N // _group(N), H, B),
-      in_specs=[_flags(N), *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]], out_specs=_squares(N, C),
+      in_specs=[_flags(N), *[_whole(x) for x in masks], *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]], out_specs=_squares(N, C),
       out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(inputs[0].dtype)), num_warps=8, num_stages=1)(
-          bounded, *inputs)
+          bounded, *masks, *inputs)
 
 
 def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chunk):
   """`gradients` of q, k and g with those of the chunks whose flag is 0 replaced."""
   (B, T, H, K), V = q.shape, v.shape[3]
-  N, block = T // chunk, min(KEYS["dqkg"], K)
+  N, block, masks = T // chunk, min(KEYS["dqkg"], K), _masks(chunk)
   keys, values = _tokens(_group(N) * chunk, block, tiled=True), _tokens(_group(N) * chunk, V)
   state = pl.BlockSpec((None, None, _group(N), block, V), lambda t, n, h, b: (b, h, n, t, 0))
   rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, h, n, 0, t))
   return triton_blocks.launch(
       functools.partial(_dqkg_kernel, scale=scale, block_v=min(32, V)), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B),
-      in_specs=[_flags(N), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state, keys, keys, keys],
+      in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state, keys, keys, keys],
       out_specs=[keys] * 3,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={10: 0, 11: 1, 12: 2},
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={11: 0, 12: 1, 13: 2},
       num_warps=8, num_stages=1)(
-          bounded, decays, dscores(bounded, v, do, chunk), q, k, g, v, do, states, dstates, *gradients)
+          bounded, masks, decays, dscores(bounded, v, do, chunk), q, k, g, v, do, states, dstates, *gradients)

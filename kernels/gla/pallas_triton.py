@@ -71,7 +71,8 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   # Two stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first.
   scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide or K > 128 else 4, 2)
   keys = Tile(tile_width(K, 16 if wide else 32), 4, 1)
-  return Config(chunk_size or (16 if wide else 64), 64 if wide else 128, None, keys, scan, scan, keys)
+  scores = Tile(64, 4, 1) if wide and K > 64 else None
+  return Config(chunk_size or (16 if wide else 64), 64 if wide else 128, scores, keys, scan, scan, keys)
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
@@ -194,9 +195,13 @@ def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse
   def step(i, states):
     n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
-    ys, z = [y_ref[rows, tile] for tile in tiles], z_ref[rows, :].astype(dtype)
+    z = z_ref[rows, :].astype(dtype)
+    # Beside the pieces of float32 products, loads that are not right before their use do not fit the registers.
+    late = scores and dtype == jnp.float32
+    load = lambda ref: [None if late else ref[rows, tile] for tile in tiles]
+    ys = load(y_ref)
     if outputs:
-      xs = [x_ref[rows, tile] for tile in tiles]
+      xs = load(x_ref)
       if scores:
         p = p_ref[n].T if reverse else p_ref[n]
       else:
@@ -210,10 +215,11 @@ def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse
       state = decay(n, enter, tile) * state
       middle = state.astype(dtype)
       if outputs:
-        o += dot(xs[i], middle)
+        o += dot(x_ref[rows, tile] if late else xs[i], middle)
       if save:
         refs[-1][n, tile, :] = middle
-      next_states.append(decay(n, exit, tile) * (decay(n, keep, tile) * state + dot(ys[i].T, z)))
+      y = y_ref[rows, tile] if late else ys[i]
+      next_states.append(decay(n, exit, tile) * (decay(n, keep, tile) * state + dot(y.T, z)))
     if outputs:
       refs[0][rows, :] = o.astype(refs[0].dtype)
     return tuple(next_states)
