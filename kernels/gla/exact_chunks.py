@@ -138,8 +138,8 @@ def _dscores_kernel(bounded_ref, v_ref, do_ref, dp_ref, *, block, dot):
   _each_unbounded(bounded_ref, run)
 
 
-def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, *refs,
-                 scale, block_v, dot):
+def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref,
+                 dstates_ref, *refs, scale, block_v, dot):
   C, K, dtype, sums = dp_ref.shape[1], q_ref.shape[1], dp_ref.dtype, exact_sums(q_ref.dtype, dot)
   dq_ref, dk_ref, dg_ref = refs[3:]  # the first three are the same arrays as they come in
   row, column = rows_and_columns(C)
@@ -227,7 +227,8 @@ def _launch_square(kernel, name, bounded, inputs, C, masks=()):
   B, H, N = bounded.shape
   return triton_blocks.launch(
       kernel, name=name, grid=(1, N // _group(N), H, B),
-      in_specs=[_flags(N), *[_whole(x) for x in masks], *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]], out_specs=_squares(N, C),
+      in_specs=[_flags(N), *[_whole(x) for x in masks], *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]],
+      out_specs=_squares(N, C),
       out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(inputs[0].dtype)), num_warps=8, num_stages=1)(
           bounded, *masks, *inputs)
 
@@ -242,7 +243,8 @@ def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chu
   return triton_blocks.launch(
       functools.partial(_dqkg_kernel, scale=scale, block_v=min(32, V)), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B),
-      in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state, keys, keys, keys],
+      in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state, keys,
+                keys, keys],
       out_specs=[keys] * 3,
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={11: 0, 12: 1, 13: 2},
       num_warps=8, num_stages=1)(
