@@ -243,8 +243,8 @@ def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chu
   return triton_blocks.launch(
       functools.partial(_dqkg_kernel, scale=scale, block_v=min(32, V)), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B),
-      in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state, keys,
-                keys, keys],
+      in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state,
+                keys, keys, keys],
       out_specs=[keys] * 3,
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={11: 0, 12: 1, 13: 2},
       num_warps=8, num_stages=1)(
