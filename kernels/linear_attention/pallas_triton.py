@@ -24,9 +24,9 @@ q, k, g, writes P, C elements a token-head), and not each V tile.
 Residuals: the inputs and the chunk states, 2 K V / C bytes a token-head for 16-bit inputs (512 at K = V = 128). 16-bit
 inputs use bfloat16 operands and states; float32 inputs keep float32.
 
-Gates are summed as integers in units of 2^-17, so that the difference of two sums is the exact sum between them. A
-constant decay needs no sums. A gate's gradient is the flow through it, the sum of P * dP and of the like for the states
-over all that it multiplies: pairs inside the chunk, pairs with the entry state, with the exit state, and S with dS'.
+`kernels.scalar_decay` forms the decays. A gate's gradient is the flow through it, the sum of P * dP and of the like for
+the states over all that it multiplies: pairs inside the chunk, pairs with the entry state, with the exit state, and S
+with dS'.
 """
 
 import dataclasses
@@ -37,11 +37,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels import split, triton_blocks, tuned
-from kernels.triton_blocks import LOG2E, operand, rows_and_columns, tile_width
+from kernels.scalar_decay import between, decay_of, gate_block, weigh
+from kernels.triton_blocks import operand, rows_and_columns, tile_width
 from kernels.tuned import Tile
-
-UNIT = 2.0**-17  # of gates summed as integers
-WEAKEST = -127.0  # of one gate, in base 2: 2^-127 is 0 to float32, and 64 such gates stay within int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,60 +164,13 @@ def _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale)
 # Kernel bodies. A ref holds one head: all T tokens or one chunk of them.
 
 
-@dataclasses.dataclass
-class _Decay:
-  """Decays of one chunk of C tokens; each is None without decay. `sums` are inclusive sums of the gates."""
-  upto: jax.Array | None
-  after: jax.Array | None
-  total: jax.Array | None
-  sums: jax.Array | None = None
-  unit: float | jax.Array = 1.0
-
-
-def _decay(g, C):
-  """Of the gates `[C]` of a chunk, or the constant one of all its tokens, or None."""
-  if g is None:
-    return _Decay(None, None, None)
-  index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
-  if not g.shape:
-    sums, unit = index + 1, jnp.maximum(g * LOG2E, WEAKEST)
-    return _Decay(jnp.exp2(sums.astype(jnp.float32) * unit), jnp.exp2((C - sums).astype(jnp.float32) * unit),
-                  jnp.exp2(unit * C), sums, unit)
-  g = jnp.maximum(g * LOG2E, WEAKEST) / UNIT
-  whole = jnp.floor(g)
-  sums = jnp.cumsum(whole.astype(jnp.int32)) + jnp.floor(jnp.cumsum(g - whole) + 0.5).astype(jnp.int32)
-  last = jnp.min(sums)
-  decay = lambda x: jnp.exp2(x.astype(jnp.float32) * UNIT)
-  return _Decay(decay(sums), decay(last - sums), decay(last), sums, UNIT)
-
-
-def _between(decay, C, transposed):
-  """D of a chunk, or its transpose."""
-  row, column = rows_and_columns(C)
-  mask = column >= row if transposed else row >= column
-  if decay.sums is None:
-    return mask.astype(jnp.float32)
-  difference = decay.sums[:, None] - decay.sums[None, :]
-  if transposed:
-    difference = -difference
-  return jnp.where(mask, jnp.exp2(difference.astype(jnp.float32) * decay.unit), 0.0)
-
-
-def _weigh(x, *weights):
-  """Rows of x times each weight that there is."""
-  for weight in weights:
-    if weight is not None:
-      x = x * (weight if jnp.ndim(weight) == 0 else weight[:, None])
-  return x
-
-
 def _scores_kernel(*refs, gated, transposed, scale, depth, dot):
   q_ref, k_ref, *g_ref, p_ref = refs
   (C, K), dtype = q_ref.shape, p_ref.dtype
-  decay = _decay(g_ref[0][...] if gated else None, C)
+  decay = decay_of(g_ref[0][...] if gated else None, C)
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
   p = sum(dot(q_ref[:, tile].astype(dtype), k_ref[:, tile].astype(dtype).T) for tile in tiles)
-  p_ref[...] = (_between(decay, C, transposed) * (scale * p)).astype(dtype)
+  p_ref[...] = (between(decay, C, transposed) * (scale * p)).astype(dtype)
 
 
 def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, depth, dot):
@@ -234,11 +185,11 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
     n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
     v = v_ref[rows, :].astype(dtype)
-    decay = _decay(g_ref[rows if g_ref.shape else ...] if gated else None, C)
+    decay = decay_of(g_ref[rows if g_ref.shape else ...] if gated else None, C)
     query_weights, key_weights = (decay.upto, scale), (decay.after,)
     if reverse:
       query_weights, key_weights = key_weights, query_weights
-    weighted = _weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
+    weighted = weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
     p, o, next_states = 0.0, 0.0, []
     for tile, state in zip(tiles, states):
       k, entry = k_ref[rows, tile].astype(dtype), state.astype(dtype)
@@ -251,8 +202,8 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
           p += dot(q, k.T)
       next_states.append(dot(k.T, weighted) + (state if decay.total is None else decay.total * state))
     if outputs:
-      p = p_ref[n] if scores else (_between(decay, C, transposed=reverse) * (scale * p)).astype(dtype)
-      refs[0][rows, :] = (_weigh(o, *query_weights) + dot(p, v)).astype(refs[0].dtype)
+      p = p_ref[n] if scores else (between(decay, C, transposed=reverse) * (scale * p)).astype(dtype)
+      refs[0][rows, :] = (weigh(o, *query_weights) + dot(p, v)).astype(refs[0].dtype)
     return tuple(next_states)
 
   states = jax.lax.fori_loop(0, T // C, step, tuple(initial_ref[tile, :] for tile in tiles))
@@ -285,9 +236,9 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
 
   dp, dpt, dq_state, dk_state, through = jax.lax.fori_loop(
       0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, jnp.sum(wide, axis=0)))
-  decay = _decay(gate, C)
-  dp, dpt = (scale * _between(decay, C, transposed) * x for transposed, x in ((False, dp), (True, dpt)))
-  dq_state, dk_state = _weigh(dq_state, decay.upto, scale), _weigh(dk_state, decay.after)
+  decay = decay_of(gate, C)
+  dp, dpt = (scale * between(decay, C, transposed) * x for transposed, x in ((False, dp), (True, dpt)))
+  dq_state, dk_state = weigh(dq_state, decay.upto, scale), weigh(dk_state, decay.after)
   if not dg_ref:
     dq_ref[...] = (dot(dp.astype(dtype), k) + dq_state).astype(dq_ref.dtype)
     dk_ref[...] = (dot(dpt.astype(dtype), q) + dk_state).astype(dk_ref.dtype)
@@ -307,15 +258,6 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
 
 
 # Launches. A scan has one program a (V tile, head, row of the batch), dqk one a (K tile, chunk, head, row).
-
-
-def _gate(log_decay, rows, chunked):
-  """The gates that a program reads: none, its head's constant, or those of `rows` tokens; arrays and their blocks."""
-  if log_decay is None:
-    return [], []
-  if log_decay.ndim == 1:
-    return [log_decay], [pl.BlockSpec((None,), lambda *i: (i[-2],))]
-  return [log_decay], [pl.BlockSpec((None, rows, None), lambda *i: (i[-1], i[1] if chunked else 0, i[-2]))]
 
 
 def _scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, save=True, reverse=False):
@@ -340,7 +282,7 @@ def _launch_scan(q, k, v, log_decay, initial_state, *, scale, config, reverse, o
   values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, t))
   state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
   states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
-  gate, gate_spec = _gate(log_decay, T, chunked=False)
+  gate, gate_spec = gate_block(log_decay, T, chunked=False)
   p, p_spec = [], []
   if config.scores and outputs:
     p = [_scores(q, k, log_decay, scale, config, reverse)]
@@ -361,7 +303,7 @@ def _scores(q, k, log_decay, scale, config, transposed):
   """P `[B, H, N, C, C]`, or its transpose when q and k are exchanged."""
   (B, T, H, K), C, tile = q.shape, config.chunk, config.scores
   keys = pl.BlockSpec((None, C, None, K), lambda t, n, h, b: (b, n, h, 0))
-  gate, gate_spec = _gate(log_decay, C, chunked=True)
+  gate, gate_spec = gate_block(log_decay, C, chunked=True)
   return triton_blocks.launch(
       functools.partial(_scores_kernel, gated=bool(gate), transposed=transposed, scale=scale, depth=min(tile.block, K)),
       name="linear_attention_scores", grid=(1, T // C, H, B), in_specs=[keys, keys, *gate_spec],
@@ -378,7 +320,7 @@ def _dqk(q, k, v, log_decay, do, states, dstates, scale, config):
   values = pl.BlockSpec((None, C, None, V), lambda t, n, h, b: (b, n, h, 0))
   state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
   dgate = pl.BlockSpec((None, None, C, None), lambda t, n, h, b: (t, b, n, h))
-  gate, gate_spec = _gate(log_decay, C, chunked=True)
+  gate, gate_spec = gate_block(log_decay, C, chunked=True)
   per_token = bool(gate) and log_decay.ndim == 3
   dq, dk, *dg = triton_blocks.launch(
       functools.partial(_dqk_kernel, gated=bool(gate), scale=scale, block_v=min(config.dqk.block, V)),

@@ -1,0 +1,79 @@
+"""Decays of one scalar per head between the tokens of a chunk, for Pallas kernel bodies and their launches.
+
+Gates are summed as integers in units of 2^-17, so that the difference of two sums is the exact sum between them. A
+constant decay needs no sums.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels.triton_blocks import LOG2E, rows_and_columns
+
+UNIT = 2.0**-17  # of gates summed as integers
+WEAKEST = -127.0  # of one gate, in base 2: 2^-127 is 0 to float32, and 64 such gates stay within int32
+
+
+@dataclasses.dataclass
+class Decay:
+  """Decays of one chunk of C tokens; each is None without decay.
+
+  Attributes:
+    upto, after: `[C]`, from the start of the chunk to the end of each token, and from there to the end of the chunk.
+    total: of the whole chunk.
+    sums: inclusive sums of the gates, integers in `unit`s.
+  """
+
+  upto: jax.Array | None
+  after: jax.Array | None
+  total: jax.Array | None
+  sums: jax.Array | None = None
+  unit: float | jax.Array = 1.0
+
+
+def decay_of(g, C):
+  """Decays of the gates `[C]` of a chunk, of the constant gate of all its tokens, or of None."""
+  if g is None:
+    return Decay(None, None, None)
+  index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
+  if not g.shape:
+    sums, unit = index + 1, jnp.maximum(g * LOG2E, WEAKEST)
+    return Decay(jnp.exp2(sums.astype(jnp.float32) * unit), jnp.exp2((C - sums).astype(jnp.float32) * unit),
+                 jnp.exp2(unit * C), sums, unit)
+  g = jnp.maximum(g * LOG2E, WEAKEST) / UNIT
+  whole = jnp.floor(g)
+  sums = jnp.cumsum(whole.astype(jnp.int32)) + jnp.floor(jnp.cumsum(g - whole) + 0.5).astype(jnp.int32)
+  last = jnp.min(sums)
+  decay = lambda x: jnp.exp2(x.astype(jnp.float32) * UNIT)
+  return Decay(decay(sums), decay(last - sums), decay(last), sums, UNIT)
+
+
+def between(decay, C, transposed):
+  """D `[C, C]` of a chunk, the decay from token j to token i where i >= j and 0 elsewhere, or its transpose."""
+  row, column = rows_and_columns(C)
+  mask = column >= row if transposed else row >= column
+  if decay.sums is None:
+    return mask.astype(jnp.float32)
+  difference = decay.sums[:, None] - decay.sums[None, :]
+  if transposed:
+    difference = -difference
+  return jnp.where(mask, jnp.exp2(difference.astype(jnp.float32) * decay.unit), 0.0)
+
+
+def weigh(x, *weights):
+  """Rows of x times each weight that there is."""
+  for weight in weights:
+    if weight is not None:
+      x = x * (weight if jnp.ndim(weight) == 0 else weight[:, None])
+  return x
+
+
+def gate_block(log_decay, rows, chunked):
+  """The gates that a program reads: none, its head's constant, or those of `rows` tokens; arrays and their blocks."""
+  if log_decay is None:
+    return [], []
+  if log_decay.ndim == 1:
+    return [log_decay], [pl.BlockSpec((None,), lambda *i: (i[-2],))]
+  return [log_decay], [pl.BlockSpec((None, rows, None), lambda *i: (i[-1], i[1] if chunked else 0, i[-2]))]
