@@ -144,9 +144,13 @@ def unit_lower_inverse(lower):
   blocks = lambda row, size: jnp.stack(
       [lower[..., i + row:i + row + size, i:i + size] for i in range(0, C, size + row)], axis=-3)
   diagonal = blocks(0, size)
-  inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), diagonal.shape)
-  for j in range(size - 1):
-    inverse -= diagonal[..., :, j:j + 1] * inverse[..., j:j + 1, :]
+
+  def eliminate(j, inverse):
+    take = jax.lax.dynamic_slice_in_dim
+    return inverse - take(diagonal, j, 1, axis=-1) * take(inverse, j, 1, axis=-2)
+
+  identity = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), diagonal.shape)
+  inverse = jax.lax.fori_loop(0, size - 1, eliminate, identity)
   while size < C:
     top, bottom = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
     corner = -jnp.matmul(jnp.matmul(bottom, blocks(size, size), precision="highest"), top, precision="highest")

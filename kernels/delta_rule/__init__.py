@@ -42,8 +42,9 @@ def delta_rule(
   """
   contract.check("delta_rule", q, k, v, log_decay, initial_state, segment_ids, chunk_size)
   for name, x, rest in (("beta", beta, ""), ("log_decay", log_decay, ", or None")):
-    contract.require("delta_rule", x is None or x.shape == v.shape[:3],
-                     f"{name} has shape {jnp.shape(x)}; it must be [batch, time, heads] {v.shape[:3]}{rest}")
+    if x is not None:
+      contract.require("delta_rule", x.shape == v.shape[:3],
+                       f"{name} has shape {x.shape}; it must be [batch, time, heads] {v.shape[:3]}{rest}")
   contract.require("delta_rule", beta.dtype in contract.DTYPES,
                    f"beta has dtype {beta.dtype}; it must be bfloat16, float16 or float32")
   (B, T, H, V), K = v.shape, q.shape[-1]

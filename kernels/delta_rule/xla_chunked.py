@@ -36,9 +36,6 @@ import numpy as np
 
 from kernels import chunks
 
-# Chunks per iteration of the compiled loops.
-UNROLL = 2
-
 dot = chunks.product(jnp.float32)
 
 
@@ -59,7 +56,7 @@ def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, 
 def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
   xs = _split(chunk_size, q, k, v, beta, log_decay)
   body = functools.partial(_forward_chunk, scale, rows)
-  final_state, output = jax.lax.scan(body, initial_state, xs, unroll=UNROLL)
+  final_state, output = jax.lax.scan(body, initial_state, xs)
   return chunks.merge(output, q.shape[1]), final_state
 
 
@@ -72,9 +69,9 @@ def _backward(scale, rows, chunk_size, residuals, cotangents):
   *inputs, initial_state = residuals
   doutput, dfinal_state = cotangents
   xs, do = _split(chunk_size, *inputs), chunks.split(doutput, chunk_size)
-  _, states = jax.lax.scan(functools.partial(_state_chunk, rows), initial_state, xs[1:], unroll=UNROLL)
+  _, states = jax.lax.scan(functools.partial(_state_chunk, rows), initial_state, xs[1:])
   body = functools.partial(_backward_chunk, scale, rows)
-  dinitial_state, gradients = jax.lax.scan(body, dfinal_state, (xs, do, states), reverse=True, unroll=UNROLL)
+  dinitial_state, gradients = jax.lax.scan(body, dfinal_state, (xs, do, states), reverse=True)
   *arrays, dbeta, dlog_decay = jax.tree.map(lambda x: chunks.merge(x, doutput.shape[1]), gradients)
   return *arrays, *jax.tree.map(lambda x: x[..., 0], (dbeta, dlog_decay)), dinitial_state
 

@@ -1,4 +1,4 @@
-"""Cases of the gla and linear_attention tests: inputs, and the comparison with the float32 scan."""
+"""Cases of the ops' tests: inputs, and the comparison with the float32 scan."""
 
 import dataclasses
 import functools
@@ -28,13 +28,30 @@ GATES = {
     "-30": lambda rng, shape: rng.standard_normal(shape) - 30,
 }
 
+# Draws of the delta rule's beta: DeltaNet's range, that with negative eigenvalues, and their ends.
+BETAS = {
+    "unit": lambda rng, shape: rng.random(shape),
+    "double": lambda rng, shape: 2 * rng.random(shape),
+    "0": lambda rng, shape: np.zeros(shape),
+    "1": lambda rng, shape: np.ones(shape),
+    "2": lambda rng, shape: np.full(shape, 2.0),
+}
+# The delta rule's keys from standard normal ones `[B, T, G, K]`, before they get norm 1.
+KEYS = {
+    "normal": lambda k: k,
+    "correlated": lambda k: 2 * k[:, :1] + k,
+    "near_parallel": lambda k: k[:, :1] + 0.05 * k,
+    "repeated": lambda k: np.repeat(k[:, :1], k.shape[1], axis=1),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
   """One input. `segments` are lengths that sum to T; row b has them rotated by b places.
 
   `decay`: what has its own log_decay, a "channel" `[B, T, H, K]` as in gla; or as in linear_attention a "token"
-  `[B, T, H]`, a "head" `[H]`, or "none".
+  `[B, T, H]`, a "head" `[H]`, or "none". `beta`: a case of the delta rule; the inputs then have keys of norm 1, unless
+  the op is to normalise them and the queries.
   """
 
   B: int = 2
@@ -49,6 +66,9 @@ class Case:
   segments: tuple[int, ...] = ()
   chunk_size: int | None = None
   decay: str = "channel"
+  beta: str | None = None
+  keys: str = "normal"
+  normalize_qk: bool = False
 
   def __str__(self):
     default = Case()
@@ -61,26 +81,37 @@ class Case:
 class Inputs:
   """Arguments of the op and the cotangents of its two results."""
 
-  arrays: dict  # q, k, v, log_decay, initial_state: what is differentiated
+  arrays: dict  # q, k, v, log_decay, initial_state, and beta if the op has one: what is differentiated
   segment_ids: jax.Array | None
   cotangents: tuple
+  normalize_qk: bool = False
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-  """Standard normal arrays of the case's shapes and dtypes."""
+  """Standard normal arrays of the case's shapes and dtypes, but for the keys and gates that it names."""
   B, T, H, G = case.B, case.T, case.H, case.key_heads or case.H
   rng = np.random.default_rng(seed)
-  normal = lambda *shape, dtype="float32": jnp.asarray(rng.standard_normal(shape).astype(jnp.dtype(dtype)))
+  rounded = lambda x, dtype="float32": jnp.asarray(x.astype(jnp.dtype(dtype)))
+  normal = lambda *shape, dtype="float32": rounded(rng.standard_normal(shape), dtype)
   decay_shape = {"channel": (B, T, G, case.K), "token": (B, T, H), "head": (H,), "none": None}[case.decay]
   arrays = {
       "q": normal(B, T, G, case.K, dtype=case.dtype),
-      "k": normal(B, T, G, case.K, dtype=case.dtype),
+      "k": rounded(_keys(case, rng.standard_normal((B, T, G, case.K))), case.dtype),
       "v": normal(B, T, H, case.V, dtype=case.dtype),
       "log_decay": None if decay_shape is None else jnp.asarray(GATES[case.gate](rng, decay_shape), jnp.float32),
       "initial_state": normal(B, H, case.K, case.V) if case.initial_state else None,
   }
   cotangents = normal(B, T, H, case.V, dtype=case.dtype), normal(B, H, case.K, case.V)
-  return Inputs(arrays, segment_ids(case.segments, B) if case.segments else None, cotangents)
+  if case.beta is not None:
+    arrays["beta"] = rounded(BETAS[case.beta](rng, (B, T, H)))
+  return Inputs(arrays, segment_ids(case.segments, B) if case.segments else None, cotangents, case.normalize_qk)
+
+
+def _keys(case, k):
+  if case.beta is None:
+    return k
+  k = KEYS[case.keys](k)
+  return k if case.normalize_qk else k / np.linalg.norm(k, axis=-1, keepdims=True)
 
 
 def segment_ids(lengths, B):
@@ -89,10 +120,11 @@ def segment_ids(lengths, B):
   return jnp.asarray(np.stack([np.repeat(ids, np.roll(lengths, -b)) for b in range(B)]), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("fn", "chunk_size"))
-def results(fn, arrays, segment_ids, cotangents, chunk_size=None) -> dict:
-  """Outputs and gradients by name, of `fn` with the signature of `kernels.gla`."""
-  call = lambda x: fn(**x, segment_ids=segment_ids, chunk_size=chunk_size)
+@functools.partial(jax.jit, static_argnames=("fn", "chunk_size", "normalize_qk"))
+def results(fn, arrays, segment_ids, cotangents, chunk_size=None, normalize_qk=False) -> dict:
+  """Outputs and gradients by name, of `fn` with the signature of its op."""
+  options = {"normalize_qk": True} if normalize_qk else {}
+  call = lambda x: fn(**x, segment_ids=segment_ids, chunk_size=chunk_size, **options)
   (output, final_state), vjp = jax.vjp(call, arrays)
   gradients = {f"d{name}": x for name, x in vjp(cotangents)[0].items() if x is not None}
   return {"output": output, "final_state": final_state, **gradients}
@@ -105,25 +137,30 @@ def expected(inputs: Inputs) -> dict:
   constant = log_decay is not None and log_decay.ndim == 1
   with jax.enable_x64(constant), jax.default_matmul_precision("highest"):
     wide = jax.tree.map(lambda x: x.astype("float64" if constant else "float32"), (inputs.arrays, inputs.cotangents))
-    return results(_scan, wide[0], inputs.segment_ids, wide[1])
+    return results(_scan, wide[0], inputs.segment_ids, wide[1], normalize_qk=inputs.normalize_qk)
 
 
-def _scan(q, k, v, log_decay, *, initial_state, segment_ids, chunk_size):
+def _scan(q, k, v, log_decay, *, beta=None, initial_state, segment_ids, chunk_size, normalize_qk=False):
   """The definition without the op's own front: heads repeated, and a state set to zero where a segment starts."""
   B, T, H, V = v.shape
   q, k = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (q, k))
+  if normalize_qk:
+    q, k = (x / jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-6) for x in (q, k))
   log_decay = per_channel(log_decay, q.shape)
   state = jnp.zeros((B, H, q.shape[-1], V)) if initial_state is None else initial_state
   ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
   same = jnp.concatenate([jnp.ones((B, 1), bool), ids[:, 1:] == ids[:, :-1]], axis=1)
 
   def step(state, x):
-    same, q, k, v, g = x
+    (same, q, k, v, g), beta = x
     state = jnp.where(same[:, None, None, None], state, 0.0)
-    state = jnp.exp(g)[..., None] * state + k[..., None] * v[..., None, :]
+    state = jnp.exp(g)[..., None] * state
+    if beta is not None:
+      v = beta[..., None] * (v - jnp.einsum("bhk,bhkv->bhv", k, state, precision="highest"))
+    state = state + k[..., None] * v[..., None, :]
     return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
 
-  by_time = [jnp.moveaxis(x, 1, 0) for x in (same, q, k, v, log_decay)]
+  by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), ((same, q, k, v, log_decay), beta))
   state, output = jax.lax.scan(step, state, by_time)
   return q.shape[-1]**-0.5 * jnp.moveaxis(output, 0, 1), state
 
@@ -140,13 +177,16 @@ def per_channel(log_decay, shape):
 def check(case: Case, fn, *, split: bool = False) -> None:
   """Asserts every output and gradient of `fn` against the scan; `split` as in `tests.close.tolerance`."""
   inputs = make_inputs(case)
-  actual = results(fn, inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size)
+  actual = results(fn, inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size, case.normalize_qk)
   for name, x in expected(inputs).items():
     assert_close(name, actual[name], x, tolerance(name, case.dtype, split=split))
 
 
-def grid(decay="channel", widths=WIDTHS, dtypes=("bfloat16", "float16", "float32")) -> list[Case]:
-  """Every value of every axis, around small centres: times, widths, heads, gates, segments, chunk sizes."""
+def grid(decay="channel", widths=WIDTHS, dtypes=("bfloat16", "float16", "float32"), beta=None) -> list[Case]:
+  """Every value of every axis, around small centres: times, widths, heads, gates, segments, chunk sizes.
+
+  `beta`: of a grid of the delta rule; it also gets every value of beta, and kinds of keys.
+  """
   by_time = [Case(T=T, H=3, K=32, V=64) for T in TIMES]
   by_width = [Case(B=1, T=100, K=K, V=V) for K, V in itertools.product(widths, (*widths, 512))]
   by_heads = [Case(H=H, K=64, V=64, gate="near_zero") for H in (1, 3, 4)] + [Case(H=4, key_heads=2)]
@@ -155,20 +195,33 @@ def grid(decay="channel", widths=WIDTHS, dtypes=("bfloat16", "float16", "float32
   by_segment = [Case(T=sum(lengths), gate=gate, segments=lengths)
                 for lengths, gate in itertools.product((PACKED, (1,) * 70, (1, 62, 1, 1, 64, 1)), ("mixed", "-20"))]
   by_chunk = [Case(T=200, K=64, V=64, chunk_size=C) for C in (16, 32, 64, 128)]
-  return _with(decay, dtypes, by_time + by_width + by_heads + by_gate + by_segment + by_chunk)
+  by_rule = [] if beta is None else delta_rules(T=200, K=64, V=64)
+  return _with(decay, dtypes, by_time + by_width + by_heads + by_gate + by_segment + by_chunk + by_rule, beta)
 
 
-def around(K, V, dtypes, decay="channel") -> list[Case]:
+def delta_rules(**fields) -> list[Case]:
+  """What only the delta rule has: every beta, kinds of keys, and their normalisation; with these `fields`."""
+  # Repeated keys under a beta of 2 have no bound to keep: the state there turns back and forth undamped, and the
+  # rounding of |k|^2, the same at each token, adds up.
+  rules = [*(dict(beta=beta) for beta in BETAS),
+           *(dict(beta=beta, keys=keys, normalize_qk=normalize_qk)
+             for keys, beta in (("correlated", "double"), ("near_parallel", "double"), ("near_parallel", "1"),
+                                ("repeated", "1")) for normalize_qk in (False, True)),
+           *(dict(beta="unit", gate=gate, normalize_qk=True) for gate in ("mixed", "-20"))]
+  return [Case(**{"gate": "near_zero"} | rule | fields) for rule in rules]
+
+
+def around(K, V, dtypes, decay="channel", beta=None) -> list[Case]:
   """Times, gates and segments at one width."""
   by_time = [Case(B=1, T=T, K=K, V=V) for T in (1, 63, 65, 1000)]
   by_gate = [Case(T=200, K=K, V=V, gate=gate) for gate in GATES] + [Case(T=200, K=K, V=V, initial_state=False)]
   by_segment = [Case(T=sum(PACKED), H=1, K=K, V=V, segments=PACKED),
                 Case(T=70, K=K, V=V, gate="-20", segments=(1, 30, 1, 1, 32, 4, 1))]
-  return _with(decay, dtypes, by_time + by_gate + by_segment)
+  return _with(decay, dtypes, by_time + by_gate + by_segment, beta)
 
 
-def _with(decay, dtypes, cases):
+def _with(decay, dtypes, cases, beta):
   """The cases for each dtype under this form of decay, each once: where there is no decay, no gate tells them apart."""
   gate = {"gate": "zero"} if decay == "none" else {}
-  return list(dict.fromkeys(dataclasses.replace(case, dtype=dtype, decay=decay, **gate)
+  return list(dict.fromkeys(dataclasses.replace(case, dtype=dtype, decay=decay, beta=case.beta or beta, **gate)
                             for dtype, case in itertools.product(dtypes, cases)))
