@@ -241,7 +241,7 @@ def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chu
   state = pl.BlockSpec((None, None, _group(N), block, V), lambda t, n, h, b: (b, h, n, t, 0))
   rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, h, n, 0, t))
   return triton_blocks.launch(
-      functools.partial(_dqkg_kernel, scale=scale, block_v=min(32, V)), name="gla_exact_dqkg",
+      functools.partial(_dqkg_kernel, scale=scale, block_v=16), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B),
       in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state,
                 keys, keys, keys],

@@ -70,7 +70,8 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   wide = dtype == jnp.float32
   # Two stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first.
   scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide or K > 128 else 4, 2)
-  keys = Tile(tile_width(K, 16 if wide else 32), 4, 1)
+  # With 4 warps and a single tile of V the loop over tiles is unrolled into more than the registers hold.
+  keys = Tile(tile_width(K, 16 if wide else 32), 4 if wide or V > 32 else 8, 1)
   scores = Tile(64, 4, 1) if wide and K > 64 else None
   return Config(chunk_size or (16 if wide else 64), 64 if wide else 128, scores, keys, scan, scan, keys)
 

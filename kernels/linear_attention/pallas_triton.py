@@ -64,7 +64,7 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   scan = Tile(32, 8, 2) if wide else Tile(tile_width(V, 16 if K > 64 else 32), 8 if K > 128 else 4, 2)
   chunk = 16 if wide else 32 if K > 128 else 64
   keys = Tile(tile_width(K, 16), 4, 1) if wide else Tile(tile_width(K, 32), 4 if K > 16 else 8, 2)
-  scores = Tile(64, 4, 1) if wide and K > 128 else None
+  scores = Tile(64, 4, 1) if wide and K > 64 else None
   return Config(chunk_size or chunk, 64, scores, scan, scan, keys)
 
 
