@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import kernels
-from kernels import accuracy
+from kernels import accuracy, chunks
 
 PASSES = ("forward", "forward_backward")
 # `attention` is causal softmax attention, which has no implementation here: a yardstick for the same shapes.
-GATES = {"gla": ("channel",), "linear_attention": ("none", "constant", "token"), "attention": ("none",)}
+GATES = {"gla": ("channel",), "linear_attention": ("none", "constant", "token"), "delta_rule": ("none", "token"),
+         "attention": ("none",)}
 _PIECE = 1024  # tokens whose states the scan's backward pass keeps at a time
 _SCORES = 4096  # tokens whose scores attention in float32 can hold
 
@@ -39,12 +40,14 @@ class Case:
 def _named_sets():
   """Name -> dtype and (op, gate or None for all, B, T, H, K, V).
 
-  `paper`: the layers of GLA 340M and 1.3B, RetNet 1.3B and TransNormerLLM. `grid`: one long sequence to many short
-  ones. `length`: time against length. The tokens of a call are the same throughout a set. `cpu`: the one for a CPU.
+  `paper`: the layers of GLA 340M and 1.3B, RetNet 1.3B, TransNormerLLM, DeltaNet and Gated DeltaNet 1.3B. `grid`: one
+  long sequence to many short ones. `length`: time against length. The tokens of a call are the same throughout a set.
+  `cpu`: the one for a CPU.
   """
   paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
   paper += [("linear_attention", "constant", 16, 2048, H, 128, 128) for H in (8, 16, 32)]
+  paper += [("delta_rule", "none", 16, 2048, 16, 128, 128), ("delta_rule", "token", 16, 2048, 6, 256, 512)]
   grid = [(op, None, B, T, 16, D, D) for B, T in ((16, 2048), (4, 8192), (1, 32768)) for D in (64, 128) for op in GATES]
   length = [(op, None, 2**17 // T, T, 16, 128, 128) for T in (2**n for n in range(10, 18)) for op in GATES]
   cpu = [(op, None, 1, 2048, 4, 64, 64) for op in GATES]
@@ -79,13 +82,17 @@ def of_shape(shape, ops: list[str], dtype: str, gate: str | None = None) -> list
 def inputs(case: Case, seed: int) -> tuple[dict, jax.Array]:
   """The op's arguments by name, and the output's cotangent: normal, with gates of the range that layers train at.
 
-  A decay per token or channel is log sigmoid(normal) / 16 (GLA), a constant one log(1 - 2^(-5-h)) (RetNet).
+  A decay per token or channel is log sigmoid(normal) / 16 (GLA), a constant one log(1 - 2^(-5-h)) (RetNet). The delta
+  rule's keys have norm 1 and its beta is sigmoid(normal) (DeltaNet).
   """
   keys = jax.random.split(jax.random.key(seed), 5)
   heads = case.B, case.T, case.H
   q, k = (jax.random.normal(key, (*heads, case.K), case.dtype) for key in keys[:2])
   v, doutput = (jax.random.normal(key, (*heads, case.V), case.dtype) for key in keys[2:4])
   arguments = {"q": q, "k": k, "v": v}
+  if case.op == "delta_rule":
+    arguments["k"] = chunks.normalize(k).astype(case.dtype)
+    arguments["beta"] = jax.nn.sigmoid(jax.random.normal(jax.random.fold_in(jax.random.key(seed), 1), heads))
   if case.gate == "constant":
     arguments["log_decay"] = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(case.H, dtype=jnp.float32)))
   elif case.gate != "none":

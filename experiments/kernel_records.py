@@ -93,7 +93,12 @@ def aims() -> list[Aim]:
                label, 1.0)]
     found += [_flat(gate, label) for gate in ("constant", "token")]
   found += [_at_most("gla", "channel", (1, 2048, 4, 64, 64), "forward_backward", 40, "cpu"),
-            _at_most("linear_attention", "token", (1, 2048, 4, 64, 64), "forward_backward", 12, "cpu")]
+            _at_most("linear_attention", "token", (1, 2048, 4, 64, 64), "forward_backward", 12, "cpu"),
+            _at_most("delta_rule", "none", (1, 2048, 4, 64, 64), "forward_backward", 30, "cpu")]
+  for label, ms in (("forward", 0.36), ("forward_backward", 1.4)):
+    found += [_at_most("delta_rule", "none", square, label, ms),
+              _ratio(f"delta_rule {label}, B1 T32768 over B16 T2048, H16 K=V=128", _case("delta_rule", "none", long),
+                     _case("delta_rule", "none", square), label, 1.3)]
   return found
 
 

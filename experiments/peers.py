@@ -19,7 +19,8 @@ from kernel_cases import Case
 from kernel_timing import Program
 
 # Ops of each peer, modules that it needs, and packages that decide its speed.
-OPS = {"fla": ("gla", "linear_attention"), "jla": ("gla", "linear_attention"), "cudnn": ("attention",)}
+OPS = {"fla": ("gla", "linear_attention", "delta_rule"), "jla": ("gla", "linear_attention", "delta_rule"),
+       "cudnn": ("attention",)}
 _MODULES = {"fla": ("torch", "fla"), "jla": ("jla",), "cudnn": ()}
 PACKAGES = {"fla": ("fla-core", "torch", "triton"), "jla": ("jax-linear-attention", "jax", "jaxlib"),
             "cudnn": ("jax", "jaxlib", "nvidia-cudnn-cu13")}
@@ -80,6 +81,9 @@ def _jla(case):
     gate = arguments.get("log_decay", jax.lax.optimization_barrier(jnp.float32(0)))
     if case.op == "gla":
       return linear_attention("gla", q, k, v, g=gate, impl=implementation)[0]
+    if case.op == "delta_rule":
+      kind, gates = ("deltanet", {}) if case.gate == "none" else ("gated_deltanet", {"g": gate})
+      return linear_attention(kind, q, k, v, beta=arguments["beta"], **gates, impl=implementation)[0]
     return linear_attention("simple_gla", q, k, v, g=jnp.broadcast_to(gate, v.shape[:3]), impl=implementation)[0]
 
   return attend
@@ -121,6 +125,17 @@ def _fla_function(case):
     from fla.ops.gla import chunk_gla
 
     return lambda arguments: chunk_gla(arguments["q"], arguments["k"], arguments["v"], arguments["log_decay"])[0]
+  if case.op == "delta_rule":
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    run = chunk_delta_rule if case.gate == "none" else chunk_gated_delta_rule
+    gates = {"beta": "beta"} if case.gate == "none" else {"beta": "beta", "g": "log_decay"}
+    # Its kernels take a beta of the keys' dtype.
+    return lambda arguments: run(
+        **{name: arguments[name] for name in "qkv"},
+        **{name: arguments[source].to(arguments["q"].dtype) if name == "beta" else arguments[source]
+           for name, source in gates.items()})[0]
   from fla.ops.simple_gla import chunk_simple_gla
 
   gate = {"none": None, "constant": "g_gamma", "token": "g"}[case.gate]

@@ -15,7 +15,7 @@ import kernels
 from kernels import accuracy, chunks, tuned
 
 # Forms of log_decay that an op takes: all are checked, the first is timed.
-GATES = {"gla": ("channel",), "linear_attention": ("token", "head", "none")}
+GATES = {"gla": ("channel",), "linear_attention": ("token", "head", "none"), "delta_rule": ("none", "token")}
 CHECKED = 1100  # tokens of the check
 
 
@@ -128,8 +128,8 @@ class Measure:
 
 def call(module, scale, config):
   """The op of `module` under one configuration, by keywords."""
-  return lambda *, q, k, v, log_decay=None, initial_state: module.configured(
-      q, k, v, log_decay, initial_state, scale=scale, config=config)
+  return lambda *, log_decay=None, **arrays: module.configured(
+      log_decay=log_decay, **arrays, scale=scale, config=config)
 
 
 def results(op, arrays, cotangents):
@@ -161,11 +161,14 @@ def draw(problem, gate, *, B, T, H, trained=False):
   Gates are those of a `trained` layer, or go from nearly open to nearly shut side by side, with resets as segments make
   them where a gate is one per token or channel.
   """
-  keys = iter(jax.random.split(jax.random.key(0), 7))
+  keys = iter(jax.random.split(jax.random.key(0), 8))
   normal = lambda *shape, dtype="float32": jax.random.normal(next(keys), shape, dtype)
   K, V, dtype = problem.K, problem.V, problem.dtype
   arrays = {"q": normal(B, T, H, K, dtype=dtype), "k": normal(B, T, H, K, dtype=dtype),
             "v": normal(B, T, H, V, dtype=dtype), "initial_state": normal(B, H, K, V)}
+  if problem.op == "delta_rule":
+    arrays["k"] = chunks.normalize(arrays["k"]).astype(dtype)
+    arrays["beta"] = jax.nn.sigmoid(normal(B, T, H))
   shape = {"channel": (B, T, H, K), "token": (B, T, H), "head": (H,), "none": None}[gate]
   if shape is not None and trained:
     arrays["log_decay"] = jax.nn.log_sigmoid(normal(*shape)) / 16

@@ -30,8 +30,8 @@ def delta_rule(
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
     scale: K**-0.5 if None.
     chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
-    implementation: "xla_chunked" or "reference"; None takes the first that supports the inputs and the default backend
-      (`kernels.explain` says which).
+    implementation: "xla_chunked", "pallas_triton" (K up to 256) or "reference"; None takes the first that supports the
+      inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:

@@ -82,7 +82,7 @@ def test_a_limit_leaves_the_rest_for_later(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--shapes=paper,nope"], "--shapes=nope: unknown; known: paper, grid, length, cpu, all"),
-    (["--ops=nope"], "--ops=nope: unknown; known: gla, linear_attention, attention"),
+    (["--ops=nope"], "--ops=nope: unknown; known: gla, linear_attention, delta_rule, attention"),
     (["--implementations=nope"], "--implementations=nope: unknown"),
     (["--peers=nope"], "--peers=nope: unknown"),
     (["--resume"], "--resume needs --out"),
@@ -95,7 +95,7 @@ def test_mistakes_exit_with_2_and_one_message(arguments, message):
 
 @pytest.mark.parametrize("op, gate, forward, both", [
     ("linear_attention", "none", 1024, 2816), ("linear_attention", "token", 1028, 2828),
-    ("gla", "channel", 1536, 4352)])
+    ("gla", "channel", 1536, 4352), ("delta_rule", "token", 1032, 2840)])
 def test_floor_bytes_per_token_and_head(op, gate, forward, both):
   case = Case(op, gate, 2, 3, 5, 128, 128, "bfloat16")
   assert kernel_cases.floor_bytes(case, "forward") == 30 * forward
@@ -118,12 +118,13 @@ def test_sets_hold_their_tokens_constant():
     kernel_cases.of_shape((1, 1, 1, 1, 1), ["nope"], "float32")
 
 
-@pytest.mark.parametrize("op, gate", [("gla", "channel"), ("linear_attention", "constant")])
+@pytest.mark.parametrize("op, gate", [("gla", "channel"), ("linear_attention", "constant"), ("delta_rule", "token")])
 def test_what_is_expected_is_the_scan_at_the_corners(op, gate):
   case = Case(op, gate, 3, 2048, 3, 4, 2, "float32")  # two pieces
   arguments, doutput = kernel_cases.inputs(case, 0)
   found = kernel_cases.expected(case, arguments, doutput)
-  run = lambda q, k, v: getattr(kernels, op)(q, k, v, arguments["log_decay"], implementation="reference")[0]
+  rest = {name: x for name, x in arguments.items() if name not in "qkv"}
+  run = lambda q, k, v: getattr(kernels, op)(q, k, v, **rest, implementation="reference")[0]
   output, pullback = jax.vjp(run, *(arguments[name] for name in "qkv"))
   wanted = dict(zip(("output", "dq", "dk", "dv"), (output, *pullback(doutput))))
   for name, x in wanted.items():

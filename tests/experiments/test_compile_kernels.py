@@ -10,6 +10,7 @@ import pytest
 
 import assembler
 import compiled
+import tuning
 from assembler import Kernel
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -136,7 +137,8 @@ def test_command(tmp_path):
   assert "180 programs of 5 kernels" in clean.stdout  # linear_attention on one GPU, where K decides
   record = json.loads(out.read_text())
   grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
-  assert len(record["programs"]) == len(compiled.GPUS) * grid * 4  # gla, and linear_attention with three gates
+  gates = sum(map(len, tuning.GATES.values()))
+  assert len(record["programs"]) == len(compiled.GPUS) * grid * gates
   assert record["programs"][0] == {
       "op": "gla", "gpu": "sm_80", "K": 16, "V": 16, "dtype": "bfloat16", "gate": "channel", "source": "heuristic",
       "config": "chunk=64 scan=16/4/2", "kernels": {"gla_scan": [255, 0, 1024, 128]}}

@@ -124,7 +124,8 @@ def test_every_gate_is_checked_and_drawn(op):
   shapes = {gate: [x.shape for name, x in tuning.draw(problem, gate, B=2, T=40, H=3)[0].items() if name == "log_decay"]
             for gate in tuning.GATES[op]}
   assert shapes == {"gla": {"channel": [(2, 40, 3, 16)]},
-                    "linear_attention": {"token": [(2, 40, 3)], "head": [(3,)], "none": []}}[op]
+                    "linear_attention": {"token": [(2, 40, 3)], "head": [(3,)], "none": []},
+                    "delta_rule": {"none": [], "token": [(2, 40, 3)]}}[op]
 
 
 def test_milliseconds_times_calls_until_they_are_long_enough():
@@ -147,7 +148,7 @@ class Config:
 sys.modules["kernels.gla.pallas_triton"] = types.SimpleNamespace(
     Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(16, Tile(16)),
     candidates=lambda K, V, dtype: {"scan": [Tile(16), Tile(32, 8, 3)]},
-    configured=lambda *x, scale, config: xla_chunked.gla(*x, scale=scale, chunk_size=16))
+    configured=lambda *, config, **x: xla_chunked.gla(**x, chunk_size=16))
 import retune, tuning
 tuning.CHECKED = 40
 retune.commands.run(retune.main)
@@ -187,7 +188,7 @@ def test_command_adds_to_the_file(tmp_path):
 
 @pytest.mark.parametrize("flag, rule", [
     ("--shapes=16", "--shapes=16: a shape is KxV or KxVxH, for instance 128x128x16"),
-    ("--ops=softmax", "--ops=softmax: known ops are gla, linear_attention"),
+    ("--ops=softmax", "--ops=softmax: known ops are gla, linear_attention, delta_rule"),
     ("--out=", "--out is empty and the default backend is cpu; without a GPU it is required"),
 ])
 def test_wrong_flags(tmp_path, flag, rule):

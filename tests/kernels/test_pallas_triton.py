@@ -20,7 +20,8 @@ from tests.kernels.cases import Case
 
 OPS = [op for op in dispatch.TABLE if "pallas_triton" in dispatch.TABLE[op]]
 PALLAS = {op: functools.partial(getattr(kernels, op), implementation="pallas_triton") for op in OPS}
-DECAYS = {"gla": ("channel",), "linear_attention": ("token", "head", "none")}
+DECAYS = {"gla": ("channel",), "linear_attention": ("token", "head", "none"), "delta_rule": ("token", "none")}
+BETA = {"delta_rule": "double"}
 
 
 def check(op, case, record_property, monkeypatch):
@@ -28,7 +29,8 @@ def check(op, case, record_property, monkeypatch):
   inputs = cases.make_inputs(case)
   config = configuration(op, inputs, case.chunk_size, monkeypatch)
   record_property("config", tuning.describe(config))
-  actual = cases.results(PALLAS[op], inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size)
+  actual = cases.results(PALLAS[op], inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size,
+                         case.normalize_qk)
   errors = {name: relative_error(actual[name], x) for name, x in cases.expected(inputs).items()}
   record_property("errors", errors)
   bad = {name: f"{error:.1e} > {bound:.0e}" for name, error in errors.items()
@@ -41,9 +43,9 @@ def configuration(op, inputs, chunk_size, monkeypatch):
   """What the op chooses for these inputs."""
   module, chosen = importlib.import_module(f"kernels.{op}.pallas_triton"), []
 
-  def spy(*arrays, scale, config):
+  def spy(*arrays, config, **options):
     chosen.append(config)
-    return configured(*arrays, scale=scale, config=config)
+    return configured(*arrays, config=config, **options)
 
   with monkeypatch.context() as patch:
     configured = module.configured
@@ -74,6 +76,19 @@ INTERPRETED = {
         Case(T=64, H=1, K=256, V=32, dtype="bfloat16", decay="token"),
         Case(T=50, H=4, K=32, V=32, dtype="float32", decay="token", key_heads=2, chunk_size=16),
     ],
+    "delta_rule": [
+        Case(T=1, H=1, K=16, V=16, decay="none", beta="unit"),
+        Case(T=65, H=3, K=60, V=100, dtype="bfloat16", decay="token", beta="double", normalize_qk=True),
+        Case(T=100, H=2, K=32, V=64, decay="token", beta="double", gate="-30"),
+        Case(T=128, H=2, K=32, V=32, dtype="float16", decay="token", beta="unit", gate="logit_-20",
+             segments=(1, 15, 70, 1, 41)),
+        Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta="double", keys="near_parallel"),
+        Case(T=40, H=1, K=64, V=32, decay="token", beta="0", gate="near_zero", chunk_size=16),
+        Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta="1", keys="repeated", normalize_qk=True),
+        Case(T=64, H=1, K=256, V=32, dtype="bfloat16", decay="token", beta="unit", normalize_qk=True),
+        Case(T=50, H=4, K=32, V=32, decay="none", beta="2", key_heads=2, chunk_size=16, initial_state=False),
+        Case(T=256, B=1, H=1, K=32, V=32, decay="token", beta="double", gate="near_zero", chunk_size=16),
+    ],
 }
 
 
@@ -98,8 +113,9 @@ def test_scores_from_a_kernel_of_their_own(op, case, record_property, monkeypatc
 def gpu_grid(op):
   """All cases for the first form of decay, and fewer widths for the others. A kernel of 128 tokens a chunk does not
   fit: the implementation says so, see test_declines."""
-  first, *others = DECAYS[op]
-  found = cases.grid(first) + [case for decay in others for case in cases.grid(decay, widths=(64, 256))]
+  (first, *others), beta = DECAYS[op], BETA.get(op)
+  found = cases.grid(first, beta=beta)
+  found += [case for decay in others for case in cases.grid(decay, widths=(64, 256), beta=beta)]
   return [case for case in found if case.chunk_size != 128]
 
 
@@ -114,7 +130,8 @@ def tuned_grid(device):
   """Cases at the width of every configuration that is listed for `device`, if there is one."""
   listed = [(op, *width) for op in OPS for width in (tuned.listed(op, device) if device else ())]
   return [(op, case) for op, K, V, dtype in listed for decay in DECAYS[op]
-          for case in cases.around(K, V, ("bfloat16", "float16") if dtype == "bfloat16" else (dtype,), decay)]
+          for case in cases.around(K, V, ("bfloat16", "float16") if dtype == "bfloat16" else (dtype,), decay,
+                                   BETA.get(op))]
 
 
 @pytest.mark.gpu
@@ -127,6 +144,6 @@ def test_every_tuned_configuration_matches_the_scan(op, case, record_property, m
 
 @pytest.mark.parametrize("op", OPS)
 def test_declines(op):
-  inputs = cases.make_inputs(Case(T=128, decay=DECAYS[op][0])).arrays
+  inputs = cases.make_inputs(Case(T=128, decay=DECAYS[op][0], beta=BETA.get(op))).arrays
   with pytest.raises(NotImplementedError, match="chunk_size=128 is not one of 16, 32, 64"):
     PALLAS[op](**inputs, chunk_size=128)
