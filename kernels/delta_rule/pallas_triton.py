@@ -66,9 +66,8 @@ class Config:
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
   wide = dtype == jnp.float32
-  scan = Tile(tile_width(V, 16 if wide or K > 64 else 32), 8 if K > 128 else 4, 2)
-  chunk = 16 if wide else 32 if K > 128 else 64
-  return Config(chunk_size or chunk, 64, 32, scan, scan, Tile(tile_width(K, 32), 8, 1))
+  scan = Tile(16, 8, 3 if wide else 2)
+  return Config(chunk_size or (16 if wide else 32), 64, 16, scan, scan, Tile(tile_width(K, 32), 8, 1))
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
@@ -80,8 +79,8 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
   else:
     scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
     keys = tiles(K, (128, 8, 1), (128, 8, 2), (64, 4, 1), (64, 8, 1), (64, 8, 2), (32, 4, 1))
-  return {"depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan,
-          "gradients": keys, "width": [16] if wide else [32, 64]}
+  return {"chunk": [16 if wide else 64], "width": [16] if wide else [32, 64],
+          "depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan, "gradients": keys}
 
 
 def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
@@ -329,7 +328,11 @@ def _gradients_kernel(q_ref, k_ref, v_ref, do_ref, dv_ref, t_ref, *refs, vectors
   # Other programs may still read what this one clears: it is 2^-40 of what counts there.
   @pl.when((pl.program_id(0) == 0) & (jnp.max(zero.astype(jnp.int32)) == 1))
   def _():
-    exact_dv_ref[...] = jnp.where(zero[:, None], 0.0, f32(dv_ref[...])).astype(exact_dv_ref.dtype)
+    def clear(i, _):
+      tile = pl.ds(i * width, width)
+      exact_dv_ref[:, tile] = jnp.where(zero[:, None], 0.0, f32(dv_ref[:, tile])).astype(exact_dv_ref.dtype)
+
+    jax.lax.fori_loop(0, v_ref.shape[1] // width, clear, None)
 
 
 def _through_norm(x, norm, dx):
