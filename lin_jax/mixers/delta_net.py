@@ -1,0 +1,144 @@
+"""DeltaNet (Yang et al. 2024, arXiv:2406.06484, section 3; the rule is that of Schlag et al. 2021, arXiv:2102.11174).
+
+Per head, with rows q_t, k_t in R^K, v_t in R^V, and conv a short causal convolution:
+  S_t = S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}),   o_t = q_t S_t / sqrt(K),   b_t = sigmoid(x_t W_b)
+  q_t, k_t = norm(f(conv(x W)_t)),   v_t = silu(conv(x W_v)_t),   y_t = RMSNorm(o_t) W_o
+where f is SiLU and norm is L2 per head unless the config names others of the paper's ablation. Where the paper is
+silent this follows flash-linear-attention, which trains the published checkpoints: no biases, 1e-6 under the L2 norm's
+root, one head norm scale shared by all heads, SiLU kept on values whatever f is, and an optional swish gate on the
+normalised output. Beta doubled to (0, 2) gives the state's transition negative eigenvalues (Grazzi et al. 2024,
+arXiv:2411.12537).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from kernels import delta_rule
+from kernels.delta_rule import step as delta_step
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution
+from lin_jax.mixers import register, require
+from lin_jax.sharding import shard_heads
+
+ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
+NORMS = ("l2", "l1")
+
+
+@dataclasses.dataclass
+class DeltaNetConfig:
+  """Defaults are the paper's 340M model: heads of 128 at width 1024, convolutions of 4 taps, no output gate."""
+
+  heads: int = 8
+  expand_k: float = 1.0  # key width / model width, over all heads
+  expand_v: float = 1.0
+  conv_width: int = 4  # taps of the short convolution on q, k and v; 0 is none
+  qk_activation: str = "silu"  # of ACTIVATIONS
+  qk_norm: str = "l2"  # "l1" divides by the sum of absolute values
+  output_gate: bool = False  # swish gate on the normalised output
+  allow_neg_eigval: bool = False  # beta in (0, 2) in place of (0, 1)
+  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
+  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+
+  @staticmethod
+  def examples() -> list["DeltaNetConfig"]:
+    return [DeltaNetConfig(heads=2),
+            DeltaNetConfig(heads=4, expand_k=0.5, expand_v=2.0, conv_width=0, qk_activation="elu1", qk_norm="l1",
+                           output_gate=True, allow_neg_eigval=True)]
+
+
+@register("delta_net")
+class DeltaNet(nnx.Module):
+  """The DeltaNet layer. Its state is the float32 matrix memory and, with convolutions, their last inputs."""
+
+  Config = DeltaNetConfig
+
+  def __init__(self, config: DeltaNetConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    require(config, "heads", config.heads >= 1, "must be at least 1")
+    for field, known in (("qk_activation", ACTIVATIONS), ("qk_norm", NORMS)):
+      require(config, field, getattr(config, field) in known, f"must be one of {', '.join(known)}")
+    key_width, value_width = round(width * config.expand_k), round(width * config.expand_v)
+    for name, size in (("expand_k", key_width), ("expand_v", value_width)):
+      if size < 1 or size % config.heads:
+        raise ValueError(f"{name}={getattr(config, name)} of width {width} gives {size} channels: not divisible by "
+                         f"heads={config.heads}")
+    self.heads = config.heads
+    self.qk_activation, self.qk_norm = config.qk_activation, config.qk_norm
+    self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
+    self.chunk_size = config.chunk_size or None
+    self.implementation = config.implementation or None
+    linear = dict(dtype=dtype, rngs=rngs)
+    self.query = Linear(width, key_width, ("embed", "heads"), **linear)
+    self.key = Linear(width, key_width, ("embed", "heads"), **linear)
+    self.value = Linear(width, value_width, ("embed", "heads"), **linear)
+    self.beta = Linear(width, config.heads, ("embed", "heads"), output_dtype=jnp.float32, **linear)
+    self.gate = Linear(width, value_width, ("embed", "heads"), **linear) if config.output_gate else None
+    self.norm = RMSNorm(value_width // config.heads, eps=norm_eps, rngs=rngs)
+    self.output = Linear(value_width, width, ("heads", "embed"), **linear)
+    channels = (key_width, key_width, value_width) if config.conv_width else ()
+    self.convolutions = nnx.List([ShortConvolution(size, config.conv_width, axis="heads", **linear)
+                                  for size in channels])
+
+  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+    q, k, v, inputs = self._project(x, state, segment_ids)
+
+    def attend(q, k, v, beta, memory, segment_ids):
+      return delta_rule(q, k, v, beta, normalize_qk=self.qk_norm == "l2", initial_state=memory,
+                        segment_ids=segment_ids, chunk_size=self.chunk_size, implementation=self.implementation)
+
+    attend = shard_heads(attend, "bthk,bthk,bthv,bth,bhkv,bt->bthv,bhkv")
+    o, memory = attend(q, k, v, self._beta(x), None if state is None else state["memory"], segment_ids)
+    y = self._finish(x, checkpoint_name(o, "mixer_output"))
+    return y, None if state is None else {"memory": memory, "inputs": inputs}
+
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
+    x = x[:, None]
+    q, k, v, inputs = self._project(x, state, None)
+    token = (a[:, 0] for a in (q, k, v, self._beta(x)))
+    memory, o = delta_step(state["memory"], *token, normalize_qk=self.qk_norm == "l2")
+    o = (o * q.shape[-1] ** -0.5).astype(v.dtype)
+    return self._finish(x, o[:, None])[:, 0], {"memory": memory, "inputs": inputs}
+
+  def init_state(self, batch: int, max_length: int) -> dict:
+    """An empty memory, the same for any `max_length`."""
+    key_width, value_width = self.key.kernel.shape[-1], self.value.kernel.shape[-1]
+    memory = jnp.zeros((batch, self.heads, key_width // self.heads, value_width // self.heads), jnp.float32)
+    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """Projections, and the recurrence's three products with the state; the chunked form's extra are not counted."""
+    linears = [self.query, self.key, self.value, self.beta, self.output] + ([self.gate] if self.gate else [])
+    mixing = 6 * self.key.kernel.shape[-1] * self.value.kernel.shape[-1] // self.heads
+    taps = sum(2 * conv.kernel.shape[-2] * conv.kernel.shape[-1] for conv in self.convolutions)
+    return sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears) + mixing + taps
+
+  def _project(self, x, state, segment_ids):
+    """q, k [B,T,H,K], v [B,T,H,V], and the convolutions' new states. The op divides by an L2 norm, this by an L1."""
+    qkv, inputs = [self.query(x), self.key(x), self.value(x)], []
+    for i, conv in enumerate(self.convolutions):
+      qkv[i], last = conv(qkv[i], None if state is None else state["inputs"][i], segment_ids)
+      inputs.append(last)
+    q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in qkv)
+    q, k = (ACTIVATIONS[self.qk_activation](a) for a in (q, k))
+    if self.qk_norm == "l1":
+      q, k = _normalize_l1(q), _normalize_l1(k)
+    return q, k, jax.nn.silu(v), inputs
+
+  def _beta(self, x):
+    return self.beta_scale * jax.nn.sigmoid(self.beta(x))
+
+  def _finish(self, x, o):
+    """Head norm, output gate if any, output projection: o [B,T,H,V] -> [B,T,D]."""
+    o = self.norm(o).reshape(*x.shape[:2], -1)
+    return self.output(o if self.gate is None else o * jax.nn.silu(self.gate(x)))
+
+
+def _normalize_l1(x):
+  wide = x.astype(jnp.float32)
+  # A head that ReLU has zeroed stays zero.
+  return (wide / (jnp.sum(jnp.abs(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
