@@ -1,0 +1,120 @@
+"""HGRN2: a gated linear RNN with state expansion (Qin et al. 2024, arXiv:2404.07904, equation 3).
+
+Per head, with i_t the input and f_t the forget gate, bounded from below by beta:
+  f_t = beta + (1 - beta) sigmoid(x_t W_f),   i_t = x_t W_i,   q_t = swish(x_t W_q)
+  S_t = diag(f_t) S_{t-1} + (1 - f_t)^T i_t,   o_t = q_t S_t / sqrt(K),   y_t = RMSNorm(o_t) W_o
+The outer product with the tied input gate 1 - f_t makes the state K times that of an elementwise gated RNN, without
+parameters. The swish of the output gate q_t, its scale (which matters only beside the norm's eps), the input without an
+activation, and the RMSNorm over all heads at once with one scale a channel are those of flash-linear-attention's layer;
+weights start as everywhere in `lin_jax.layers`.
+
+The published model learns a bound per channel and ties the layers together: beta of layer l = 0 ... L - 1 is a partial
+sum of l terms of a softmax over layers, so it grows with depth, from 0 in the first layer; training starts at l / L. A
+mixer does not know its depth, so here beta is one fixed number for all channels of a layer, `lower_bound`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from kernels import gla
+from kernels.gla import step as gla_step
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution
+from lin_jax.mixers import register, require
+from lin_jax.sharding import shard_heads
+
+
+@dataclasses.dataclass
+class HGRN2Config:
+  """Defaults are those of the published 340M layer at width 1024: the state is expanded width / heads = 128 times."""
+
+  heads: int = 8
+  lower_bound: float = 0.0  # of the forget gate, in every channel
+  conv_width: int = 0  # taps of a short convolution on q, f and i; 0 is none
+  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
+  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+
+  @staticmethod
+  def examples() -> list["HGRN2Config"]:
+    return [HGRN2Config(heads=2), HGRN2Config(heads=4, lower_bound=0.3, conv_width=3)]
+
+
+@register("hgrn2")
+class HGRN2(nnx.Module):
+  """The HGRN2 token mixer. Its state is the float32 matrix memory and, with a convolution, its last inputs."""
+
+  Config = HGRN2Config
+
+  def __init__(self, config: HGRN2Config, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    require(config, "heads", config.heads >= 1, "must be at least 1")
+    require(config, "heads", width % config.heads == 0, f"must divide the width {width}")
+    require(config, "lower_bound", 0 <= config.lower_bound < 1, "must be at least 0 and less than 1")
+    self.heads = config.heads
+    self.lower_bound = config.lower_bound
+    self.chunk_size = config.chunk_size or None
+    self.implementation = config.implementation or None
+    # The forget gate leaves the compute dtype at its first product: rounded gates compound over thousands of tokens.
+    dtypes = (dtype, jnp.float32, dtype)
+    self.query, self.forget, self.input = (
+        Linear(width, width, ("embed", "heads"), dtype=dtype, output_dtype=output, rngs=rngs) for output in dtypes)
+    self.norm = RMSNorm(width, eps=norm_eps, rngs=rngs)
+    self.output = Linear(width, width, ("heads", "embed"), dtype=dtype, rngs=rngs)
+    self.convolutions = nnx.List([ShortConvolution(width, config.conv_width, axis="heads", dtype=output, rngs=rngs)
+                                  for output in dtypes if config.conv_width])
+
+  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+    q, k, v, log_decay, inputs = self._project(x, state, segment_ids)
+
+    def attend(q, k, v, log_decay, memory, segment_ids):
+      return gla(q, k, v, log_decay, initial_state=memory, segment_ids=segment_ids, chunk_size=self.chunk_size,
+                 implementation=self.implementation)
+
+    attend = shard_heads(attend, "bthk,bthk,bthv,bthk,bhkv,bt->bthv,bhkv")
+    o, memory = attend(q, k, v, log_decay, None if state is None else state["memory"], segment_ids)
+    y = self._finish(checkpoint_name(o, "mixer_output"))
+    return y, None if state is None else {"memory": memory, "inputs": inputs}
+
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
+    *arrays, inputs = self._project(x[:, None], state, None)
+    q, k, v, log_decay = (a[:, 0] for a in arrays)
+    memory, o = gla_step(state["memory"], q, k, v, log_decay)
+    o = (o * q.shape[-1] ** -0.5).astype(v.dtype)
+    return self._finish(o[:, None])[:, 0], {"memory": memory, "inputs": inputs}
+
+  def init_state(self, batch: int, max_length: int) -> dict:
+    """An empty memory, the same for any `max_length`."""
+    head_dim = self.input.kernel.shape[-1] // self.heads
+    memory = jnp.zeros((batch, self.heads, head_dim, head_dim), jnp.float32)
+    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
+    width = self.input.kernel.shape[-1]
+    taps = sum(2 * conv.kernel.shape[-2] * width for conv in self.convolutions)
+    return 4 * 2 * width**2 + 4 * width**2 // self.heads + taps
+
+  def _project(self, x, state, segment_ids):
+    """q, k, v and log_decay [B,T,H,K], and the convolutions' new states."""
+    projected, inputs = [self.query(x), self.forget(x), self.input(x)], []
+    for i, conv in enumerate(self.convolutions):
+      projected[i], last = conv(projected[i], None if state is None else state["inputs"][i], segment_ids)
+      inputs.append(last)
+    q, f, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in projected)
+    k, log_decay = self._gates(f)
+    return jax.nn.silu(q), k.astype(v.dtype), v, log_decay, inputs
+
+  def _gates(self, f):
+    """1 - forget gate and log(forget gate), in float32 and each to its own relative precision."""
+    k = (1 - self.lower_bound) * jax.nn.sigmoid(-f)
+    # Without a bound k rounds to 1 where the gate is all but closed, and log(1 - k) would be infinite.
+    return k, jnp.log1p(-k) if self.lower_bound else jax.nn.log_sigmoid(f)
+
+  def _finish(self, o):
+    """Norm over all heads and output projection: o [B,T,H,V] -> [B,T,D]."""
+    return self.output(self.norm(o.reshape(*o.shape[:2], -1)))
