@@ -1,0 +1,155 @@
+"""Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464, section 3).
+
+Per value head, with rows q_t, k_t in R^K of its key head, v_t in R^V, and conv a short causal convolution:
+  S_t = a_t S_{t-1} + b_t k_t^T (v_t - a_t k_t S_{t-1}),   o_t = q_t S_t / sqrt(K)
+  log a_t = -exp(A_log) softplus(x_t W_a + dt_bias),   b_t = sigmoid(x_t W_b)
+  q_t, k_t = L2 norm per head of silu(conv(x W)_t),   v_t = silu(conv(x W_v)_t)
+  y_t = (RMSNorm(o_t) * swish(x_t W_g)) W_o
+Where the paper is silent this follows flash-linear-attention: no biases but dt_bias, 1e-6 under the L2 norm's root, one
+head norm scale shared by all heads, value heads in equal groups that share a key head, and the start of A uniform in
+(0, 16] and of softplus(dt_bias) log-uniform in [1e-3, 1e-1]. A_log and dt_bias are vectors, to which the optimizer
+applies no weight decay. Beta doubled to (0, 2) gives the state's transition negative eigenvalues (Grazzi et al. 2024,
+arXiv:2411.12537).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from kernels import delta_rule
+from kernels.delta_rule import step as delta_step
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, align, param
+from lin_jax.mixers import register, require
+from lin_jax.sharding import shard_heads
+
+
+@dataclasses.dataclass
+class GatedDeltaNetConfig:
+  """Defaults are the 1.3B model's: 6 heads with keys of 256 and values of 512 at width 2048, output gate."""
+
+  heads: int = 6  # of queries and keys
+  value_heads: int = 0  # a multiple of heads; 0 is one per key head
+  head_dim: int = 256  # of queries and keys
+  expand_v: float = 2.0  # value head / key head
+  conv_width: int = 4  # taps of the short convolution on q, k and v; 0 is none
+  output_gate: bool = True  # swish gate on the normalised output
+  allow_neg_eigval: bool = False  # beta in (0, 2) in place of (0, 1)
+  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
+  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+
+  @staticmethod
+  def examples() -> list["GatedDeltaNetConfig"]:
+    return [GatedDeltaNetConfig(heads=2, head_dim=8, conv_width=0, output_gate=False, allow_neg_eigval=True),
+            GatedDeltaNetConfig(heads=2, value_heads=4, head_dim=8, expand_v=1.5)]
+
+
+@register("gated_delta_net")
+class GatedDeltaNet(nnx.Module):
+  """The Gated DeltaNet layer. Its state is the float32 matrix memory and, with convolutions, their last inputs."""
+
+  Config = GatedDeltaNetConfig
+
+  def __init__(self, config: GatedDeltaNetConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    for field in ("heads", "head_dim"):
+      require(config, field, getattr(config, field) >= 1, "must be at least 1")
+    require(config, "value_heads", config.value_heads >= 0 and config.value_heads % config.heads == 0,
+            f"must be a multiple of heads={config.heads}, or 0")
+    value_dim = round(config.head_dim * config.expand_v, 6)
+    require(config, "expand_v", value_dim >= 1 and value_dim % 1 == 0,
+            f"gives {value_dim} channels for head_dim={config.head_dim}: must be a whole number, at least 1")
+    self.heads, self.value_heads = config.heads, config.value_heads or config.heads
+    self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
+    self.chunk_size = config.chunk_size or None
+    self.implementation = config.implementation or None
+    key_width, value_width = config.heads * config.head_dim, self.value_heads * int(value_dim)
+    linear = dict(dtype=dtype, rngs=rngs)
+    self.query = Linear(width, key_width, ("embed", "heads"), **linear)
+    self.key = Linear(width, key_width, ("embed", "heads"), **linear)
+    self.value = Linear(width, value_width, ("embed", "heads"), **linear)
+    self.beta = Linear(width, self.value_heads, ("embed", "heads"), output_dtype=jnp.float32, **linear)
+    # The decay leaves the compute dtype at its first product: rounded gates compound over thousands of tokens.
+    self.decay = Linear(width, self.value_heads, ("embed", "heads"), output_dtype=jnp.float32, **linear)
+    self.A_log = param(rngs, log_rates, (self.value_heads,), ("heads",))
+    self.dt_bias = param(rngs, time_step_biases, (self.value_heads,), ("heads",))
+    self.gate = Linear(width, value_width, ("embed", "heads"), **linear) if config.output_gate else None
+    self.norm = RMSNorm(int(value_dim), eps=norm_eps, rngs=rngs)
+    self.output = Linear(value_width, width, ("heads", "embed"), **linear)
+    channels = (key_width, key_width, value_width) if config.conv_width else ()
+    self.convolutions = nnx.List([ShortConvolution(size, config.conv_width, axis="heads", **linear)
+                                  for size in channels])
+
+  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+    q, k, v, inputs = self._project(x, state, segment_ids)
+
+    def attend(q, k, v, beta, log_decay, memory, segment_ids):
+      return delta_rule(q, k, v, beta, log_decay, normalize_qk=True, initial_state=memory, segment_ids=segment_ids,
+                        chunk_size=self.chunk_size, implementation=self.implementation)
+
+    attend = shard_heads(attend, "bthk,bthk,bthv,bth,bth,bhkv,bt->bthv,bhkv")
+    memory = None if state is None else state["memory"]
+    o, memory = attend(q, k, v, self._beta(x), self._log_decay(x), memory, segment_ids)
+    y = self._finish(x, checkpoint_name(o, "mixer_output"))
+    return y, None if state is None else {"memory": memory, "inputs": inputs}
+
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
+    x = x[:, None]
+    q, k, v, inputs = self._project(x, state, None)
+    q, k = (jnp.repeat(a, self.value_heads // self.heads, axis=2) for a in (q, k))
+    token = (a[:, 0] for a in (q, k, v, self._beta(x), self._log_decay(x)))
+    memory, o = delta_step(state["memory"], *token, normalize_qk=True)
+    o = (o * q.shape[-1] ** -0.5).astype(v.dtype)
+    return self._finish(x, o[:, None])[:, 0], {"memory": memory, "inputs": inputs}
+
+  def init_state(self, batch: int, max_length: int) -> dict:
+    """An empty memory, the same for any `max_length`."""
+    key_dim, value_dim = self.key.kernel.shape[-1] // self.heads, self.value.kernel.shape[-1] // self.value_heads
+    memory = jnp.zeros((batch, self.value_heads, key_dim, value_dim), jnp.float32)
+    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """Projections, and the recurrence's three products with the state; the chunked form's extra are not counted."""
+    linears = [self.query, self.key, self.value, self.beta, self.decay, self.output]
+    linears += [self.gate] if self.gate else []
+    mixing = 6 * self.key.kernel.shape[-1] // self.heads * self.value.kernel.shape[-1]
+    taps = sum(2 * conv.kernel.shape[-2] * conv.kernel.shape[-1] for conv in self.convolutions)
+    return sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears) + mixing + taps
+
+  def _project(self, x, state, segment_ids):
+    """q, k [B,T,G,K] before their L2 norm, v [B,T,H,V], and the convolutions' new states."""
+    qkv, inputs = [self.query(x), self.key(x), self.value(x)], []
+    for i, conv in enumerate(self.convolutions):
+      qkv[i], last = conv(qkv[i], None if state is None else state["inputs"][i], segment_ids)
+      inputs.append(last)
+    heads = (self.heads, self.heads, self.value_heads)
+    return *(jax.nn.silu(a).reshape(*a.shape[:2], n, -1) for a, n in zip(qkv, heads, strict=True)), inputs
+
+  def _beta(self, x):
+    return self.beta_scale * jax.nn.sigmoid(self.beta(x))
+
+  def _log_decay(self, x):
+    logits = self.decay(x)
+    rate = align(jnp.exp(self.A_log[...]), logits)
+    return -rate * jax.nn.softplus(logits + align(self.dt_bias[...], logits))
+
+  def _finish(self, x, o):
+    """Head norm, output gate if any, output projection: o [B,T,H,V] -> [B,T,D]."""
+    o = self.norm(o).reshape(*x.shape[:2], -1)
+    return self.output(o if self.gate is None else o * jax.nn.silu(self.gate(x)))
+
+
+def log_rates(key: Array, shape: tuple[int, ...], dtype) -> Array:
+  """Initializer of A_log: the log of a uniform sample of (0, 16]."""
+  return jnp.log(16 * (1 - jax.random.uniform(key, shape, dtype)))
+
+
+def time_step_biases(key: Array, shape: tuple[int, ...], dtype) -> Array:
+  """Initializer of dt_bias: the inverse softplus of a log-uniform sample of [1e-3, 1e-1]."""
+  dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+  return dt + jnp.log(-jnp.expm1(-dt))
