@@ -1,0 +1,178 @@
+"""Mamba-2: a state-space layer with a scalar decay per token and head (Dao and Gu 2024, arXiv:2405.21060, section 7).
+
+Per head, with x_t in R^V, and B_t, C_t in R^N shared by the heads of a group:
+  x, B, C = swish(conv(u W_x) + b_x), swish(conv(u W_B) + b_B), swish(conv(u W_C) + b_C)
+  dt_t = softplus(u_t W_dt + dt_bias),   log a_t = -exp(A_log) dt_t
+  S_t = a_t S_{t-1} + B_t^T (dt_t x_t),   o_t = C_t S_t + D x_t,   y_t = RMSNorm(o_t * swish(u_t W_z)) W_o
+In the words of linear attention, q = C, k = B and v = dt x, with fewer heads of q and k than of v, unscaled. The order
+of gate and norm, the norm's statistics over the heads of a group, the ranges of A and dt at the start, and a
+convolution with and projections without bias are those of the authors' mamba_ssm. Its one input projection and one
+convolution are five and three here, z, x, B, C, dt in its order, so that heads can be split over devices.
+Kernels start from N(0, 0.02) as everywhere in `lin_jax.layers`, not from mamba_ssm's uniform.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from kernels import linear_attention
+from kernels.linear_attention import step as linear_attention_step
+from lin_jax.layers import Linear, ShortConvolution, align, param
+from lin_jax.mixers import register, require
+from lin_jax.sharding import shard_heads
+
+A_RANGE = (1.0, 16.0)
+DT_RANGE = (1e-3, 1e-1)
+
+
+@dataclasses.dataclass
+class Mamba2Config:
+  """Defaults are the published ones at width 1024: 32 heads of 64 channels, one group of B and C of 128 channels."""
+
+  heads: int = 32
+  groups: int = 1  # of heads that share B and C
+  state_size: int = 128  # channels of B and C
+  expand: float = 2.0  # width of x and z / model width, over all heads
+  conv_width: int = 4  # taps of the short convolution on x, B and C
+  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
+  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+
+  @staticmethod
+  def examples() -> list["Mamba2Config"]:
+    return [Mamba2Config(heads=4, state_size=8),
+            Mamba2Config(heads=4, groups=2, state_size=6, expand=1.5, conv_width=3)]
+
+
+@register("mamba2")
+class Mamba2(nnx.Module):
+  """The Mamba-2 layer. Its state is the float32 matrix memory and the convolutions' last inputs."""
+
+  Config = Mamba2Config
+
+  def __init__(self, config: Mamba2Config, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    for field in ("heads", "groups", "state_size"):
+      require(config, field, getattr(config, field) >= 1, "must be at least 1")
+    require(config, "groups", config.heads % config.groups == 0, f"must divide heads={config.heads}")
+    inner = round(width * config.expand)
+    if inner < 1 or inner % config.heads:
+      raise ValueError(f"expand={config.expand} of width {width} gives {inner} channels: not divisible by "
+                       f"heads={config.heads}")
+    self.heads, self.groups = config.heads, config.groups
+    self.norm_eps = norm_eps
+    self.chunk_size = config.chunk_size or None
+    self.implementation = config.implementation or None
+    # A single group serves the heads of every device, so each computes it whole.
+    shared = "heads" if config.groups > 1 else None
+    sizes = {"value": (inner, "heads"), "key": (config.groups * config.state_size, shared),
+             "query": (config.groups * config.state_size, shared)}
+    linear = dict(dtype=dtype, rngs=rngs)
+    self.gate = Linear(width, inner, ("embed", "heads"), **linear)
+    self.value, self.key, self.query = (Linear(width, size, ("embed", axis), **linear) for size, axis in sizes.values())
+    # The decay leaves the compute dtype at its first product: rounded decays compound over thousands of tokens.
+    self.dt = Linear(width, config.heads, ("embed", "heads"), output_dtype=jnp.float32, **linear)
+    self.convolutions = nnx.List([BiasedConvolution(size, config.conv_width, axis=axis, **linear)
+                                  for size, axis in sizes.values()])
+    self.A_log = param(rngs, _log_uniform_start(A_RANGE), (config.heads,), ("heads",))
+    self.dt_bias = param(rngs, _dt_bias_start, (config.heads,), ("heads",))
+    self.D = param(rngs, nnx.initializers.ones, (config.heads,), ("heads",))
+    self.norm_scale = param(rngs, nnx.initializers.ones, (inner,), ("heads",))
+    self.output = Linear(inner, width, ("heads", "embed"), **linear)
+
+  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+    q, k, v, inputs = self._project(x, state, segment_ids)
+    dt, log_decay = self._time_steps(x)
+
+    def attend(q, k, v, log_decay, memory, segment_ids):
+      return linear_attention(q, k, v, log_decay, initial_state=memory, segment_ids=segment_ids, scale=1.0,
+                              chunk_size=self.chunk_size, implementation=self.implementation)
+
+    shared = "btgk" if self.groups == 1 else "bthk"
+    attend = shard_heads(attend, f"{shared},{shared},bthv,bth,bhkv,bt->bthv,bhkv")
+    o, memory = attend(q, k, _scale_heads(dt, v), log_decay, None if state is None else state["memory"], segment_ids)
+    y = self._finish(x, checkpoint_name(o, "mixer_output"), v)
+    return y, None if state is None else {"memory": memory, "inputs": inputs}
+
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
+    x = x[:, None]
+    q, k, v, inputs = self._project(x, state, None)
+    dt, log_decay = self._time_steps(x)
+    q, k = (jnp.repeat(a[:, 0], self.heads // self.groups, axis=1) for a in (q, k))
+    memory, o = linear_attention_step(state["memory"], q, k, _scale_heads(dt, v)[:, 0], log_decay[:, 0])
+    return self._finish(x, o[:, None].astype(v.dtype), v)[:, 0], {"memory": memory, "inputs": inputs}
+
+  def init_state(self, batch: int, max_length: int) -> dict:
+    """An empty memory, the same for any `max_length`."""
+    key_dim, value_dim = self.key.kernel.shape[-1] // self.groups, self.value.kernel.shape[-1] // self.heads
+    memory = jnp.zeros((batch, self.heads, key_dim, value_dim), jnp.float32)
+    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """Projections, convolutions, and the recurrence's write and read; the chunked form's scores are not counted."""
+    linears = (self.gate, self.value, self.key, self.query, self.dt, self.output)
+    mixing = 4 * self.key.kernel.shape[-1] // self.groups * self.value.kernel.shape[-1]
+    kernels = [layer.kernel.shape for layer in (*linears, *self.convolutions)]
+    return sum(2 * shape[-2] * shape[-1] for shape in kernels) + mixing
+
+  def _project(self, x, state, segment_ids):
+    """q, k [B,T,G,N], v [B,T,H,V] before its time step, and the convolutions' new states."""
+    past = [None] * 3 if state is None else state["inputs"]
+    arrays, inputs = [], []
+    for linear, conv, last in zip((self.value, self.key, self.query), self.convolutions, past, strict=True):
+      y, last = conv(linear(x), last, segment_ids)
+      arrays.append(jax.nn.silu(y))
+      inputs.append(last)
+    v, k, q = (a.reshape(*a.shape[:2], heads, -1)
+               for a, heads in zip(arrays, (self.heads, self.groups, self.groups), strict=True))
+    return q, k, v, inputs
+
+  def _time_steps(self, x):
+    """dt and log_decay [B,T,H], float32."""
+    dt = self.dt(x)
+    dt = jax.nn.softplus(dt + align(self.dt_bias[...], dt))
+    return dt, -align(jnp.exp(self.A_log[...]), dt) * dt
+
+  def _finish(self, x, o, v):
+    """Skip, gate, norm over the heads of a group, output projection: o and v [B,T,H,V] -> [B,T,D]."""
+    skip = _scale_heads(self.D[...][None, None], v.astype(jnp.float32))
+    o = (o.astype(jnp.float32) + skip).reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x).astype(jnp.float32))
+    o = o.reshape(*x.shape[:2], self.groups, -1)
+    o = o * jax.lax.rsqrt(jnp.mean(jnp.square(o), axis=-1, keepdims=True) + self.norm_eps)
+    o = o.reshape(*x.shape[:2], -1)
+    return self.output((o * align(self.norm_scale[...], o)).astype(v.dtype))
+
+
+class BiasedConvolution(ShortConvolution):
+  """A short convolution plus one bias a channel, which starts as PyTorch's: uniform within 1 / sqrt(taps)."""
+
+  def __init__(self, channels: int, taps: int, *, axis: str | None, dtype, rngs: nnx.Rngs):
+    super().__init__(channels, taps, axis=axis, dtype=dtype, rngs=rngs)
+    bound = taps**-0.5
+    start = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    self.bias = param(rngs, start, (channels,), (axis,))
+
+  def __call__(self, x, state=None, segment_ids=None):
+    y, state = super().__call__(x, state, segment_ids)
+    return y + align(self.bias[...].astype(y.dtype), y), state
+
+
+def _scale_heads(scale, x):
+  """`scale` [B,T,H] times `x` [B,T,H,V], in float32 and then in the dtype of `x`."""
+  return (scale[..., None] * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _log_uniform_start(bounds):
+  """Initializer: the log of a uniform variable."""
+  return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *bounds))
+
+
+def _dt_bias_start(key, shape, dtype):
+  """Initializer: softplus of it is log-uniform in DT_RANGE."""
+  low, high = jnp.log(jnp.asarray(DT_RANGE, dtype))
+  dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
+  return dt + jnp.log(-jnp.expm1(-dt))
