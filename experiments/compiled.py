@@ -102,13 +102,12 @@ def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
     for dtype, K, V in itertools.product(DTYPES, WIDTHS, (*WIDTHS, 512)):
       with use_abstract_mesh(GPUS[gpu].abstract):
         config = module.heuristic(K, V, jnp.dtype(dtype), None)
-      for gate in tuning.GATES[op]:
+      for gate in itertools.chain(*tuning.GATES[op]):
         yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
-    for K, V, dtype in tuned.listed(op, GPUS[gpu].device):
+    for gate, K, V, dtype in tuned.listed(op, GPUS[gpu].device):
       with use_abstract_mesh(GPUS[gpu].abstract):
-        config = tuned.lookup(op, module.Config, K=K, V=V, dtype=dtype)
-      for gate in tuning.GATES[op]:
-        yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
+        config = tuned.lookup(op, module.Config, gate=gate, K=K, V=V, dtype=dtype)
+      yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +131,7 @@ def calls(program: Program) -> dict[str, Call]:
 
 @functools.cache
 def _calls(op, K, V, dtype, gate, config):
-  problem = tuning.Problem(op, K, V, H, dtype, (B, T))
+  problem = tuning.Problem(op, (gate,), K, V, H, dtype, (B, T))
   inputs = jax.eval_shape(lambda: tuning.draw(problem, gate, B=B, T=T, H=H))
   function = tuning.call(_module(op), K**-0.5, config)
   both = lambda arrays, cotangents: (function(**arrays), tuning.results(function, arrays, cotangents))

@@ -3,10 +3,10 @@
   python experiments/retune.py
   python experiments/retune.py --ops=gla --shapes=128x256x4 --dtype=float32 --limit_seconds=540
 
-For each op and shape it starts at the faster of the file's entry and the heuristic, and goes through the fields of the
-op's `Config` once, each field's candidates with the others held. A candidate is timed only after its output, its final
-state and all gradients agree with the float32 scan. Entries of other ops and shapes stay; each faster one is written
-when it is found.
+For each op, shape and group of gates it starts at the faster of the file's entry and the heuristic, and goes through
+the fields of the op's `Config` once, each field's candidates with the others held. A candidate is timed only after its
+output, its final state and all gradients agree with the float32 scan. Entries of other ops and shapes stay; each faster
+one is written when it is found.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _OUT = flags.DEFINE_string("out", "", "The device's file; kernels/tuned/<device>
 
 def main(_):
   deadline = time.monotonic() + _LIMIT.value if _LIMIT.value else float("inf")
-  problems = [problem(op, shape) for op in _OPS.value for shape in _SHAPES.value]
+  problems = [item for op in _OPS.value for shape in _SHAPES.value for item in of_shape(op, shape)]
   if not _OUT.value and jax.default_backend() != "gpu":
     raise ValueError(f"--out is empty and the default backend is {jax.default_backend()}; without a GPU it is required")
   device = jax.devices()[0].device_kind
@@ -56,8 +56,8 @@ def main(_):
     sys.exit(f"no configuration works for {', '.join(map(str, failed))}")
 
 
-def problem(op: str, shape: str) -> tuning.Problem:
-  """The problem that flags name. Raises ValueError."""
+def of_shape(op: str, shape: str) -> list[tuning.Problem]:
+  """The problems that flags name, one a group of gates. Raises ValueError."""
   if op not in tuning.GATES:
     raise ValueError(f"--ops={op}: known ops are {', '.join(tuning.GATES)}")
   sizes = shape.split("x")
@@ -65,7 +65,8 @@ def problem(op: str, shape: str) -> tuning.Problem:
     raise ValueError(f"--shapes={shape}: a shape is KxV or KxVxH, for instance 128x128x16")
   K, V, H = map(int, (*sizes, 16)[:3])
   T = min(2048, _TOKENS.value)
-  return tuning.Problem(op, K, V, H, _DTYPE.value, (_TOKENS.value // T, T), _MAY_SPILL.value)
+  return [tuning.Problem(op, gates, K, V, H, _DTYPE.value, (_TOKENS.value // T, T), _MAY_SPILL.value)
+          for gates in tuning.GATES[op]]
 
 
 def load(path: pathlib.Path, empty: dict) -> dict:
@@ -94,7 +95,7 @@ def starts(record: dict, problem: tuning.Problem, module) -> list:
 
 def save(path, record, problem, config, ms):
   """Puts an entry into the record, in the place of an older one, and writes the file: one entry a line."""
-  entry = {"op": problem.op, "K": problem.K, "V": problem.V, "dtype": problem.dtype,
+  entry = {"op": problem.op, "gates": list(problem.gates), "K": problem.K, "V": problem.V, "dtype": problem.dtype,
            "config": dataclasses.asdict(config), "timed": dict(zip("BTH", (*problem.timed, problem.H))),
            "forward_backward_ms": ms}
   entries = [old for old in record["configs"] if _key(old) != _key(entry)] + [entry]
@@ -106,7 +107,7 @@ def save(path, record, problem, config, ms):
 
 
 def _key(entry):
-  return [entry[name] for name in ("op", "dtype", "K", "V")]
+  return [entry["op"], entry["dtype"], list(entry["gates"]), entry["K"], entry["V"]]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import assembler
 import kernels
 from kernels import accuracy, chunks, tuned
 
-# Forms of log_decay that an op takes: all are checked, the first is timed.
-GATES = {"gla": ("channel",), "linear_attention": ("token", "head", "none"), "delta_rule": ("none", "token")}
+# Forms of log_decay that an op takes, in groups that share a configuration: all are checked, the first is timed.
+GATES = {"gla": [("channel",)], "linear_attention": [("token", "head", "none")], "delta_rule": [("none",), ("token",)]}
 CHECKED = 1100  # tokens of the check
 
 
@@ -24,6 +24,7 @@ class Problem:
   """What a configuration is chosen for, the `timed` (B, T) of the measurement, and whether kernels may spill."""
 
   op: str
+  gates: tuple[str, ...]
   K: int
   V: int
   H: int
@@ -32,7 +33,7 @@ class Problem:
   may_spill: bool = False
 
   def __str__(self):
-    return f"{self.op} {self.K}x{self.V} {self.dtype}"
+    return f"{self.op} {self.gates[0]} {self.K}x{self.V} {self.dtype}"
 
 
 class Rejected(Exception):
@@ -86,7 +87,7 @@ class Check:
 
   def __init__(self, problem, module):
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
-    self.inputs = {gate: draw(problem, gate, B=2, T=CHECKED, H=2) for gate in GATES[problem.op]}
+    self.inputs = {gate: draw(problem, gate, B=2, T=CHECKED, H=2) for gate in problem.gates}
     op = getattr(kernels, problem.op)
     scan = functools.partial(op, implementation="reference", scale=self.scale)
     with jax.default_matmul_precision("highest"):
@@ -116,7 +117,7 @@ class Measure:
   def __init__(self, problem, module):
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
     B, T = problem.timed
-    self.inputs = draw(problem, GATES[problem.op][0], B=B, T=T, H=problem.H, trained=True)
+    self.inputs = draw(problem, problem.gates[0], B=B, T=T, H=problem.H, trained=True)
 
   def compile(self, config):
     op = functools.partial(results, call(self.module, self.scale, config))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 
 TABLE = {
-    "delta_rule": ("xla_chunked", "pallas_triton", "reference"),
+    "delta_rule": ("pallas_triton", "xla_chunked", "reference"),
     "gla": ("pallas_triton", "xla_chunked", "reference"),
     "linear_attention": ("pallas_triton", "xla_chunked", "reference"),
 }

@@ -45,7 +45,11 @@ def decay_of(g, C):
   g = jnp.maximum(g * LOG2E, WEAKEST) / UNIT
   whole = jnp.floor(g)
   sums = jnp.cumsum(whole.astype(jnp.int32)) + jnp.floor(jnp.cumsum(g - whole) + 0.5).astype(jnp.int32)
-  last = jnp.min(sums)
+  return decay_of_sums(sums, jnp.min(sums))
+
+
+def decay_of_sums(sums, last):
+  """Decays of a chunk whose gates have these inclusive `sums`, integers in UNITs, of which `last` is the last."""
   decay = lambda x: jnp.exp2(x.astype(jnp.float32) * UNIT)
   return Decay(decay(sums), decay(last - sums), decay(last), sums, UNIT)
 

@@ -44,10 +44,11 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
 
 
 def _dot(a, b, *, interpret):
-  if a.dtype == jnp.float32:
-    precision = jax.lax.Precision.HIGHEST if interpret else jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-  else:
-    precision = None
+  if interpret:
+    # XLA's CPU backend lacks some products of bfloat16; what was rounded to it stays rounded.
+    a, b = (x if x.dtype == jnp.float32 else jax.lax.reduce_precision(x.astype(jnp.float32), 8, 7) for x in (a, b))
+    return jax.lax.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+  precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if a.dtype == jnp.float32 else None
   return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -66,6 +67,15 @@ def rows_and_columns(size):
   """Row and column index of every entry of a `[size, size]` matrix."""
   shape = (size, size)
   return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def halves(x):
+  """float32 `x` as a sum of two bfloat16 arrays, of 16 significant bits together.
+
+  The first is cut from the bit pattern: a cast there and back could be simplified away.
+  """
+  head = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32)
+  return head.astype(jnp.bfloat16), (x - head).astype(jnp.bfloat16)
 
 
 def masked_sum(mask, x, dot, parts):

@@ -1,7 +1,7 @@
 """Measured configurations of the kernels: one file a device, `tuned/<device>.json`, as data.
 
-`experiments/retune.py` writes them on the GPU; nothing measures at run time. An entry holds op, K, V, dtype, the fields
-of the op's `Config`, and the milliseconds that speak for it.
+`experiments/retune.py` writes them on the GPU; nothing measures at run time. An entry holds op, the forms of log_decay
+that it serves, K, V, dtype, the fields of the op's `Config`, and the milliseconds that speak for it.
 """
 
 import dataclasses
@@ -26,10 +26,11 @@ class Tile:
   num_stages: int = 2
 
 
-def lookup[C](op: str, config_class: type[C], *, K: int, V: int, dtype) -> C | None:
+def lookup[C](op: str, config_class: type[C], *, gate: str, K: int, V: int, dtype) -> C | None:
   """The configuration measured on the device that the program is compiled for; None where nothing is listed.
 
   Args:
+    gate: the form of log_decay, see `gate_key`.
     config_class: dataclass of `op` whose fields are integers, `Tile`s or None.
   Raises:
     ValueError: the device's file is broken, or written for other kernels.
@@ -38,12 +39,18 @@ def lookup[C](op: str, config_class: type[C], *, K: int, V: int, dtype) -> C | N
   path = device and _path(device)
   if not path or not path.exists():
     return None
-  config = read(path).get((op, K, V, dtype_key(dtype)))
-  return None if config is None else to_config(config_class, config, f"{path}: {op} {K}x{V} {dtype_key(dtype)}")
+  config = read(path).get((op, gate, K, V, dtype_key(dtype)))
+  where = f"{path}: {op} {gate} {K}x{V} {dtype_key(dtype)}"
+  return None if config is None else to_config(config_class, config, where)
 
 
-def listed(op: str, device: str) -> list[tuple[int, int, str]]:
-  """The K, V and dtype of every entry of `op` in the file of `device`."""
+def gate_key(log_decay) -> str:
+  """The form of log_decay under which entries are listed: what has a gate of its own."""
+  return "none" if log_decay is None else {1: "head", 3: "token", 4: "channel"}[log_decay.ndim]
+
+
+def listed(op: str, device: str) -> list[tuple[str, int, int, str]]:
+  """Gate, K, V and dtype of everything that the file of `device` lists for `op`."""
   path = _path(device)
   return [key[1:] for key in read(path) if key[0] == op] if path.exists() else []
 
@@ -71,16 +78,17 @@ def _path(device):
 
 
 @functools.cache
-def read(path: pathlib.Path) -> Mapping[tuple[str, int, int, str], dict]:
-  """Fields of the configurations in a device's file, by (op, K, V, dtype). Raises ValueError."""
+def read(path: pathlib.Path) -> Mapping[tuple[str, str, int, int, str], dict]:
+  """Fields of the configurations in a device's file, by (op, gate, K, V, dtype). Raises ValueError."""
   try:
     entries = json.loads(path.read_text())["configs"]
-    table = {(entry["op"], entry["K"], entry["V"], entry["dtype"]): entry["config"] for entry in entries}
+    found = [((entry["op"], gate, entry["K"], entry["V"], entry["dtype"]), entry["config"])
+             for entry in entries for gate in entry["gates"]]
   except (ValueError, KeyError, TypeError) as e:
-    raise ValueError(f"{path}: must be JSON with 'configs', each with op, K, V, dtype and config; {e!r}") from e
-  if len(table) < len(entries):
-    raise ValueError(f"{path}: lists an op, K, V and dtype twice; each may occur once")
-  return table
+    raise ValueError(f"{path}: must be JSON with 'configs', each with op, gates, K, V, dtype and config; {e!r}") from e
+  if len(dict(found)) < len(found):
+    raise ValueError(f"{path}: lists an op, gate, K, V and dtype twice; each may occur once")
+  return dict(found)
 
 
 def to_config[C](config_class: type[C], fields: dict, where: str) -> C:

@@ -1,37 +1,41 @@
 """The delta rule, gated or not, as Pallas kernels for the Triton backend, with their `custom_vjp`.
 
 Per head, for a chunk of C tokens with entry state S and exit state S', `upto`, `after`, `total` and D as in
-`kernels.scalar_decay`, and a_t k_t S_{t-1} what the state holds under a key (arXiv:2406.06484, section 3.2):
+`kernels.scalar_decay`, b = diag(beta), and Y of `kernels.delta_rule.inverse` (arXiv:2406.06484, section 3.2):
 
-  T = (I + strictly lower part of diag(beta) K K^T)^-1       M = D * T * beta_j        P = scale D * (Q K^T)
-  V' = M (V - upto * (K S))        O = P V' + scale upto * (Q S)        S' = total S + K^T (after * V')
+  P = scale D * (Q K^T)        R = V - upto * (K S)         e = R - (D * Y) (b R)         V' = b e
+  O = P V' + scale upto * (Q S)                             S' = total S + K^T (after * V')
 
-T knows no gate: a decay multiplies its entries, because along every path from token j to token i the gates are the
-same. Row i of V' is beta_i times the error that token i corrects. Backward, with dV = M^T dV',
+Row i of e is the error that token i corrects: its value less what the state holds under its key by then. Backward,
 
-  dV' = P^T dO + after * (K dS')        dS = total dS' + Q^T (scale upto * dO) - K^T (upto * dV)
+  dV' = P^T dO + after * (K dS')        f = dV' - (D * Y)^T (b dV')        dV = b f
+  dS = total dS' + Q^T (scale upto * dO) - K^T (upto * dV)                 dbeta_i = f_i . e_i
   dP = dO V'^T        E = -dV V'^T        (scale D * dP on and below the diagonal, D * E below it)
   dQ = dP K + scale upto * (dO S^T)     dK = dP^T Q + E K + E^T K + after * (V' dS'^T) - upto * (dV S^T)
-  dbeta_i = dV_i . V'_i / beta_i^2
 
-No gradient passes through the inverse by itself: -T^T dT T^T is an outer product of vectors that are there anyway. For
-dbeta the backward pass takes a beta of 0 as 2^-40, and clears what else that would change. `normalize_qk` multiplies
-the rows of the products by 1 / norm; q and k are never written again.
+No gradient passes through the inverse by itself: -T^T dT T^T is an outer product of vectors that are there anyway.
+e takes the place of v for the backward pass, so that the gradients need no inverse, and chunks of any size: the scans
+run in chunks of C tokens and keep the state every `span` tokens, the length of a chunk of gradients.
 
-| pass | kernel | reads | writes | bytes a token-head at K = V = 128, bfloat16, C = 64 |
-| forward | `delta_rule_inverse` | k, beta | T | 512 |
-| forward | `delta_rule_scan` | q, k, v, T, beta, g | o, final state; for a gradient S of each chunk | 1280 + 512 |
-| backward | `delta_rule_reverse` | q, k, do, T, beta, g | dv, dS' of each chunk, d initial_state | 1280 + 512 |
-| backward | `delta_rule_gradients` | q, k, v, do, dv, T, beta, g, S, dS' | dq, dk, dbeta, dg; 0 in dv | 3072 |
+The scans hold the transposed state S^T of a tile of V's columns in registers. Every product on the way from one state
+to the next has what was just computed on its left, where it stays in registers, and keys, queries and Y on its right.
+`normalize_qk` multiplies the rows of the products by 1 / norm; q and k are never written again.
+
+| pass | kernel | reads | writes | bytes a token-head at K = V = 128, bfloat16, C = 32, span 64 |
+| forward | `delta_rule_inverse` | k, beta, g | D * Y | 384 |
+| forward | `delta_rule_scan` | q, k, v, D * Y, beta, g | o, final state; for gradients e, S of each span | 1152 + 768 |
+| backward | `delta_rule_reverse` | q, k, do, D * Y, beta, g | -f, dS' of each span, d initial_state | 1152 + 512 |
+| backward | `delta_rule_gradients` | q, k, e, do, f, beta, g, S, dS' | dq, dk, dv, dbeta, dg | 3072 |
 
 Where few heads leave the GPU idle, the sequence is cut into pieces. A piece maps its entry state to Phi S + Psi; the
 kernel `delta_rule_piece` finds both as the exit state from the columns [0, I] without outputs, and the pieces' entry
 states follow exactly.
 
-Residuals: q, k, v, beta, the gates, T (4 C bytes a token-head) and the chunk states (2 K V / C): 256 + 512 at K = V =
-128. 16-bit inputs use bfloat16 operands and states; float32 inputs keep float32. Where keys are alike, what M and its
-transpose multiply all but cancels, so T stays in float32, and P^T dO and the products with M take 16 bits of their
-operands. A gate's gradient is the flow through it, as in `kernels.linear_attention`.
+Residuals: q, k, e, beta, the gates, D * Y (4 C bytes a token-head) and the states (2 K V / span): 128 + 512 bytes at
+K = V = 128. bfloat16 inputs use bfloat16 operands and states; float32 inputs keep float32. Where keys are alike, what
+Y and its transpose multiply all but cancels, so the products with Y, and P^T dO, take 16 bits of their operands; so
+does what is added to a state, because a beta near 2 lets no error fade. float16 inputs run as float32: operands of
+bfloat16 would change which keys are alike. A gate's gradient is the flow through it, as in `kernels.linear_attention`.
 """
 
 import dataclasses
@@ -43,19 +47,19 @@ from jax.experimental import pallas as pl
 
 from kernels import chunks, split, triton_blocks, tuned
 from kernels.delta_rule.inverse import inverse
-from kernels.scalar_decay import between, decay_of, gate_block, weigh
-from kernels.triton_blocks import operand, rows_and_columns, tile_width
+from kernels.scalar_decay import between, decay_of, decay_of_sums, gate_block, weigh
+from kernels.triton_blocks import halves, operand, rows_and_columns, tile_width
 from kernels.tuned import Tile
-
-LEAST_BETA = 2.0**-40
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Tokens a chunk, K columns of one product in the scans, V columns of one product of gradients, and the tile of each
-  kernel: V columns of the scans, K columns of a program of gradients."""
+  """Tokens a chunk of the scans, tokens of a chunk of gradients (a multiple), K columns of one product in the scans, V
+  columns of one product of gradients, and the tile of each kernel: V columns of the scans, K columns of a program of
+  gradients."""
 
   chunk: int
+  span: int
   depth: int
   width: int
   scan: Tile
@@ -66,21 +70,23 @@ class Config:
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
   wide = dtype == jnp.float32
-  scan = Tile(16, 8, 3 if wide else 2)
-  return Config(chunk_size or (16 if wide else 32), 64, 16, scan, scan, Tile(tile_width(K, 32), 8, 1))
+  scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4, 3 if K <= 32 else 2)
+  chunk = chunk_size or (16 if wide else 32)
+  return Config(chunk, chunk, 64, 16 if wide or K <= 16 else 32, scan, scan, Tile(tile_width(K, 32), 4, 1))
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
-  """The values worth timing for each field."""
+  """The values worth timing for each field, around those that were fastest on an H100."""
   wide = dtype == jnp.float32
   tiles = lambda size, *values: list(dict.fromkeys(Tile(tile_width(size, w), *launch) for w, *launch in values))
   if wide:
-    scan, keys = tiles(V, (16, 4, 1), (32, 4, 1), (32, 8, 1)), tiles(K, (16, 4, 1), (32, 4, 1))
+    scan, keys = tiles(V, (16, 4, 2), (32, 4, 2), (32, 8, 2)), tiles(K, (16, 4, 1), (32, 4, 1), (32, 8, 1))
   else:
-    scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
-    keys = tiles(K, (128, 8, 1), (128, 8, 2), (64, 4, 1), (64, 8, 1), (64, 8, 2), (32, 4, 1))
-  return {"chunk": [16 if wide else 64], "width": [16] if wide else [32, 64],
-          "depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan, "gradients": keys}
+    scan = tiles(V, (64, 4, 3), (64, 4, 2), (128, 8, 3), (32, 4, 2), (32, 4, 3))
+    keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 1), (128, 8, 2), (64, 8, 1), (64, 8, 2), (32, 4, 2))
+  return {"scan": scan, "reverse_scan": scan, "width": [16] if wide else [32, 64, 128], "gradients": keys,
+          "depth": sorted({32 if wide else 64, tile_width(K)}), "span": [16, 32] if wide else [32, 64],
+          "chunk": [16] if wide else [16, 32]}
 
 
 def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
@@ -90,8 +96,13 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
   """See `kernels.delta_rule`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  if q.dtype == jnp.float16:
+    wide = delta_rule(*(chunks.wide(x) for x in (q, k, v)), beta, log_decay, initial_state, scale=scale,
+                      normalize_qk=normalize_qk, chunk_size=chunk_size)
+    return wide[0].astype(v.dtype), wide[1]
   K, V = q.shape[3], v.shape[3]
-  config = None if chunk_size else tuned.lookup("delta_rule", Config, K=K, V=V, dtype=q.dtype)
+  gate = tuned.gate_key(log_decay)
+  config = None if chunk_size else tuned.lookup("delta_rule", Config, gate=gate, K=K, V=V, dtype=q.dtype)
   config = config or heuristic(K, V, q.dtype, chunk_size)
   return configured(q, k, v, beta, log_decay, initial_state, scale=scale, normalize_qk=normalize_qk, config=config)
 
@@ -100,10 +111,8 @@ def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=F
   """The op under an explicit configuration."""
   (B, T, H, K), V = q.shape, v.shape[3]
   dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, min(config.width, tile_width(V)))
-  if normalize_qk and K + dK > config.gradients.block:  # its gradient needs whole rows
-    q, k, normalize_qk = *(chunks.normalize(chunks.wide(x)).astype(x.dtype) for x in (q, k)), False
-  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
-  fold = functools.partial(split.fold, count=pieces, chunk=config.chunk)
+  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.span)
+  fold = functools.partial(split.fold, count=pieces, chunk=config.span)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
   output, final_state = _delta_rule(pad(q, dK), pad(k, dK), pad(v, dV), fold(beta), None if log_decay is None
@@ -114,21 +123,21 @@ def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=F
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
   arrays = _arrays(q, k, beta, log_decay, normalize_qk, config)
-  output, _, final_state = _scan(arrays, v, initial_state, scale, config, save=False)
+  output, final_state = _scan(arrays, v, initial_state, scale, config, save=False)
   return output, final_state
 
 
 def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
   arrays = _arrays(q, k, beta, log_decay, normalize_qk, config)
-  output, states, final_state = _scan(arrays, v, initial_state, scale, config)
-  return (output, final_state), (arrays, v, states)
+  output, errors, states, final_state = _scan(arrays, v, initial_state, scale, config)
+  return (output, final_state), (arrays, errors, states)
 
 
 def _backward(scale, normalize_qk, config, residuals, cotangents):
-  arrays, v, states = residuals
+  arrays, errors, states = residuals
   do, dfinal_state = cotangents
-  dv, dstates, dinitial_state = _scan(arrays, do, dfinal_state, scale, config, reverse=True)
-  dq, dk, dbeta, dlog_decay, dv = _gradients(arrays, v, do, dv, states, dstates, scale, config)
+  f, dstates, dinitial_state = _scan(arrays, do, dfinal_state, scale, config, reverse=True)
+  dq, dk, dv, dbeta, dlog_decay = _gradients(arrays, errors, do, f, states, dstates, scale, config)
   return dq, dk, dv, dbeta, dlog_decay, dinitial_state
 
 
@@ -137,221 +146,239 @@ _delta_rule.defvjp(_forward, _backward, optimize_remat=True)
 
 @dataclasses.dataclass
 class _Arrays:
-  """What every kernel reads. `q_norm` and `k_norm` are None, or 1 / norm of each row, `[B, T, H]`."""
+  """What every kernel reads; `y` to `k_norm` as `inverse` gives them."""
 
   q: jax.Array
   k: jax.Array
-  t: jax.Array
+  y: jax.Array
   beta: jax.Array
   log_decay: jax.Array | None
+  sums: jax.Array | None
   q_norm: jax.Array | None
   k_norm: jax.Array | None
 
-  def rows(self):
+  def rows(self, gates):
     """The vectors of a token, those that there are."""
-    return [x for x in (self.beta, self.log_decay, self.q_norm, self.k_norm) if x is not None]
+    return [x for x in (self.beta, gates, self.q_norm, self.k_norm) if x is not None]
 
 
 jax.tree_util.register_dataclass(_Arrays)
 
 
 def _arrays(q, k, beta, log_decay, normalize_qk, config):
-  t, q_norm, k_norm = inverse(q, k, beta, normalize_qk, config.chunk)
-  return _Arrays(q, k, t, beta, log_decay, q_norm, k_norm)
+  y, sums, q_norm, k_norm = inverse(q, k, beta, log_decay, normalize_qk, config.chunk)
+  return _Arrays(q, k, y, beta, log_decay, sums, q_norm, k_norm)
 
 
 # Kernel bodies. A ref holds one head: all T tokens or one chunk of them.
 
 
-@dataclasses.dataclass
-class _Rows:
-  """The vectors of one chunk: beta, decays, and what multiplies the rows of q and k, None where nothing does."""
-
-  beta: jax.Array
-  decay: object
-  q_norm: jax.Array | None
-  k_norm: jax.Array | None
-
-
-def _rows(refs, rows, C, gated, backward):
-  beta, *others = (ref[rows] for ref in refs)
-  if backward:
-    beta = jnp.where(_is_zero(beta), LEAST_BETA, beta)
+def _take_rows(refs, vectors, gated):
+  """Splits off the refs of `vectors` a token: that of the gates or None, the others, and what is left."""
+  beta, *others = refs[:vectors]
   gate = others.pop(0) if gated else None
-  return _Rows(beta, decay_of(gate, C), *(others or (None, None)))
+  return gate, (beta, *others), list(refs[vectors:])
 
 
-def _is_zero(beta):
-  return jnp.abs(beta) < LEAST_BETA
+def _rows(refs, rows):
+  """beta, and what multiplies the rows of q and k, None where nothing does."""
+  beta, *norms = (ref[rows] for ref in refs)
+  return beta, *(norms or (None, None))
+
+
+def _columns(x, *weights):
+  """Columns of x times each weight that there is."""
+  for weight in weights:
+    if weight is not None:
+      x = x * (weight if jnp.ndim(weight) == 0 else weight[None])
+  return x
 
 
 def _weights(x, row_weight, column_weight):
   """`x [C, C]` with its rows and columns multiplied."""
-  x = weigh(x, row_weight)
-  return x if column_weight is None else x * column_weight[None]
+  return _columns(weigh(x, row_weight), column_weight)
 
 
-def _values_map(t, rows, C):
-  """M of a chunk, in float32."""
-  return _weights(between(rows.decay, C, transposed=False) * t, None, rows.beta)
+def _parts(x, dtype):
+  """float32 `x` as operands of 16 significant bits together where products take bfloat16."""
+  return [x] if dtype == jnp.float32 else halves(x)
 
 
-def _careful(dot, a, b, dtype, transposed=False):
-  """`a @ b` of float32 operands, or a^T @ b, with 16 significant bits of each where products take bfloat16."""
-  turn = lambda x: x.T if transposed else x
-  if dtype == jnp.float32:
-    return dot(turn(a), b)
-  (a, da), (b, db) = _halves(a), _halves(b)
-  return dot(turn(a), b) + (dot(turn(da), b) + dot(turn(a), db))
+def _add_product(total, a, b, dot, dtype):
+  """`total + a @ b` of float32 `a` and `b` in parts; the product of the last parts is left out."""
+  a = _parts(a, dtype)
+  for i, x in enumerate(a):
+    for y in b[:len(a) - i]:
+      total += dot(x, y)
+  return total
 
 
-def _halves(x):
-  """`x` as a sum of two bfloat16 arrays. The first is cut from the bit pattern: a cast there and back could be
-  simplified away."""
-  head = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32)
-  return head.astype(jnp.bfloat16), (x - head).astype(jnp.bfloat16)
-
-
-def _next(state, total, *products):
-  return sum(products, start=state if total is None else total * state)
-
-
-def _scan_kernel(q_ref, k_ref, v_ref, t_ref, *refs, vectors, gated, values, save, reverse, scale, chunk, depth, dot):
+def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save, reverse, scale, chunk, span, depth,
+                 dot):
   """Output and exit state; or, with `values`, only the exit states of pieces, whose last K columns stand for a map."""
-  row_refs, refs = refs[:vectors], list(refs[vectors:])
-  C, dtype, (T, K), block = chunk, operand(k_ref.dtype), k_ref.shape, v_ref.shape[1]
+  sums_ref, row_refs, refs = _take_rows(refs, vectors, gated)
+  C, dtype, (T, K), block, every = chunk, operand(k_ref.dtype), k_ref.shape, v_ref.shape[1], span // chunk
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
-  held = lambda ref, rows, state: sum(dot(ref[rows, tile].astype(dtype), s) for tile, s in zip(tiles, state))
   if values is None:
     initial_ref, o_ref = refs.pop(0), refs.pop(0)
-    initial = tuple(initial_ref[tile, :] for tile in tiles)
+    initial = tuple(initial_ref[tile, :].T for tile in tiles)
   else:
     first = pl.program_id(0) * block - values  # the first column of this program in the identity
-    initial = tuple(_identity(i * depth, first, (depth, block)) for i in range(K // depth))
-  *states_ref, final_ref = refs
+    initial = tuple(_identity(first, i * depth, (block, depth)) for i in range(K // depth))
+  *saved_refs, final_ref = refs
+  outputs = values is None and not reverse
+  # Of a state in one tile the queries' part waits until e needs no registers; several tiles would all be kept for it.
+  early = outputs and len(tiles) > 1
 
   def step(i, state):
     n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
-    vectors = _rows(row_refs, rows, C, gated, backward=reverse)
-    decay, q_norm, k_norm = vectors.decay, vectors.q_norm, vectors.k_norm
-    v, m = v_ref[rows, :].astype(jnp.float32), _values_map(t_ref[n], vectors, C)
+    decay = decay_of_sums(sums_ref[rows], sums_ref[n * C + C - 1]) if gated else decay_of(None, C)
+    beta, q_norm, k_norm = _rows(row_refs, rows)
+    v, y = v_ref[rows, :].T, [y_ref[n, i] if reverse else y_ref[n, i].T for i in range(y_ref.shape[1])]
     if values is not None:
-      v = jnp.where(first < 0, v, 0.0)
-    narrow = [s.astype(dtype) for s in state]
-    if save:
-      for tile, s in zip(tiles, narrow):
-        states_ref[0][n, tile, :] = s
-    if values is None or reverse:
-      p = sum(dot(q_ref[rows, tile].astype(dtype), k_ref[rows, tile].astype(dtype).T) for tile in tiles)
-      p = scale * _weights(between(decay, C, transposed=False) * p, q_norm, k_norm)
+      v = jnp.where(first < 0, v, jnp.zeros_like(v))
+    save_now = save and ((every == 1) | (jax.lax.rem(n, every) == (every - 1 if reverse else 0)))
+    load = lambda ref, tile: ref[rows, tile].astype(dtype)
+    scores = lambda a_ref, b_ref: sum(dot(load(a_ref, tile), load(b_ref, tile).T) for tile in tiles)
+    k_held, q_held = 0.0, 0.0
+    for tile, s in zip(tiles, state):
+      s = s.astype(dtype)
+      k_held += dot(s, load(k_ref, tile).T)
+      if early:
+        q_held += dot(s, load(q_ref, tile).T)
+      if save:
+        pl.when(save_now)(functools.partial(_store, saved_refs[-1], (jax.lax.div(n, every), slice(None), tile), s))
     if reverse:
-      new = _careful(dot, p, v, dtype, transposed=True) + weigh(held(k_ref, rows, narrow), decay.after, k_norm)
-      new = o = _careful(dot, m, new, dtype, transposed=True)
-      keys = [(q_ref, weigh(v, decay.upto, scale, q_norm)), (k_ref, -weigh(new, decay.upto, k_norm))]
+      p = scale * _weights(between(decay, C, transposed=False) * scores(q_ref, k_ref), q_norm, k_norm)
+      new = _columns(k_held, decay.after, k_norm)
+      new = sum((dot(v.astype(dtype), part) for part in _parts(p, dtype)), start=new)
+      new = _add_product(-new, _columns(new, beta), y, dot, dtype)
+      if values is None:
+        o_ref[rows, :] = new.astype(o_ref.dtype).T
+      keys = [(q_ref, _columns(v.astype(jnp.float32), decay.upto, scale, q_norm)),
+              (k_ref, _columns(new, beta, decay.upto, k_norm))]
     else:
-      new = v - weigh(held(k_ref, rows, narrow), decay.upto, k_norm)
-      new = _careful(dot, m, new, dtype)
-      keys = [(k_ref, weigh(new, decay.after, k_norm))]
-    if values is None:
-      if not reverse:
-        o = dot(p.astype(dtype), new.astype(dtype)) + weigh(held(q_ref, rows, narrow), decay.upto, scale, q_norm)
-      o_ref[rows, :] = o.astype(o_ref.dtype)
-    keys = [(ref, x.astype(dtype)) for ref, x in keys]
-    return tuple(_next(s, decay.total, *(dot(ref[rows, tile].astype(dtype).T, x) for ref, x in keys))
+      new = v.astype(jnp.float32) - _columns(k_held, decay.upto, k_norm)
+      new = _add_product(new, _columns(-new, beta), y, dot, dtype)
+      if save:
+        saved_refs[0][rows, :] = new.astype(saved_refs[0].dtype).T
+      new = _columns(new, beta)
+      if outputs:
+        p = scale * _weights(between(decay, C, transposed=True) * scores(k_ref, q_ref), k_norm, q_norm)
+        q_held = q_held if early else dot(state[0].astype(dtype), load(q_ref, tiles[0]).T)
+        o = _columns(q_held, decay.upto, scale, q_norm) + dot(new.astype(dtype), p.astype(dtype))
+        o_ref[rows, :] = o.astype(o_ref.dtype).T
+      keys = [(k_ref, _columns(new, decay.after, k_norm))]
+    # The state is what every later token reads: what is added to it takes 16 bits too.
+    keys = [(ref, part) for ref, x in keys for part in _parts(x, dtype)]
+    return tuple(sum((dot(x, load(ref, tile)) for ref, x in keys), start=_columns(s, decay.total))
                  for tile, s in zip(tiles, state))
 
   state = jax.lax.fori_loop(0, T // C, step, initial)
   for tile, s in zip(tiles, state):
-    final_ref[tile, :] = s
+    final_ref[tile, :] = s.T
+
+
+def _store(ref, index, x):
+  ref[index] = x.astype(ref.dtype)
 
 
 def _identity(row, column, shape):
-  """A block of the identity matrix; zeros left of it."""
+  """A block of the identity matrix; zeros above it."""
   rows, columns = (jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in range(2))
   return jnp.where(rows + row == columns + column, 1.0, 0.0)
 
 
-def _gradients_kernel(q_ref, k_ref, v_ref, do_ref, dv_ref, t_ref, *refs, vectors, gated, scale, block, width, dot):
-  row_refs, (states_ref, dstates_ref, dq_ref, dk_ref, dbeta_ref, *dg_ref, exact_dv_ref) = refs[:vectors], refs[vectors:]
-  zero = _is_zero(row_refs[0][...])
-  (C, K), dtype = k_ref.shape, operand(k_ref.dtype)
+def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, f_ref, *refs, vectors, gated, scale, width, whole, dot):
+  """`f_ref` holds -f. The way through a norm needs `whole` rows of keys."""
+  gate_ref, row_refs, refs = _take_rows(refs, vectors, gated)
+  states_ref, dstates_ref, dq_ref, dk_ref, dbeta_ref, *dg_ref, dv_ref = refs
+  (C, block), dtype = k_ref.shape, operand(k_ref.dtype)
+  through_norm = _through_norm if whole else lambda x, norm, dx: dx
   f32 = lambda x: x.astype(jnp.float32)
-  rows = _rows(row_refs, slice(None), C, gated, backward=True)
-  decay, q_norm, k_norm = rows.decay, rows.q_norm, rows.k_norm
   row, column = rows_and_columns(C)
-  keys = pl.ds(pl.program_id(0) * block, block)
-  m = _values_map(t_ref[...], rows, C)
-  square, wide, thin = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, block), jnp.float32), jnp.zeros((C,), jnp.float32)
+  first = pl.program_id(0) == 0
+  # Loads that stand here wait beside those of the loop, not after them.
+  q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
+  decay = decay_of(gate_ref[...] if gated else None, C)
+  beta, q_norm, k_norm = _rows(row_refs, slice(None))
+  square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, block), jnp.float32)
 
   def add_tile(i, carry):
-    dp, dpt, e, et, dq, dk_exit, dk_entry, products, through = carry
+    dp, x, dq, dk_entry = carry
     tile = pl.ds(i * width, width)
-    do, dv = do_ref[:, tile].astype(dtype), dv_ref[:, tile].astype(dtype)
-    held = sum(dot(k_ref[:, pl.ds(j, block)].astype(dtype), states_ref[pl.ds(j, block), tile])
-               for j in range(0, K, block))
-    new = _careful(dot, m, f32(v_ref[:, tile]) - weigh(held, decay.upto, k_norm), dtype)
-    products += jnp.sum(f32(dv) * new, axis=1)
-    new, dv = jnp.where(zero[:, None], 0.0, new).astype(dtype), jnp.where(zero[:, None], 0.0, dv).astype(dtype)
-    state, dstate = states_ref[keys, tile], dstates_ref[keys, tile]
-    if dg_ref:
-      through += jnp.sum(f32(state) * f32(dstate))
-    # Transposes get products of their own: a transposed accumulator is miscompiled by some Triton versions.
-    return (dp + dot(do, new.T), dpt + dot(new, do.T), e + dot(dv, new.T), et + dot(new, dv.T), dq + dot(do, state.T),
-            dk_exit + dot(new, dstate.T), dk_entry + dot(dv, state.T), products, through)
+    e, do, f = e_ref[:, tile], do_ref[:, tile].astype(dtype), f_ref[:, tile]
+    state = states_ref[tile, :]
 
-  dp, dpt, e, et, dq_state, dk_exit, dk_entry, products, through = jax.lax.fori_loop(
-      0, v_ref.shape[1] // width, add_tile, (square,) * 4 + (wide,) * 3 + (thin, jnp.float32(0)))
-  dbeta_ref[...] = products / (rows.beta * rows.beta)
-  d, dt = between(decay, C, transposed=False), between(decay, C, transposed=True)
-  dp, dpt = scale * _weights(d * dp, q_norm, k_norm), scale * _weights(dt * dpt, k_norm, q_norm)
-  e = jnp.where(row > column, -_weights(d * e, k_norm, k_norm), 0.0).astype(dtype)
-  et = jnp.where(row < column, -_weights(dt * et, k_norm, k_norm), 0.0).astype(dtype)
-  dq_state, dk_exit = weigh(dq_state, decay.upto, scale, q_norm), weigh(dk_exit, decay.after, k_norm)
-  dk_entry = -weigh(dk_entry, decay.upto, k_norm)
-  q, k = q_ref[:, keys].astype(dtype), k_ref[:, keys].astype(dtype)
+    @pl.when(first)
+    def _():
+      dv_ref[:, tile] = weigh(f32(f), -beta).astype(dv_ref.dtype)
+
+    return dp + dot(do, e.T), x + dot(f, e.T), dq + dot(do, state), dk_entry + dot(f, state)
+
+  def add_exit(i, carry):
+    dk_exit, through = carry
+    tile = pl.ds(i * width, width)
+    dstate = dstates_ref[tile, :]
+    if gated:
+      through += jnp.sum(f32(states_ref[tile, :]) * f32(dstate))
+    return dk_exit + dot(e_ref[:, tile], dstate), through
+
+  tiles = e_ref.shape[1] // width
+  dp, x, dq_state, dk_entry = jax.lax.fori_loop(0, tiles, add_tile, (square, square, wide, wide))
+  dbeta_ref[...] = -jnp.sum(jnp.where(row == column, x, 0.0), axis=1)
+  d = between(decay, C, transposed=False)
+  weight = beta if k_norm is None else beta * k_norm
+  dp = scale * _weights(d * dp, q_norm, weight)
+  x = jnp.where(row > column, _weights(d * x, weight, weight), 0.0).astype(dtype)
+  dq_state, dk_entry = weigh(dq_state, decay.upto, scale, q_norm), weigh(dk_entry, decay.upto, weight)
+  if not gated:
+    dp = dp.astype(dtype)
+    dq = dot(dp, k) + dq_state
+    dk = dot(dp.T, q) + dot(x, k) + dot(x.T, k)
+    dk_exit, _ = jax.lax.fori_loop(0, tiles, add_exit, (wide, 0.0))
+    dk += dk_entry + weigh(dk_exit, weight)
+    dq_ref[...] = through_norm(f32(q), q_norm, dq).astype(dq_ref.dtype)
+    dk_ref[...] = through_norm(f32(k), k_norm, dk).astype(dk_ref.dtype)
+    return
   # The pairs (i, i) come last: no gate lies between them, so the gates' gradient must not see them even as rounding.
   # Pairs on one side of a gate cancel to float32 rounding, because both their terms are products of the same operands.
   diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
-  dq = dot(jnp.where(row > column, dp, 0.0).astype(dtype), k) + dq_state
-  dk_rows = dot(e, k) + dk_entry
-  dk_columns = dot(jnp.where(row < column, dpt, 0.0).astype(dtype), q) + dot(et, k)
-  q, k = f32(q), f32(k)
-  if dg_ref:
-    inside = jnp.sum(q * dq + k * (dk_rows - dk_columns), axis=1)
-    leaving = jnp.sum(k * dk_exit, axis=1)
-    passing = jnp.where(column >= row, inside[None, :], leaving[None, :])
-    dg_ref[0][...] = decay.total * through + jnp.sum(passing, axis=1)
-  dq_ref[...] = _through_norm(q, q_norm, dq + diagonal * k).astype(dq_ref.dtype)
-  dk_ref[...] = _through_norm(k, k_norm, dk_rows + dk_columns + dk_exit + diagonal * q).astype(dk_ref.dtype)
-
-  # Other programs may still read what this one clears: it is 2^-40 of what counts there.
-  @pl.when((pl.program_id(0) == 0) & (jnp.max(zero.astype(jnp.int32)) == 1))
-  def _():
-    def clear(i, _):
-      tile = pl.ds(i * width, width)
-      exact_dv_ref[:, tile] = jnp.where(zero[:, None], 0.0, f32(dv_ref[:, tile])).astype(exact_dv_ref.dtype)
-
-    jax.lax.fori_loop(0, v_ref.shape[1] // width, clear, None)
+  dp = jnp.where(row > column, dp, 0.0).astype(dtype)
+  dq = dot(dp, k) + dq_state
+  inside = jnp.sum(f32(q) * dq, axis=1)
+  dq_ref[...] = through_norm(f32(q), q_norm, dq + diagonal * f32(k)).astype(dq_ref.dtype)
+  dk_rows = dot(x, k) + dk_entry
+  inside += jnp.sum(f32(k) * dk_rows, axis=1)
+  dk_columns = dot(dp.T, q) + dot(x.T, k)
+  inside -= jnp.sum(f32(k) * dk_columns, axis=1)
+  dk = dk_rows + dk_columns + diagonal * f32(q)
+  dk_exit, through = jax.lax.fori_loop(0, tiles, add_exit, (wide, jnp.float32(0)))
+  dk_exit = weigh(dk_exit, decay.after, weight)
+  leaving = jnp.sum(f32(k) * dk_exit, axis=1)
+  dk_ref[...] = through_norm(f32(k), k_norm, dk + dk_exit).astype(dk_ref.dtype)
+  passing = jnp.where(column >= row, inside[None, :], leaving[None, :])
+  dg_ref[0][...] = decay.total * through + jnp.sum(passing, axis=1)
 
 
 def _through_norm(x, norm, dx):
-  """The gradient of x from `dx`, in which 1 / norm counts as a constant."""
-  return dx if norm is None else dx - (norm * norm * jnp.sum(x * dx, axis=1))[:, None] * x
+  """The gradient of rows x from `dx`, in which 1 / norm counts as a constant."""
+  return dx if norm is None else dx - (norm * norm * jnp.sum(x * dx, axis=-1))[..., None] * x
 
 
 # Launches. A scan has one program a (V tile, head, row of the batch), gradients one a (K tile, chunk, head, row).
 
 
 def _scan(arrays, z, initial_state, scale, config, *, save=True, reverse=False):
-  """Output (dv), entry state of each chunk if `save`, and final state, of pieces that follow each other."""
+  """Output (-f), if `save` the errors (not in reverse) and the states at the spans' ends, and the final state."""
   run = functools.partial(_launch_scan, arrays, z, scale=scale, config=config, reverse=reverse)
   B, V = initial_state.shape[0], z.shape[3]
   if z.shape[0] > B:
     (final,) = run(None, save=False)
     initial_state = _entry_states(initial_state, final[..., V:], final[..., :V], reverse)
-  output, *states, final = run(initial_state, save=save)
-  return output, states[0] if save else None, split.exit_state(final, B, reverse)
+  *found, final = run(initial_state, save=save)
+  return *found, split.exit_state(final, B, reverse)
 
 
 def _entry_states(initial_state, kept, update, reverse):
@@ -367,53 +394,57 @@ def _entry_states(initial_state, kept, update, reverse):
 def _launch_scan(arrays, z, initial_state, *, scale, config, reverse, save):
   (B, T, H, V), K = z.shape, arrays.k.shape[3]
   tile = config.reverse_scan if reverse else config.scan
-  block, C, N, dtype = min(tile.block, V), config.chunk, T // config.chunk, operand(arrays.k.dtype)
+  block, C, N, dtype = min(tile.block, V), config.chunk, T // config.span, operand(arrays.k.dtype)
   piece = initial_state is None
   columns, last = V + K * piece, V // block - 1
   keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
   values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, jnp.minimum(t, last) if piece else t))
-  whole = pl.BlockSpec((None, None, N, C, C), lambda t, h, b: (b, h, 0, 0, 0))
+  whole = pl.BlockSpec((None, None, *arrays.y.shape[2:]), lambda t, h, b: (b, h, 0, 0, 0, 0))
   state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
-  states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
-  vectors = arrays.rows()
+  states = pl.BlockSpec((None, None, N, block, K), lambda t, h, b: (b, h, 0, t, 0))
+  vectors, errors = arrays.rows(arrays.sums), save and not reverse
   name = "piece" if piece else "reverse" if reverse else "scan"
   return triton_blocks.launch(
       functools.partial(_scan_kernel, vectors=len(vectors), gated=arrays.log_decay is not None,
                         values=V if piece else None, save=save, reverse=reverse, scale=scale, chunk=C,
-                        depth=min(config.depth, K)),
+                        span=config.span, depth=min(config.depth, K)),
       name=f"delta_rule_{name}", grid=(-(-columns // block), H, B),
       in_specs=[keys, keys, values, whole, *[gate_block(x, T, chunked=False)[1][0] for x in vectors],
                 *[state] * (not piece)],
-      out_specs=[*[values] * (not piece), *[states] * save, state],
-      out_shape=[*[jax.ShapeDtypeStruct(z.shape, z.dtype)] * (not piece),
-                 *[jax.ShapeDtypeStruct((B, H, N, K, V), dtype)] * save,
+      out_specs=[*[values] * (not piece), *[values] * errors, *[states] * save, state],
+      out_shape=[*[jax.ShapeDtypeStruct(z.shape, dtype if reverse else z.dtype)] * (not piece),
+                 *[jax.ShapeDtypeStruct(z.shape, dtype)] * errors,
+                 *[jax.ShapeDtypeStruct((B, H, N, V, K), dtype)] * save,
                  jax.ShapeDtypeStruct((B, H, K, columns), jnp.float32)],
       num_warps=tile.num_warps, num_stages=tile.num_stages)(
-          arrays.q, arrays.k, z, arrays.t, *vectors, *[] if piece else [initial_state])
+          arrays.q, arrays.k, z, arrays.y, *vectors, *[] if piece else [initial_state])
 
 
-def _gradients(arrays, v, do, dv, states, dstates, scale, config):
-  """dq, dk, dbeta, d log_decay, of which each K tile has its part, and dv with exact zeros."""
-  (B, T, H, K), V = arrays.k.shape, v.shape[3]
-  C, tile = config.chunk, config.gradients
+def _gradients(arrays, errors, do, f, states, dstates, scale, config):
+  """dq, dk, dv, dbeta and d log_decay, of which each K tile has its part."""
+  (B, T, H, K), V = arrays.k.shape, do.shape[3]
+  C, tile = config.span, config.gradients
   block = min(tile.block, K)
-  keys = pl.BlockSpec((None, C, None, K), lambda t, n, h, b: (b, n, h, 0))
-  key_tile = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))
+  keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))
   values = pl.BlockSpec((None, C, None, V), lambda t, n, h, b: (b, n, h, 0))
-  square = pl.BlockSpec((None, None, None, C, C), lambda t, n, h, b: (b, h, n, 0, 0))
-  state = pl.BlockSpec((None, None, None, K, V), lambda t, n, h, b: (b, h, n, 0, 0))
+  state = pl.BlockSpec((None, None, None, V, block), lambda t, n, h, b: (b, h, n, 0, t))
   token = pl.BlockSpec((None, None, C, None), lambda t, n, h, b: (t, b, n, h))
-  vectors, gated = arrays.rows(), arrays.log_decay is not None
+  vectors, gated = arrays.rows(arrays.log_decay), arrays.log_decay is not None
+  normalized, whole = arrays.q_norm is not None, block == K
+  dtype = jnp.float32 if normalized and not whole else arrays.k.dtype
   dq, dk, dbeta, *dg, dv = triton_blocks.launch(
-      functools.partial(_gradients_kernel, vectors=len(vectors), gated=gated, scale=scale, block=block,
-                        width=min(config.width, V)),
+      functools.partial(_gradients_kernel, vectors=len(vectors), gated=gated, scale=scale, width=min(config.width, V),
+                        whole=whole),
       name="delta_rule_gradients", grid=(K // block, T // C, H, B),
-      in_specs=[keys, keys, values, values, values, square,
-                *[gate_block(x, C, chunked=True)[1][0] for x in vectors], state, state],
-      out_specs=[key_tile, key_tile, *[token] * (1 + gated), values], aliases={4: 3 + gated},
-      out_shape=[*[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (arrays.q, arrays.k)],
+      in_specs=[keys, keys, values, values, values, *[gate_block(x, C, chunked=True)[1][0] for x in vectors],
+                state, state],
+      out_specs=[keys, keys, *[token] * (1 + gated), values],
+      out_shape=[*[jax.ShapeDtypeStruct(arrays.k.shape, dtype)] * 2,
                  *[jax.ShapeDtypeStruct((K // block, B, T, H), jnp.float32)] * (1 + gated),
-                 jax.ShapeDtypeStruct(dv.shape, dv.dtype)],
+                 jax.ShapeDtypeStruct(do.shape, do.dtype)],
       num_warps=tile.num_warps, num_stages=tile.num_stages)(
-          arrays.q, arrays.k, v, do, dv, arrays.t, *vectors, states, dstates)
-  return dq, dk, dbeta[0], jnp.sum(dg[0], axis=0) if gated else None, dv
+          arrays.q, arrays.k, errors, do, f, *vectors, states, dstates)
+  if normalized and not whole:
+    dq, dk = (_through_norm(x.astype(jnp.float32), norm, dx).astype(x.dtype)
+              for x, norm, dx in ((arrays.q, arrays.q_norm, dq), (arrays.k, arrays.k_norm, dk)))
+  return dq, dk, dv, dbeta[0], jnp.sum(dg[0], axis=0) if gated else None

@@ -100,7 +100,7 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
   """See `kernels.gla`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
   K, V = q.shape[3], v.shape[3]
-  config = None if chunk_size else tuned.lookup("gla", Config, K=K, V=V, dtype=q.dtype)
+  config = None if chunk_size else tuned.lookup("gla", Config, gate="channel", K=K, V=V, dtype=q.dtype)
   config = config or heuristic(K, V, q.dtype, chunk_size)
   return configured(q, k, v, log_decay, initial_state, scale=scale, config=config)
 

@@ -92,7 +92,8 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
 def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
   """See `kernels.linear_attention`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
   K, V = q.shape[3], v.shape[3]
-  config = None if chunk_size else tuned.lookup("linear_attention", Config, K=K, V=V, dtype=q.dtype)
+  gate = tuned.gate_key(log_decay)
+  config = None if chunk_size else tuned.lookup("linear_attention", Config, gate=gate, K=K, V=V, dtype=q.dtype)
   config = config or heuristic(K, V, q.dtype, chunk_size)
   return configured(q, k, v, log_decay, initial_state, scale=scale, config=config)
 

@@ -137,7 +137,7 @@ def test_command(tmp_path):
   assert "180 programs of 5 kernels" in clean.stdout  # linear_attention on one GPU, where K decides
   record = json.loads(out.read_text())
   grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
-  gates = sum(map(len, tuning.GATES.values()))
+  gates = sum(len(group) for groups in tuning.GATES.values() for group in groups)
   assert len(record["programs"]) == len(compiled.GPUS) * grid * gates
   assert record["programs"][0] == {
       "op": "gla", "gpu": "sm_80", "K": 16, "V": 16, "dtype": "bfloat16", "gate": "channel", "source": "heuristic",

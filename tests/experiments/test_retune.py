@@ -20,7 +20,7 @@ from kernels.tuned import Tile
 from tuning import Problem
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PROBLEM = Problem("gla", 16, 16, 1, "bfloat16", timed=(1, 16))
+PROBLEM = Problem("gla", ("channel",), 16, 16, 1, "bfloat16", timed=(1, 16))
 NARROW, WRONG_GRADIENT, TOO_LARGE, FAST = Tile(16), Tile(32), Tile(64), Tile(128)
 
 
@@ -71,7 +71,7 @@ def test_takes_the_fastest_of_those_that_are_right(module, clock, capsys):
   assert best == Config(16, FAST, None)
   assert [ms for _, ms in kept] == [6.0, 5.0, 4.0]
   lines = capsys.readouterr().out.splitlines()
-  assert [line.split(": ")[0].removeprefix("gla 16x16 bfloat16 ") for line in lines] == [
+  assert [line.split(": ")[0].removeprefix("gla channel 16x16 bfloat16 ") for line in lines] == [
       "start chunk=16 forward=16/4/2 backward=16/4/2", "forward=128/4/2", "backward=32/4/2", "backward=64/4/2",
       "backward=None"]
   assert "rejected: gate channel: dv has relative error 1.0e+00 over 8e-03" in lines[2]
@@ -122,7 +122,7 @@ def test_spilling_kernels_are_rejected(monkeypatch):
 def test_every_gate_is_checked_and_drawn(op):
   problem = dataclasses.replace(PROBLEM, op=op, timed=(2, 40))
   shapes = {gate: [x.shape for name, x in tuning.draw(problem, gate, B=2, T=40, H=3)[0].items() if name == "log_decay"]
-            for gate in tuning.GATES[op]}
+            for gates in tuning.GATES[op] for gate in gates}
   assert shapes == {"gla": {"channel": [(2, 40, 3, 16)]},
                     "linear_attention": {"token": [(2, 40, 3)], "head": [(3,)], "none": []},
                     "delta_rule": {"none": [], "token": [(2, 40, 3)]}}[op]
@@ -166,17 +166,17 @@ def run(out, *flags):
 def test_command_adds_to_the_file(tmp_path):
   out = tmp_path / "tuned" / "device.json"
   first = run(out, "--shapes=16x16x1")
-  assert first.returncode == 0 and "gla 16x16 bfloat16 scan=32/8/3: " in first.stdout
+  assert first.returncode == 0 and "gla channel 16x16 bfloat16 scan=32/8/3: " in first.stdout
   assert run(out, "--shapes=8x16x1", "--dtype=float32").returncode == 0
   record = json.loads(out.read_text())
   assert [(x["K"], x["V"], x["dtype"], x["timed"]) for x in record["configs"]] == [
       (16, 16, "bfloat16", {"B": 1, "T": 16, "H": 1}), (8, 16, "float32", {"B": 1, "T": 16, "H": 1})]
   again = run(out, "--shapes=16x16x1", "--limit_seconds=0.001")
-  assert "gla 16x16 bfloat16: not begun, --limit_seconds=0.001 are over" in again.stdout
+  assert "gla channel 16x16 bfloat16: not begun, --limit_seconds=0.001 are over" in again.stdout
   record["configs"][0]["config"] = {"chunk": 16, "old": None}
   out.write_text(json.dumps(record))
   stale = run(out, "--shapes=16x16x1")
-  assert "entry ignored: gla 16x16 bfloat16: config={'chunk': 16, 'old': None} must" in stale.stdout
+  assert "entry ignored: gla channel 16x16 bfloat16: config={'chunk': 16, 'old': None} must" in stale.stdout
   record = json.loads(out.read_text())
   for entry in record["configs"]:
     assert entry["config"]["chunk"] == 16 and entry["config"]["scan"]["block"] in (16, 32)

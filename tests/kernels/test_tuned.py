@@ -28,8 +28,8 @@ def on(device):
   return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device, 132, "gpu")))
 
 
-def lookup(op="gla", K=128, V=64, dtype="bfloat16"):
-  return tuned.lookup(op, Config, K=K, V=V, dtype=jnp.dtype(dtype))
+def lookup(op="gla", gate="channel", K=128, V=64, dtype="bfloat16"):
+  return tuned.lookup(op, Config, gate=gate, K=K, V=V, dtype=jnp.dtype(dtype))
 
 
 @pytest.fixture
@@ -39,7 +39,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def entry(**changes):
-  return {"op": "gla", "K": 128, "V": 64, "dtype": "bfloat16", "config": dataclasses.asdict(MEASURED)} | changes
+  return {"op": "gla", "gates": ["channel", "token"], "K": 128, "V": 64, "dtype": "bfloat16",
+          "config": dataclasses.asdict(MEASURED)} | changes
 
 
 def write(folder, *entries):
@@ -51,11 +52,12 @@ def test_finds_what_was_measured_on_this_device_for_this_shape(folder):
   with on(DEVICE):
     assert lookup() == lookup(dtype="float16") == MEASURED
     assert lookup(dtype="float32").chunk == 16
-    assert lookup(op="linear_attention") is lookup(K=64) is lookup(V=128) is None
+    assert lookup(op="linear_attention") is lookup(gate="none") is lookup(K=64) is lookup(V=128) is None
   with on("NVIDIA A100-SXM4-80GB"):
     assert lookup() is None
   assert lookup() is None  # the host of the tests has no GPU
-  assert tuned.listed("gla", DEVICE) == [(128, 64, "bfloat16"), (128, 64, "float32")]
+  assert tuned.listed("gla", DEVICE) == [
+      (gate, 128, 64, dtype) for dtype in ("bfloat16", "float32") for gate in ("channel", "token")]
   assert tuned.listed("linear_attention", DEVICE) == tuned.listed("gla", "NVIDIA A100-SXM4-80GB") == []
 
 
@@ -68,7 +70,7 @@ def test_broken_file(folder, text):
 
 def test_entry_twice(folder):
   write(folder, entry(), entry())
-  with on(DEVICE), pytest.raises(ValueError, match="hbm3.json: lists an op, K, V and dtype twice"):
+  with on(DEVICE), pytest.raises(ValueError, match="hbm3.json: lists an op, gate, K, V and dtype twice"):
     lookup()
 
 
@@ -80,7 +82,7 @@ def test_entry_twice(folder):
 ])
 def test_entry_of_other_kernels(folder, config, rule):
   write(folder, entry(config=config))
-  with on(DEVICE), pytest.raises(ValueError, match=f"hbm3.json: gla 128x64 bfloat16: config=.* {rule}"):
+  with on(DEVICE), pytest.raises(ValueError, match=f"hbm3.json: gla channel 128x64 bfloat16: config=.* {rule}"):
     lookup()
 
 
