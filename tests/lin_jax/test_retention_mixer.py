@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels import accuracy
 from lin_jax import mixers
 from lin_jax.mixers.retention import RetentionConfig
-from tests.close import assert_close
+from tests.close import assert_close, relative_error
 
 WIDTH, BATCH, TIME, HEADS = 32, 2, 40, 2
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -48,8 +47,8 @@ def test_is_the_papers_layer():
   decay = np.array([1 - 1 / 32, 1 - 1 / 64])
   assert_close("output", actual, recurrence(mixer, x, decay), 1e-5)
   # The bound tells this layer from its neighbours: swapped decays, and another rotary base.
-  assert accuracy.relative_error(actual, recurrence(mixer, x, decay[::-1])) > 1e-3
-  assert accuracy.relative_error(actual, recurrence(mixer, x, decay, base=1000.0)) > 1e-3
+  assert relative_error(actual, recurrence(mixer, x, decay[::-1])) > 1e-3
+  assert relative_error(actual, recurrence(mixer, x, decay, base=1000.0)) > 1e-3
 
 
 def test_decays_are_constants():
