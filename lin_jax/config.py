@@ -11,6 +11,7 @@ from typing import Any
 
 REMAT_POLICIES = ("none", "mixer", "dots", "full")
 DTYPES = ("bfloat16", "float16", "float32")
+_MIXERS = "mixer", "hybrid_mixer"  # fields of a ModelConfig
 
 
 @dataclasses.dataclass
@@ -18,6 +19,8 @@ class ModelConfig:
   """A stack of `depth` blocks `x += mixer(norm(x)); x += mlp(norm(x))` between an embedding and a head."""
 
   mixer: Any = None  # a config dataclass registered in lin_jax.mixers
+  hybrid_mixer: Any = None  # another, of the layers `hybrid_layers`, counted from 0
+  hybrid_layers: tuple[int, ...] = ()
   vocab_size: int = 32000
   width: int = 1024
   depth: int = 24
@@ -130,6 +133,13 @@ def validate(config: TrainConfig) -> TrainConfig:
   for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
     require(_get(config, field) == -1 or _get(config, field) >= 1, field, "must be at least 1, or -1 for the rest")
   require(dataclasses.is_dataclass(config.model.mixer), "model.mixer", "must be a mixer config")
+  hybrid, layers = config.model.hybrid_mixer, config.model.hybrid_layers
+  require(hybrid is None or dataclasses.is_dataclass(hybrid), "model.hybrid_mixer", "must be a mixer config or None")
+  require((hybrid is None) == (not layers), "model.hybrid_layers",
+          "must name layers if and only if config.model.hybrid_mixer is given")
+  last = config.model.depth - 1
+  require(len(set(layers)) == len(layers) and all(0 <= layer <= last for layer in layers), "model.hybrid_layers",
+          f"must be different numbers from 0 to config.model.depth - 1 = {last}")
   require(config.model.dtype in DTYPES, "model.dtype", f"must be one of {', '.join(DTYPES)}")
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")
   require(config.optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")
@@ -157,11 +167,13 @@ def _get(config, field):
 
 
 def to_dict(config: TrainConfig) -> dict:
-  """The config as nested plain values; the mixer carries its registered name under `"type"`."""
+  """The config as nested plain values; mixers carry their registered name under `"type"`."""
   from lin_jax import mixers
 
   values = dataclasses.asdict(config)
-  values["model"]["mixer"] = {"type": mixers.name_of(config.model.mixer), **values["model"]["mixer"]}
+  for field in _MIXERS:
+    if (mixer := getattr(config.model, field)) is not None:
+      values["model"][field] = {"type": mixers.name_of(mixer), **values["model"][field]}
   return values
 
 
@@ -171,9 +183,12 @@ def from_dict(values: dict) -> TrainConfig:
 
   values = dict(values)
   model = dict(values.pop("model"))
-  mixer = dict(model.pop("mixer"))
   try:
-    model["mixer"] = mixers.config_class(mixer.pop("type"))(**mixer)
+    for field in _MIXERS:
+      if model.get(field) is not None:
+        mixer = dict(model[field])
+        model[field] = mixers.config_class(mixer.pop("type"))(**mixer)
+    model["hybrid_layers"] = tuple(model.get("hybrid_layers", ()))
     parts = {f.name: f.default_factory(**values.pop(f.name)) for f in dataclasses.fields(TrainConfig)
              if f.name in values and isinstance(values[f.name], dict)}
     return TrainConfig(model=ModelConfig(**model), **parts, **values)

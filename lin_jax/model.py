@@ -2,9 +2,10 @@
 
   x = x + mixer(norm(x));  x = x + mlp(norm(x))
 
-Runs of equal blocks are stored with a leading layer axis and applied by `lax.scan`, so that compile time does not grow
-with depth. Parameters are float32; activations have the config's dtype, and the residual stream stays split over the
-batch axes of the mesh in use. Recurrent state is an explicit pytree: one stacked mixer state per run.
+Layers that repeat, one or a short pattern of several, are stored with a leading axis of repetitions and applied by
+`lax.scan`, so that compile time does not grow with depth. Parameters are float32; activations have the config's dtype,
+and the residual stream stays split over the batch axes of the mesh in use. Recurrent state is an explicit pytree: one
+stacked mixer state per layer of each run's pattern.
 """
 
 import dataclasses
@@ -87,8 +88,8 @@ class LanguageModel(nnx.Module):
     self.remat = remat
     self.dtype = jnp.dtype(config.dtype)
     self.embedding = param(rngs, NORMAL, (config.vocab_size, config.width), ("vocab", "embed"))
-    runs = [(mixer, len(list(layers))) for mixer, layers in itertools.groupby(layer_mixers(config))]
-    self.runs = nnx.List([_stack(config, mixer, depth, rngs) for mixer, depth in runs])
+    self.runs = nnx.List([nnx.List([_stack(config, mixer, count, rngs) for mixer in pattern])
+                          for pattern, count in layer_runs(layer_mixers(config))])
     self.norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
     head_shape, head_axes = (config.width, config.vocab_size), ("embed", "vocab")
     self.head = None if config.tie_embeddings else param(rngs, NORMAL, head_shape, head_axes)
@@ -104,13 +105,16 @@ class LanguageModel(nnx.Module):
     """
     x = self._embed(tokens)
     states = []
-    for blocks, run_state in zip(self.runs, [None] * len(self.runs) if state is None else state, strict=True):
+    for run, run_state in zip(self.runs, [None] * len(self.runs) if state is None else state, strict=True):
 
-      def body(x, layer):
-        block, layer_state = layer
-        return block(x, layer_state, segment_ids, REMAT[self.remat])
+      def body(x, pattern):
+        after = []
+        for block, block_state in zip(pattern[0], pattern[1] or [None] * len(pattern[0]), strict=True):
+          x, block_state = block(x, block_state, segment_ids, REMAT[self.remat])
+          after.append(block_state)
+        return x, after
 
-      x, run_state = jax.lax.scan(body, x, (blocks, run_state))
+      x, run_state = jax.lax.scan(body, x, (run, run_state))
       states.append(run_state)
     return self.norm(x), None if state is None else states
 
@@ -123,14 +127,23 @@ class LanguageModel(nnx.Module):
   def step(self, tokens: Int[Array, "B"], state: Any) -> tuple[Float[Array, "B V"], Any]:
     """Float32 logits after one more token per row, and the state."""
     x, states = self._embed(tokens), []
-    for blocks, run_state in zip(self.runs, state, strict=True):
-      x, run_state = jax.lax.scan(lambda x, layer: layer[0].step(x, layer[1]), x, (blocks, run_state))
+    for run, run_state in zip(self.runs, state, strict=True):
+
+      def body(x, pattern):
+        after = []
+        for block, block_state in zip(*pattern, strict=True):
+          x, block_state = block.step(x, block_state)
+          after.append(block_state)
+        return x, after
+
+      x, run_state = jax.lax.scan(body, x, (run, run_state))
       states.append(run_state)
     return self._logits(self.norm(x)), states
 
   def init_state(self, batch: int, max_length: int) -> list:
     """Empty state for `batch` rows of up to `max_length` tokens."""
-    return [jax.vmap(lambda block: block.mixer.init_state(batch, max_length))(blocks) for blocks in self.runs]
+    empty = jax.vmap(lambda block: block.mixer.init_state(batch, max_length))
+    return [[empty(blocks) for blocks in run] for run in self.runs]
 
   def unembedding(self) -> Float[Array, "D V"]:
     """The float32 output matrix: the transposed embedding if they are tied."""
@@ -138,10 +151,10 @@ class LanguageModel(nnx.Module):
 
   def flops_per_token(self, sequence_length: int) -> int:
     """Matmul and mixing FLOPs of the forward pass, averaged over a sequence; embedding look-ups count as none."""
-    depths = [run.mixer_norm.scale.shape[0] for run in self.runs]
-    blocks = [run.mixer.flops_per_token(sequence_length) + run.mlp.flops_per_token() for run in self.runs]
+    stacks = [blocks for run in self.runs for blocks in run]
+    layers = [blocks.mixer.flops_per_token(sequence_length) + blocks.mlp.flops_per_token() for blocks in stacks]
     head = 2 * self.embedding.shape[0] * self.embedding.shape[1]
-    return sum(depth * flops for depth, flops in zip(depths, blocks, strict=True)) + head
+    return sum(blocks.mixer_norm.scale.shape[0] * flops for blocks, flops in zip(stacks, layers, strict=True)) + head
 
   def _embed(self, tokens):
     with jax.named_scope("embed"):
@@ -165,8 +178,17 @@ def abstract_model(config: ModelConfig) -> LanguageModel:
 
 
 def layer_mixers(config: ModelConfig) -> list:
-  """The mixer config of each layer. Consecutive equal ones form a run."""
-  return [config.mixer] * config.depth
+  """The mixer config of each layer."""
+  hybrid = set(config.hybrid_layers)
+  return [config.hybrid_mixer if i in hybrid else config.mixer for i in range(config.depth)]
+
+
+def layer_runs(layers: list) -> list[tuple[list, int]]:
+  """Patterns of layers and how often each repeats: one pattern for the whole stack, or runs of equal layers, whichever
+  has fewer layers to compile."""
+  equal = [([mixer], len(list(group))) for mixer, group in itertools.groupby(layers)]
+  period = next(p for p in range(1, len(layers) + 1) if layers[:p] * (len(layers) // p) == layers)
+  return equal if len(equal) <= period else [(layers[:period], len(layers) // period)]
 
 
 def _stack(config, mixer, depth, rngs):

@@ -6,6 +6,7 @@ kernels the compiler cannot partition run on local blocks through `shard_heads`.
 `jax.set_mesh`.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,10 +50,10 @@ def validate_mesh(config: TrainConfig, device_count: int) -> None:
     raise ValueError(f"config.data.batch_size={config.data.batch_size} over config.optim.accumulation="
                      f"{config.optim.accumulation} leaves {rows} sequences a microbatch: not divisible by "
                      f"data * fsdp = {data} * {fsdp}")
-  for field in ("heads", "kv_heads"):
-    heads = getattr(config.model.mixer, field, 0)
+  for mixer, field in itertools.product(("mixer", "hybrid_mixer"), ("heads", "kv_heads", "value_heads")):
+    heads = getattr(getattr(config.model, mixer), field, 0)
     if heads % tensor:
-      raise ValueError(f"config.model.mixer.{field}={heads}: not divisible by config.mesh.tensor={tensor}")
+      raise ValueError(f"config.model.{mixer}.{field}={heads}: not divisible by config.mesh.tensor={tensor}")
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:

@@ -1,4 +1,4 @@
-"""The runs of the GLA paper, arXiv:2312.06635: GLA and Transformer++ at 340M and 1.3B parameters.
+"""The runs of the GLA paper, arXiv:2312.06635: GLA, RetNet and Transformer++ at 340M and 1.3B parameters.
 
 Recipe (section 5.1): SlimPajama, the Mistral tokenizer, context 2048, AdamW with weight decay 0.01 and clipping at 1.0,
 cosine from 3e-4 to 3e-5 after a linear warmup. 340M: 15B tokens, batches of 0.5M, warmup over 0.5B. 1.3B: 100B tokens,
@@ -8,6 +8,7 @@ batches of 2M, warmup over 1B. The paper does not state the betas; (0.9, 0.95) a
 from lin_jax.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
+from lin_jax.mixers.retention import RetentionConfig
 
 _CONTEXT = 2048
 
@@ -23,7 +24,7 @@ def gla_340m() -> TrainConfig:
   Obtained: the paper's run not made yet. 500 steps of 65,536 tokens on the English corpus, learning rate 1e-3: held-out
     loss 10.57 to 4.14, 148,500 tokens/s on one H100 (experiments/results/gla_340m_h100).
   """
-  return _340m(GLAConfig(heads=4))
+  return at_340m(GLAConfig(heads=4))
 
 
 def transformer_340m() -> TrainConfig:
@@ -34,7 +35,7 @@ def transformer_340m() -> TrainConfig:
   Expected: perplexity on WikiText 28.39, on LAMBADA 42.69; LAMBADA accuracy 31.0, PIQA 63.3, HellaSwag 34.0.
   Obtained: not run yet.
   """
-  return _340m(AttentionConfig(heads=16))
+  return at_340m(AttentionConfig(heads=16))
 
 
 def gla_1b3() -> TrainConfig:
@@ -48,7 +49,7 @@ def gla_1b3() -> TrainConfig:
   Obtained: the paper's run not made yet. 60 steps of 32,768 tokens on the English corpus: 50,800 tokens/s, MFU 40.8%,
     60.7 GiB on one H100 (experiments/results/gla_1b3_h100).
   """
-  return _1b3(GLAConfig(heads=4))
+  return at_1b3(GLAConfig(heads=4))
 
 
 def transformer_1b3() -> TrainConfig:
@@ -59,17 +60,41 @@ def transformer_1b3() -> TrainConfig:
   Expected: perplexity on WikiText 16.85, on LAMBADA 13.44; LAMBADA accuracy 48.9, PIQA 70.8, HellaSwag 49.6.
   Obtained: not run yet.
   """
-  return _1b3(AttentionConfig(heads=32))
+  return at_1b3(AttentionConfig(heads=32))
 
 
-def _340m(mixer):
-  return _paper(ModelConfig(mixer=mixer, width=1024, depth=24, mlp_width=2816), tokens=15e9, warmup_tokens=0.5e9,
-                batch_size=256, microbatch=32)
+def retnet_340m() -> TrainConfig:
+  """RetNet at the data and recipe of `gla_340m`: 4 heads (K 256, V 512), and an MLP of ratio 2 to make up for V.
+
+  Source: arXiv:2312.06635 table 2 (340M rows); the layout is flash-linear-attention's.
+  Command: python experiments/train.py --config=retnet_340m --workdir=runs/retnet_340m
+  Expected: perplexity on WikiText 32.33, on LAMBADA 49.19; LAMBADA accuracy 28.6, PIQA 63.5, HellaSwag 33.5.
+  Obtained: not run yet.
+  """
+  return at_340m(RetentionConfig(heads=4), mlp_width=1536)
 
 
-def _1b3(mixer):
-  return _paper(ModelConfig(mixer=mixer, width=2048, depth=24, mlp_width=5632), tokens=100e9, warmup_tokens=1e9,
-                batch_size=1024, microbatch=8)
+def retnet_1b3() -> TrainConfig:
+  """RetNet at the data and recipe of `gla_1b3`: 8 heads (K 256, V 512).
+
+  Source: arXiv:2312.06635 table 2 (1.3B rows); the layout is flash-linear-attention's.
+  Command: python experiments/train.py --config=retnet_1b3 --workdir=runs/retnet_1b3
+  Expected: perplexity on WikiText 18.64, on LAMBADA 17.27; LAMBADA accuracy 43.3, PIQA 70.0, HellaSwag 47.3.
+  Obtained: not run yet.
+  """
+  return at_1b3(RetentionConfig(heads=8), mlp_width=2816)
+
+
+def at_340m(mixer, *, mlp_width: int = 2816, **model) -> TrainConfig:
+  """The 340M recipe for another mixer; `model` are more fields of its ModelConfig."""
+  return _paper(ModelConfig(mixer=mixer, width=1024, depth=24, mlp_width=mlp_width, **model), tokens=15e9,
+                warmup_tokens=0.5e9, batch_size=256, microbatch=32)
+
+
+def at_1b3(mixer, *, mlp_width: int = 5632, **model) -> TrainConfig:
+  """The 1.3B recipe for another mixer."""
+  return _paper(ModelConfig(mixer=mixer, width=2048, depth=24, mlp_width=mlp_width, **model), tokens=100e9,
+                warmup_tokens=1e9, batch_size=1024, microbatch=8)
 
 
 def _paper(model, tokens, warmup_tokens, batch_size, microbatch):

@@ -9,9 +9,13 @@ from lin_jax import mixers
 from lin_jax.config import from_dict, to_dict, validate
 from lin_jax.model import parameter_count
 
-# Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget).
+# Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget); those
+# of RetNet and Gated DeltaNet are flash-linear-attention's models, 1.352B and 1.387B with an untied head.
 SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, "transformer_small": 42.1e6,
-         "gla_340m": 341.6e6, "transformer_340m": 341.6e6, "gla_1b3": 1.30e9, "transformer_1b3": 1.30e9}
+         "gla_340m": 341.6e6, "transformer_340m": 341.6e6, "gla_1b3": 1.30e9, "transformer_1b3": 1.30e9,
+         "retnet_340m": 347.4e6, "retnet_1b3": 1.286e9, "gated_deltanet_1b3": 1.3215e9,
+         **{f"deltanet_{kind}340m": 341.6e6 for kind in ("", "swa_", "global_")},
+         **{f"deltanet_{kind}1b3": 1.30e9 for kind in ("", "swa_", "global_")}}
 
 
 def test_every_config_has_a_size():
@@ -54,6 +58,15 @@ def test_schedule_is_the_papers(name, tokens, batch, warmup):
   optim = config.optim
   assert (optim.learning_rate, optim.final_learning_rate) == (3e-4, 3e-5)
   assert (optim.weight_decay, optim.clip_norm) == (0.01, 1.0)
+
+
+@pytest.mark.parametrize("name", [name for name in configs.CONFIGS if name.startswith("deltanet")])
+def test_deltanet_has_the_recipe_of_gla(name):
+  config, gla = configs.lookup(name), configs.lookup(f"gla_{name.rsplit('_', 1)[1]}")
+  hybrid = {"swa": tuple(range(1, 24, 2)), "global": (1, 12)}.get(name.split("_")[1], ())
+  assert config.model.hybrid_layers == hybrid and (config.model.hybrid_mixer is None) == (not hybrid)
+  config.model, config.name = gla.model, gla.name
+  assert config == gla
 
 
 def test_unknown_name_lists_the_known():

@@ -58,16 +58,26 @@ def test_prefill_then_steps_equal_parallel(lm):
   check_recurrence(lm, prompt=5)
 
 
-def test_runs_of_different_mixers(monkeypatch):
-  layers = [GLAConfig(heads=2), GLAConfig(heads=2), AttentionConfig(heads=4), GLAConfig(heads=2)]
-  monkeypatch.setattr(model, "layer_mixers", lambda config: layers)
-  lm = build(config(None))
-  assert [run.mixer_norm.scale.shape[0] for run in lm.runs] == [2, 1, 1]
+@pytest.mark.parametrize("layers, counts", [((2,), [[2], [1], [1]]), ((1, 3), [[2, 2]])])
+def test_hybrids(layers, counts):
+  hybrid = config(GLAConfig(heads=2), hybrid_mixer=AttentionConfig(heads=4), hybrid_layers=layers, depth=4)
+  lm = build(hybrid)
+  assert [[blocks.mixer_norm.scale.shape[0] for blocks in run] for run in lm.runs] == counts
   check_recurrence(lm, prompt=1)
+  alone = [parameter_count(config(mixer, depth=4)) for mixer in (hybrid.mixer, hybrid.hybrid_mixer)]
+  assert 4 * parameter_count(hybrid) == (4 - len(layers)) * alone[0] + len(layers) * alone[1]
+
+
+def test_layers_are_applied_in_their_order():
+  a, b, c = GLAConfig(heads=1), GLAConfig(heads=2), AttentionConfig(heads=4)
+  for layers in ([a], [a] * 3, [a, b] * 2, [a, b, b] * 2, [a, b, b, a], [a, a, b, c, c, c], [a, b, c]):
+    runs = model.layer_runs(layers)
+    assert [mixer for pattern, count in runs for mixer in pattern * count] == layers
+  assert model.layer_runs([a] * 3) == [([a], 3)] and model.layer_runs([a, b] * 2) == [([a, b], 2)]
 
 
 def test_layers_start_different(lm):
-  first, second = lm.runs[0].mlp.up.kernel[...]
+  first, second = lm.runs[0][0].mlp.up.kernel[...]
   assert first.shape == (32, 48) and np.abs(first - second).max() > 1e-2
 
 

@@ -28,7 +28,7 @@ def test_decay_mask_counts_the_axes_of_one_layer():
              for path, decay in jax.tree_util.tree_leaves_with_path(matrices(params))}
   vectors = {name for name, decay in decayed.items() if not decay}
   assert vectors == {name for name in decayed if name.endswith(("scale", "bias"))}
-  stacked = params["runs"][0]["mixer_norm"]["scale"]
+  stacked = params["runs"][0][0]["mixer_norm"]["scale"]
   assert len(vectors) >= 3 and len(decayed) - len(vectors) >= 8 and stacked.shape == (2, 32)
   assert matrices({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}) == {"w": True, "b": False}
 

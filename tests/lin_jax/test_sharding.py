@@ -107,7 +107,7 @@ def test_every_parameter_and_moment_is_placed(mesh):
   def specs(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [".".join(str(getattr(key, "key", getattr(key, "name", ""))) for key in path) for path, _ in leaves]
-    names = [name.removesuffix(".value").removeprefix("runs.0.") for name in names]
+    names = [name.removesuffix(".value").removeprefix("runs.0.0.") for name in names]
     return {name: leaf.sharding for name, (_, leaf) in zip(names, leaves, strict=True)}, leaves
 
   moments = opt_state[0]

@@ -214,6 +214,7 @@ def test_unwritable_workdir_is_found_before_anything_runs(data, tmp_path, monkey
     ("data", "batch_size", 12, "config.data.batch_size=12"),
     ("mesh", "tensor", 4, "config.model.mixer.heads=2"),
     ("model", "vocab_size", 50, "vocab_size=50"),
+    ("model", "hybrid_layers", (1,), r"config.model.hybrid_layers=\(1,\): must name layers if and only if"),
     ("optim", "steps", 0, "config.optim.steps=0"),
     ("optim", "beta2", 1.0, "config.optim.beta2=1.0"),
     ("log", "profile_steps", "0,4", "config.log.profile_steps='0,4'"),
