@@ -1,9 +1,9 @@
 """The triangular inverse that a chunk of the delta rule needs, as a kernel.
 
-With A the strictly lower part of K K^T and b = diag(beta), the inverse is T = (I + b A)^-1 = I - b Y, and of its
-transpose's kind I - Y b, where (I + A b) Y = A. Y is strictly lower, finite and free of divisions for every beta, and
-for keys of norm 1 and beta up to 2 no entry is larger than 1: k_i^T (product of I - beta k k^T) k_j. It knows no gate:
-a decay only multiplies its entries, because along every path from token j to token i the gates are the same.
+With A the strictly lower part of K K^T and b = diag(beta), (I + b A)^-1 = I - b Y and (I + A b)^-1 = I - Y b for one
+and the same Y, the solution of (I + A b) Y = A. Y is strictly lower, finite and free of divisions for every beta; for
+keys of norm 1 and beta up to 2 no entry is larger than 1, because Y_ij = k_i^T (product of I - beta k k^T) k_j. A decay
+only multiplies its entries: along every path from token j to token i the gates are the same.
 
 A program holds one chunk of one head in blocks of 16 rows, in float32. The diagonal blocks are found by forward
 substitution and the others follow from them: Z = A_ij - sum over j <= m < i of A_im b_m Y_mj, Y_ij = Z - Y_ii b_i Z.
