@@ -104,7 +104,7 @@ def test_layers_start_apart_and_only_matrices_decay():
   def start_and_update():
     params = nnx.state(LanguageModel(config, rngs=nnx.Rngs(0)))
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    return params["runs"][0]["mixer"], updates["runs"][0]["mixer"]
+    return params["runs"][0][0]["mixer"], updates["runs"][0][0]["mixer"]
 
   before, after = jit(start_and_update)()
   for name in ("A_log", "dt_bias"):
