@@ -76,7 +76,10 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
-  """The values worth timing for each field, around those that were fastest on an H100."""
+  """The values worth timing for each field, around those that were fastest on an H100.
+
+  Chunks of 16 tokens round the state so often that bfloat16 misses the bounds where keys are alike.
+  """
   wide = dtype == jnp.float32
   tiles = lambda size, *values: list(dict.fromkeys(Tile(tile_width(size, w), *launch) for w, *launch in values))
   if wide:
@@ -86,7 +89,7 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 1), (128, 8, 2), (64, 8, 1), (64, 8, 2), (32, 4, 2))
   return {"scan": scan, "reverse_scan": scan, "width": [16] if wide else [32, 64, 128], "gradients": keys,
           "depth": sorted({32 if wide else 64, tile_width(K)}), "span": [16, 32] if wide else [32, 64],
-          "chunk": [16] if wide else [16, 32]}
+          "chunk": [16] if wide else [32]}
 
 
 def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
