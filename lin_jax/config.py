@@ -185,7 +185,7 @@ def from_dict(values: dict) -> TrainConfig:
   model = dict(values.pop("model"))
   try:
     for field in _MIXERS:
-      if model.get(field) is not None:
+      if field == "mixer" or model.get(field) is not None:  # a model without a mixer is none
         mixer = dict(model[field])
         model[field] = mixers.config_class(mixer.pop("type"))(**mixer)
     model["hybrid_layers"] = tuple(model.get("hybrid_layers", ()))
