@@ -24,7 +24,7 @@ class ModelConfig:
   vocab_size: int = 32000
   width: int = 1024
   depth: int = 24
-  mlp_width: int = 2816
+  mlp_width: int = 2816  # 0 is a block of the mixer alone
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   dtype: str = "bfloat16"  # of activations and matmul operands; parameters, gates and states are float32
@@ -122,11 +122,11 @@ def validate(config: TrainConfig) -> TrainConfig:
         value = getattr(value, part)
       raise ValueError(f"config.{field}={value!r}: {rule}")
 
-  for field in ("model.vocab_size", "model.width", "model.depth", "model.mlp_width", "data.sequence_length",
-                "data.batch_size", "optim.steps", "optim.accumulation", "log.every", "checkpoint.keep_last"):
+  for field in ("model.vocab_size", "model.width", "model.depth", "data.sequence_length", "data.batch_size",
+                "optim.steps", "optim.accumulation", "log.every", "checkpoint.keep_last"):
     require(_get(config, field) >= 1, field, "must be at least 1")
-  for field in ("optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches", "checkpoint.every",
-                "checkpoint.keep_best", "data.worker_threads", "seed"):
+  for field in ("model.mlp_width", "optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches",
+                "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed"):
     require(_get(config, field) >= 0, field, "must not be negative")
   for field in ("optim.learning_rate", "optim.clip_norm", "optim.eps", "model.norm_eps"):
     require(_get(config, field) > 0, field, "must be positive")

@@ -48,14 +48,14 @@ REMAT = {
 
 
 class Block(nnx.Module):
-  """One layer: mixer branch, MLP branch."""
+  """One layer: mixer branch, MLP branch. A config with an `mlp_width` of 0 has no MLP branch."""
 
   def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
     dtype = jnp.dtype(config.dtype)
     self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
     self.mixer = mixers.build(mixer, width=config.width, norm_eps=config.norm_eps, dtype=dtype, rngs=rngs)
-    self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
-    self.mlp = SwiGLU(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
+    self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs) if config.mlp_width else None
+    self.mlp = SwiGLU(config.width, config.mlp_width, dtype=dtype, rngs=rngs) if config.mlp_width else None
 
   def __call__(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None,
                remat: Remat = Remat()) -> tuple[Float[Array, "B T D"], Any]:
@@ -75,6 +75,8 @@ class Block(nnx.Module):
     return self.feed(x + y), state
 
   def feed(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    if self.mlp is None:
+      return x
     with jax.named_scope("mlp"):
       return shard_batch(x + self.mlp(self.mlp_norm(x)))
 
@@ -152,7 +154,8 @@ class LanguageModel(nnx.Module):
   def flops_per_token(self, sequence_length: int) -> int:
     """Matmul and mixing FLOPs of the forward pass, averaged over a sequence; embedding look-ups count as none."""
     stacks = [blocks for run in self.runs for blocks in run]
-    layers = [blocks.mixer.flops_per_token(sequence_length) + blocks.mlp.flops_per_token() for blocks in stacks]
+    layers = [blocks.mixer.flops_per_token(sequence_length) + (blocks.mlp.flops_per_token() if blocks.mlp else 0)
+              for blocks in stacks]
     head = 2 * self.embedding.shape[0] * self.embedding.shape[1]
     return sum(blocks.mixer_norm.scale.shape[0] * flops for blocks, flops in zip(stacks, layers, strict=True)) + head
 

@@ -85,15 +85,15 @@ def retnet_1b3() -> TrainConfig:
   return at_1b3(RetentionConfig(heads=8), mlp_width=2816)
 
 
-def at_340m(mixer, *, mlp_width: int = 2816, **model) -> TrainConfig:
+def at_340m(mixer, *, depth: int = 24, mlp_width: int = 2816, **model) -> TrainConfig:
   """The 340M recipe for another mixer; `model` are more fields of its ModelConfig."""
-  return _paper(ModelConfig(mixer=mixer, width=1024, depth=24, mlp_width=mlp_width, **model), tokens=15e9,
+  return _paper(ModelConfig(mixer=mixer, width=1024, depth=depth, mlp_width=mlp_width, **model), tokens=15e9,
                 warmup_tokens=0.5e9, batch_size=256, microbatch=32)
 
 
-def at_1b3(mixer, *, mlp_width: int = 5632, **model) -> TrainConfig:
+def at_1b3(mixer, *, depth: int = 24, mlp_width: int = 5632, **model) -> TrainConfig:
   """The 1.3B recipe for another mixer."""
-  return _paper(ModelConfig(mixer=mixer, width=2048, depth=24, mlp_width=mlp_width, **model), tokens=100e9,
+  return _paper(ModelConfig(mixer=mixer, width=2048, depth=depth, mlp_width=mlp_width, **model), tokens=100e9,
                 warmup_tokens=1e9, batch_size=1024, microbatch=8)
 
 

@@ -10,10 +10,12 @@ from lin_jax.config import from_dict, to_dict, validate
 from lin_jax.model import parameter_count
 
 # Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget); those
-# of RetNet and Gated DeltaNet are flash-linear-attention's models, 1.352B and 1.387B with an untied head.
+# of RetNet, Gated DeltaNet and Mamba-2 are flash-linear-attention's models, with an untied head 1.352B, 1.387B, and
+# 382M and 1.372B.
 SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, "transformer_small": 42.1e6,
          "gla_340m": 341.6e6, "transformer_340m": 341.6e6, "gla_1b3": 1.30e9, "transformer_1b3": 1.30e9,
          "retnet_340m": 347.4e6, "retnet_1b3": 1.286e9, "gated_deltanet_1b3": 1.3215e9,
+         "mamba2_340m": 349.2e6, "mamba2_1b3": 1.3065e9,
          **{f"deltanet_{kind}340m": 341.6e6 for kind in ("", "swa_", "global_")},
          **{f"deltanet_{kind}1b3": 1.30e9 for kind in ("", "swa_", "global_")}}
 

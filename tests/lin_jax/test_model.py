@@ -81,6 +81,14 @@ def test_layers_start_different(lm):
   assert first.shape == (32, 48) and np.abs(first - second).max() > 1e-2
 
 
+def test_a_block_without_mlp():
+  alone, mixer = config(GLAConfig(heads=2), mlp_width=0), config(GLAConfig(heads=2))
+  check_recurrence(build(alone), prompt=5)
+  assert parameter_count(mixer) - parameter_count(alone) == 2 * (3 * 32 * 48 + 32)
+  flops_of = [flops.forward_flops_per_token(c, TIME) for c in (mixer, alone)]
+  assert flops_of[0] - flops_of[1] == 2 * 2 * 3 * 32 * 48
+
+
 def test_causal(lm):
   embedded = lm.embedding[...][tokens()]
 

@@ -1,0 +1,40 @@
+"""Mamba-2 at the sizes of the other models here: 48 layers of one mixer each, without an MLP branch.
+
+The layout is that of arXiv:2405.21060 (expansion 2, heads of 64 channels, state of 128, convolution of 4), the sizes
+are those of flash-linear-attention's models. 340M has the data and recipe of `gla_340m`, 1.3B those of
+`gated_deltanet_1b3`, where a paper reports numbers. The microbatches are half as large as there, by estimate: 48 layers
+keep more activations than 24.
+"""
+
+from lin_jax.config import ModelConfig, TrainConfig
+from lin_jax.mixers.mamba2 import Mamba2Config
+
+from .gated_deltanet import gated_deltanet_1b3
+from .paper import at_340m
+
+
+def mamba2_340m() -> TrainConfig:
+  """Mamba-2, 48 layers of width 1024 with 32 heads: 349M parameters with tied embeddings.
+
+  Source: arXiv:2405.21060 section 7 (layer); the size is flash-linear-attention's.
+  Command: python experiments/train.py --config=mamba2_340m --workdir=runs/mamba2_340m
+  Expected: no paper reports this size on this data.
+  Obtained: not run yet.
+  """
+  config = at_340m(Mamba2Config(), depth=48, mlp_width=0)
+  config.optim.accumulation *= 2
+  return config
+
+
+def mamba2_1b3() -> TrainConfig:
+  """Mamba-2, 48 layers of width 2048 with 64 heads: 1.31B parameters with tied embeddings.
+
+  Source: arXiv:2412.06464, language modelling at 1.3B; the layer is that of arXiv:2405.21060.
+  Command: python experiments/train.py --config=mamba2_1b3 --workdir=runs/mamba2_1b3
+  Expected: perplexity on WikiText 16.56, on LAMBADA 12.56; average accuracy on common-sense tasks 54.89.
+  Obtained: not run yet.
+  """
+  config = gated_deltanet_1b3()
+  config.model = ModelConfig(mixer=Mamba2Config(heads=64), width=2048, depth=48, mlp_width=0)
+  config.optim.accumulation *= 2
+  return config
