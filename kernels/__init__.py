@@ -8,5 +8,6 @@ from kernels.delta_rule import delta_rule
 from kernels.dispatch import explain
 from kernels.gla import gla
 from kernels.linear_attention import linear_attention
+from kernels.selective_scan import selective_scan
 
-__all__ = ["delta_rule", "explain", "gla", "linear_attention"]
+__all__ = ["delta_rule", "explain", "gla", "linear_attention", "selective_scan"]

@@ -78,7 +78,7 @@ class Mamba2(nnx.Module):
     self.convolutions = nnx.List([BiasedConvolution(size, config.conv_width, axis=axis, **linear)
                                   for size, axis in sizes.values()])
     self.A_log = param(rngs, _log_uniform_start(A_RANGE), (config.heads,), ("heads",))
-    self.dt_bias = param(rngs, _dt_bias_start, (config.heads,), ("heads",))
+    self.dt_bias = param(rngs, dt_bias_start, (config.heads,), ("heads",))
     self.D = param(rngs, nnx.initializers.ones, (config.heads,), ("heads",))
     self.norm_scale = param(rngs, nnx.initializers.ones, (inner,), ("heads",))
     self.output = Linear(inner, width, ("heads", "embed"), **linear)
@@ -171,7 +171,7 @@ def _log_uniform_start(bounds):
   return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *bounds))
 
 
-def _dt_bias_start(key, shape, dtype):
+def dt_bias_start(key, shape, dtype):
   """Initializer: softplus of it is log-uniform in DT_RANGE."""
   low, high = jnp.log(jnp.asarray(DT_RANGE, dtype))
   dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))

@@ -61,5 +61,5 @@ def test_import_is_light():
   code = ("import sys, kernels, jax._src.xla_bridge as bridge; assert not bridge._backends; "
           "assert not any('pallas' in name for name in sys.modules if name.startswith(('jax', 'kernels'))); "
           "assert not hasattr(kernels, '__version__'); "
-          "assert kernels.__all__ == ['delta_rule', 'explain', 'gla', 'linear_attention']")
+          "assert kernels.__all__ == ['delta_rule', 'explain', 'gla', 'linear_attention', 'selective_scan']")
   subprocess.run([sys.executable, "-c", code], check=True)

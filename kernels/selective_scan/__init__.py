@@ -1,0 +1,68 @@
+"""Selective scan (Mamba): the op's contract, its checks, and what every implementation may rely on."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import chunks, contract, dispatch
+from kernels.selective_scan.reference import step
+
+__all__ = ["selective_scan", "step"]
+
+
+def selective_scan(
+    x: Float[Array, "B T D"], step_size: Float[Array, "B T D"], a: Float[Array, "D N"], b: Float[Array, "B T N"],
+    c: Float[Array, "B T N"], *, initial_state: Float[Array, "B D N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None, implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+  """Selective scan: h_t = exp(step_size_t a) h_{t-1} + step_size_t x_t b_t and y_t = sum of c_t h_t, per channel.
+
+  Args:
+    step_size: float32, >= 0; the layer's softplus is not part of the op, nor are its skip term, gate and convolution.
+    a: float32, <= 0: N rates of decay for each of D channels.
+    b, c: what all channels write with and read with, in x's dtype.
+    initial_state: h_0 in float32, zeros if None; it feeds the first segment of each row.
+    segment_ids: the state restarts from zero at each token whose id differs from the one before it.
+    implementation: "xla_chunked" or "reference"; None takes the first.
+  Returns:
+    The output in x's dtype, and h_T in float32.
+  Raises:
+    ValueError: shapes, dtypes or implementation break a rule; the message names both.
+    NotImplementedError: the named implementation cannot run these inputs.
+  Precision: everything is float32 but the inputs and the output. Relative RMS error of the output against "reference":
+    at most 5e-3 for 16-bit inputs, 1e-5 for float32.
+  Memory: for the backward pass, a token-channel keeps its inputs, 6 bytes for 16-bit x, and 4 N / 64 bytes of states,
+    one every 64 tokens: 7 bytes for N = 16.
+  Source: Gu and Dao, arXiv:2312.00752, section 3.2, with exp(step_size a) for the decay and step_size b for the input.
+  """
+  _check(x, step_size, a, b, c, initial_state, segment_ids)
+  if initial_state is None:
+    initial_state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
+  resets = None if segment_ids is None else jnp.where(chunks.segment_starts(segment_ids), chunks.RESET, 0.0)
+  run = dispatch.choose("selective_scan", implementation, x, step_size, a, b, c)
+  return run(x, step_size, a, b, c, resets, initial_state)
+
+
+def _check(x, step_size, a, b, c, initial_state, segment_ids):
+  """Raises ValueError with one message for the first broken rule."""
+
+  def rule(ok, message):
+    contract.require("selective_scan", ok, message)
+
+  rule(x.ndim == 3 and min(x.shape) >= 1, f"x has shape {x.shape}; it must be [batch, time, channels], none of them 0")
+  rule(step_size.shape == x.shape, f"step_size has shape {step_size.shape}; it must equal x's {x.shape}")
+  rule(a.ndim == 2 and a.shape[0] == x.shape[2] and a.shape[1] >= 1,
+       f"a has shape {a.shape}; it must be [channels, state], with x's {x.shape[2]} channels and a state of at least 1")
+  expected = (*x.shape[:2], a.shape[1])
+  for name, array in (("b", b), ("c", c)):
+    rule(array.shape == expected, f"{name} has shape {array.shape}; it must be [batch, time, state] {expected}")
+  rule(x.dtype in contract.DTYPES, f"x has dtype {x.dtype}; it must be bfloat16, float16 or float32")
+  rule(x.dtype == b.dtype == c.dtype, f"x, b, c have dtypes {x.dtype}, {b.dtype}, {c.dtype}; they must be equal")
+  for name, array in (("step_size", step_size), ("a", a)):
+    rule(array.dtype == jnp.float32, f"{name} has dtype {array.dtype}; it must be float32")
+  if initial_state is not None:
+    expected = (x.shape[0], *a.shape)
+    rule(initial_state.shape == expected and initial_state.dtype == jnp.float32,
+         f"initial_state is {initial_state.dtype}{initial_state.shape}; it must be float32{expected}")
+  if segment_ids is not None:
+    rule(segment_ids.shape == x.shape[:2] and jnp.issubdtype(segment_ids.dtype, jnp.integer),
+         f"segment_ids is {segment_ids.dtype}{segment_ids.shape}; it must be integers of shape {x.shape[:2]}")

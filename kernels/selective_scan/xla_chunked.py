@@ -1,0 +1,122 @@
+"""Selective scan in plain jnp, for every device: forward and backward with one state kept for each chunk of tokens.
+
+Every entry of the state has a decay of its own, so pairs of tokens share no weights and a chunk has no form as matrix
+products: inside a chunk the tokens follow one another. With E_t = exp(s_t a + reset_t), u_t = s_t x_t for the step size
+s_t, W_t = E_t H_{t-1} and G_t the cotangent of H_t,
+
+  H_t = W_t + u_t b_t^T        y_t = H_t c_t                G_t = dy_t c_t^T + E_{t+1} G_{t+1}
+  dc_t = H_t^T dy_t            db_t = G_t^T u_t             du_t = G_t b_t
+  dx_t = s_t du_t              ds_t = x_t du_t + sum over n of (G_t W_t) a        da = sum over t of s_t (G_t W_t)
+
+A reset makes E_t and W_t zero, and its gradient with them. The forward pass saves its inputs and, when a gradient is
+wanted, the state that enters each chunk. The backward pass takes the chunks from the last to the first, forms the
+states of one again, and walks back through it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64
+# Tokens per iteration of the compiled loops.
+UNROLL = 4
+
+
+def supports(*arrays, chunk_size=None) -> str | None:
+  """None: everything that `kernels.selective_scan` accepts."""
+  return None
+
+
+@jax.custom_vjp
+def selective_scan(x, step_size, a, b, c, resets, initial_state):
+  """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are added to the logs of the decays."""
+  output, _, final_state = _scan(x, step_size, a, b, c, resets, initial_state)
+  return output, final_state
+
+
+def _forward(x, step_size, a, b, c, resets, initial_state):
+  output, states, final_state = _scan(x, step_size, a, b, c, resets, initial_state)
+  return (output, final_state), (x, step_size, a, b, c, resets, states)
+
+
+def _scan(x, step_size, a, b, c, resets, initial_state):
+  """The output, the state that enters each chunk, and the final state."""
+
+  def token(state, now):
+    x, step, b, c, reset = now
+    state = _decay(step, a, reset) * state + _outer(step * _wide(x), _wide(b))
+    return state, jnp.sum(state * _wide(c)[:, None], axis=-1).astype(x.dtype)
+
+  def chunk(state, arrays):
+    after, output = jax.lax.scan(token, state, arrays, unroll=UNROLL)
+    return after, (output, state)
+
+  final_state, (output, states) = jax.lax.scan(chunk, initial_state, _chunks(x, step_size, b, c, resets))
+  return _merge(output, x.shape[1]), states, final_state
+
+
+def _backward(residuals, cotangents):
+  x, step_size, a, b, c, resets, states = residuals
+  doutput, dfinal_state = cotangents
+
+  def token(state, now):
+    x, step, b, _, reset, _ = now
+    kept = _decay(step, a, reset) * state
+    return kept + _outer(step * _wide(x), _wide(b)), kept
+
+  def token_back(carry, now):
+    (dstate, da), ((x, step, b, c, reset, dy), kept) = carry, now
+    x, b, c, dy = (_wide(array) for array in (x, b, c, dy))
+    dstate = dstate + _outer(dy, c)
+    through = dstate * kept
+    dc = jnp.sum((kept + _outer(step * x, b)) * dy[:, :, None], axis=1)
+    db = jnp.sum(dstate * (step * x)[:, :, None], axis=1)
+    du = jnp.sum(dstate * b[:, None], axis=-1)
+    dstep = x * du + jnp.sum(through * a[None], axis=-1)
+    da = da + jnp.sum(step[:, :, None] * through, axis=0)
+    return (_decay(step, a, reset) * dstate, da), (step * du, dstep, db, dc)
+
+  def chunk(carry, arrays):
+    arrays, state = arrays
+    _, kept = jax.lax.scan(token, state, arrays, unroll=UNROLL)
+    return jax.lax.scan(token_back, carry, (arrays, kept), reverse=True, unroll=UNROLL)
+
+  arrays = _chunks(x, step_size, b, c, resets, doutput)
+  (dinitial_state, da), gradients = jax.lax.scan(
+      chunk, (dfinal_state, jnp.zeros_like(a)), (arrays, states), reverse=True)
+  dx, dstep_size, db, dc = (_merge(array, x.shape[1]) for array in gradients)
+  dx, db, dc = (array.astype(x.dtype) for array in (dx, db, dc))
+  return dx, dstep_size, da, db, dc, None if resets is None else jnp.zeros_like(resets), dinitial_state
+
+
+selective_scan.defvjp(_forward, _backward, optimize_remat=True)
+
+
+def _decay(step, a, reset):
+  """exp(step a + reset): `[B, D, N]`."""
+  exponent = step[:, :, None] * a[None]
+  return jnp.exp(exponent if reset is None else exponent + reset[:, None, None])
+
+
+def _outer(u, b):
+  return u[:, :, None] * b[:, None]
+
+
+def _wide(x):
+  return x.astype(jnp.float32)
+
+
+def _chunks(*arrays):
+  """`[B, T, ...]` to `[T / C, C, B, ...]`; a step size of zero in what fills up the last chunk leaves states as is."""
+
+  def split(x):
+    x = jnp.moveaxis(x, 1, 0)
+    size = min(CHUNK, x.shape[0])
+    x = jnp.pad(x, ((0, -x.shape[0] % size), *((0, 0) for _ in x.shape[1:])))
+    return x.reshape(-1, size, *x.shape[1:])
+
+  return tuple(None if x is None else split(x) for x in arrays)
+
+
+def _merge(x, T):
+  """Inverse of `_chunks` for one array."""
+  return jnp.moveaxis(x.reshape(-1, *x.shape[2:])[:T], 0, 1)

@@ -1,0 +1,128 @@
+"""Mamba: a selective state-space layer, N states of their own for each channel (Gu and Dao 2023, arXiv:2312.00752).
+
+With x_t in R^D inside, D = expand times the model width, and b_t, c_t in R^N shared by all channels (section 3.4):
+  x = swish(conv(u W_x) + conv_bias),   z = u W_z
+  r_t, b_t, c_t = x_t W_r, x_t W_b, x_t W_c,   dt_t = softplus(r_t W_dt + dt_bias)
+  h_t = exp(dt_t A) h_{t-1} + dt_t x_t b_t,   A = -exp(A_log);   y_t = (h_t c_t + skip x_t) swish(z_t) W_o
+The ranges at the start are those of section 3.6 and the authors' mamba_ssm: A = -(1, ..., N) in every channel, dt
+log-uniform in [1e-3, 0.1], W_dt uniform within rank^-1/2, skip one. The other kernels start from N(0, 0.02) as
+everywhere in `lin_jax.layers`, not from mamba_ssm's uniform. Its input projection is two here, x and z in its order,
+and its x_proj three, r, b, c, so that channels can be split over devices: these three are then sums over devices.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from kernels import selective_scan
+from kernels.selective_scan import step as selective_scan_step
+from lin_jax.layers import Linear, align, param
+from lin_jax.mixers import register, require
+from lin_jax.mixers.mamba2 import BiasedConvolution, dt_bias_start
+from lin_jax.sharding import shard_heads
+
+
+@dataclasses.dataclass
+class MambaConfig:
+  """Defaults are the published ones."""
+
+  state_size: int = 16  # states of each channel
+  expand: float = 2.0  # channels / model width
+  dt_rank: int = 0  # of the step sizes' projection; 0 is a sixteenth of the model width, rounded up
+  conv_width: int = 4  # taps of the short convolution
+  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+
+  @staticmethod
+  def examples() -> list["MambaConfig"]:
+    return [MambaConfig(state_size=4), MambaConfig(state_size=3, expand=1.5, dt_rank=5, conv_width=3)]
+
+
+@register("mamba")
+class Mamba(nnx.Module):
+  """The Mamba layer. Its state is the float32 memory `[B, D, N]` and the convolution's last inputs."""
+
+  Config = MambaConfig
+
+  def __init__(self, config: MambaConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    del norm_eps  # the layer has no norm
+    require(config, "state_size", config.state_size >= 1, "must be at least 1")
+    require(config, "dt_rank", config.dt_rank >= 0, "must not be negative")
+    inner, rank = round(width * config.expand), config.dt_rank or -(-width // 16)
+    require(config, "expand", inner >= 1, f"of width {width} gives {inner} channels, it must give at least 1")
+    self.implementation = config.implementation or None
+    self.state_size = config.state_size
+    linear = dict(dtype=dtype, rngs=rngs)
+    self.value, self.gate = (Linear(width, inner, ("embed", "heads"), **linear) for _ in range(2))
+    self.convolution = BiasedConvolution(inner, config.conv_width, axis="heads", **linear)
+    self.rank, self.key, self.query = (Linear(inner, size, ("heads", None), **linear)
+                                       for size in (rank, config.state_size, config.state_size))
+    bound = rank**-0.5
+    start = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    # The step size leaves the compute dtype at its last product: rounded decays compound over thousands of tokens.
+    self.dt = Linear(rank, inner, (None, "heads"), init=start, output_dtype=jnp.float32, **linear)
+    self.dt_bias = param(rngs, dt_bias_start, (inner,), ("heads",))
+    # Stored as a vector, channel by channel: it is no matrix, and weight decay is for matrices only.
+    self.A_log = param(rngs, _a_log_start(config.state_size), (inner * config.state_size,), ("heads",))
+    self.skip = param(rngs, nnx.initializers.ones, (inner,), ("heads",))
+    self.output = Linear(inner, width, ("heads", "embed"), **linear)
+
+  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+    memory, inputs = (None, None) if state is None else (state["memory"], state["inputs"])
+    v, inputs = self._convolve(x, inputs, segment_ids)
+
+    def scan(v, dt, a, k, q, memory, segment_ids):
+      return selective_scan(v, dt, a, k, q, initial_state=memory, segment_ids=segment_ids,
+                            implementation=self.implementation)
+
+    scan = shard_heads(scan, "bth,bth,hn,btn,btn,bhn,bt->bth,bhn")
+    y, memory = scan(v, self._step_size(v), self._rates(), self.key(v), self.query(v), memory, segment_ids)
+    y = self._finish(x, checkpoint_name(y, "mixer_output"), v)
+    return y, None if state is None else {"memory": memory, "inputs": inputs}
+
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
+    x = x[:, None]
+    v, inputs = self._convolve(x, state["inputs"], None)
+    now, dt, k, q = (array[:, 0] for array in (v, self._step_size(v), self.key(v), self.query(v)))
+    memory, y = selective_scan_step(state["memory"], now, dt, self._rates(), k, q)
+    return self._finish(x, y[:, None].astype(v.dtype), v)[:, 0], {"memory": memory, "inputs": inputs}
+
+  def init_state(self, batch: int, max_length: int) -> dict:
+    """An empty memory, the same for any `max_length`."""
+    memory = jnp.zeros((batch, self.skip.shape[-1], self.state_size), jnp.float32)
+    return {"memory": memory, "inputs": self.convolution.init_state(batch)}
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """Projections, convolution, and the recurrence's write and read."""
+    layers = (self.value, self.gate, self.convolution, self.rank, self.key, self.query, self.dt, self.output)
+    kernels = [layer.kernel.shape for layer in layers]
+    return sum(2 * shape[-2] * shape[-1] for shape in kernels) + 4 * self.A_log.shape[-1]
+
+  def _convolve(self, x, inputs, segment_ids):
+    """x `[B, T, D]` inside the layer, and the convolution's new state."""
+    y, inputs = self.convolution(self.value(x), inputs, segment_ids)
+    return jax.nn.silu(y), inputs
+
+  def _step_size(self, v):
+    """dt `[B, T, D]`, float32."""
+    dt = self.dt(self.rank(v))
+    return jax.nn.softplus(dt + align(self.dt_bias[...], dt))
+
+  def _rates(self):
+    """A `[D, N]`."""
+    return -jnp.exp(self.A_log[...].reshape(-1, self.state_size))
+
+  def _finish(self, x, y, v):
+    """Skip, gate, output projection."""
+    y = y.astype(jnp.float32) + align(self.skip[...], v) * v.astype(jnp.float32)
+    return self.output((y * jax.nn.silu(self.gate(x).astype(jnp.float32))).astype(v.dtype))
+
+
+def _a_log_start(size):
+  """Initializer: log(1), ..., log(size), again and again."""
+  return lambda key, shape, dtype: jnp.tile(jnp.log(jnp.arange(1, size + 1, dtype=dtype)), shape[0] // size)
