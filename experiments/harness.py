@@ -1,0 +1,80 @@
+"""Evaluates a trained model on tasks of EleutherAI's lm-evaluation-harness (pip install '.[evaluation]').
+
+  python experiments/harness.py --workdir=runs/gla_340m --tasks=lambada_openai,piqa --out=results.json
+  python experiments/harness.py --workdir=runs/gla_340m --tasks=my_task --include_path=my_tasks --limit=100
+
+`lin_jax.harness` says how texts that are longer than the training context are read.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+import commands
+from lin_jax.checkpoint import load_model
+from lin_jax.tokenizer import load_tokenizer
+from lin_jax.workdir import environment
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
+_CHECKPOINT = commands.define_checkpoint()
+_TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, comma-separated.", required=True)
+_INCLUDE = flags.DEFINE_string("include_path", "", "Directory with task files (YAML) of one's own.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; the run's own if empty.")
+_SHOTS = flags.DEFINE_integer("num_fewshot", None, "Examples in the prompt; the task's own number if not given.",
+                              lower_bound=0)
+_LIMIT = flags.DEFINE_integer("limit", None, "Documents per task, for trying out; all if not given.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch_size", 16, "Rows per batch.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 0, "Tokens that a model with softmax attention reads at most; 0 is its "
+                                "training length. Models with a fixed state read everything.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", "", "JSON file that receives the results.")
+
+
+def main(_):
+  if _INCLUDE.value and not pathlib.Path(_INCLUDE.value).is_dir():
+    raise ValueError(f"--include_path={_INCLUDE.value}: no such directory")
+  try:
+    import lm_eval
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from lin_jax.harness import HarnessModel
+  except ImportError as e:
+    raise ValueError(f"this command needs lm-eval: pip install '.[evaluation]' ({e})") from e
+  manager, tasks = _tasks()
+  config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value))
+  tokenizer = load_tokenizer(_DATA.value or config.data.path)
+  adapter = HarnessModel(model, tokenizer, context=_CONTEXT.value or config.data.sequence_length,
+                         batch_size=_BATCH.value)
+  try:
+    results = lm_eval.simple_evaluate(adapter, tasks=tasks, num_fewshot=_SHOTS.value, limit=_LIMIT.value,
+                                      batch_size=_BATCH.value, task_manager=manager, log_samples=False)
+  except OSError as e:  # a task's data that is not there, or cannot be downloaded
+    raise ValueError(f"--tasks={','.join(_TASKS.value)}: {e}") from e
+  print(make_table(results))
+  if "groups" in results:
+    print(make_table(results, "groups"))
+  if _OUT.value:
+    record = {"workdir": _WORKDIR.value, "checkpoint": _CHECKPOINT.value, "context": adapter.context,
+              "dtype": config.model.dtype, "environment": environment() | {"lm_eval": lm_eval.__version__}, **results}
+    commands.write(_OUT.value, json.dumps(record, indent=2, default=handle_non_serializable) + "\n")
+    print(f"written to {_OUT.value}")
+
+
+def _tasks():
+  """The task manager and the tasks' names, with wildcards resolved.
+
+  Tasks that are all in --include_path are looked up there alone: reading the index of the package's own is slow.
+  """
+  from lm_eval.tasks import TaskManager
+
+  folder = _INCLUDE.value or None
+  for defaults in (False, True) if folder else (True,):
+    manager = TaskManager(include_path=folder, include_defaults=defaults)
+    missing = [name for name in _TASKS.value if not manager.match_tasks([name])]
+    if not missing:
+      return manager, manager.match_tasks(_TASKS.value)
+  raise ValueError(f"--tasks: no task {', '.join(map(repr, missing))} in lm-eval" + f" or in {folder}" * bool(folder))
+
+
+if __name__ == "__main__":
+  commands.run(main)

@@ -1,0 +1,82 @@
+"""The command `harness.py`, as a user types it, on a task of local files."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from lin_jax import config as configs
+from lin_jax import sharding
+from lin_jax.checkpoint import Checkpoints
+from lin_jax.config import CheckpointConfig
+from lin_jax.data import train_iterator
+from lin_jax.training import make_state
+from tests.lin_jax import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A workdir with an untrained model that reads bytes."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = tiny.config(tiny.write_dataset(tmp_path_factory.mktemp("data") / "tokens"))
+  config.model.vocab_size = 257
+  state = make_state(config, sharding.make_mesh(config.mesh))[3]()
+  configs.save(config, workdir / "config.json")
+  with contextlib.closing(Checkpoints(workdir, CheckpointConfig())) as checkpoints:
+    rest = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+    checkpoints.save(1, state.params, rest, train_iterator(config.data, 0, vocab_size=257), config)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tasks")
+  docs = [{"query": "1, 2, 3,", "choices": [" 4", " five"], "gold": 0}, {"query": "a b", "choices": [" c", " d e"],
+                                                                       "gold": 1}]
+  (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs * 2))
+  for name, file in (("counting", "docs.jsonl"), ("nothing", "missing.jsonl")):
+    task = dict(task=name, dataset_path="json", dataset_kwargs={"data_files": {"test": str(folder / file)}},
+                test_split="test", output_type="multiple_choice", doc_to_text="{{query}}", target_delimiter="",
+                doc_to_choice="{{choices}}", doc_to_target="{{gold}}", metric_list=[{"metric": "acc"}])
+    (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+  return folder
+
+
+def start(cache, *arguments):
+  # Users have no fake devices; the package keeps downloads and tables where HF_HOME says.
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+  return subprocess.Popen([sys.executable, ROOT / "experiments" / "harness.py", *map(str, arguments)], cwd=ROOT,
+                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_results_are_printed_and_written(run, tasks, tmp_path):
+  process = start(tmp_path / "cache", f"--workdir={run}", "--tasks=count*", f"--include_path={tasks}", "--limit=3",
+                  f"--out={tmp_path}/results.json", "--batch_size=4")
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  assert "|counting|" in out and "results.json" in out
+  record = json.loads((tmp_path / "results.json").read_text())
+  assert record["results"]["counting"]["acc,none"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+  assert record["n-samples"]["counting"]["effective"] == 3
+  assert record["context"] is None and record["environment"]["lm_eval"]
+
+
+def test_mistakes_exit_with_2_and_one_message(run, tasks, tmp_path):
+  cases = [
+      (["--tasks=counting", f"--include_path={tasks}/none"], "none: no such directory"),
+      (["--tasks=nothing", f"--include_path={tasks}"], "--tasks=nothing: Unable to find"),
+      (["--tasks=counting", f"--include_path={tasks}", "--checkpoint=7"], "no checkpoint of step 7; saved: [1]"),
+  ]
+  processes = [start(tmp_path / "cache", f"--workdir={run}", *arguments) for arguments, _ in cases]
+  for process, (arguments, message) in zip(processes, cases, strict=True):
+    out, err = process.communicate()
+    assert process.returncode == 2, (arguments, out, err)
+    assert message in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("harness.py: ")]) == 1
