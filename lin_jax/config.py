@@ -10,6 +10,8 @@ import pathlib
 from typing import Any
 
 REMAT_POLICIES = ("none", "mixer", "dots", "full")
+NORMS = ("rms", "simple_rms")
+MLPS = ("swiglu", "sglu")
 DTYPES = ("bfloat16", "float16", "float32")
 _MIXERS = "mixer", "hybrid_mixer"  # fields of a ModelConfig
 
@@ -24,9 +26,12 @@ class ModelConfig:
   vocab_size: int = 32000
   width: int = 1024
   depth: int = 24
+  mlp: str = "swiglu"  # or "sglu", without activation
   mlp_width: int = 2816  # 0 is a block of the mixer alone
+  norm: str = "rms"  # of blocks and output; "simple_rms" has no parameters
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
+  scale_embeddings: bool = False  # by sqrt(width), before the first block
   dtype: str = "bfloat16"  # of activations and matmul operands; parameters, gates and states are float32
 
 
@@ -140,6 +145,8 @@ def validate(config: TrainConfig) -> TrainConfig:
   last = config.model.depth - 1
   require(len(set(layers)) == len(layers) and all(0 <= layer <= last for layer in layers), "model.hybrid_layers",
           f"must be different numbers from 0 to config.model.depth - 1 = {last}")
+  require(config.model.norm in NORMS, "model.norm", f"must be one of {', '.join(NORMS)}")
+  require(config.model.mlp in MLPS, "model.mlp", f"must be one of {', '.join(MLPS)}")
   require(config.model.dtype in DTYPES, "model.dtype", f"must be one of {', '.join(DTYPES)}")
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")
   require(config.optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")

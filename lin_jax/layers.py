@@ -51,6 +51,17 @@ class RMSNorm(nnx.Module):
     return (wide * align(self.scale[...], wide)).astype(x.dtype)
 
 
+class SimpleRMSNorm(nnx.Module):
+  """x / sqrt(mean(x²) + eps) over the last axis, without parameters; statistics in float32, result in x's dtype."""
+
+  def __init__(self, *, eps: float):
+    self.eps = eps
+
+  def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
+
+
 class SwiGLU(nnx.Module):
   """(swish(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv:2002.05202). No biases."""
 
@@ -64,6 +75,13 @@ class SwiGLU(nnx.Module):
 
   def flops_per_token(self) -> int:
     return 3 * 2 * self.gate.kernel.shape[-2] * self.gate.kernel.shape[-1]
+
+
+class SGLU(SwiGLU):
+  """SwiGLU without its activation: (x W_gate * x W_up) W_down (Qin et al. 2024, arXiv:2405.17381, equation 12)."""
+
+  def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    return self.down(self.gate(x) * self.up(x))
 
 
 class ShortConvolution(nnx.Module):

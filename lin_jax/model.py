@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
-from lin_jax.layers import NORMAL, RMSNorm, SwiGLU, param
+from lin_jax.layers import NORMAL, SGLU, RMSNorm, SimpleRMSNorm, SwiGLU, param
 from lin_jax.sharding import shard_batch
 
 
@@ -47,15 +47,18 @@ REMAT = {
 }
 
 
+MLPS = {"swiglu": SwiGLU, "sglu": SGLU}
+
+
 class Block(nnx.Module):
   """One layer: mixer branch, MLP branch. A config with an `mlp_width` of 0 has no MLP branch."""
 
   def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
     dtype = jnp.dtype(config.dtype)
-    self.mixer_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+    self.mixer_norm = _norm(config, rngs)
     self.mixer = mixers.build(mixer, width=config.width, norm_eps=config.norm_eps, dtype=dtype, rngs=rngs)
-    self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs) if config.mlp_width else None
-    self.mlp = SwiGLU(config.width, config.mlp_width, dtype=dtype, rngs=rngs) if config.mlp_width else None
+    self.mlp_norm = _norm(config, rngs) if config.mlp_width else None
+    self.mlp = MLPS[config.mlp](config.width, config.mlp_width, dtype=dtype, rngs=rngs) if config.mlp_width else None
 
   def __call__(self, x: Float[Array, "B T D"], state: Any, segment_ids: Int[Array, "B T"] | None,
                remat: Remat = Remat()) -> tuple[Float[Array, "B T D"], Any]:
@@ -89,10 +92,13 @@ class LanguageModel(nnx.Module):
       raise ValueError(f"remat={remat!r}: must be one of {', '.join(REMAT)}")
     self.remat = remat
     self.dtype = jnp.dtype(config.dtype)
+    self.embedding_scale = config.width**0.5 if config.scale_embeddings else None
     self.embedding = param(rngs, NORMAL, (config.vocab_size, config.width), ("vocab", "embed"))
+    runs = layer_runs(layer_mixers(config))
+    self.layers = layer_numbers(runs)
     self.runs = nnx.List([nnx.List([_stack(config, mixer, count, rngs) for mixer in pattern])
-                          for pattern, count in layer_runs(layer_mixers(config))])
-    self.norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+                          for pattern, count in runs])
+    self.norm = _norm(config, rngs)
     head_shape, head_axes = (config.width, config.vocab_size), ("embed", "vocab")
     self.head = None if config.tie_embeddings else param(rngs, NORMAL, head_shape, head_axes)
 
@@ -107,7 +113,7 @@ class LanguageModel(nnx.Module):
     """
     x = self._embed(tokens)
     states = []
-    for run, run_state in zip(self.runs, [None] * len(self.runs) if state is None else state, strict=True):
+    for run, run_state in zip(self._runs(), [None] * len(self.runs) if state is None else state, strict=True):
 
       def body(x, pattern):
         after = []
@@ -129,7 +135,7 @@ class LanguageModel(nnx.Module):
   def step(self, tokens: Int[Array, "B"], state: Any) -> tuple[Float[Array, "B V"], Any]:
     """Float32 logits after one more token per row, and the state."""
     x, states = self._embed(tokens), []
-    for run, run_state in zip(self.runs, state, strict=True):
+    for run, run_state in zip(self._runs(), state, strict=True):
 
       def body(x, pattern):
         after = []
@@ -153,16 +159,28 @@ class LanguageModel(nnx.Module):
 
   def flops_per_token(self, sequence_length: int) -> int:
     """Matmul and mixing FLOPs of the forward pass, averaged over a sequence; embedding look-ups count as none."""
-    stacks = [blocks for run in self.runs for blocks in run]
-    layers = [blocks.mixer.flops_per_token(sequence_length) + (blocks.mlp.flops_per_token() if blocks.mlp else 0)
-              for blocks in stacks]
-    head = 2 * self.embedding.shape[0] * self.embedding.shape[1]
-    return sum(blocks.mixer_norm.scale.shape[0] * flops for blocks, flops in zip(stacks, layers, strict=True)) + head
+    total = 2 * self.embedding.shape[0] * self.embedding.shape[1]
+    for blocks, layers in self._stacks(self.runs):
+      total += len(layers) * blocks.mixer.flops_per_token(sequence_length)
+      total += len(layers) * blocks.mlp.flops_per_token() if blocks.mlp else 0
+    return total
+
+  def _stacks(self, runs):
+    """The stacked blocks of `runs`, each with the numbers of its layers."""
+    return [pair for run, layers in zip(runs, self.layers, strict=True) for pair in zip(run, layers, strict=True)]
+
+  def _runs(self):
+    """Copies of the stacked blocks, whose mixers know their layers."""
+    runs = jax.tree.map(lambda leaf: leaf, self.runs)
+    blocks, layers = zip(*self._stacks(runs), strict=True)
+    mixers.set_layers([block.mixer for block in blocks], layers, sum(map(len, layers)))
+    return runs
 
   def _embed(self, tokens):
     with jax.named_scope("embed"):
       # Rows are cast after the look-up: its gradient then sums repeated tokens in float32.
-      return shard_batch(self.embedding[...][tokens].astype(self.dtype))
+      rows = self.embedding[...][tokens]
+      return shard_batch((rows * self.embedding_scale if self.embedding_scale else rows).astype(self.dtype))
 
   def _logits(self, x):
     with jax.named_scope("head"):
@@ -192,6 +210,21 @@ def layer_runs(layers: list) -> list[tuple[list, int]]:
   equal = [([mixer], len(list(group))) for mixer, group in itertools.groupby(layers)]
   period = next(p for p in range(1, len(layers) + 1) if layers[:p] * (len(layers) // p) == layers)
   return equal if len(equal) <= period else [(layers[:period], len(layers) // period)]
+
+
+def layer_numbers(runs: list[tuple[list, int]]) -> tuple[tuple[range, ...], ...]:
+  """For each run of `layer_runs`, the numbers of the layers that each mixer of its pattern stands for."""
+  numbers, first = [], 0
+  for pattern, count in runs:
+    last = first + len(pattern) * count
+    numbers.append(tuple(range(first + i, last, len(pattern)) for i in range(len(pattern))))
+    first = last
+  return tuple(numbers)
+
+
+def _norm(config, rngs):
+  return SimpleRMSNorm(eps=config.norm_eps) if config.norm == "simple_rms" else RMSNorm(
+      config.width, eps=config.norm_eps, rngs=rngs)
 
 
 def _stack(config, mixer, depth, rngs):

@@ -7,11 +7,14 @@ The module's contract (`B` batch, `T` time, `D` width):
   step(x[B,D], state) -> (y[B,D], state)                          recurrent form
   init_state(batch, max_length) -> pytree                         empty state for up to max_length tokens
   flops_per_token(sequence_length) -> int                         forward pass, projections included
+and, only of a mixer that depends on its place in the stack,
+  set_layers(mixers, layers, depth)                               static; see `set_layers` below
 """
 
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
@@ -57,6 +60,19 @@ def config_class(name: str) -> type:
 def build(config: Any, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs) -> nnx.Module:
   """A new mixer for residual width `width`, computing in `dtype`."""
   return MIXERS[name_of(config)](config, width=width, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
+
+
+def set_layers(mixers: Sequence[nnx.Module], layers: Sequence[Sequence[int]], depth: int) -> None:
+  """Tells the mixers of a model of `depth` layers where they stand, before it runs them.
+
+  Each has a leading layer axis on its arrays, and `layers` are the numbers, from 0, along it. The mixers are copies
+  made for this: what is set on them, with the same leading axis, is neither a parameter nor state. A class that defines
+  `set_layers` is called once with all of its mixers.
+  """
+  for cls in dict.fromkeys(map(type, mixers)):
+    if hasattr(cls, "set_layers"):
+      own = [i for i, mixer in enumerate(mixers) if type(mixer) is cls]
+      cls.set_layers([mixers[i] for i in own], [layers[i] for i in own], depth)
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -8,15 +8,21 @@ parameters. The swish of the output gate q_t, its scale (which matters only besi
 activation, and the RMSNorm over all heads at once with one scale a channel are those of flash-linear-attention's layer;
 weights start as everywhere in `lin_jax.layers`.
 
-The published model learns a bound per channel and ties the layers together: beta of layer l = 0 ... L - 1 is a partial
-sum of l terms of a softmax over layers, so it grows with depth, from 0 in the first layer; training starts at l / L. A
-mixer does not know its depth, so here beta is one fixed number for all channels of a layer, `lower_bound`.
+beta is learned per channel, and ties the HGRN2 layers l = 0 ... L - 1 of a model together through logits G [L, D]:
+  P = softmax(G) over layers,   beta_l = P_1 + ... + P_l
+It is 0 in the first layer, grows with depth, and starts at l / L from logits of zero. That the sum leaves out P_0 is as
+the code of HGRN (Qin et al. 2023, arXiv:2311.04823) and flash-linear-attention have it; a sum of the first l terms is
+the same model with its logits in another order. In hybrids only HGRN2 layers have terms (in flash-linear-attention the
+others do as well), and G_0 is zero where the model's layer 0 is another mixer. A mixer outside a model is a layer above
+such a one: beta = sigmoid(G).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -24,7 +30,7 @@ from jaxtyping import Float, Int
 
 from kernels import gla
 from kernels.gla import step as gla_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, param
 from lin_jax.mixers import register, require
 from lin_jax.sharding import shard_heads
 
@@ -34,14 +40,14 @@ class HGRN2Config:
   """Defaults are those of the published 340M layer at width 1024: the state is expanded width / heads = 128 times."""
 
   heads: int = 8
-  lower_bound: float = 0.0  # of the forget gate, in every channel
+  learned_bound: bool = True  # of the forget gate, from below; without it the bound is 0
   conv_width: int = 0  # taps of a short convolution on q, f and i; 0 is none
   chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
   implementation: str = ""  # of the op; "" takes the first that supports the inputs
 
   @staticmethod
   def examples() -> list["HGRN2Config"]:
-    return [HGRN2Config(heads=2), HGRN2Config(heads=4, lower_bound=0.3, conv_width=3)]
+    return [HGRN2Config(heads=2, learned_bound=False), HGRN2Config(heads=4, conv_width=3)]
 
 
 @register("hgrn2")
@@ -53,9 +59,7 @@ class HGRN2(nnx.Module):
   def __init__(self, config: HGRN2Config, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     require(config, "heads", config.heads >= 1, "must be at least 1")
     require(config, "heads", width % config.heads == 0, f"must divide the width {width}")
-    require(config, "lower_bound", 0 <= config.lower_bound < 1, "must be at least 0 and less than 1")
     self.heads = config.heads
-    self.lower_bound = config.lower_bound
     self.chunk_size = config.chunk_size or None
     self.implementation = config.implementation or None
     # The forget gate leaves the compute dtype at its first product: rounded gates compound over thousands of tokens.
@@ -66,6 +70,21 @@ class HGRN2(nnx.Module):
     self.output = Linear(width, width, ("heads", "embed"), dtype=dtype, rngs=rngs)
     self.convolutions = nnx.List([ShortConvolution(width, config.conv_width, axis="heads", dtype=output, rngs=rngs)
                                   for output in dtypes if config.conv_width])
+    zeros = nnx.initializers.zeros
+    self.bound_logits = param(rngs, zeros, (width,), ("heads",)) if config.learned_bound else None
+    self.lower_bound = nnx.data(None)  # [D], while a model runs
+
+  @staticmethod
+  def set_layers(mixers: Sequence["HGRN2"], layers: Sequence[Sequence[int]], depth: int) -> None:
+    """The bounds of all layers, from the logits of all layers."""
+    bounded = [pair for pair in zip(mixers, layers, strict=True) if pair[0].bound_logits is not None]
+    if bounded:
+      numbers = np.concatenate([own for _, own in bounded])
+      order = np.argsort(numbers)
+      logits = jnp.concatenate([mixer.bound_logits[...] for mixer, _ in bounded])[order]
+      bounds = lower_bounds(logits) if 0 in numbers else lower_bounds(jnp.pad(logits, ((1, 0), (0, 0))))[1:]
+      for mixer, own in bounded:
+        mixer.lower_bound = bounds[np.searchsorted(numbers[order], own)]
 
   def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
                segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
@@ -106,15 +125,35 @@ class HGRN2(nnx.Module):
       projected[i], last = conv(projected[i], None if state is None else state["inputs"][i], segment_ids)
       inputs.append(last)
     q, f, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in projected)
-    k, log_decay = self._gates(f)
+    k, log_decay = gates(f, self._bound())
     return jax.nn.silu(q), k.astype(v.dtype), v, log_decay, inputs
 
-  def _gates(self, f):
-    """1 - forget gate and log(forget gate), in float32 and each to its own relative precision."""
-    k = (1 - self.lower_bound) * jax.nn.sigmoid(-f)
-    # Without a bound k rounds to 1 where the gate is all but closed, and log(1 - k) would be infinite.
-    return k, jnp.log1p(-k) if self.lower_bound else jax.nn.log_sigmoid(f)
+  def _bound(self):
+    """[1,1,H,K], or None without one."""
+    if self.bound_logits is None:
+      return None
+    bound = jax.nn.sigmoid(self.bound_logits[...]) if self.lower_bound is None else self.lower_bound
+    return bound.reshape(1, 1, self.heads, -1)
 
   def _finish(self, o):
     """Norm over all heads and output projection: o [B,T,H,V] -> [B,T,D]."""
     return self.output(self.norm(o.reshape(*o.shape[:2], -1)))
+
+
+def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:
+  """Bounds of layers in their order: P_1 + ... + P_l of P = softmax(logits) over layers."""
+  share = jax.nn.softmax(logits, axis=0)
+  return jnp.cumsum(share.at[0].set(0.0), axis=0)
+
+
+def gates(f: Float[Array, "*x"], bound: Float[Array, "*x"] | None) -> tuple[Float[Array, "*x"], Float[Array, "*x"]]:
+  """1 - forget gate and log(forget gate), in float32 and each to its own relative precision."""
+  if bound is None:
+    return jax.nn.sigmoid(-f), jax.nn.log_sigmoid(f)
+  # Neither logarithm below has an infinite derivative, whose product with zero would be none.
+  bound = jnp.clip(bound, 1e-37, 1 - 1e-7)
+  k = (1 - bound) * jax.nn.sigmoid(-f)
+  # log(1 - k) loses what is left of a gate that is all but closed, the log of a sum the rest of one all but open.
+  opened = jnp.log1p(-jnp.minimum(k, 0.5))
+  closed = jnp.logaddexp(jnp.log(bound), jnp.log1p(-bound) + jax.nn.log_sigmoid(f))
+  return k, jnp.where(k < 0.5, opened, closed)

@@ -1,5 +1,6 @@
 """Every named config builds and obeys the rules; sizes and schedules are the paper's; twins differ in the mixer."""
 
+import dataclasses
 import re
 
 import pytest
@@ -10,12 +11,13 @@ from lin_jax.config import from_dict, to_dict, validate
 from lin_jax.model import parameter_count
 
 # Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget); those
-# of RetNet, Gated DeltaNet and Mamba-2 are flash-linear-attention's models, with an untied head 1.352B, 1.387B, and
-# 382M and 1.372B.
+# of RetNet, Gated DeltaNet, Mamba-2 and HGRN2 are flash-linear-attention's models, with an untied head 1.352B, 1.387B,
+# 382M and 1.372B, and 374M. TNL's are its paper's, but for 3B, of which it says no more than that.
 SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, "transformer_small": 42.1e6,
          "gla_340m": 341.6e6, "transformer_340m": 341.6e6, "gla_1b3": 1.30e9, "transformer_1b3": 1.30e9,
          "retnet_340m": 347.4e6, "retnet_1b3": 1.286e9, "gated_deltanet_1b3": 1.3215e9,
-         "mamba2_340m": 349.2e6, "mamba2_1b3": 1.3065e9,
+         "mamba2_340m": 349.2e6, "mamba2_1b3": 1.3065e9, "hgrn2_340m": 341.6e6, "hgrn2_1b3": 1.30e9,
+         "tnl_385m": 385e6, "tnl_1b": 1.0e9, "tnl_3b": 2.88e9, "tnl_7b": 6.8e9,
          **{f"deltanet_{kind}340m": 341.6e6 for kind in ("", "swa_", "global_")},
          **{f"deltanet_{kind}1b3": 1.30e9 for kind in ("", "swa_", "global_")}}
 
@@ -69,6 +71,33 @@ def test_deltanet_has_the_recipe_of_gla(name):
   assert config.model.hybrid_layers == hybrid and (config.model.hybrid_mixer is None) == (not hybrid)
   config.model, config.name = gla.model, gla.name
   assert config == gla
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("mlp_width", -1, "config.model.mlp_width=-1: must not be negative"),
+    ("mlp", "geglu", "config.model.mlp='geglu': must be one of swiglu, sglu"),
+    ("norm", "layer", "config.model.norm='layer': must be one of rms, simple_rms")])
+def test_bad_layouts_are_refused(field, value, message):
+  config = configs.lookup("gla_tiny")
+  setattr(config.model, field, value)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    validate(config)
+
+
+def test_models_saved_before_a_layout_had_a_name_load():
+  config = configs.lookup("gla_tiny")
+  values = to_dict(config)
+  for field in ("mlp", "norm", "scale_embeddings"):
+    del values["model"][field]
+  assert from_dict(values) == config
+
+
+@pytest.mark.parametrize("name", [name for name in configs.CONFIGS if name.startswith("tnl")])
+def test_tnl_has_the_papers_layout(name):
+  model = configs.lookup(name).model
+  assert (model.mlp, model.norm, model.scale_embeddings, model.tie_embeddings) == ("sglu", "simple_rms", True, True)
+  assert model.width == 128 * model.mixer.heads and not model.mixer.lrpe
+  assert model.hybrid_layers == (0,) and model.hybrid_mixer == dataclasses.replace(model.mixer, lrpe=True)
 
 
 def test_unknown_name_lists_the_known():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution, SwiGLU, rotary, segment_runs
+from lin_jax.layers import SGLU, Linear, RMSNorm, ShortConvolution, SimpleRMSNorm, SwiGLU, rotary, segment_runs
 from tests.close import assert_close
 
 
@@ -22,10 +22,18 @@ def test_rms_norm():
   assert_close("float32", norm(x), expected, 1e-6)
 
 
-def test_rms_norm_statistics_are_float32():
+def test_simple_rms_norm():
+  norm = SimpleRMSNorm(eps=1e-2)
+  x = normal(0, 3, 4, 6)
+  assert not jax.tree.leaves(norm)
+  assert_close("float32", norm(x), x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-2), 1e-6)
+
+
+@pytest.mark.parametrize("simple", [False, True])
+def test_norm_statistics_are_float32(simple):
   # In float16 the squares of 300 overflow.
   x = jnp.full((2, 8), 300, jnp.float16)
-  y = RMSNorm(8, eps=1e-6, rngs=nnx.Rngs(0))(x)
+  y = (SimpleRMSNorm(eps=1e-6) if simple else RMSNorm(8, eps=1e-6, rngs=nnx.Rngs(0)))(x)
   assert y.dtype == jnp.float16
   assert_close("float16", y, np.ones((2, 8)), 1e-3)
 
@@ -35,6 +43,14 @@ def test_swiglu():
   x = normal(0, 2, 3, 6)
   gate, up = (np.asarray(x @ linear.kernel[...]) for linear in (mlp.gate, mlp.up))
   assert_close("output", mlp(x), gate / (1 + np.exp(-gate)) * up @ np.asarray(mlp.down.kernel[...]), 1e-6)
+
+
+def test_sglu():
+  mlp = SGLU(6, 10, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  x = normal(0, 2, 3, 6)
+  gate, up = (np.asarray(x @ linear.kernel[...]) for linear in (mlp.gate, mlp.up))
+  assert_close("output", mlp(x), gate * up @ np.asarray(mlp.down.kernel[...]), 1e-6)
+  assert mlp.flops_per_token() == 2 * 3 * 60
 
 
 @pytest.mark.parametrize("output_dtype", [None, jnp.float32])

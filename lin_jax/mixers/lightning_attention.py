@@ -1,0 +1,154 @@
+"""The token mixer of TransNormerLLM on lightning attention (Qin et al. 2024, arXiv:2405.17381, section 4).
+
+Per head h = 0 ... H - 1 of layer l = 0 ... L - 1, with q_t and k_t in R^K and v_t in R^V:
+  q_t = swish(x_t W_q),   k_t = swish(x_t W_k),   v_t = x_t W_v,   u_t = x_t W_u
+  S_t = lambda S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   y_t = (SRMSNorm(o_t) * u_t) W_o
+The norm has no parameters and spans all heads. The decay lambda is a constant, for which sources disagree:
+  "alibi"  lambda = exp(-s_h (1 - l / (L - 1) + 1e-5)), s_h the slopes of ALiBi, 2^(-8 (h + 1) / H) where H is a power
+           of two: the authors' code. The last layer hardly decays.
+  "paper"  lambda = exp(-8 h / H (1 - l / L)): equation 10, counted from 0. The first head does not decay.
+A mixer outside a model has the decay of layer 0.
+
+With `lrpe` (LRPE-d, equation 9) scores turn with distance by learnable angles theta in R^K per head:
+  q_t k_s^T = Re sum_i q_ti k_si exp(i theta_i (t - s)),   as x_t -> [x_t cos(t theta), x_t sin(t theta)] of q and k
+The paper's "Mix" is that in layer 0 alone. The angles' start, 10000^(-2 i / D) over the D channels of all heads, and
+q without the usual 1 / sqrt(K), which matters only beside the norm's eps, are those of the authors' code.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from kernels import linear_attention
+from kernels.linear_attention import step as linear_attention_step
+from lin_jax.layers import Linear, SimpleRMSNorm, param
+from lin_jax.mixers import register, require
+from lin_jax.sharding import shard_heads
+
+
+@dataclasses.dataclass
+class LightningAttentionConfig:
+  """Defaults are those of the 385M model at width 1024: heads of 128 channels."""
+
+  heads: int = 8
+  lrpe: bool = False  # learnable rotary angles; they double the state
+  decay: str = "alibi"  # or "paper"
+  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
+  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+
+  @staticmethod
+  def examples() -> list["LightningAttentionConfig"]:
+    return [LightningAttentionConfig(heads=2), LightningAttentionConfig(heads=4, lrpe=True, decay="paper")]
+
+
+@register("lightning_attention")
+class LightningAttention(nnx.Module):
+  """The layer. Its state is the float32 matrix memory and, with angles, the number of tokens seen."""
+
+  Config = LightningAttentionConfig
+
+  def __init__(self, config: LightningAttentionConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
+    require(config, "heads", config.heads >= 1, "must be at least 1")
+    require(config, "heads", width % config.heads == 0, f"must divide the width {width}")
+    require(config, "decay", config.decay in DECAYS, f"must be one of {', '.join(DECAYS)}")
+    self.heads, self.decay = config.heads, config.decay
+    self.chunk_size = config.chunk_size or None
+    self.implementation = config.implementation or None
+    self.query, self.key, self.value, self.gate = (
+        Linear(width, width, ("embed", "heads"), dtype=dtype, rngs=rngs) for _ in range(4))
+    self.norm = SimpleRMSNorm(eps=norm_eps)
+    self.output = Linear(width, width, ("heads", "embed"), dtype=dtype, rngs=rngs)
+    self.theta = param(rngs, _theta_start, (width,), ("heads",)) if config.lrpe else None
+    self.log_decay = nnx.data(None)  # [H], while a model runs
+
+  @staticmethod
+  def set_layers(mixers: Sequence["LightningAttention"], layers: Sequence[Sequence[int]], depth: int) -> None:
+    """Constants of the layers [layers, H], which no optimizer or checkpoint sees."""
+    for mixer, numbers in zip(mixers, layers, strict=True):
+      decays = [DECAYS[mixer.decay](mixer.heads, layer, depth) for layer in numbers]
+      mixer.log_decay = jnp.asarray(np.stack(decays), jnp.float32)
+
+  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+    q, k, v, seen = self._project(x, state)
+
+    def attend(q, k, v, log_decay, memory, segment_ids):
+      return linear_attention(q, k, v, log_decay, initial_state=memory, segment_ids=segment_ids, scale=1.0,
+                              chunk_size=self.chunk_size, implementation=self.implementation)
+
+    attend = shard_heads(attend, "bthk,bthk,bthv,h,bhkv,bt->bthv,bhkv")
+    o, memory = attend(q, k, v, self._log_decay(), None if state is None else state["memory"], segment_ids)
+    y = self._finish(x, checkpoint_name(o, "mixer_output"))
+    return y, None if state is None else {"memory": memory, **seen}
+
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
+    x = x[:, None]
+    q, k, v, seen = self._project(x, state)
+    memory, o = linear_attention_step(state["memory"], q[:, 0], k[:, 0], v[:, 0], self._log_decay())
+    return self._finish(x, o[:, None].astype(v.dtype))[:, 0], {"memory": memory, **seen}
+
+  def init_state(self, batch: int, max_length: int) -> dict:
+    """An empty memory, the same for any `max_length`."""
+    head_dim = self.value.kernel.shape[-1] // self.heads
+    if self.theta is None:
+      return {"memory": jnp.zeros((batch, self.heads, head_dim, head_dim), jnp.float32)}
+    memory = jnp.zeros((batch, self.heads, 2 * head_dim, head_dim), jnp.float32)
+    return {"memory": memory, "length": jnp.zeros(batch, jnp.int32)}
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
+    width = self.value.kernel.shape[-1]
+    mixing = 4 * width**2 // self.heads
+    return 5 * 2 * width**2 + (mixing if self.theta is None else 2 * mixing)
+
+  def _project(self, x, state):
+    """q, k [B,T,H,K] with their positions, v [B,T,H,V], and what the state keeps besides its memory."""
+    projected = jax.nn.silu(self.query(x)), jax.nn.silu(self.key(x)), self.value(x)
+    q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in projected)
+    if self.theta is None:
+      return q, k, v, {}
+    # Only differences of positions count, so they run on across segments.
+    length = jnp.zeros(x.shape[:1], jnp.int32) if state is None else state["length"]
+    positions = (length[:, None] + jnp.arange(x.shape[1])[None]).astype(jnp.float32)
+    angles = positions[..., None, None] * self.theta[...].reshape(1, 1, self.heads, -1)
+    wave = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    q, k = ((jnp.tile(a.astype(jnp.float32), 2) * wave).astype(a.dtype) for a in (q, k))
+    return q, k, v, {"length": length + x.shape[1]}
+
+  def _log_decay(self):
+    return jnp.asarray(DECAYS[self.decay](self.heads, 0, 2), jnp.float32) if self.log_decay is None else self.log_decay
+
+  def _finish(self, x, o):
+    """Norm over all heads, output gate, output projection: o [B,T,H,V] -> [B,T,D]."""
+    return self.output(self.norm(o.reshape(*x.shape[:2], -1)) * self.gate(x))
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+  """Slopes of Press et al. 2022 (arXiv:2108.12409): a geometric sequence; other numbers of heads than powers of two
+  continue with every second slope of twice as many."""
+  power = 1 << heads.bit_length() - 1
+  slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+  return slopes if power == heads else np.concatenate([slopes, alibi_slopes(2 * power)[::2][:heads - power]])
+
+
+def _alibi_log_decay(heads, layer, depth):
+  return -alibi_slopes(heads) * (1 - layer / max(1, depth - 1) + 1e-5)
+
+
+def _paper_log_decay(heads, layer, depth):
+  return -8 * np.arange(heads) / heads * (1 - layer / depth)
+
+
+DECAYS = {"alibi": _alibi_log_decay, "paper": _paper_log_decay}
+
+
+def _theta_start(key, shape, dtype):
+  """Initializer: from 1 in the first channel of the first head to about 1e-8 in the last one of the last."""
+  return jnp.asarray(10000.0 ** (-2 * np.arange(shape[0]) / shape[0]), dtype)
