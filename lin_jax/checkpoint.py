@@ -15,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from lin_jax import config as configs
 from lin_jax.config import CheckpointConfig, TrainConfig
+from lin_jax.workdir import prepare
 
 
 class Checkpoints:
@@ -48,6 +49,12 @@ class Checkpoints:
     # Orbax warns of a save without metrics; one with empty metrics ranks last.
     metrics = {} if eval_loss is None else {"eval_loss": eval_loss}
     self._manager.save(step, args=items, metrics=metrics, force=True)
+
+  def save_params(self, step: int, params, config: TrainConfig) -> None:
+    """Starts saving the parameters of `step` alone; `restore_params` reads them, `restore` does not."""
+    items = ocp.args.Composite(params=ocp.args.StandardSave(_flat(params)),
+                               config=ocp.args.JsonSave(configs.to_dict(config)))
+    self._manager.save(step, args=items, metrics={}, force=True)
 
   def restore(self, step: int, params, optimizer, data):
     """(params, optimizer) placed like the abstract arrays given, and `data` moved to where it was at `step`.
@@ -119,6 +126,20 @@ def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
   params = checkpoints.restore_params(chosen, abstract)
   checkpoints.close()
   return config, nnx.merge(graph, params)
+
+
+def save_model(workdir: pathlib.Path | str, config: TrainConfig, model) -> None:
+  """Makes `workdir` a run that `load_model` reads: the config, and the parameters as step 0.
+
+  There is no optimizer state to resume from. Raises ValueError when `workdir` holds a run or cannot be written.
+  """
+  workdir = pathlib.Path(workdir)
+  if (workdir / "config.json").exists() or any(workdir.glob("checkpoints/*")):
+    raise ValueError(f"workdir {str(workdir)!r} holds a run already: choose another")
+  prepare(workdir, config)
+  checkpoints = Checkpoints(workdir, config.checkpoint)
+  checkpoints.save_params(0, nnx.state(model, nnx.Param), config)
+  checkpoints.close()
 
 
 def _eval_loss(metrics):

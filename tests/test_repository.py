@@ -9,8 +9,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What each may import of this repository.
 ALLOWED = {"kernels": {"kernels"}, "lin_jax": {"kernels", "lin_jax"},
-           "experiments": {"assembler", "commands", "compiled", "configs", "corpora", "kernel_cases", "kernel_page",
-                           "kernel_records", "kernel_timing", "kernels", "lin_jax", "peers", "tuning"}}
+           "experiments": {"assembler", "commands", "compiled", "configs", "corpora", "fla_models", "kernel_cases",
+                           "kernel_page", "kernel_records", "kernel_timing", "kernels", "lin_jax", "model_page",
+                           "peers", "tuning"}}
 KERNEL_LIBRARIES = {"jax", "jaxtyping", "numpy"}
 
 

@@ -1,0 +1,77 @@
+"""Converts checkpoints of flash-linear-attention (Hugging Face's format) to workdirs, and back.
+
+  python experiments/convert.py --from=hub/gla-1.3B-100B --workdir=runs/gla_1b3_100b
+  python experiments/generate.py --workdir=runs/gla_1b3_100b --prompt="The capital of France is" --temperature=0
+  python experiments/evaluate.py --workdir=runs/gla_1b3_100b --data=data/english
+  python experiments/convert.py --to=hub/gla_tiny --workdir=runs/gla_tiny
+
+`hub/...` is a directory with config.json and model.safetensors, downloaded beforehand. Its tokenizer.model comes along;
+without one, generate.py needs --data with a dataset of the same tokenizer.
+"""
+
+import pathlib
+import shutil
+
+from absl import flags
+
+import commands
+from lin_jax import hf
+from lin_jax.checkpoint import load_model, save_model
+from lin_jax.config import DTYPES, DataConfig, TrainConfig, validate
+from lin_jax.model import parameter_count
+from lin_jax.tokenizer import MODEL_FILE, MistralTokenizer, load_tokenizer
+
+_FROM = flags.DEFINE_string("from", "", "Directory of a Hugging Face checkpoint to read; makes the workdir.")
+_TO = flags.DEFINE_string("to", "", "Directory of the Hugging Face checkpoint to write, from the workdir's run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run: made with --from, read with --to.", required=True)
+_CHECKPOINT = commands.define_checkpoint()
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations with --from; the checkpoint's own if not given.")
+
+
+def main(_):
+  if bool(_FROM.value) == bool(_TO.value):
+    raise ValueError("exactly one of --from and --to must be given")
+  if _FROM.value:
+    read(pathlib.Path(_FROM.value), pathlib.Path(_WORKDIR.value), _DTYPE.value)
+  else:
+    write(pathlib.Path(_TO.value), pathlib.Path(_WORKDIR.value))
+
+
+def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) -> None:
+  """Makes `workdir` a run of the checkpoint `source`, with its tokenizer where it has one that is served."""
+  model_config, model = hf.load(source)
+  model_config.dtype = dtype or model_config.dtype
+  tokenizer = source / MODEL_FILE
+  data = DataConfig(path=str(workdir / MODEL_FILE) if tokenizer.is_file() else "", batch_size=8)
+  config = validate(TrainConfig(name=source.resolve().name, model=model_config, data=data))
+  save_model(workdir, config, model)
+  print(f"{source} -> {workdir}: {parameter_count(model_config):,} parameters")
+  if tokenizer.is_file():
+    shutil.copyfile(tokenizer, workdir / MODEL_FILE)
+  else:
+    print(f"{source} has no {MODEL_FILE}, the one tokenizer file that is served: generate.py will need --data")
+
+
+def write(target: pathlib.Path, workdir: pathlib.Path) -> None:
+  """Writes the run's model as the checkpoint `target`, with the tokenizer of its data if that is a file."""
+  config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value))
+  hf.save(target, config.model, model)
+  print(f"{workdir} -> {target}: {parameter_count(config.model):,} parameters")
+  tokenizer = _tokenizer_file(config.data.path)
+  if tokenizer:
+    shutil.copyfile(tokenizer, target / MODEL_FILE)
+  else:
+    print(f"{target} has no tokenizer: data path {config.data.path!r} has none with a file")
+
+
+def _tokenizer_file(path: str) -> pathlib.Path | None:
+  try:
+    served = isinstance(load_tokenizer(path), MistralTokenizer)
+  except ValueError:
+    return None
+  file = pathlib.Path(path)
+  return (file if file.is_file() else file / MODEL_FILE) if served else None
+
+
+if __name__ == "__main__":
+  commands.run(main)

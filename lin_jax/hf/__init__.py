@@ -1,0 +1,212 @@
+"""Checkpoints of flash-linear-attention in Hugging Face's format, read and written: `config.json` and safetensors.
+
+Served are the families of `lin_jax.hf.names.FAMILIES` and their hybrids with softmax attention, in the layouts of
+flash-linear-attention 0.6. A checkpoint is taken whole or refused: every tensor of the model must be there in its
+shape, and nothing else. What it computes is the library's, up to rounding; `experiments/compare_fla.py` measures that.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lin_jax.config import ModelConfig
+from lin_jax.hf.configs import from_hf, to_hf
+from lin_jax.hf.names import FAMILIES, MLP, MODEL
+from lin_jax.mixers import name_of
+from lin_jax.model import LanguageModel, layer_mixers, layer_runs
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+_LISTED = 12  # names of each kind in a refusal
+
+
+def load_config(path: pathlib.Path | str) -> ModelConfig:
+  """The model of the checkpoint directory `path`. Raises ValueError when it is missing, foreign or not served."""
+  return from_hf(_read_config(pathlib.Path(path)))
+
+
+def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
+  """The model of the checkpoint directory `path`, its parameters in float32 on the default device.
+
+  Raises:
+    ValueError: the directory holds no such checkpoint, one with options that no mixer here has, or one whose tensors
+      are not exactly those of the model; the message names them.
+  """
+  path = pathlib.Path(path)
+  values = _read_config(path)
+  config = from_hf(values)
+  graph, abstract = _abstract(config)
+  shapes = {name: leaf.shape for name, leaf in _leaves(abstract)}
+  arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+  tensors = list(_tensors(config, shapes, fused_norm=values.get("fuse_norm", True)))
+  with _Files(path) as files:
+    files.require({name: _stored_shape(parts, shapes) for name, parts in tensors}, tied=config.tie_embeddings)
+    for name, parts in tensors:
+      tensor, start = files.read(name), 0
+      for part, repetition in parts:
+        target = arrays[part] if repetition is None else arrays[part][repetition]
+        rows = _outputs(part, target.shape)
+        target[...] = _transposed(part, tensor[start:start + rows]).reshape(target.shape)
+        start += rows
+  params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays.pop(_name(path))), abstract)
+  return config, nnx.merge(graph, params)
+
+
+def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel) -> None:
+  """Writes `model`, of the config `config`, as a checkpoint directory with float32 tensors.
+
+  Raises ValueError when flash-linear-attention has no such model, or `path` holds a checkpoint or cannot be written.
+  """
+  path = pathlib.Path(path)
+  values = to_hf(config)
+  if (path / CONFIG).exists():
+    raise ValueError(f"{path} holds a checkpoint already: choose another directory")
+  arrays = {name: np.asarray(leaf) for name, leaf in _leaves(nnx.state(model, nnx.Param))}
+  shapes = {name: array.shape for name, array in arrays.items()}
+  tensors = {}
+  for name, parts in _tensors(config, shapes, fused_norm=True):
+    pieces = [_transposed(part, arrays[part] if repetition is None else arrays[part][repetition])
+              for part, repetition in parts]
+    tensors[name] = np.ascontiguousarray(np.concatenate(pieces).reshape(_stored_shape(parts, shapes)))
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    # The metadata is what tells transformers that the tensors are laid out as PyTorch's.
+    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    (path / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+  except OSError as e:
+    raise ValueError(f"{path}: cannot be written: {e.strerror}") from e
+
+
+class _Files:
+  """The safetensors files of a checkpoint directory, as one mapping from names to tensors."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self._files, self._where = path, [], {}
+
+  def __enter__(self):
+    index = self._path / INDEX
+    if index.exists():
+      names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    else:
+      names = [WEIGHTS]
+    for name in names:
+      try:
+        file = safe_open(self._path / name, framework="numpy")
+      except (OSError, SafetensorError) as e:
+        raise ValueError(f"{self._path / name}: not a readable safetensors file ({e})") from e
+      self._files.append(file.__enter__())
+      self._where |= {key: file for key in file.keys()}
+    return self
+
+  def __exit__(self, *error):
+    for file in self._files:
+      file.__exit__(*error)
+
+  def require(self, shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
+    """Raises ValueError unless the tensors are exactly those of `shapes`."""
+    # A tied head may be stored as well; the embedding is what counts.
+    extra = set(self._where) - set(shapes) - ({MODEL["head"]} if tied else set())
+    found = {name: tuple(self._where[name].get_slice(name).get_shape()) for name in shapes if name in self._where}
+    problems = {"missing": sorted(set(shapes) - set(found)), "left over": sorted(extra),
+                "of another shape": [f"{name} {found[name]} in place of {shapes[name]}" for name in sorted(found)
+                                     if found[name] != shapes[name]]}
+    if any(problems.values()):
+      raise ValueError(f"{self._path} is not a checkpoint of the model that its {CONFIG} describes: " + "; ".join(
+          f"{kind}: {_listed(names)}" for kind, names in problems.items() if names))
+
+  def read(self, name: str) -> np.ndarray:
+    return self._where[name].get_tensor(name)
+
+
+def _tensors(config: ModelConfig, shapes: dict, fused_norm: bool) -> Iterator[tuple[str, list]]:
+  """(tensor there, [(parameter here, layer's index along its leading axis), ...]) of every tensor of the model."""
+  family = next(f for f in FAMILIES.values() if f.mixer == name_of(config.mixer))
+  names = {"base": family.base, "final_norm": family.final_norm}
+  for here, there in MODEL.items():
+    if here in shapes:
+      yield there.format(**names), [(here, None)]
+  layer = 0
+  for run, (pattern, count) in enumerate(layer_runs(layer_mixers(config))):
+    for repetition in range(count):
+      for position, mixer in enumerate(pattern):
+        prefix = f"runs.{run}.{position}."
+        for here, there in _block(family, mixer, fused_norm).items():
+          parts = [prefix + part for part in here]
+          if parts[0] in shapes:  # without an output gate or a convolution, there is none
+            yield f"{family.base}.layers.{layer}.{there}", [(part, repetition) for part in parts]
+        layer += 1
+
+
+def _block(family, mixer, fused_norm) -> dict[tuple[str, ...], str]:
+  """Parameters of one block -> its tensor there."""
+  own = next(f for f in FAMILIES.values() if f.mixer == name_of(mixer))
+  renamed = {} if fused_norm else own.unfused
+  tensors = {("mixer_norm.scale",): f"{family.mixer_norm}.weight"}
+  tensors |= {(here,): there for here, there in MLP.items()}
+  for here, there in own.tensors.items():
+    parts = (here,) if isinstance(here, str) else here
+    tensors[tuple(f"mixer.{part}" for part in parts)] = f"{family.mixer_name}.{renamed.get(there, there)}"
+  return tensors
+
+
+def _transposed(name: str, array: np.ndarray) -> np.ndarray:
+  """A parameter as it is stored, outputs first, or the other way round."""
+  array = array[:, 0] if array.ndim == 3 else array
+  return array.T if name.endswith("kernel") or name == "head" else array
+
+
+def _outputs(name, shape):
+  return shape[-1] if name.endswith("kernel") or name == "head" else shape[0]
+
+
+def _stored_shape(parts, shapes) -> tuple[int, ...]:
+  """Shape of the tensor that concatenates `parts`."""
+  own = [shapes[part] if repetition is None else shapes[part][1:] for part, repetition in parts]
+  part, shape = parts[0][0], own[0]
+  outputs = sum(_outputs(part, shape) for part, shape in zip([p for p, _ in parts], own, strict=True))
+  if "convolutions" in part and len(shape) == 2:
+    return outputs, 1, shape[0]
+  if part.endswith("kernel") or part == "head":
+    return outputs, shape[0]
+  return outputs, *shape[1:]
+
+
+def _abstract(config):
+  return nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def _leaves(state):
+  return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def _name(path):
+  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _listed(names):
+  more = len(names) - _LISTED
+  return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _read_config(path):
+  values = _read_json(path / CONFIG)
+  if not isinstance(values, dict):
+    raise ValueError(f"{path / CONFIG}: must be the config of a model")
+  return values
+
+
+def _read_json(path):
+  # Infinity has no spelling in JSON; transformers writes it as an object.
+  hook = lambda value: float(value["__float__"]) if set(value) == {"__float__"} else value
+  try:
+    return json.loads(path.read_text(), object_hook=hook)
+  except (OSError, ValueError) as e:
+    raise ValueError(f"{path}: not a readable JSON file ({e})") from e
