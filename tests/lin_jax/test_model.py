@@ -73,6 +73,10 @@ def test_layers_are_applied_in_their_order():
   for layers in ([a], [a] * 3, [a, b] * 2, [a, b, b] * 2, [a, b, b, a], [a, a, b, c, c, c], [a, b, c]):
     runs = model.layer_runs(layers)
     assert [mixer for pattern, count in runs for mixer in pattern * count] == layers
+    numbers = model.layer_numbers(runs)
+    assert sorted(i for run in numbers for own in run for i in own) == [*range(len(layers))]
+    for (pattern, _), run in zip(runs, numbers, strict=True):
+      assert all(layers[i] is mixer for mixer, own in zip(pattern, run, strict=True) for i in own)
   assert model.layer_runs([a] * 3) == [([a], 3)] and model.layer_runs([a, b] * 2) == [([a, b], 2)]
 
 
