@@ -16,7 +16,7 @@ TABLE = {
     "delta_rule": ("pallas_triton", "xla_chunked", "reference"),
     "gla": ("pallas_triton", "xla_chunked", "reference"),
     "linear_attention": ("pallas_triton", "xla_chunked", "reference"),
-    "selective_scan": ("xla_chunked", "reference"),
+    "selective_scan": ("pallas_triton", "xla_chunked", "reference"),
 }
 # Platforms where an implementation is worth choosing. A named one runs elsewhere too: interpreted, or lowered for
 # another platform than the host's.

@@ -22,16 +22,17 @@ def selective_scan(
     b, c: what all channels write with and read with, in x's dtype.
     initial_state: h_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
-    implementation: "xla_chunked" or "reference"; None takes the first.
+    implementation: "pallas_triton" (N up to 32), "xla_chunked" or "reference"; None takes the first that supports the
+      inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in x's dtype, and h_T in float32.
   Raises:
     ValueError: shapes, dtypes or implementation break a rule; the message names both.
     NotImplementedError: the named implementation cannot run these inputs.
   Precision: everything is float32 but the inputs and the output. Relative RMS error of the output against "reference":
-    at most 5e-3 for 16-bit inputs, 1e-5 for float32.
+    at most 5e-3 for 16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32.
   Memory: for the backward pass, a token-channel keeps its inputs, 6 bytes for 16-bit x, and 4 N / 64 bytes of states,
-    one every 64 tokens: 7 bytes for N = 16.
+    one every 64 tokens: 7 bytes for N = 16. `pallas_triton` keeps a bfloat16 state every 8 tokens: 10 bytes.
   Source: Gu and Dao, arXiv:2312.00752, section 3.2, with exp(step_size a) for the decay and step_size b for the input.
   """
   _check(x, step_size, a, b, c, initial_state, segment_ids)

@@ -1,12 +1,16 @@
 """Every implementation of the selective scan against a float32 scan: outputs, states, every gradient; bad input."""
 
+import collections
 import dataclasses
 import functools
+import importlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels import selective_scan
 from kernels.selective_scan import step
@@ -14,6 +18,7 @@ from tests.close import assert_close, tolerance
 from tests.kernels.cases import segment_ids
 
 CHUNKED = functools.partial(selective_scan, implementation="xla_chunked")
+PALLAS = functools.partial(selective_scan, implementation="pallas_triton")
 REFERENCE = functools.partial(selective_scan, implementation="reference")
 
 
@@ -91,13 +96,13 @@ def check(case, fn, *, split=False):
 
 
 CASES = [
-    *(Case(T=T) for T in (1, 15, 63, 64, 65, 200)),
-    Case(T=1000, B=1),
-    *(Case(D=D, N=N) for D, N in ((1, 1), (5, 3), (40, 16))),
-    Case(initial_state=False),
-    Case(steps=(1e-5, 1e-4)),
-    Case(steps=(5.0, 50.0)),
-    *(Case(T=sum(lengths), segments=lengths) for lengths in ((1,) * 20, (15, 85, 30), (1, 62, 1, 1, 64, 1))),
+    *(Case(T=T) for T in (1, 15, 64, 65)),
+    Case(B=1, T=1000),
+    Case(D=1, N=1),
+    Case(D=40, N=16, initial_state=False),
+    *(Case(steps=steps) for steps in ((1e-3, 1.0), (1e-5, 1e-4), (5.0, 50.0))),
+    Case(segments=(1,) * 70),
+    Case(T=130, segments=(1, 62, 1, 1, 64, 1)),
     Case(D=32, N=16, dtype="bfloat16", segments=(40, 30)),
     Case(D=32, N=16, dtype="float16"),
 ]
@@ -165,6 +170,86 @@ def test_memory_is_linear_in_time():
   program = results.lower(CHUNKED, arrays, ids, cotangents).as_text()
   assert "tensor<16x1x8x16xf32>" in program, "the states of 16 chunks"
   assert not any(f"tensor<{shape}xf32>" in program for shape in ("1024x1x8x16", "16x64x1x8x16", "1x1024x8x16"))
+
+
+INTERPRETED = [
+    Case(T=1),
+    Case(B=1, T=65, D=20, N=5, segments=(1, 30, 34)),
+    Case(B=1, T=40, D=16, N=16, steps=(5.0, 50.0), initial_state=False),
+    Case(T=40, D=32, N=16, dtype="bfloat16", segments=(10, 1, 29)),
+    Case(T=20, D=16, N=20, dtype="float16"),
+]
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_interpreted_kernels_equal_scan(case):
+  check(case, PALLAS, split=True)
+
+
+@pytest.mark.parametrize("case", [Case(T=100, D=16, N=16, segments=(15, 60, 25)), Case(B=1, T=130)], ids=str)
+def test_pieces_equal_scan(case):
+  """A sequence cut into four, which the op does where it is long."""
+  module = importlib.import_module("kernels.selective_scan.pallas_triton")
+
+  def cut(x, step_size, a, b, c, *, initial_state, segment_ids):
+    starts = None if segment_ids is None else jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    resets = None if starts is None else jnp.where(starts, -1e4, 0.0)
+    return module.configured(x, step_size, a, b, c, resets, initial_state, block=4, pieces=4)
+
+  check(case, cut, split=True)
+
+
+def kernel_counts(B, T, dtype="bfloat16", N=16, gradient=True):
+  """How often each kernel appears in a loss, or its gradient, lowered for CUDA without a GPU."""
+
+  def loss(x, step_size, a, b, c):
+    output, final_state = PALLAS(x, step_size, a, b, c)
+    return jnp.sum(output.astype(jnp.float32)) + jnp.sum(final_state)
+
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  arrays = (array(B, T, 2048), array(B, T, 2048, dtype="float32"), array(2048, N, dtype="float32"),
+            array(B, T, N), array(B, T, N))
+  with use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", 132, "gpu"))):
+    fn = jax.grad(loss, argnums=range(5)) if gradient else loss
+    text = jax.jit(fn).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+  assert "stablehlo.while" not in text, "an interpreted kernel is part of the program"
+  return collections.Counter(re.findall(r'name = "selective_scan_(\w+)"', text))
+
+
+@pytest.mark.parametrize("dtype, N", [("bfloat16", 16), ("float32", 4), ("float16", 32)])
+def test_kernels_lower(dtype, N):
+  assert kernel_counts(16, 100, dtype, N) == {"forward": 1, "backward": 1}
+
+
+def test_forward_alone_lowers_without_states():
+  assert kernel_counts(16, 100, gradient=False) == {"forward": 1}
+
+
+def test_few_long_sequences_are_cut():
+  assert kernel_counts(1, 4096) == {"forward": 1, "backward": 1, "piece": 2}
+
+
+def test_pallas_declines():
+  arrays, _, _ = make_inputs(Case(T=4, N=33))
+  with pytest.raises(NotImplementedError, match="'pallas_triton' declines these inputs: a state of 33 is more than 32"):
+    PALLAS(**arrays)
+
+
+GPU_CASES = [
+    *(Case(T=T, D=D, N=N, dtype=dtype, segments=segments)
+      for dtype in ("bfloat16", "float16", "float32") for D, N in ((2048, 16), (100, 5), (64, 32))
+      for T, segments in ((1, ()), (200, ()), (2000, (15, 85, 200, 900, 800)))),
+    *(Case(B=1, T=5000, D=512, N=16, dtype=dtype, segments=segments)
+      for dtype in ("bfloat16", "float32") for segments in ((), (1, 30, 2969, 2000))),
+    *(Case(D=512, N=16, dtype=dtype, steps=steps)
+      for dtype in ("bfloat16", "float32") for steps in ((1e-5, 1e-4), (5.0, 50.0))),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_compiled_kernels_equal_scan(case):
+  check(case, PALLAS, split=True)
 
 
 BAD = {

@@ -1,0 +1,284 @@
+"""Selective scan as Pallas kernels for the Triton backend, with their `custom_vjp`.
+
+A program is one warp: it walks through time with the states H `[16 channels, N]` of its channels in registers, in
+blocks of a few tokens that are unrolled. With E_t = exp(s_t a + reset_t), W_t = E_t H_{t-1} and u_t = s_t x_t (the
+backward pass is derived in `xla_chunked`; (x) is the outer product over channels and N),
+
+  forward    H_t = W_t + u_t (x) b_t         y_t = H_t c_t
+  backward   G_t = dy_t (x) c_t + E_{t+1} G_{t+1};   dc_t, db_t = sums over channels of dy_t H_t and u_t G_t
+
+| pass | kernel | bytes a token-channel at N = 16, bfloat16, blocks of 8: reads | writes |
+| forward | `selective_scan_forward` | x 2, s 4, b and c 8 (L2) | y 2; for a gradient H before each block 4 |
+| backward | `selective_scan_backward` | x 2, s 4, dy 2, H 4, b and c 8 (L2) | dx 2, ds 4, parts of db and dc 4 |
+
+The backward pass forms W_t of a block again, keeps them in registers, and walks back. By the count of instructions the
+forward pass is bound by powers of two, of which a multiprocessor computes sixteen a cycle, and the backward pass by the
+rest of its arithmetic. The sums over channels are products with a constant matrix: between threads they would take 24
+to 64 shuffles a token, on the tensor cores they take 4 instructions. Their operands are rounded to bfloat16, or for
+float32 inputs cut into two such numbers. Each program writes its part, and XLA adds up the D / 16 parts.
+
+Where few rows and channels leave the GPU idle, `kernels.split` cuts the sequence, and `selective_scan_piece` finds
+what each piece adds to its entry state; what it keeps is exp(a sum of s), so that cutting is exact.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from kernels import split, triton_blocks
+from kernels.triton_blocks import LOG2E, operand, tile_width
+
+CHANNELS = 16  # of a program
+MOST_STATES = 32  # a channel: more do not fit into registers
+ROWS = 16  # of the product that sums over channels: dc of up to 8 tokens, then their db
+# Programs of one warp that keep a multiprocessor as busy as one program of several warps, which `split` counts.
+WARPS = 8
+
+
+def supports(x, step_size, a, *others, chunk_size=None) -> str | None:
+  """Why these inputs cannot run here, or None."""
+  return f"a state of {a.shape[-1]} is more than {MOST_STATES}" if a.shape[-1] > MOST_STATES else None
+
+
+def block_size(N: int, dtype) -> int:
+  """Tokens that are unrolled: the most of whose W_t no register spills on an A100 or H100."""
+  narrow = tile_width(N) <= 16
+  if dtype == jnp.float32:
+    return 6 if narrow else 2
+  return 8 if narrow else 4
+
+
+def selective_scan(x, step_size, a, b, c, resets, initial_state):
+  """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are added to the logs of the decays."""
+  (B, T, D), block = x.shape, block_size(a.shape[1], x.dtype)
+  return configured(x, step_size, a, b, c, resets, initial_state, block=block,
+                    pieces=split.pieces(-(-D // CHANNELS) * B // WARPS, T, block))
+
+
+def configured(x, step_size, a, b, c, resets, initial_state, *, block, pieces):
+  """The op in blocks of `block` tokens, at most 8, with the sequence cut into `pieces`."""
+  (B, T, D), N = x.shape, a.shape[1]
+  dD, dN = -D % CHANNELS, tile_width(N) - N
+  fold = lambda x, extra: split.fold(jnp.pad(x, ((0, 0), (0, 0), (0, extra))), pieces, block)
+  output, final_state = _selective_scan(
+      fold(x, dD), fold(step_size, dD), jnp.pad(a, ((0, dD), (0, dN))), fold(b, dN), fold(c, dN),
+      None if resets is None else split.fold(resets, pieces, block),
+      jnp.pad(initial_state, ((0, 0), (0, dD), (0, dN))), block)
+  return split.unfold(output, B)[:, :T, :D], final_state[:, :D, :N]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _selective_scan(x, step_size, a, b, c, resets, initial_state, block):
+  output, _, final_state = _scan(x, step_size, a, b, c, resets, initial_state, block, save=False)
+  return output, final_state
+
+
+def _forward(x, step_size, a, b, c, resets, initial_state, block):
+  output, states, final_state = _scan(x, step_size, a, b, c, resets, initial_state, block, save=True)
+  return (output, final_state), (x, step_size, a, b, c, resets, states)
+
+
+def _backward(block, residuals, cotangents):
+  x, step_size, a, b, c, resets, states = residuals
+  dy, dfinal_state = cotangents
+  (P, T, D), N = x.shape, a.shape[1]
+  dstates = _entry_states(dy, step_size, a, c, resets, dfinal_state, block, reverse=True)
+  grid, tokens, shared, rates, state, reset = _specs(P, T, D, N)
+  blocks = pl.BlockSpec((None, T // block, CHANNELS, N), lambda d, p: (p, 0, d, 0))
+  sums = pl.BlockSpec((None, None, T // block, ROWS, N), lambda d, p: (d, p, 0, 0, 0))
+  dx, ds, dbc, da, dstates = _launch(
+      functools.partial(_backward_kernel, resets=resets is not None, block=block), name="selective_scan_backward",
+      grid=grid, in_specs=[tokens, tokens, rates, shared, shared, tokens, blocks, state, *reset[:resets is not None]],
+      out_specs=[tokens, tokens, sums, state, state],
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape, jnp.float32),
+                 jax.ShapeDtypeStruct((D // CHANNELS, P, T // block, ROWS, N), operand(x.dtype)),
+                 *[jax.ShapeDtypeStruct((P, D, N), jnp.float32)] * 2])(
+          x, step_size, LOG2E * a, *_wide(b, c), dy, states, dstates, *_scaled(resets))
+  dbc = jnp.sum(dbc, axis=0, dtype=jnp.float32)
+  dc, db = (dbc[:, :, i:i + block].reshape(P, T, N).astype(x.dtype) for i in (0, ROWS // 2))
+  dinitial_state = split.exit_state(dstates, dfinal_state.shape[0], reverse=True)
+  return dx, ds, jnp.sum(da, axis=0), db, dc, None, dinitial_state
+
+
+_selective_scan.defvjp(_forward, _backward, optimize_remat=True)
+
+
+# Kernel bodies. A ref holds all T tokens of one piece for the program's channels; `a` and the resets are in base 2.
+
+
+def _piece_kernel(*refs, resets, reverse, block, compiled, dot):
+  """The final state from an empty one: of the recurrence, or if `reverse` of that of the cotangents, x and b being dy
+  and c."""
+  x_ref, s_ref, a_ref, b_ref, *r_ref, final_ref = refs
+  a, (fma, exp2), T = a_ref[...], _arithmetic(compiled), x_ref.shape[0]
+
+  def step(i, state):
+    for j in range(block):
+      t = T - 1 - (i * block + j) if reverse else i * block + j
+      s, x, b = s_ref[t, :], x_ref[t, :].astype(jnp.float32), b_ref[t, :]
+      decay = exp2(_exponent(s, a, r_ref, t, fma))
+      if reverse:
+        state = decay * fma(x[:, None], b[None], state)
+      else:
+        state = fma(decay, state, (s * x)[:, None] * b[None])
+    return state
+
+  final_ref[...] = jax.lax.fori_loop(0, T // block, step, jnp.zeros(a.shape, jnp.float32))
+
+
+def _forward_kernel(*refs, resets, save, block, compiled, dot):
+  x_ref, s_ref, a_ref, b_ref, c_ref, initial_ref, *refs = refs
+  r_ref = [refs.pop(0)] if resets else []
+  y_ref, *states_ref, final_ref = refs
+  a, (fma, exp2) = a_ref[...], _arithmetic(compiled)
+
+  def step(i, state):
+    if save:
+      states_ref[0][i] = state.astype(states_ref[0].dtype)
+    for t in (i * block + j for j in range(block)):
+      s = s_ref[t, :]
+      u = s * x_ref[t, :].astype(jnp.float32)
+      decay = exp2(_exponent(s, a, r_ref, t, fma))
+      state = fma(decay, state, u[:, None] * b_ref[t, :][None])
+      y_ref[t, :] = jnp.sum(state * c_ref[t, :][None], axis=1).astype(y_ref.dtype)
+    return state
+
+  final_ref[...] = jax.lax.fori_loop(0, x_ref.shape[0] // block, step, initial_ref[...])
+
+
+def _backward_kernel(*refs, resets, block, compiled, dot):
+  x_ref, s_ref, a_ref, b_ref, c_ref, dy_ref, states_ref, dstate_ref, *refs = refs
+  r_ref = [refs.pop(0)] if resets else []
+  dx_ref, ds_ref, sums_ref, da_ref, dinitial_ref = refs
+  a, (fma, exp2), blocks = a_ref[...], _arithmetic(compiled), states_ref.shape[0]
+  # Rows of the products are tokens, for dc in the first half and for db in the second.
+  row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, CHANNELS), 0)
+  first, second = (row < ROWS // 2).astype(jnp.int32), (row >= ROWS // 2).astype(jnp.int32)
+  token = jax.lax.broadcasted_iota(jnp.int32, (ROWS, a.shape[1]), 0) % (ROWS // 2)
+  parts = 2 if x_ref.dtype == jnp.float32 else 1
+
+  def over_channels(mask, x):
+    if parts > 1:
+      return triton_blocks.masked_sum(mask, x, dot, parts)
+    return dot(mask.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+
+  def load(t):
+    s, x = s_ref[t, :], x_ref[t, :].astype(jnp.float32)
+    return s, x, s * x, b_ref[t, :][None]
+
+  def step(i, carry):
+    dstate, da = carry
+    i = blocks - 1 - i
+    # Adding nothing of `dstate` ties the states to it: the compiler would else compute all of them, from the loads on,
+    # a second time in the layout of the products' operands.
+    state = fma(dstate, jnp.zeros_like(dstate), states_ref[i].astype(jnp.float32))
+    kept = []
+    for t in (i * block + j for j in range(block)):
+      s, _, u, b = load(t)
+      kept.append(exp2(_exponent(s, a, r_ref, t, fma)) * state)
+      state = fma(u[:, None], b, kept[-1])
+    sums = jnp.zeros((ROWS, a.shape[1]), jnp.float32)
+    for j in reversed(range(block)):
+      t = i * block + j
+      (s, x, u, b), dy = load(t), dy_ref[t, :].astype(jnp.float32)
+      state = fma(u[:, None], b, kept[j])
+      dstate = fma(dy[:, None], c_ref[t, :][None], dstate)
+      found = over_channels(first, dy[:, None] * state) + over_channels(second, u[:, None] * dstate)
+      sums = jnp.where(token == j, found, sums)
+      du, through = jnp.sum(dstate * b, axis=1), dstate * kept[j]
+      dx_ref[t, :] = (s * du).astype(dx_ref.dtype)
+      ds_ref[t, :] = x * du + math.log(2) * jnp.sum(through * a, axis=1)
+      da = fma(s[:, None], through, da)
+      dstate = exp2(_exponent(s, a, r_ref, t, fma)) * dstate
+    sums_ref[i] = sums.astype(sums_ref.dtype)
+    return dstate, da
+
+  dstate, da = jax.lax.fori_loop(0, blocks, step, (dstate_ref[...], jnp.zeros(a.shape, jnp.float32)))
+  dinitial_ref[...] = dstate
+  da_ref[...] = da
+
+
+def _exponent(s, a, r_ref, t, fma):
+  """s a + reset of token t, in base 2."""
+  return fma(s[:, None], a, r_ref[0][t]) if r_ref else s[:, None] * a
+
+
+def _arithmetic(compiled):
+  """a b + c in one instruction, which the compiler does not make of a product and a sum, and 2^x without the three
+  instructions that serve results below 2^-126."""
+  if not compiled:
+    return lambda a, b, c: a * b + c, jnp.exp2
+
+  def instruction(text, *args):
+    shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in args))
+    return plt.elementwise_inline_asm(
+        text, args=[jnp.broadcast_to(x, shape) for x in args], constraints=",".join(["=f", *["f"] * len(args)]), pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)])[0]
+
+  return (lambda a, b, c: instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c),
+          lambda x: instruction("ex2.approx.ftz.f32 $0, $1;", x))
+
+
+# Launches. One program a (block of channels, piece).
+
+
+def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
+  """Output, state before each block if `save`, and final state."""
+  (P, T, D), N = x.shape, a.shape[1]
+  states = _entry_states(x, step_size, a, b, resets, initial_state, block, reverse=False)
+  grid, tokens, shared, rates, state, reset = _specs(P, T, D, N)
+  blocks = pl.BlockSpec((None, T // block, CHANNELS, N), lambda d, p: (p, 0, d, 0))
+  y, *saved, final = _launch(
+      functools.partial(_forward_kernel, resets=resets is not None, save=save, block=block),
+      name="selective_scan_forward", grid=grid,
+      in_specs=[tokens, tokens, rates, shared, shared, state, *reset[:resets is not None]],
+      out_specs=[tokens, *[blocks] * save, state],
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype),
+                 *[jax.ShapeDtypeStruct((P, T // block, D, N), operand(x.dtype))] * save,
+                 jax.ShapeDtypeStruct((P, D, N), jnp.float32)])(
+          x, step_size, LOG2E * a, *_wide(b, c), states, *_scaled(resets))
+  return y, saved[0] if save else None, split.exit_state(final, initial_state.shape[0], reverse=False)
+
+
+def _entry_states(x, step_size, a, b, resets, initial_state, block, *, reverse):
+  """State that enters each piece, or if `reverse` the cotangent of the one that leaves it, x and b being dy and c."""
+  (P, T, D), N = x.shape, a.shape[1]
+  if P == initial_state.shape[0]:
+    return initial_state
+  grid, tokens, shared, rates, state, reset = _specs(P, T, D, N)
+  update = _launch(
+      functools.partial(_piece_kernel, resets=resets is not None, reverse=reverse, block=block),
+      name="selective_scan_piece", grid=grid, in_specs=[tokens, tokens, rates, shared, *reset[:resets is not None]],
+      out_specs=state, out_shape=jax.ShapeDtypeStruct((P, D, N), jnp.float32))(
+          x, step_size, LOG2E * a, *_wide(b), *_scaled(resets))
+  exponent = jnp.sum(step_size, axis=1)[:, :, None] * a[None]
+  if resets is not None:
+    exponent += jnp.sum(resets, axis=1)[:, None, None]
+  return split.entry_states(initial_state, jnp.exp(exponent), update, reverse)
+
+
+def _specs(P, T, D, N):
+  """The grid, and the blocks of x and the like, b and c, a, states, resets."""
+  return ((D // CHANNELS, P), pl.BlockSpec((None, T, CHANNELS), lambda d, p: (p, 0, d)),
+          pl.BlockSpec((None, T, N), lambda d, p: (p, 0, 0)), pl.BlockSpec((CHANNELS, N), lambda d, p: (d, 0)),
+          pl.BlockSpec((None, CHANNELS, N), lambda d, p: (p, d, 0)), [pl.BlockSpec((None, T), lambda d, p: (p, 0))])
+
+
+def _wide(*arrays):
+  """Narrow numbers would be widened by every program."""
+  return [x.astype(jnp.float32) for x in arrays]
+
+
+def _scaled(resets):
+  return [] if resets is None else [LOG2E * resets]
+
+
+def _launch(kernel, **options):
+  """`triton_blocks.launch` of a kernel that is told whether it is `compiled` or interpreted."""
+  run = lambda compiled: triton_blocks.launch(
+      functools.partial(kernel, compiled=compiled), num_warps=1, num_stages=1, **options)
+  return lambda *args: jax.lax.platform_dependent(*args, cuda=run(True), default=run(False))
