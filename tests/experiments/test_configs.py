@@ -1,14 +1,17 @@
 """Every named config builds and obeys the rules; sizes and schedules are the paper's; twins differ in the mixer."""
 
 import dataclasses
+import math
 import re
 
+import jax
 import pytest
+from flax import nnx
 
 import configs
-from lin_jax import mixers
-from lin_jax.config import from_dict, to_dict, validate
-from lin_jax.model import parameter_count
+from lin_jax import mixers, sharding
+from lin_jax.config import MeshConfig, from_dict, to_dict, validate
+from lin_jax.model import abstract_model, parameter_count
 
 # Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget); those
 # of RetNet, Gated DeltaNet, Mamba-2 and HGRN2 are flash-linear-attention's models, with an untied head 1.352B, 1.387B,
@@ -98,6 +101,33 @@ def test_tnl_has_the_papers_layout(name):
   assert (model.mlp, model.norm, model.scale_embeddings, model.tie_embeddings) == ("sglu", "simple_rms", True, True)
   assert model.width == 128 * model.mixer.heads and not model.mixer.lrpe
   assert model.hybrid_layers == (0,) and model.hybrid_mixer == dataclasses.replace(model.mixer, lrpe=True)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+@pytest.mark.parametrize("config_name", configs.CONFIGS)
+def test_config_is_sharded_over_eight_devices(config_name, mesh):
+  config = configs.lookup(config_name)
+  config.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+  # The configs' microbatches are one GPU's; four times as many sequences fit a batch that is split four ways.
+  config.optim.accumulation = max(1, config.optim.accumulation // 4)
+  sharding.validate_mesh(config, mesh.size)
+  params = nnx.state(abstract_model(config.model), nnx.Param)
+  whole, local = 0, 0
+  for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(params),
+                                 jax.tree.leaves(sharding.param_shardings(params, mesh)), strict=True):
+    shard = math.prod(place.shard_shape(leaf.shape))  # raises where the mesh does not divide the shape
+    whole, local = whole + leaf.size, local + shard
+    name = jax.tree_util.keystr(path)
+    matrix = math.prod(leaf.shape[1:] if "runs" in name else leaf.shape)  # of one layer
+    # Keys and queries that all heads share are whole on every `tensor` device; they have under a million parameters.
+    parts = 4 if matrix >= 2**20 else 2 if matrix >= 2**16 else 1
+    assert shard <= leaf.size // parts, (name, leaf.shape, place.spec)
+  # `data` replicates; vectors, and an odd vocabulary, are all that the other two axes leave whole.
+  assert local <= (0.26 if config.model.vocab_size % 2 == 0 else 0.27) * whole
 
 
 def test_unknown_name_lists_the_known():

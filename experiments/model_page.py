@@ -1,0 +1,234 @@
+"""The page of models: sizes beside the papers', state and arithmetic per token, commands, and the training smoke."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+
+import jax
+from flax import nnx
+
+import configs
+from lin_jax import mixers
+from lin_jax.config import TrainConfig
+from lin_jax.generate import state_bytes
+from lin_jax.model import LanguageModel, abstract_model, layer_mixers
+
+SMOKE = "smoke_models.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A size that others give: the paper's, in the digits that it prints, and the parameters of flash-linear-attention's
+  configuration of that layout, whose head is not tied to the embedding (vocabulary 32,000)."""
+
+  family: str
+  paper: str = ""
+  source: str = ""
+  peer: float = 0.0
+  note: str = ""
+
+
+_GLA, _DELTANET, _GATED, _TNL = (
+    f"arXiv:{number}" for number in ("2312.06635", "2406.06484", "2412.06464", "2405.17381"))
+
+SIZES = {
+    "gla_tiny": Size("GLA", note="for a CPU"),
+    "transformer_tiny": Size("Transformer++", note="for a CPU"),
+    "gla_small": Size("GLA", note="for an hour of one GPU"),
+    "transformer_small": Size("Transformer++", note="for an hour of one GPU"),
+    "gla_340m": Size("GLA", "340M", _GLA, 374e6),
+    "gla_1b3": Size("GLA", "1.3B", _GLA, 1.366e9),
+    "transformer_340m": Size("Transformer++", "340M", _GLA, 374e6),
+    "transformer_1b3": Size("Transformer++", "1.3B", _GLA, 1.364e9),
+    "retnet_340m": Size("RetNet", "340M", _GLA, note="an MLP of ratio 2, rounded up to 1536 as "
+                        "flash-linear-attention does; 1280 would give 328M"),
+    "retnet_1b3": Size("RetNet", "1.3B", _GLA, 1.352e9),
+    "deltanet_340m": Size("DeltaNet", "340M", _DELTANET, 374e6),
+    "deltanet_1b3": Size("DeltaNet", "1.3B", _DELTANET, 1.366e9),
+    "deltanet_swa_340m": Size("DeltaNet + window", "340M", _DELTANET),
+    "deltanet_swa_1b3": Size("DeltaNet + window", "1.3B", _DELTANET),
+    "deltanet_global_340m": Size("DeltaNet + attention", "340M", _DELTANET),
+    "deltanet_global_1b3": Size("DeltaNet + attention", "1.3B", _DELTANET),
+    "gated_deltanet_1b3": Size("Gated DeltaNet", "1.3B", _GATED, 1.387e9),
+    "hgrn2_340m": Size("HGRN2", peer=374e6, note="no paper has this size"),
+    "hgrn2_1b3": Size("HGRN2", "1.3B", _GATED),
+    "mamba2_340m": Size("Mamba-2", peer=382e6, note="no paper has this size"),
+    "mamba2_1b3": Size("Mamba-2", "1.3B", _GATED, 1.372e9),
+    "tnl_385m": Size("TransNormerLLM", "385M", _TNL),
+    "tnl_1b": Size("TransNormerLLM", "1B", _TNL),
+    "tnl_3b": Size("TransNormerLLM", "3B", _TNL),
+    "tnl_7b": Size("TransNormerLLM", "7B", _TNL),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What the page says of one config, all of it from shapes."""
+
+  config: TrainConfig
+  size: Size
+  parameters: int
+  untied: int  # parameters with a head of its own
+  state: int  # bytes per sequence at the training length
+  growth: int  # bytes per token, while the state grows
+  window: int  # tokens after which it no longer does; 0 for never
+  flops: int  # of a training token: forward pass, and twice that for the backward pass
+
+  @property
+  def difference(self) -> float | None:
+    """Parameters over the paper's number, minus 1."""
+    return self.parameters / printed(self.size.paper) - 1 if self.size.paper else None
+
+  @property
+  def peer_difference(self) -> float | None:
+    return self.untied / self.size.peer - 1 if self.size.peer else None
+
+
+def measure(name: str) -> Model:
+  """Raises ValueError for a config that `SIZES` does not know."""
+  if name not in SIZES:
+    raise ValueError(f"config {name!r} has no entry in SIZES of experiments/model_page.py: its family, and the paper's "
+                     "size if there is one")
+  config = configs.lookup(name)
+  model, length = abstract_model(config.model), config.data.sequence_length
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  untied = parameters + config.model.tie_embeddings * model.embedding.size
+  growth = state_bytes(model, 1, 2) - state_bytes(model, 1, 1)
+  windows = [mixer.window for mixer in layer_mixers(config.model) if hasattr(mixer, "window")]
+  return Model(config, SIZES[name], parameters, untied, state_bytes(model, 1, length), growth,
+               0 if _grows_on(model) else max(windows, default=0), 3 * model.flops_per_token(length))
+
+
+def printed(size: str) -> float:
+  """The number that "340M" or "1.3B" stands for."""
+  return float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+
+
+def rounds_to(count: int, size: str) -> bool:
+  """Whether `count` is `size` when printed with as many digits."""
+  unit, digits = printed("1" + size[-1]), len(size[:-1].partition(".")[2])
+  return f"{count / unit:.{digits}f}{size[-1]}" == size
+
+
+def verdict(model: Model) -> str:
+  """How far off the paper's size is, "" where there is none."""
+  if model.difference is None:
+    return ""
+  if abs(model.difference) <= 0.01:
+    return "within 1%"
+  return "equal as far as printed" if rounds_to(model.parameters, model.size.paper) else "off"
+
+
+def render(smoke: pathlib.Path | None = None) -> str:
+  """The page; with the table of `smoke_models.py`'s records if that file exists."""
+  models = [measure(name) for name in configs.CONFIGS]
+  parts = [_ABOUT, "## Sizes", _ABOUT_SIZES, _table(_SIZE_COLUMNS, map(_size_row, models)),
+           "## State and cost", _ABOUT_COST, _table(_COST_COLUMNS, map(_cost_row, models))]
+  if smoke and smoke.exists():
+    parts += ["## Training smoke", _ABOUT_SMOKE.format(file=smoke.name), *_smoke(load_smoke(smoke))]
+  return "\n\n".join(parts) + "\n"
+
+
+def load_smoke(path: pathlib.Path) -> list[dict]:
+  """The records of `smoke_models.py`. Raises ValueError when the file holds something else."""
+  try:
+    records = json.loads(path.read_text())
+    if not all(record["family"] and record["device"] for record in records):
+      raise KeyError("family")
+  except (ValueError, KeyError, TypeError) as e:
+    raise ValueError(f"{path}: not the records of smoke_models.py: {e!r}") from e
+  return records
+
+
+_ABOUT = """# Models
+
+Generated by `python experiments/report_models.py` from shapes alone (`jax.eval_shape`); do not edit."""
+
+_ABOUT_SIZES = """\
+Parameters are counted, with the head tied to the embedding. `paper` is the size that the paper prints, which is a
+rounded one: "equal as far as printed" is a count that differs by more than 1% and gives the same digits when it is
+rounded. `untied` is the count with a head of its own, for comparison with `FLA`, what flash-linear-attention's
+configuration of the same layout comes to, in three or four digits (vocabulary 32,000)."""
+_SIZE_COLUMNS = ["config", "family", "layers", "width", "parameters", "paper", "difference", "verdict", "untied", "FLA",
+                 "difference", "note"]
+
+_ABOUT_COST = """\
+`state` is what decoding one sequence keeps when it is as long as in training (`context`), in bytes: float32 memories
+and convolution inputs of a recurrent mixer, the same for any length; keys, values and positions of attention. `per
+token` is what one more token adds to it. GFLOP is the arithmetic of a training token: products and mixing of the
+forward pass, and twice that for the backward pass; attention over the mean number of tokens seen; recomputation and the
+extra scores of chunked forms are not counted. Where the data comes from is in the config's docstring."""
+_COST_COLUMNS = ["config", "context", "state", "per token", "GFLOP", "command"]
+
+_ABOUT_SMOKE = """\
+Generated from `{file}`, which `python experiments/smoke_models.py` writes: the same steps of every family at one
+setting. `tokens/s` is of the last steps, after compilation; MFU counts the arithmetic above; GiB is what the compiled
+step needs, parameters and optimizer included; `compile` is the time from tracing to the program, beside those of the
+other families. An untrained model's loss is close to the logarithm of its vocabulary, 10.4 for 32,000 tokens."""
+_SMOKE_COLUMNS = ["family", "parameters", "loss", "tokens/s", "MFU", "ms a step", "GiB", "compile s"]
+
+
+def _size_row(model):
+  config, size = model.config, model.size
+  layers = itertools.groupby(sorted(map(_layer, layer_mixers(config.model))))
+  return [f"`{config.name}`", size.family, ", ".join(f"{len(list(group))} {name}" for name, group in layers),
+          str(config.model.width), f"{model.parameters:,}", f"{size.paper} ({size.source})" if size.paper else "",
+          _percent(model.difference), verdict(model), f"{model.untied:,}" if size.peer else "",
+          _count(size.peer) if size.peer else "", _percent(model.peer_difference), size.note]
+
+
+def _cost_row(model):
+  growth = f"{model.growth:,}" if model.growth else "0"
+  name = model.config.name
+  return [f"`{name}`", f"{model.config.data.sequence_length:,}", f"{model.state:,}",
+          f"{growth}, up to {model.window:,} tokens" if model.window else growth, f"{model.flops / 1e9:.3g}",
+          f"`python experiments/train.py --config={name}`"]
+
+
+def _smoke(records):
+  settings = {}
+  for record in records:
+    setting = tuple(record[name] for name in ("device", "sequence_length", "batch_size", "dtype", "remat", "steps",
+                                              "timed_steps", "data"))
+    settings.setdefault(setting, []).append(record)
+  for setting, group in settings.items():
+    device, length, batch, dtype, remat, steps, timed, data = setting
+    yield (f"### {device}\n\n{batch} sequences of {length:,} tokens ({data}), {dtype}, remat `{remat}`, {steps} steps, "
+           f"the last {timed} timed.")
+    yield _table(_SMOKE_COLUMNS, map(_smoke_row, group))
+    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in group)
+    commands = dict.fromkeys(f"`{record['command']}`" for record in group)
+    yield f"Versions: {'; '.join(versions)}. Command: {', '.join(commands)}."
+
+
+def _smoke_row(record):
+  head = [f"`{record['family']}`", f"{record['parameters']:,}"]
+  if record["reason"]:
+    return [*head, f"failed: {record['reason']}", *[""] * 5]
+  return [*head, f"{record['loss_first']:.2f} to {record['loss_last']:.2f}", f"{record['tokens_per_s']:,.0f}",
+          "" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%", f"{record['step_ms']:.0f}",
+          f"{record['memory_gib']:.1f}", f"{record['compile_s']:.0f}"]
+
+
+def _grows_on(model: LanguageModel) -> bool:
+  long = 2**24  # beyond any window
+  return state_bytes(model, 1, 2 * long) > state_bytes(model, 1, long)
+
+
+def _layer(mixer):
+  window = getattr(mixer, "window", 0)
+  return mixers.name_of(mixer) + (f" (window {window:,})" if window else "")
+
+
+def _percent(difference):
+  return "" if difference is None else f"{100 * difference:+.1f}%".replace("-0.0", "0.0").replace("+0.0", "0.0")
+
+
+def _count(count):
+  return f"{count / 1e9:.3f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
+def _table(head, rows):
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)

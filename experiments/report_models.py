@@ -1,0 +1,32 @@
+"""Makes the page of models, experiments/results/models.md; --check says whether it is up to date.
+
+  python experiments/report_models.py
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+import commands
+import model_page
+
+_RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+_OUT = flags.DEFINE_string("out", str(_RESULTS / "models.md"), "The page.")
+_SMOKE = flags.DEFINE_string("smoke", str(_RESULTS / model_page.SMOKE), "What smoke_models.py wrote, if it was run.")
+_CHECK = flags.DEFINE_bool("check", False, "Write nothing; exit with 1 when the page is not that of the configs.")
+
+
+def main(_):
+  path, text = pathlib.Path(_OUT.value), model_page.render(pathlib.Path(_SMOKE.value))
+  if _CHECK.value:
+    if not path.exists() or path.read_text() != text:
+      print(f"{path} is not what the configs give: run report_models.py", file=sys.stderr)
+      sys.exit(1)
+    return
+  commands.write(path, text)
+  print(path)
+
+
+if __name__ == "__main__":
+  commands.run(main)

@@ -1,0 +1,90 @@
+"""The page of models is that of the configs, its sizes are the papers', and its numbers follow from the layouts."""
+
+import json
+import pathlib
+
+import pytest
+
+import configs
+import model_page
+
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments/results/models.md"
+# Configs whose count neither lies within 1% of the printed size nor rounds to it; the page says why.
+OFF = {"retnet_340m"}
+
+
+@pytest.fixture(scope="module")
+def models():
+  return {name: model_page.measure(name) for name in configs.CONFIGS}
+
+
+def test_the_page_is_current():
+  assert PAGE.read_text() == model_page.render(PAGE.with_name(model_page.SMOKE)), "run experiments/report_models.py"
+
+
+def test_every_config_is_on_the_page_with_its_command():
+  text = PAGE.read_text()
+  assert set(model_page.SIZES) == set(configs.CONFIGS)
+  for name in configs.CONFIGS:
+    assert f"`python experiments/train.py --config={name}`" in text
+
+
+def test_sizes_are_those_of_the_papers(models):
+  assert {name for name, model in models.items() if model_page.verdict(model) == "off"} == OFF
+  assert all(models[name].size.note for name in OFF)
+  peers = {name: model.peer_difference for name, model in models.items() if model.size.peer}
+  assert len(peers) >= 10 and {name for name, off in peers.items() if abs(off) > 0.003} == set()
+
+
+@pytest.mark.parametrize(("count", "size", "same"), [
+    (1_286e6, "1.3B", True), (1_349e6, "1.3B", True), (1_351e6, "1.3B", False), (347e6, "340M", False),
+    (2.88e9, "3B", True)])
+def test_rounding(count, size, same):
+  assert model_page.rounds_to(count, size) == same
+
+
+def test_state_of_each_kind(models):
+  gla, transformer = models["gla_340m"], models["transformer_340m"]
+  assert (gla.state, gla.growth, gla.window) == (24 * 4 * 128 * 256 * 4, 0, 0)
+  # Keys and values in bfloat16 and an int32 position per token; one length per layer.
+  assert transformer.growth == 24 * (2 * 1024 * 2 + 4) and transformer.state == 2048 * transformer.growth + 24 * 4
+  assert transformer.window == 0
+  window, globe = models["deltanet_swa_340m"], models["deltanet_global_340m"]
+  assert (window.growth, window.window) == (transformer.growth // 2, 2048)
+  assert (globe.growth, globe.window) == (transformer.growth // 12, 0)
+
+
+def test_arithmetic_is_six_times_the_products(models):
+  for name in ("gla_1b3", "deltanet_1b3", "mamba2_1b3"):
+    # The embedding is also the head, so that every parameter but a few is in one product.
+    assert models[name].flops == pytest.approx(6 * models[name].parameters, rel=0.06)
+
+
+def test_a_config_without_a_size_is_refused(monkeypatch):
+  monkeypatch.delitem(model_page.SIZES, "gla_340m")
+  with pytest.raises(ValueError, match="config 'gla_340m' has no entry in SIZES of experiments/model_page.py"):
+    model_page.render()
+
+
+def record(**fields):
+  return dict(family="gla_340m", parameters=341707776, device="NVIDIA H100", sequence_length=2048, batch_size=16,
+              dtype="bfloat16", remat="dots", steps=30, timed_steps=15, data="drawn", versions={"jax": "0.11.2"},
+              command="python x", reason="", loss_first=10.5, loss_last=7.25, tokens_per_s=150000.4, mfu=0.3171,
+              step_ms=218.4, memory_gib=41.23, compile_s=31.0) | fields
+
+
+def test_the_smoke_joins_the_page(tmp_path):
+  path = tmp_path / model_page.SMOKE
+  path.write_text(json.dumps([record(), record(family="other", reason="out of memory")]))
+  text = model_page.render(path)
+  assert "| `gla_340m` | 341,707,776 | 10.50 to 7.25 | 150,000 | 31.7% | 218 | 41.2 | 31 |" in text
+  assert "| `other` | 341,707,776 | failed: out of memory |" in text
+  assert "### NVIDIA H100\n\n16 sequences of 2,048 tokens (drawn), bfloat16, remat `dots`, 30 steps" in text
+  assert "Training smoke" not in model_page.render(tmp_path / "none.json")
+
+
+def test_foreign_records_are_refused(tmp_path):
+  path = tmp_path / model_page.SMOKE
+  path.write_text('[{"op": "gla"}]')
+  with pytest.raises(ValueError, match="not the records of smoke_models.py"):
+    model_page.render(path)
