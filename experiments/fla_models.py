@@ -33,6 +33,8 @@ MODELS: dict[str, tuple[str, dict, dict, dict]] = {
         dict(head_dim=32), dict(head_dim=16)),
     "retnet": ("RetNet", dict(num_heads=2), {}, {}),
     "hgrn2": ("HGRN2", {}, dict(expand_ratio=64), dict(expand_ratio=16)),
+    "hgrn2_window": ("HGRN2", dict(num_hidden_layers=3, use_short_conv=True, **_WINDOW),
+                     dict(expand_ratio=64), dict(expand_ratio=16)),
     "mamba2": ("Mamba2", dict(n_groups=1), dict(head_dim=32, state_size=64), dict(head_dim=16, state_size=16)),
     "transformer": ("Transformer", dict(num_heads=4, num_kv_heads=2, window_size=16), {}, {}),
 }

@@ -8,6 +8,7 @@ shape, and nothing else. What it computes is the library's, up to rounding; `exp
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lin_jax.config import ModelConfig
+from lin_jax.hf import bounds
 from lin_jax.hf.configs import from_hf, to_hf
 from lin_jax.hf.names import FAMILIES, MLP, MODEL
 from lin_jax.mixers import name_of
@@ -25,6 +27,7 @@ from lin_jax.model import LanguageModel, layer_mixers, layer_runs
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+_BOUNDS = f"model.{bounds.TENSOR}"
 _LISTED = 12  # names of each kind in a refusal
 
 
@@ -47,8 +50,12 @@ def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
   shapes = {name: leaf.shape for name, leaf in _leaves(abstract)}
   arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
   tensors = list(_tensors(config, shapes, fused_norm=values.get("fuse_norm", True)))
+  expected = {name: _stored_shape(parts, shapes) for name, parts in tensors}
+  bounded = _bounded(config, shapes)
+  if bounded:
+    expected[_BOUNDS] = (config.depth, config.width)
   with _Files(path) as files:
-    files.require({name: _stored_shape(parts, shapes) for name, parts in tensors}, tied=config.tie_embeddings)
+    files.require(expected, tied=config.tie_embeddings)
     for name, parts in tensors:
       tensor, start = files.read(name), 0
       for part, repetition in parts:
@@ -56,6 +63,10 @@ def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
         rows = _outputs(part, target.shape)
         target[...] = _transposed(part, tensor[start:start + rows]).reshape(target.shape)
         start += rows
+    if bounded:
+      logits = bounds.merge(files.read(_BOUNDS).astype(np.float32), list(bounded))
+      for (part, repetition), row in zip(bounded.values(), logits, strict=True):
+        arrays[part][repetition] = row
   params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays.pop(_name(path))), abstract)
   return config, nnx.merge(graph, params)
 
@@ -76,6 +87,9 @@ def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel) ->
     pieces = [_transposed(part, arrays[part] if repetition is None else arrays[part][repetition])
               for part, repetition in parts]
     tensors[name] = np.ascontiguousarray(np.concatenate(pieces).reshape(_stored_shape(parts, shapes)))
+  if bounded := _bounded(config, shapes):
+    logits = np.stack([arrays[part][repetition] for part, repetition in bounded.values()])
+    tensors[_BOUNDS] = bounds.spread(logits, list(bounded), config.depth)
   try:
     path.mkdir(parents=True, exist_ok=True)
     # The metadata is what tells transformers that the tensors are laid out as PyTorch's.
@@ -133,16 +147,25 @@ def _tensors(config: ModelConfig, shapes: dict, fused_norm: bool) -> Iterator[tu
   for here, there in MODEL.items():
     if here in shapes:
       yield there.format(**names), [(here, None)]
-  layer = 0
+  for layer, (prefix, repetition, mixer) in enumerate(_layers(config)):
+    for here, there in _block(family, mixer, fused_norm).items():
+      parts = [prefix + part for part in here]
+      if parts[0] in shapes:  # without an output gate or a convolution, there is none
+        yield f"{family.base}.layers.{layer}.{there}", [(part, repetition) for part in parts]
+
+
+def _layers(config) -> Iterator[tuple[str, int, Any]]:
+  """Of each layer: the prefix of its parameters, its index along their leading axis, and its mixer's config."""
   for run, (pattern, count) in enumerate(layer_runs(layer_mixers(config))):
     for repetition in range(count):
       for position, mixer in enumerate(pattern):
-        prefix = f"runs.{run}.{position}."
-        for here, there in _block(family, mixer, fused_norm).items():
-          parts = [prefix + part for part in here]
-          if parts[0] in shapes:  # without an output gate or a convolution, there is none
-            yield f"{family.base}.layers.{layer}.{there}", [(part, repetition) for part in parts]
-        layer += 1
+        yield f"runs.{run}.{position}.", repetition, mixer
+
+
+def _bounded(config, shapes) -> dict[int, tuple[str, int]]:
+  """The layers with a learned lower bound: number -> (parameter, index along its leading axis)."""
+  parts = [(f"{prefix}mixer.{bounds.PARAMETER}", repetition) for prefix, repetition, _ in _layers(config)]
+  return {layer: part for layer, part in enumerate(parts) if part[0] in shapes}
 
 
 def _block(family, mixer, fused_norm) -> dict[tuple[str, ...], str]:

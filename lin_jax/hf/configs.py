@@ -37,6 +37,8 @@ def from_hf(values: dict) -> ModelConfig:
       refused.append(f"{option}={value!r} (not known)")
   mixer = _mixer_from_hf(family, values, refused)
   hybrid, layers = _hybrid_from_hf(values.get("attn"), refused)
+  if kind == "hgrn2" and mixer.learned_bound and 0 in layers:
+    refused.append("attn.layers with 0 (the layer whose forget gate has no lower bound)")
   common = {field: values.get(option, family.defaults.get(field, default))
             for field, (option, default) in COMMON.items()}
   dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
@@ -60,7 +62,13 @@ def to_hf(config: ModelConfig) -> dict:
     raise ValueError(f"mixer {name!r}: must be one of {', '.join(f.mixer for f in FAMILIES.values())}")
   family = FAMILIES[kind]
   values = {option: getattr(config, field) for field, (option, _) in COMMON.items()}
-  values |= {"model_type": kind, "dtype": "float32", **_mixer_to_hf(family, config.mixer, refused)}
+  mixer = config.mixer
+  if kind == "hgrn2":
+    mixer = dataclasses.replace(mixer, norm_eps=mixer.norm_eps or config.norm_eps)
+    values["expand_ratio"] = config.width // mixer.heads
+    if mixer.learned_bound and 0 in config.hybrid_layers:
+      refused.append(f"hybrid_layers={config.hybrid_layers} (the first layer is {name})")
+  values |= {"model_type": kind, "dtype": "float32", **_mixer_to_hf(family, mixer, refused)}
   if family.mlp:
     values["intermediate_size"] = config.mlp_width
   own = {"mixer", "hybrid_mixer", "hybrid_layers", "mlp_width", "dtype", *COMMON}
@@ -70,8 +78,6 @@ def to_hf(config: ModelConfig) -> dict:
     refused.append(f"mlp_width={config.mlp_width} ({'no block is' if family.mlp else 'every block is'} a mixer alone)")
   if kind == "mamba2":
     values["head_dim"] = round(config.width * config.mixer.expand) // config.mixer.heads
-  if kind == "hgrn2":
-    values["expand_ratio"] = config.width // config.mixer.heads
   if config.hybrid_mixer is not None:
     if type(config.hybrid_mixer) is not AttentionConfig or "attn" in family.options:
       refused.append(f"hybrid_mixer={config.hybrid_mixer!r} (only attention, and not in {kind} models)")

@@ -98,6 +98,15 @@ FAMILIES = {
         constants={"rope_base": 10000.0, "conv_width": 0},
         tensors=_PROJECTIONS | {"gate.kernel": "g_proj.weight", "norm.scale": "g_norm_swish_gate.weight"},
         unfused=_HEAD_GATE, defaults={"hidden_ratio": 2}),
+    "hgrn2": Family(
+        mixer="hgrn2",
+        fields={"heads": ("num_heads", None), "learned_bound": ("use_lower_bound", True)},
+        options=_AFFINE,
+        constants={"norm_eps": 1e-5},
+        short_convolution=False,
+        tensors={"query.kernel": "q_proj.weight", "forget.kernel": "f_proj.weight", "input.kernel": "i_proj.weight",
+                 "output.kernel": "o_proj.weight", "norm.scale": "g_norm.weight"} | {
+                     f"convolutions.{i}.kernel": f"{name}_conv1d.weight" for i, name in enumerate("qfi")}),
     "transformer": Family(
         mixer="attention",
         fields={"heads": ("num_heads", 32), "kv_heads": ("num_kv_heads", None), "window": ("window_size", None),

@@ -41,6 +41,7 @@ class HGRN2Config:
 
   heads: int = 8
   learned_bound: bool = True  # of the forget gate, from below; without it the bound is 0
+  norm_eps: float = 0.0  # of the layer's own norm, 1e-5 in flash-linear-attention; 0 is that of the model
   conv_width: int = 0  # taps of a short convolution on q, f and i; 0 is none
   chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
   implementation: str = ""  # of the op; "" takes the first that supports the inputs
@@ -59,6 +60,7 @@ class HGRN2(nnx.Module):
   def __init__(self, config: HGRN2Config, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     require(config, "heads", config.heads >= 1, "must be at least 1")
     require(config, "heads", width % config.heads == 0, f"must divide the width {width}")
+    require(config, "norm_eps", config.norm_eps >= 0, "must not be negative")
     self.heads = config.heads
     self.chunk_size = config.chunk_size or None
     self.implementation = config.implementation or None
@@ -66,7 +68,7 @@ class HGRN2(nnx.Module):
     dtypes = (dtype, jnp.float32, dtype)
     self.query, self.forget, self.input = (
         Linear(width, width, ("embed", "heads"), dtype=dtype, output_dtype=output, rngs=rngs) for output in dtypes)
-    self.norm = RMSNorm(width, eps=norm_eps, rngs=rngs)
+    self.norm = RMSNorm(width, eps=config.norm_eps or norm_eps, rngs=rngs)
     self.output = Linear(width, width, ("heads", "embed"), dtype=dtype, rngs=rngs)
     self.convolutions = nnx.List([ShortConvolution(width, config.conv_width, axis="heads", dtype=output, rngs=rngs)
                                   for output in dtypes if config.conv_width])
