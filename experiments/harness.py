@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 import pathlib
 
 from absl import flags
@@ -29,6 +30,8 @@ _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens that a model with softmax 
                                 "training length. Models with a fixed state read everything.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "", "JSON file that receives the results.")
 
+_RESAMPLES = 1000  # of the documents, for the standard error of a perplexity
+
 
 def main(_):
   if _INCLUDE.value and not pathlib.Path(_INCLUDE.value).is_dir():
@@ -45,9 +48,12 @@ def main(_):
   tokenizer = load_tokenizer(_DATA.value or config.data.path)
   adapter = HarnessModel(model, tokenizer, context=_CONTEXT.value or config.data.sequence_length,
                          batch_size=_BATCH.value)
+  # The package estimates some standard errors in forked processes, where JAX's threads may hold locks for ever.
+  os.environ["DISABLE_MULTIPROC"] = "1"
   try:
     results = lm_eval.simple_evaluate(adapter, tasks=tasks, num_fewshot=_SHOTS.value, limit=_LIMIT.value,
-                                      batch_size=_BATCH.value, task_manager=manager, log_samples=False)
+                                      batch_size=_BATCH.value, task_manager=manager, log_samples=False,
+                                      bootstrap_iters=_RESAMPLES)
   except OSError as e:  # a task's data that is not there, or cannot be downloaded
     raise ValueError(f"--tasks={','.join(_TASKS.value)}: {e}") from e
   print(make_table(results))

@@ -45,6 +45,9 @@ def tasks(tmp_path_factory):
                 test_split="test", output_type="multiple_choice", doc_to_text="{{query}}", target_delimiter="",
                 doc_to_choice="{{choices}}", doc_to_target="{{gold}}", metric_list=[{"metric": "acc"}])
     (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+  task |= dict(task="last", dataset_kwargs={"data_files": {"test": str(folder / "docs.jsonl")}},
+               output_type="loglikelihood", doc_to_target="{{choices[gold]}}", metric_list=[{"metric": "perplexity"}])
+  (folder / "last.yaml").write_text(json.dumps(task))
   return folder
 
 
@@ -57,7 +60,7 @@ def start(cache, *arguments):
 
 
 def test_results_are_printed_and_written(run, tasks, tmp_path):
-  process = start(tmp_path / "cache", f"--workdir={run}", "--tasks=count*", f"--include_path={tasks}", "--limit=3",
+  process = start(tmp_path / "cache", f"--workdir={run}", "--tasks=count*,last", f"--include_path={tasks}", "--limit=3",
                   f"--out={tmp_path}/results.json", "--batch_size=4")
   out, err = process.communicate()
   assert process.returncode == 0, err
@@ -65,6 +68,9 @@ def test_results_are_printed_and_written(run, tasks, tmp_path):
   record = json.loads((tmp_path / "results.json").read_text())
   assert record["results"]["counting"]["acc,none"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
   assert record["n-samples"]["counting"]["effective"] == 3
+  # An untrained model gives each of 257 bytes about the same probability; the targets are of two and four bytes.
+  assert 257**2 < record["results"]["last"]["perplexity,none"] < 257**4
+  assert record["results"]["last"]["perplexity_stderr,none"] > 0 and "os.fork" not in err
   assert record["context"] is None and record["environment"]["lm_eval"]
 
 
