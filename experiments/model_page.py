@@ -53,6 +53,8 @@ SIZES = {
     "gated_deltanet_1b3": Size("Gated DeltaNet", "1.3B", _GATED, 1.387e9),
     "hgrn2_340m": Size("HGRN2", peer=374e6, note="no paper has this size"),
     "hgrn2_1b3": Size("HGRN2", "1.3B", _GATED),
+    "mamba_340m": Size("Mamba", "370M", "arXiv:2312.00752", note="its vocabulary of 50,280 entries would give 371.5M"),
+    "mamba_1b3": Size("Mamba", "1.3B", _GLA),
     "mamba2_340m": Size("Mamba-2", peer=382e6, note="no paper has this size"),
     "mamba2_1b3": Size("Mamba-2", "1.3B", _GATED, 1.372e9),
     "tnl_385m": Size("TransNormerLLM", "385M", _TNL),

@@ -59,12 +59,12 @@ class Mamba(nnx.Module):
     linear = dict(dtype=dtype, rngs=rngs)
     self.value, self.gate = (Linear(width, inner, ("embed", "heads"), **linear) for _ in range(2))
     self.convolution = BiasedConvolution(inner, config.conv_width, axis="heads", **linear)
-    self.rank, self.key, self.query = (Linear(inner, size, ("heads", None), **linear)
-                                       for size in (rank, config.state_size, config.state_size))
+    self.rank = Linear(inner, rank, ("heads", "embed"), **linear)
+    self.key, self.query = (Linear(inner, config.state_size, ("heads", None), **linear) for _ in range(2))
     bound = rank**-0.5
     start = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     # The step size leaves the compute dtype at its last product: rounded decays compound over thousands of tokens.
-    self.dt = Linear(rank, inner, (None, "heads"), init=start, output_dtype=jnp.float32, **linear)
+    self.dt = Linear(rank, inner, ("embed", "heads"), init=start, output_dtype=jnp.float32, **linear)
     self.dt_bias = param(rngs, dt_bias_start, (inner,), ("heads",))
     # Stored as a vector, channel by channel: it is no matrix, and weight decay is for matrices only.
     self.A_log = param(rngs, _a_log_start(config.state_size), (inner * config.state_size,), ("heads",))

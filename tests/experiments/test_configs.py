@@ -16,9 +16,11 @@ from lin_jax.model import abstract_model, parameter_count
 # Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget); those
 # of RetNet, Gated DeltaNet, Mamba-2 and HGRN2 are flash-linear-attention's models, with an untied head 1.352B, 1.387B,
 # 382M and 1.372B, and 374M. TNL's are its paper's, but for 3B, of which it says no more than that.
+# Mamba's are its paper's 371.5M and 1.372B, but for the embeddings: its vocabulary has 50,280 entries.
 SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, "transformer_small": 42.1e6,
          "gla_340m": 341.6e6, "transformer_340m": 341.6e6, "gla_1b3": 1.30e9, "transformer_1b3": 1.30e9,
          "retnet_340m": 347.4e6, "retnet_1b3": 1.286e9, "gated_deltanet_1b3": 1.3215e9,
+         "mamba_340m": 371.5e6 - 1024 * (50280 - 32000), "mamba_1b3": 1.372e9 - 2048 * (50280 - 32000),
          "mamba2_340m": 349.2e6, "mamba2_1b3": 1.3065e9, "hgrn2_340m": 341.6e6, "hgrn2_1b3": 1.30e9,
          "tnl_385m": 385e6, "tnl_1b": 1.0e9, "tnl_3b": 2.88e9, "tnl_7b": 6.8e9,
          **{f"deltanet_{kind}340m": 341.6e6 for kind in ("", "swa_", "global_")},

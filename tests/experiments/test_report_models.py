@@ -10,7 +10,7 @@ import model_page
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments/results/models.md"
 # Configs whose count neither lies within 1% of the printed size nor rounds to it; the page says why.
-OFF = {"retnet_340m"}
+OFF = {"retnet_340m", "mamba_340m"}
 
 
 @pytest.fixture(scope="module")
