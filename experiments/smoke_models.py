@@ -34,15 +34,13 @@ from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, 
 from lin_jax.data import train_iterator
 from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
 from lin_jax.mixers.linear_attention import LinearAttentionConfig
-from lin_jax.mixers.mamba import MambaConfig
 from lin_jax.mixers.simple_gla import SimpleGLAConfig
 from lin_jax.training import make_state, make_train_step
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Layers that no config has at this size: Gated DeltaNet with three heads of 256, the three quarters of the width that
-# its authors advise; simple GLA and linear attention in GLA's place.
+# Layers that no named config has at this size: Gated DeltaNet with three heads of 256, the three quarters of the width
+# that its authors advise; simple GLA and linear attention in GLA's place.
 _OTHERS = {"gated_deltanet_340m": lambda: at_340m(GatedDeltaNetConfig(heads=3), depth=21),
-           "mamba_340m": lambda: at_340m(MambaConfig(), depth=48, mlp_width=0),
            "simple_gla_340m": lambda: at_340m(SimpleGLAConfig()),
            "linear_attention_340m": lambda: at_340m(LinearAttentionConfig())}
 FAMILIES = {name: configs.CONFIGS.get(name) or _OTHERS[name] for name in (
