@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 64
-# Tokens per iteration of the compiled loops.
-UNROLL = 4
 
 
 def supports(*arrays, chunk_size=None) -> str | None:
@@ -47,7 +45,7 @@ def _scan(x, step_size, a, b, c, resets, initial_state):
     return state, jnp.sum(state * _wide(c)[:, None], axis=-1).astype(x.dtype)
 
   def chunk(state, arrays):
-    after, output = jax.lax.scan(token, state, arrays, unroll=UNROLL)
+    after, output = jax.lax.scan(token, state, arrays)
     return after, (output, state)
 
   final_state, (output, states) = jax.lax.scan(chunk, initial_state, _chunks(x, step_size, b, c, resets))
@@ -77,15 +75,15 @@ def _backward(residuals, cotangents):
 
   def chunk(carry, arrays):
     arrays, state = arrays
-    _, kept = jax.lax.scan(token, state, arrays, unroll=UNROLL)
-    return jax.lax.scan(token_back, carry, (arrays, kept), reverse=True, unroll=UNROLL)
+    _, kept = jax.lax.scan(token, state, arrays)
+    return jax.lax.scan(token_back, carry, (arrays, kept), reverse=True)
 
   arrays = _chunks(x, step_size, b, c, resets, doutput)
   (dinitial_state, da), gradients = jax.lax.scan(
       chunk, (dfinal_state, jnp.zeros_like(a)), (arrays, states), reverse=True)
   dx, dstep_size, db, dc = (_merge(array, x.shape[1]) for array in gradients)
   dx, db, dc = (array.astype(x.dtype) for array in (dx, db, dc))
-  return dx, dstep_size, da, db, dc, None if resets is None else jnp.zeros_like(resets), dinitial_state
+  return dx, dstep_size, da, db, dc, None, dinitial_state
 
 
 selective_scan.defvjp(_forward, _backward, optimize_remat=True)

@@ -60,7 +60,10 @@ def make_inputs(case, seed=0):
 
 
 # Compilation is most of the time here, optimised code none of it.
-@functools.partial(jax.jit, static_argnames="fn", compiler_options={"xla_backend_optimization_level": 0})
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(jit, static_argnames="fn")
 def results(fn, arrays, segment_ids, cotangents):
   """Outputs and gradients by name."""
   (output, final_state), vjp = jax.vjp(lambda x: fn(**x, segment_ids=segment_ids), arrays)
@@ -162,6 +165,23 @@ def test_packed_documents_equal_documents_one_by_one():
       assert_close(name, x, alone[name], tolerance(name, "float32"))
     da += alone["da"]
   assert_close("da", packed["da"], da, tolerance("da", "float32"))
+
+
+@pytest.mark.parametrize("fn", [CHUNKED, PALLAS], ids=["xla_chunked", "pallas_triton"])
+def test_vmap_and_remat_change_nothing(fn):
+  arrays, _, _ = make_inputs(Case(B=4, T=10, D=16))
+  two = {name: x if name == "a" else x.reshape(2, 2, *x.shape[1:]) for name, x in arrays.items()}
+
+  def loss(arrays):
+    return jnp.sum(jnp.sin(fn(**arrays)[0]))
+
+  def mapped(arrays):
+    axes = {name: None if name == "a" else 0 for name in arrays}
+    return jnp.sum(jax.vmap(jax.checkpoint(loss), in_axes=(axes,))(arrays))
+
+  expected, actual = (jit(jax.grad(f))(x) for f, x in ((loss, arrays), (mapped, two)))
+  for name, x in expected.items():
+    assert_close(name, actual[name].reshape(x.shape), x, tolerance(f"d{name}", "float32"))
 
 
 def test_memory_is_linear_in_time():
