@@ -59,8 +59,9 @@ def make_inputs(case, seed=0):
   return arrays, segment_ids(case.segments, B) if case.segments else None, cotangents
 
 
-# Compilation is most of the time here, optimised code none of it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# On a CPU, compilation is most of the time, optimised code none of it.
+jit = functools.partial(
+    jax.jit, compiler_options={} if jax.default_backend() == "gpu" else {"xla_backend_optimization_level": 0})
 
 
 @functools.partial(jit, static_argnames="fn")
