@@ -71,10 +71,14 @@ def build(name: str, device: str, *, tiny: bool = False, seed: int = 0) -> Any:
 def load(path: pathlib.Path, device: str) -> Any:
   """The model of a checkpoint directory; raises ValueError unless its tensors are exactly the model's."""
   import torch
-  from transformers import AutoModelForCausalLM
+  from transformers import AutoConfig, AutoModelForCausalLM
 
   _fla()
-  model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+  config = AutoConfig.from_pretrained(path)
+  if hasattr(config, "attn_mode"):
+    config.attn_mode = "fused_recurrent"
+  model, info = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32,
+                                                     output_loading_info=True)
   wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
   if wrong:
     raise ValueError(f"{path}: {wrong}")

@@ -147,7 +147,7 @@ def _hybrid_from_hf(attn: dict | list | None, refused: list) -> tuple[AttentionC
         refused.append(f"attn.{option}={value!r} (served: {ATTENTION_OPTIONS.get(option, (None,))[0]!r})")
     fields = {field: part.get(option, default) or 0 for field, (option, default) in _ATTENTION_FIELDS.items()}
     configs.append(AttentionConfig(**fields))
-    layers += part["layers"]
+    layers += part.get("layers", [])
   if any(config != configs[0] for config in configs):
     refused.append(f"attn={attn!r} (served: one kind of attention)")
   return (configs[0], tuple(sorted(layers))) if layers else (None, ())

@@ -185,6 +185,11 @@ def test_shards_and_bfloat16_tensors_are_read(tmp_path):
   np.testing.assert_array_equal(model.embedding[...], expected)
 
 
+def test_a_tied_head_may_be_stored_as_well(tmp_path):
+  path = edited("gla_convolution", tmp_path / "copy", lambda t: t | {"lm_head.weight": t["model.embeddings.weight"]})
+  assert hf.load(path)[0] == hf.load_config(FIXTURES / "gla_convolution")
+
+
 def test_directories_that_hold_no_checkpoint_are_named(tmp_path):
   with pytest.raises(ValueError, match="config.json: not a readable JSON file"):
     hf.load(tmp_path)
