@@ -4,6 +4,7 @@ Kernel bodies take a `dot` as keyword: products of 16-bit operands accumulate in
 multiplied in three TF32 passes on a GPU (relative error about 1e-6) and in full float32 by the interpreter.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -33,7 +34,7 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
   """
 
   def call(interpret):
-    body = functools.partial(kernel, dot=functools.partial(_dot, interpret=interpret))
+    body = functools.partial(kernel, dot=Dot(interpret))
     body.__name__ = name
     return pl.pallas_call(
         body, name=name, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, interpret=interpret,
@@ -43,13 +44,24 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
   return lambda *args: jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
 
 
-def _dot(a, b, *, interpret):
-  if interpret:
-    # XLA's CPU backend lacks some products of bfloat16; what was rounded to it stays rounded.
-    a, b = (x if x.dtype == jnp.float32 else jax.lax.reduce_precision(x.astype(jnp.float32), 8, 7) for x in (a, b))
-    return jax.lax.dot(a, b, precision=jax.lax.Precision.HIGHEST)
-  precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if a.dtype == jnp.float32 else None
-  return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+@dataclasses.dataclass(frozen=True)
+class Dot:
+  """`dot(a, b)`, and `dot.barrier(dtype)` between products whose operands must not be fetched early."""
+
+  interpret: bool
+
+  def __call__(self, a, b):
+    if self.interpret:
+      # XLA's CPU backend lacks some products of bfloat16; what was rounded to it stays rounded.
+      a, b = (x if x.dtype == jnp.float32 else jax.lax.reduce_precision(x.astype(jnp.float32), 8, 7) for x in (a, b))
+      return jax.lax.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if a.dtype == jnp.float32 else None
+    return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+  def barrier(self, dtype):
+    """For operands of float32, whose pieces for several products do not fit the registers together."""
+    if dtype == jnp.float32 and not self.interpret:
+      plt.debug_barrier()
 
 
 def operand(dtype):

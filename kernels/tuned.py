@@ -1,5 +1,7 @@
 """Measured configurations of the kernels: one file a device, `tuned/<device>.json`, as data.
 
+A device without a file takes that of one with the same multiprocessors (`RELATED`), for which its code is the same.
+
 `experiments/retune.py` writes them on the GPU; nothing measures at run time. An entry holds op, the forms of log_decay
 that it serves, K, V, dtype, the fields of the op's `Config`, and the milliseconds that speak for it.
 """
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 FOLDER = pathlib.Path(__file__).parent / "tuned"
+# Names of devices that differ from a measured one in memory, clock or number of multiprocessors only.
+RELATED = {r"nvidia_(h100|h200|h800|gh200)(_.*)?": "nvidia_h100_80gb_hbm3"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Tile:
 
 
 def lookup[C](op: str, config_class: type[C], *, gate: str, K: int, V: int, dtype) -> C | None:
-  """The configuration measured on the device that the program is compiled for; None where nothing is listed.
+  """The configuration measured on the device that the program is compiled for, or on one with the same
+  multiprocessors; None where nothing is listed.
 
   Args:
     gate: the form of log_decay, see `gate_key`.
@@ -50,7 +55,7 @@ def gate_key(log_decay) -> str:
 
 
 def listed(op: str, device: str) -> list[tuple[str, int, int, str]]:
-  """Gate, K, V and dtype of everything that the file of `device` lists for `op`."""
+  """Gate, K, V and dtype of everything that is listed for `op` on `device`."""
   path = _path(device)
   return [key[1:] for key in read(path) if key[0] == op] if path.exists() else []
 
@@ -74,7 +79,10 @@ def dtype_key(dtype) -> str:
 
 
 def _path(device):
-  return FOLDER / f"{slug(device)}.json"
+  """The device's file, or the one that stands in for it; it need not exist."""
+  path = FOLDER / f"{slug(device)}.json"
+  stand_in = next((name for pattern, name in RELATED.items() if re.fullmatch(pattern, slug(device))), None)
+  return path if path.exists() or stand_in is None else FOLDER / f"{stand_in}.json"
 
 
 @functools.cache

@@ -72,7 +72,8 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   wide = dtype == jnp.float32
   scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4, 3 if K <= 32 else 2)
   chunk = chunk_size or (16 if wide else 32)
-  return Config(chunk, chunk, 64, 16 if wide or K <= 16 else 32, scan, scan, Tile(tile_width(K, 32), 4, 1))
+  depth = 32 if wide and K > 64 else 64
+  return Config(chunk, chunk, depth, 16 if wide or K <= 16 else 32, scan, scan, Tile(tile_width(K, 32), 4, 1))
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
@@ -243,9 +244,17 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
       v = jnp.where(first < 0, v, jnp.zeros_like(v))
     save_now = save and ((every == 1) | (jax.lax.rem(n, every) == (every - 1 if reverse else 0)))
     load = lambda ref, tile: ref[rows, tile].astype(dtype)
-    scores = lambda a_ref, b_ref: sum(dot(load(a_ref, tile), load(b_ref, tile).T) for tile in tiles)
+
+    def scores(a_ref, b_ref):
+      found = 0.0
+      for tile in tiles:
+        dot.barrier(dtype)
+        found += dot(load(a_ref, tile), load(b_ref, tile).T)
+      return found
+
     k_held, q_held = 0.0, 0.0
     for tile, s in zip(tiles, state):
+      dot.barrier(dtype)
       s = s.astype(dtype)
       k_held += dot(s, load(k_ref, tile).T)
       if early:
@@ -275,8 +284,11 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
       keys = [(k_ref, _columns(new, decay.after, k_norm))]
     # The state is what every later token reads: what is added to it takes 16 bits too.
     keys = [(ref, part) for ref, x in keys for part in _parts(x, dtype)]
-    return tuple(sum((dot(x, load(ref, tile)) for ref, x in keys), start=_columns(s, decay.total))
-                 for tile, s in zip(tiles, state))
+    left = []
+    for tile, s in zip(tiles, state):
+      dot.barrier(dtype)
+      left.append(sum((dot(x, load(ref, tile)) for ref, x in keys), start=_columns(s, decay.total)))
+    return tuple(left)
 
   state = jax.lax.fori_loop(0, T // C, step, initial)
   for tile, s in zip(tiles, state):

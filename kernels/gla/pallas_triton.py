@@ -67,13 +67,14 @@ class Config:
 
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
-  wide = dtype == jnp.float32
-  # Two stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first.
-  scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide or K > 128 else 4, 2)
+  wide, most = dtype == jnp.float32, K > 128
+  # Stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first.
+  scan = Tile(tile_width(V, 16 if wide or most else 32), 8 if wide or most else 4, 3 if wide and most else 2)
   # With 4 warps and a single tile of V the loop over tiles is unrolled into more than the registers hold.
   keys = Tile(tile_width(K, 16 if wide else 32), 4 if wide or V > 32 else 8, 1)
   scores = Tile(64, 4, 1) if wide and K > 64 else None
-  return Config(chunk_size or (16 if wide else 64), 64 if wide else 128, scores, keys, scan, scan, keys)
+  depth = 64 if wide else tile_width(K)
+  return Config(chunk_size or (16 if wide else 64), depth, scores, keys, scan, scan, keys)
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
@@ -211,19 +212,24 @@ def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse
         exact = plt.load(p_ref.at[n], mask=jnp.broadcast_to(jnp.logical_not(bounded), (C, C)), other=0.0)
         p = jnp.where(bounded, p, exact.T if reverse else exact)
       o = dot(jnp.where(causal, p, 0.0).astype(dtype), z)
-    next_states = []
+    entered = []
     for i, (tile, state) in enumerate(zip(tiles, states)):
+      dot.barrier(dtype)
       state = decay(n, enter, tile) * state
       middle = state.astype(dtype)
       if outputs:
         o += dot(x_ref[rows, tile] if late else xs[i], middle)
       if save:
         refs[-1][n, tile, :] = middle
-      y = y_ref[rows, tile] if late else ys[i]
-      next_states.append(decay(n, exit, tile) * (decay(n, keep, tile) * state + dot(y.T, z)))
+      entered.append(state)
     if outputs:
       refs[0][rows, :] = o.astype(refs[0].dtype)
-    return tuple(next_states)
+    left = []
+    for i, (tile, state) in enumerate(zip(tiles, entered)):
+      dot.barrier(dtype)
+      y = y_ref[rows, tile] if late else ys[i]
+      left.append(decay(n, exit, tile) * (decay(n, keep, tile) * state + dot(y.T, z)))
+    return tuple(left)
 
   states = jax.lax.fori_loop(0, T // C, step, tuple(initial_ref[tile, :] for tile in tiles))
   for tile, state in zip(tiles, states):

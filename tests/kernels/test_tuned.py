@@ -92,3 +92,16 @@ def test_entry_of_other_kernels(folder, config, rule):
 ])
 def test_slug(device, name):
   assert tuned.slug(device) == name
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"])
+def test_device_with_the_same_multiprocessors_takes_the_measured_ones_file(folder, device):
+  write(folder, entry())
+  with on(device):
+    assert lookup() == MEASURED
+    other = dataclasses.replace(MEASURED, chunk=32)
+    (folder / f"{tuned.slug(device)}.json").write_text(
+        json.dumps({"configs": [entry(config=dataclasses.asdict(other))]}))
+    assert lookup() == other
+  with on("NVIDIA H20"):
+    assert lookup() is None
