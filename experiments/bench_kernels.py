@@ -11,13 +11,16 @@ compared with the float32 scan; what cannot run is recorded with its reason. `re
 """
 
 import concurrent.futures
+import contextlib
 import datetime
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 
@@ -50,6 +53,9 @@ _REPEATS = flags.DEFINE_integer("repeats", 10, "Batches of calls; the median cou
 _INPUTS = flags.DEFINE_integer("input_sets", 2, "Inputs that the calls rotate through.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", "", "JSON lines file that receives one record a measurement, appended.")
 _RESUME = flags.DEFINE_bool("resume", False, "Skip what --out holds of this device, these versions and these kernels.")
+_MATCH = flags.DEFINE_string("match", "", "Times only the calls whose line contains this regular expression.")
+_TURNS = flags.DEFINE_string("turns", "", "File by which several of these commands, each with its part of the calls, "
+                             "take turns on one GPU: they compile side by side and measure one at a time.")
 _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no measurement after this time; 0 for no limit.", lower_bound=0)
 
 
@@ -89,7 +95,22 @@ def main(_):
     sys.exit(1)
 
 
+@contextlib.contextmanager
+def _turn():
+  """The GPU to itself among the commands that share --turns. Inputs stay in memory between the turns."""
+  if not _TURNS.value:
+    yield
+    return
+  with open(_TURNS.value, "a") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
 def _cases():
+  return [case for case in _named_cases() if re.search(_MATCH.value, str(case))]
+
+
+def _named_cases():
   if not _SHAPES.value:
     shape = [flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY_CHANNELS, _VALUE_CHANNELS)]
     return kernel_cases.of_shape(shape, _OPS.value, _DTYPE.value or "float32")
@@ -154,9 +175,10 @@ def _compile(name, case, label):
 def _measured(name, case, label, compiled):
   try:
     run = compiled()  # what cannot run this shape raises here
-    sets, wanted = _prepared(case)
-    program = kernel_timing.jax_program(run, sets) if run else peers.fla_program(case, label, sets)
-    return kernel_timing.measure(case, label, program, wanted, _REPEATS.value)
+    with _turn():
+      sets, wanted = _prepared(case)
+      program = kernel_timing.jax_program(run, sets) if run else peers.fla_program(case, label, sets)
+      return kernel_timing.measure(case, label, program, wanted, _REPEATS.value)
   except Exception as e:  # one call that cannot run must not cost the others their measurement
     return {"ms": None, "gb_per_s": None, "peak_mib": None, "reason": kernel_timing.reason(e),
             "declined": isinstance(e, NotImplementedError)}
