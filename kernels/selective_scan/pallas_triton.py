@@ -36,7 +36,7 @@ CHANNELS = 16  # of a program
 MOST_STATES = 32  # a channel: more do not fit into registers
 ROWS = 16  # of the product that sums over channels: dc of up to 8 tokens, then their db
 # Programs of one warp that keep a multiprocessor as busy as one program of several warps, which `split` counts.
-WARPS = 8
+WARPS = 32
 
 
 def supports(x, step_size, a, *others, chunk_size=None) -> str | None:
@@ -55,8 +55,9 @@ def block_size(N: int, dtype) -> int:
 def selective_scan(x, step_size, a, b, c, resets, initial_state):
   """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are added to the logs of the decays."""
   (B, T, D), block = x.shape, block_size(a.shape[1], x.dtype)
-  return configured(x, step_size, a, b, c, resets, initial_state, block=block,
-                    pieces=split.pieces(-(-D // CHANNELS) * B // WARPS, T, block))
+  # A block is short for a chunk: pieces shorter than about 256 tokens do not repay their launch.
+  pieces = split.pieces(-(-D // CHANNELS) * B // WARPS, T, 4 * block)
+  return configured(x, step_size, a, b, c, resets, initial_state, block=block, pieces=pieces)
 
 
 def configured(x, step_size, a, b, c, resets, initial_state, *, block, pieces):
