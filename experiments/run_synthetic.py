@@ -1,0 +1,145 @@
+"""Trains models on synthetic tasks: one run, or a sweep that goes on where it stopped.
+
+  python experiments/run_synthetic.py --task=mqar --mixer=delta_net --width=64 --learning_rate=1e-3 --steps=5000 \
+      --set=sequence_length=512,pairs=64 --mixer_set=conv_width=0 --out=experiments/results/synthetic.jsonl
+  python experiments/run_synthetic.py --sweep=mqar --until_solved --limit_seconds=540 \
+      --out=experiments/results/synthetic.jsonl
+
+Each run appends one JSON line to --out when it has ended. A sweep skips the runs that have a line there; with it,
+--task and --mixer select, --set and --mixer_set do not apply, and every other option of a run replaces the sweep's
+value. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
+"""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+import commands
+from lin_jax import metrics, mixers
+from lin_jax.model import abstract_model
+from lin_jax.workdir import environment
+from synthetic import TASKS
+from synthetic.runs import Run, parse_fields
+from synthetic.sweeps import SWEEPS
+from synthetic.training import train
+
+_DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_OPTIONS = {field.name: _DEFINE[field.type](field.name, field.default, field.metadata["help"])
+            for field in dataclasses.fields(Run) if "help" in field.metadata}
+_SET = flags.DEFINE_string("set", "", "Fields of the task: name=value,...")
+_MIXER_SET = flags.DEFINE_string("mixer_set", "", "Fields of the mixer: name=value,...")
+_SWEEP = flags.DEFINE_string("sweep", "", f"One of {', '.join(SWEEPS)}, in place of one run.")
+_OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probably end later; 0 for no limit.",
+                            lower_bound=0)
+_UNTIL_SOLVED = flags.DEFINE_bool("until_solved", False, "Leave out the learning rates that follow one that solved it.")
+
+
+def main(_):
+  start = time.monotonic()
+  path = pathlib.Path(_OUT.value) if _OUT.value else None
+  runs = _sweep(path) if _SWEEP.value else [_single()]
+  # The layers' own rules are checked too, before the first run takes its time.
+  for model in {repr(model := run.train_config().model): model for run in runs}.values():
+    abstract_model(model)
+  records = _load(path) if path else []
+  done = {_key(record["setting"]) for record in records} if _SWEEP.value else set()
+  solved = {_key(record["setting"], but_rate=True) for record in records if record["solved"]}
+  common, failed, longest, counts = _common(), [], 0.0, {"run": 0, "skipped": 0, "left": 0}
+  for number, run in enumerate(runs, 1):
+    setting = run.setting()
+    if _key(setting) in done or (_UNTIL_SOLVED.value and _key(setting, but_rate=True) in solved):
+      counts["skipped"] += 1
+      continue
+    begin = time.monotonic()
+    if _LIMIT.value and begin - start + longest > _LIMIT.value:
+      counts["left"] += 1
+      continue
+    print(f"[{number}/{len(runs)}] {_title(run)}", flush=True)
+    try:
+      result = train(run, lambda line: print(" ", line, flush=True))
+    except Exception as e:  # one run that cannot be made must not cost the others of a sweep their record
+      if not _SWEEP.value:
+        raise
+      failed.append(f"{_title(run)}: {type(e).__name__}: {e}".splitlines()[0])
+      continue
+    longest = max(longest, time.monotonic() - begin)
+    counts["run"] += 1
+    if result["solved"]:
+      solved.add(_key(setting, but_rate=True))
+    if path:
+      now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+      with path.open("a") as file:
+        file.write(json.dumps({"run": now, **common, "setting": setting, **result}) + "\n")
+  print(", ".join(f"{count} {name}" for name, count in counts.items()))
+  if failed:
+    print("failed:", *failed, sep="\n  ", file=sys.stderr)
+    sys.exit(1)
+
+
+def _single():
+  options = {name: flag.value for name, flag in _OPTIONS.items()}
+  for name, known in (("task", TASKS), ("mixer", mixers.MIXERS)):
+    if options[name] not in known:
+      raise ValueError(f"--{name}={options[name]}: must be one of {', '.join(known)}")
+  return Run(**options, task_fields=parse_fields(TASKS[options["task"]], _SET.value),
+             mixer_fields=parse_fields(mixers.config_class(options["mixer"]), _MIXER_SET.value))
+
+
+def _sweep(path):
+  if _SWEEP.value not in SWEEPS:
+    raise ValueError(f"--sweep={_SWEEP.value}: must be one of {', '.join(SWEEPS)}")
+  if path is None:
+    raise ValueError("--sweep needs --out, the file that says which runs are done")
+  for flag in (_SET, _MIXER_SET):
+    if flag.value:
+      raise ValueError(f"--{flag.name}={flag.value}: not with --sweep, whose runs name their fields")
+  given = {name: flag.value for name, flag in _OPTIONS.items() if flag.present}
+  task, mixer = given.pop("task", None), given.pop("mixer", None)
+  runs = [dataclasses.replace(run, **given) for run in SWEEPS[_SWEEP.value]()
+          if task in (None, run.task) and mixer in (None, run.mixer)]
+  if not runs:
+    raise ValueError(f"--sweep={_SWEEP.value}: has no run of task {task or 'any'} and mixer {mixer or 'any'}")
+  return list({_key(run.setting()): run for run in runs}.values())
+
+
+def _load(path):
+  """The records of the file, whose last line is dropped if a kill has cut it short. Raises ValueError."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = metrics.read(path)
+    if path.exists() and not path.read_text().endswith("\n"):
+      path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.touch()
+    if any("setting" not in record or "solved" not in record for record in records):
+      raise KeyError("setting")
+  except OSError as e:
+    raise ValueError(f"--out={path}: cannot be written: {e.strerror}") from e
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise ValueError(f"--out={path}: not a file of this command's records ({e!r})") from e
+  return records
+
+
+def _key(setting, but_rate=False):
+  return json.dumps({k: v for k, v in setting.items() if not (but_rate and k == "learning_rate")}, sort_keys=True)
+
+
+def _title(run):
+  fields = "".join(f" {name}={value}" for name, value in run.task_fields.items())
+  return f"{run.task}{fields}, {run.mixer}, width {run.width}, learning rate {run.learning_rate:g}, seed {run.seed}"
+
+
+def _common():
+  found = environment()
+  versions = {name: found[name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
+  return {"device": found["device_kind"], "versions": versions, "git_commit": found["git_commit"],
+          "command": " ".join(["python", *sys.argv])}
+
+
+if __name__ == "__main__":
+  commands.run(main)

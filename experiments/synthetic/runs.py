@@ -1,0 +1,111 @@
+"""One training run on a synthetic task: `Run` names everything that determines it."""
+
+import dataclasses
+import math
+from typing import Any
+
+from lin_jax import mixers
+from lin_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, validate
+
+from . import TASKS
+
+# The papers' models on MQAR: matrix memories of two heads, one head of attention.
+HEADS = {"attention": 1, "linear_attention": 2, "retention": 2, "gla": 2, "delta_net": 2, "gated_delta_net": 2}
+
+
+def _option(default, text):
+  return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A task, a model and how it is trained; defaults are MQAR's protocol, but for the number of steps."""
+
+  task: str = _option("", "Name of the task.")
+  mixer: str = _option("", "Registered name of the sequence mixer.")
+  task_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+  mixer_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+  width: int = _option(64, "Of the model.")
+  depth: int = _option(2, "Blocks.")
+  mlp_width: int = _option(0, "Of each block's SwiGLU; 0 for blocks of the mixer alone.")
+  dtype: str = _option("float32", "Of activations.")
+  learning_rate: float = _option(1e-3, "Peak, of AdamW; falls as a cosine.")
+  final_fraction: float = _option(0.0, "Of the learning rate, at the last step.")
+  warmup_steps: int = _option(0, "Steps of linear warmup.")
+  weight_decay: float = _option(0.1, "On matrices.")
+  beta2: float = _option(0.999, "Of AdamW.")
+  batch_size: int = _option(128, "Sequences per step.")
+  steps: int = _option(1000, "Optimizer steps at most.")
+  examples: int = _option(0, "Training examples; 0 is the task's own number, or draws anew if it has none.")
+  test_examples: int = _option(1280, "Held-out examples.")
+  evaluate_every: int = _option(100, "Steps between tests.")
+  stop_accuracy: float = _option(0.99, "Held-out accuracy at which the task counts as solved and the run ends.")
+  seed: int = _option(0, "Of parameters and data.")
+
+  def build_task(self, **changes) -> Any:
+    """The task. Raises ValueError for an unknown one or a setting that it refuses."""
+    if self.task not in TASKS:
+      raise ValueError(f"task={self.task!r}: must be one of {', '.join(TASKS)}")
+    return _build(TASKS[self.task], self.task, self.task_fields | changes)
+
+  def training_task(self) -> Any:
+    """The task as it draws what is trained on."""
+    return self.build_task(**({"training": True} if "training" in _fields(TASKS[self.task]) else {}))
+
+  def training_examples(self) -> int:
+    """How many different examples are trained on; 0 if every batch is new."""
+    return self.examples or getattr(self.build_task(), "train_examples", 0)
+
+  def train_config(self) -> TrainConfig:
+    """Model, data and optimizer, checked. Raises ValueError."""
+    for field, least in (("evaluate_every", 1), ("test_examples", 1), ("examples", 0)):
+      if getattr(self, field) < least:
+        raise ValueError(f"{field}={getattr(self, field)}: must be at least {least}")
+    if 0 < self.training_examples() < self.batch_size:
+      raise ValueError(f"batch_size={self.batch_size}: there are only {self.training_examples()} training examples")
+    if not 0 <= self.final_fraction <= 1:
+      raise ValueError(f"final_fraction={self.final_fraction}: must lie in [0, 1]")
+    task = self.build_task()
+    model = ModelConfig(mixer=self._mixer_config(), vocab_size=task.vocab_size, width=self.width, depth=self.depth,
+                        mlp_width=self.mlp_width, dtype=self.dtype)
+    data = DataConfig(sequence_length=task.sequence_length, batch_size=self.batch_size)
+    optim = OptimConfig(steps=self.steps, warmup_steps=self.warmup_steps, learning_rate=self.learning_rate,
+                        final_learning_rate=self.final_fraction * self.learning_rate, beta2=self.beta2,
+                        weight_decay=self.weight_decay, clip_norm=math.inf)
+    return validate(TrainConfig(seed=self.seed, model=model, data=data, optim=optim))
+
+  def setting(self) -> dict:
+    """Everything that determines the run, defaults included, as JSON holds it."""
+    resolved = {"task_fields": dataclasses.asdict(self.build_task()),
+                "mixer_fields": dataclasses.asdict(self._mixer_config()), "examples": self.training_examples()}
+    return dataclasses.asdict(self) | resolved
+
+  def _mixer_config(self):
+    fields = {"heads": HEADS[self.mixer]} if self.mixer in HEADS else {}
+    if self.mixer == "gated_delta_net":  # its heads have a size of their own; those of the others divide the width
+      fields |= {"head_dim": self.width // int(self.mixer_fields.get("heads", 2)), "expand_v": 1.0}
+    return _build(mixers.config_class(self.mixer), self.mixer, fields | self.mixer_fields)
+
+
+def parse_fields(cls: type, text: str) -> dict[str, Any]:
+  """"pairs=64,power=0.1" as values of the dataclass's types. Raises ValueError for unknown fields and other types."""
+  values, known = {}, _fields(cls)
+  for item in filter(None, text.split(",")):
+    name, _, value = item.partition("=")
+    if name not in known:
+      raise ValueError(f"{item!r}: {cls.__name__} has no field {name!r}, but {', '.join(known)}")
+    try:
+      values[name] = {"true": True, "false": False}[value.lower()] if known[name] is bool else known[name](value)
+    except (KeyError, ValueError):
+      raise ValueError(f"{item!r}: {name} must be of type {known[name].__name__}") from None
+  return values
+
+
+def _fields(cls):
+  return {field.name: field.type for field in dataclasses.fields(cls)}
+
+
+def _build(cls, name, fields):
+  if unknown := [field for field in fields if field not in _fields(cls)]:
+    raise ValueError(f"{unknown[0]}={fields[unknown[0]]!r}: {name} has no such field, but {', '.join(_fields(cls))}")
+  return cls(**fields)

@@ -1,0 +1,115 @@
+"""Training on synthetic tasks: a tiny recall that is learnt, every task at a small size, measures and batches."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from synthetic import TASKS
+from synthetic.batch import Batch
+from synthetic.mqar import MQAR
+from synthetic.runs import HEADS, Run, parse_fields
+from synthetic.sweeps import MIXERS, SWEEPS
+from synthetic.training import Answerer, _batches, _compact, class_accuracy, score, train
+
+RECALL = {"sequence_length": 32, "pairs": 4, "vocab_size": 32}
+SMALL = {"in_context_recall": {"sequence_length": 16}, "noisy_recall": {"sequence_length": 16},
+         "fuzzy_recall": {"sequence_length": 24}, "selective_copying": {"sequence_length": 16, "copies": 4},
+         "compression": {"sequence_length": 8}, "memorization": {"vocab_size": 16, "sequence_length": 16},
+         "regbench": {"sequence_length": 32, "train_examples": 500, "max_letters": 6}}
+
+
+def test_delta_net_recalls():
+  run = Run("mqar", "delta_net", RECALL, width=32, batch_size=64, steps=500, evaluate_every=50, learning_rate=1e-2,
+            stop_accuracy=0.95, test_examples=256)
+  lines = []
+  result = train(run, lines.append)
+  assert result["solved"] and result["accuracy"] >= 0.95 and not result["diverged"]
+  assert result["steps"] < 500  # the run ends when the task is solved
+  assert result["curve"][0][2] < 0.7 and result["curve"][-1] == [result["steps"], pytest.approx(
+      result["curve"][-1][1]), pytest.approx(result["accuracy"], abs=1e-5)]
+  assert f"step {result['steps']}/500" in lines[-1] and "accuracy 0.9" in lines[-1]
+
+
+def test_every_task_has_a_small_setting():
+  assert set(SMALL) == set(TASKS) - {"mqar"}  # whose small setting is RECALL
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_every_task_trains(task):
+  run = Run(task, "attention", SMALL[task], {"heads": 2}, width=32, depth=1, learning_rate=1e-2, batch_size=64,
+            steps=90, evaluate_every=15, test_examples=128)
+  result = train(run)
+  # The first loss is already an average over 15 steps, the logarithm of the vocabulary that of an untrained model.
+  assert result["curve"][-1][1] < 0.95 * math.log(run.build_task().vocab_size) and not result["diverged"]
+  if task == "memorization":
+    assert result["solved"]
+  assert (result["class_accuracy"] is None) == (task == "regbench")
+
+
+def test_scores():
+  batch = Batch(np.zeros((2, 3), np.int32), np.array([[1, 1, 2], [1, 0, 0]], np.int32),
+                np.array([[1, 1, 1], [1, 0, 0]], np.float32))
+  said = np.array([[1, 0, 2], [1, 5, 5]], np.int32)
+  assert score(said, batch) == pytest.approx(3 / 4)
+  assert class_accuracy(said, batch) == pytest.approx((0 + 2 / 3 + 1) / 3)  # of 0, which is never right, 1 and 2
+  allowed = np.zeros((2, 3, 6), bool)
+  allowed[0, :, 0] = allowed[1, :, 1] = True
+  assert score(said, dataclasses.replace(batch, allowed=allowed)) == pytest.approx(2 / 4)
+
+
+def test_positions_that_count():
+  batch = Run("mqar", "gla", RECALL).build_task().draw(np.random.default_rng(0), 5)
+  compact = _compact(batch)
+  assert compact["positions"].shape == (5, 4) and (compact["weights"] == 1).all()
+  assert (np.take_along_axis(batch.targets, compact["positions"], axis=1) == compact["targets"]).all()
+  uneven = dataclasses.replace(batch, mask=batch.mask * (np.arange(32) < 20))
+  compact = _compact(uneven)
+  assert compact["positions"].shape == (5, 32) and compact["weights"].sum() == uneven.mask.sum()
+
+
+def test_epochs_take_every_example_once():
+  run = Run("mqar", "gla", RECALL, examples=10, batch_size=3, evaluate_every=2)
+  batches = _batches(run)
+  rows = np.concatenate([next(batches)[1] for _ in range(3)]).reshape(2, 9)  # two epochs of three batches
+  assert all(len(set(epoch)) == 9 for epoch in rows.tolist()) and (rows[0] != rows[1]).any()
+  fresh = _batches(dataclasses.replace(run, examples=0, steps=4))
+  (one, _), (two, _) = fresh
+  assert (one["tokens"] != two["tokens"]).any()
+
+
+def test_decoder_reads_the_last_output_alone():
+  model = Run("mqar", "attention", RECALL, width=16).train_config().model
+  answerer = Answerer(model, True, rngs=nnx.Rngs(0))
+  tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, 32)
+  positions = np.arange(6, dtype=np.int32)[None]
+  answer = jax.jit(lambda tokens: answerer(tokens, positions))
+  before = answer(tokens)
+  assert before.shape == (1, 6, 16) and np.abs(before[0, 0] - before[0, 5]).max() > 1e-3
+  # All positions hear of the last token.
+  assert np.abs(before - answer(tokens.at[0, 5].add(1))).max(axis=-1).min() > 1e-4
+
+
+def test_settings():
+  for mixer in MIXERS:
+    setting = Run("mqar", mixer, width=128).setting()
+    assert setting["mixer_fields"].get("heads") == HEADS.get(mixer)
+    assert setting == json.loads(json.dumps(setting))
+  assert Run("mqar", "gated_delta_net", width=128).setting()["mixer_fields"]["head_dim"] == 64
+  assert parse_fields(MQAR, "pairs=3,power=0.5,random_filler=true") == {
+      "pairs": 3, "power": 0.5, "random_filler": True}
+  for text, message in (("pears=3", "MQAR has no field 'pears'"), ("pairs=x", "pairs must be of type int"),
+                        ("random_filler=2", "must be of type bool"), ("pairs", "must be of type int")):
+    with pytest.raises(ValueError, match=message):
+      parse_fields(MQAR, text)
+
+
+def test_mqar_sweep_is_the_papers_grid():
+  runs = SWEEPS["mqar"]()
+  assert len({json.dumps(run.setting()) for run in runs}) == len(runs) == 2 * 3 * len(MIXERS) * 4
+  for run in runs:
+    run.train_config()
