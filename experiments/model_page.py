@@ -52,6 +52,7 @@ SIZES = {
     "deltanet_global_340m": Size("DeltaNet + attention", "340M", _DELTANET),
     "deltanet_global_1b3": Size("DeltaNet + attention", "1.3B", _DELTANET),
     "gated_deltanet_1b3": Size("Gated DeltaNet", "1.3B", _GATED, 1.387e9),
+    "delta_product_340m": Size("Gated DeltaProduct", note="no paper has this size"),
     "hgrn2_340m": Size("HGRN2", peer=374e6, note="no paper has this size"),
     "hgrn2_1b3": Size("HGRN2", "1.3B", _GATED),
     "mamba_340m": Size("Mamba", "370M", "arXiv:2312.00752", vocabulary=50280),

@@ -2,6 +2,7 @@
 
 from lin_jax.config import TrainConfig
 
+from .delta_product import delta_product_340m
 from .deltanet import (
     deltanet_1b3,
     deltanet_340m,
@@ -21,8 +22,8 @@ from .transnormer import tnl_1b, tnl_3b, tnl_7b, tnl_385m
 CONFIGS = {function.__name__: function for function in (
     gla_tiny, gla_small, gla_340m, gla_1b3, transformer_tiny, transformer_small, transformer_340m, transformer_1b3,
     retnet_340m, retnet_1b3, deltanet_340m, deltanet_1b3, deltanet_swa_340m, deltanet_swa_1b3, deltanet_global_340m,
-    deltanet_global_1b3, gated_deltanet_1b3, mamba_340m, mamba_1b3, mamba2_340m, mamba2_1b3, hgrn2_340m, hgrn2_1b3,
-    tnl_385m, tnl_1b, tnl_3b, tnl_7b)}
+    deltanet_global_1b3, gated_deltanet_1b3, delta_product_340m, mamba_340m, mamba_1b3, mamba2_340m, mamba2_1b3,
+    hgrn2_340m, hgrn2_1b3, tnl_385m, tnl_1b, tnl_3b, tnl_7b)}
 
 
 def lookup(name: str) -> TrainConfig:

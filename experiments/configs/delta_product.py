@@ -1,0 +1,18 @@
+"""Gated DeltaProduct at the size of the other papers' small runs."""
+
+from lin_jax.config import TrainConfig
+from lin_jax.mixers.delta_product import DeltaProductConfig
+
+from .paper import at_340m
+
+
+def delta_product_340m() -> TrainConfig:
+  """Gated DeltaProduct with two steps a token, 19 layers of width 1024 with 8 heads (K = V = 128): 337M parameters.
+
+  Source: arXiv:2502.10297. Depth, heads and recipe are this repository's: the paper's models have other sizes, and its
+  data is FineWeb. Keys and values are twice as wide as Gated DeltaNet's, so there are fewer layers.
+  Command: python experiments/train.py --config=delta_product_340m --workdir=runs/delta_product_340m
+  Expected: no published number at this size; below the perplexity of a Gated DeltaNet of equal parameters.
+  Obtained: not run yet.
+  """
+  return at_340m(DeltaProductConfig(heads=8, head_dim=128, expand_v=1.0), depth=19)

@@ -1,0 +1,94 @@
+"""Gated DeltaProduct against the paper's recurrence in numpy float64, and its relation to Gated DeltaNet."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lin_jax import mixers
+from lin_jax.mixers.delta_product import DeltaProductConfig
+from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
+from tests.close import assert_close
+
+WIDTH, BATCH, TIME = 32, 2, 11
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def create(config):
+  mixer = mixers.build(config, width=WIDTH, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  return jax.tree.map(lambda p: 10 * p if p.ndim > 1 else p, mixer)  # activations near 1
+
+
+def inputs():
+  return jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
+
+
+def call(mixer, x):
+  return jit(lambda mixer, x: mixer(x, None, None)[0])(mixer, x)
+
+
+def wide(param):
+  return np.asarray(param[...], np.float64)
+
+
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def unit(x):
+  return x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
+
+
+def convolve(x, kernel):
+  padded = np.concatenate([np.zeros((BATCH, len(kernel) - 1, x.shape[-1])), x], axis=1)
+  return sum(kernel[i] * padded[:, i:i + TIME] for i in range(len(kernel)))
+
+
+def expected(mixer, config, x):
+  x, H, n = np.asarray(x, np.float64), config.heads, config.householders
+  qkv = [x @ wide(linear.kernel) for linear in (mixer.query, mixer.key, mixer.value)]
+  if config.conv_width:
+    qkv = [convolve(y, wide(conv.kernel)) for y, conv in zip(qkv, mixer.convolutions, strict=True)]
+  q = unit(silu(qkv[0]).reshape(BATCH, TIME, H, -1))
+  k = unit(silu(qkv[1]).reshape(BATCH, TIME, H, n, -1))
+  v = silu(qkv[2]).reshape(BATCH, TIME, H, n, -1)
+  beta = (2 if config.allow_neg_eigval else 1) / (1 + np.exp(-x @ wide(mixer.beta.kernel)).reshape(BATCH, TIME, H, n))
+  decay = np.exp(-np.exp(wide(mixer.A_log)) * np.log1p(np.exp(x @ wide(mixer.decay.kernel) + wide(mixer.dt_bias))))
+  o = np.zeros((BATCH, TIME, H, v.shape[-1]))
+  for b, h in np.ndindex(BATCH, H):
+    memory = np.zeros((k.shape[-1], v.shape[-1]))
+    for t in range(TIME):
+      memory = decay[b, t, h] * memory
+      for j in range(n):
+        key = k[b, t, h, j]
+        memory = memory + beta[b, t, h, j] * np.outer(key, v[b, t, h, j] - key @ memory)
+      o[b, t, h] = q[b, t, h] @ memory / np.sqrt(k.shape[-1])
+  o = (o / np.sqrt((o**2).mean(axis=-1, keepdims=True) + 1e-6)).reshape(BATCH, TIME, -1)
+  return (o * silu(x @ wide(mixer.gate.kernel)) if config.output_gate else o) @ wide(mixer.output.kernel)
+
+
+@pytest.mark.parametrize("config", [
+    DeltaProductConfig(heads=2, head_dim=12),
+    DeltaProductConfig(heads=3, head_dim=8, expand_v=1.0, conv_width=0, householders=3, output_gate=False,
+                       allow_neg_eigval=False),
+], ids=["two", "three"])
+def test_is_the_papers_recurrence(config):
+  mixer = jit(lambda: create(config))()
+  assert_close("output", call(mixer, inputs()), expected(mixer, config, inputs()), 1e-5)
+
+
+def test_one_step_a_token_is_gated_delta_net():
+  shape = dict(heads=2, head_dim=8, allow_neg_eigval=True)
+  product, net = (jit(lambda config=config: create(config))() for config in (
+      DeltaProductConfig(householders=1, **shape), GatedDeltaNetConfig(**shape)))
+  nnx.update(net, nnx.state(product))
+  assert_close("output", call(product, inputs()), call(net, inputs()), 1e-6)
+
+
+@pytest.mark.parametrize("field, value", [("householders", 0), ("value_heads", 4)])
+def test_wrong_fields_are_named(field, value):
+  with pytest.raises(ValueError, match=f"{field}={value}: must be"):
+    create(DeltaProductConfig(heads=2, head_dim=8, **{field: value}))
