@@ -20,7 +20,7 @@ from lin_jax.model import abstract_model, parameter_count
 SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, "transformer_small": 42.1e6,
          "gla_340m": 341.6e6, "transformer_340m": 341.6e6, "gla_1b3": 1.30e9, "transformer_1b3": 1.30e9,
          "retnet_340m": 347.4e6, "retnet_1b3": 1.286e9, "gated_deltanet_1b3": 1.3215e9,
-         "delta_product_340m": 337.4e6,
+         "delta_product_340m": 342.2e6,
          "mamba_340m": 371.5e6 - 1024 * (50280 - 32000), "mamba_1b3": 1.372e9 - 2048 * (50280 - 32000),
          "mamba2_340m": 349.2e6, "mamba2_1b3": 1.3065e9, "hgrn2_340m": 341.6e6, "hgrn2_1b3": 1.30e9,
          "tnl_385m": 385e6, "tnl_1b": 1.0e9, "tnl_3b": 2.88e9, "tnl_7b": 6.8e9,

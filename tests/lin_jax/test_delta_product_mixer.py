@@ -17,8 +17,8 @@ WIDTH, BATCH, TIME = 32, 2, 11
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def create(config):
-  mixer = mixers.build(config, width=WIDTH, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+def create(config, width=WIDTH):
+  mixer = mixers.build(config, width=width, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
   return jax.tree.map(lambda p: 10 * p if p.ndim > 1 else p, mixer)  # activations near 1
 
 
@@ -56,7 +56,11 @@ def expected(mixer, config, x):
   k = unit(silu(qkv[1]).reshape(BATCH, TIME, H, n, -1))
   v = silu(qkv[2]).reshape(BATCH, TIME, H, n, -1)
   beta = (2 if config.allow_neg_eigval else 1) / (1 + np.exp(-x @ wide(mixer.beta.kernel)).reshape(BATCH, TIME, H, n))
-  decay = np.exp(-np.exp(wide(mixer.A_log)) * np.log1p(np.exp(x @ wide(mixer.decay.kernel) + wide(mixer.dt_bias))))
+  decay = np.ones((BATCH, TIME, H))
+  if config.decay:
+    dt = np.log1p(np.exp(x @ wide(mixer.decay.kernel) + wide(mixer.dt_bias)))
+    decay = np.exp(-np.exp(wide(mixer.A_log)) * dt)
+    assert decay.min() < 0.7 and decay.max() > 0.95  # neither all kept nor all forgotten
   o = np.zeros((BATCH, TIME, H, v.shape[-1]))
   for b, h in np.ndindex(BATCH, H):
     memory = np.zeros((k.shape[-1], v.shape[-1]))
@@ -74,7 +78,8 @@ def expected(mixer, config, x):
     DeltaProductConfig(heads=2, head_dim=12),
     DeltaProductConfig(heads=3, head_dim=8, expand_v=1.0, conv_width=0, householders=3, output_gate=False,
                        allow_neg_eigval=False),
-], ids=["two", "three"])
+    DeltaProductConfig(heads=2, head_dim=8, householders=3, conv_width=3, decay=False),
+], ids=["two", "three", "plain"])
 def test_is_the_papers_recurrence(config):
   mixer = jit(lambda: create(config))()
   assert_close("output", call(mixer, inputs()), expected(mixer, config, inputs()), 1e-5)
@@ -86,6 +91,18 @@ def test_one_step_a_token_is_gated_delta_net():
       DeltaProductConfig(householders=1, **shape), GatedDeltaNetConfig(**shape)))
   nnx.update(net, nnx.state(product))
   assert_close("output", call(product, inputs()), call(net, inputs()), 1e-6)
+
+
+def test_flops_per_token():
+  # Queries and keys of 8 x 64, values, gates and outputs of 8 x 128; two products with a state a step, one to read.
+  config = DeltaProductConfig(heads=8, head_dim=64, expand_v=2.0, householders=3)
+  mixer = jax.eval_shape(lambda: create(config, width=1024))
+  projections = 2 * 1024 * (512 + 3 * 512 + 3 * 1024 + 2 * 1024 + 3 * 8 + 8)
+  taps = 2 * 4 * (512 + 3 * 512 + 3 * 1024)
+  assert mixer.flops_per_token(2048) == projections + taps + (2 * 2 * 3 + 2) * 8 * 64 * 128
+  config.decay = False
+  mixer = jax.eval_shape(lambda: create(config, width=1024))
+  assert mixer.flops_per_token(2048) == projections - 2 * 1024 * 8 + taps + (2 * 2 * 3 + 2) * 8 * 64 * 128
 
 
 @pytest.mark.parametrize("field, value", [("householders", 0), ("value_heads", 4)])
