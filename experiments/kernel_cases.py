@@ -41,8 +41,9 @@ def _named_sets():
   """Name -> dtype and (op, gate or None for all, B, T, H, K, V).
 
   `paper`: the layers of GLA 340M and 1.3B, RetNet 1.3B, TransNormerLLM, DeltaNet and Gated DeltaNet 1.3B. `grid`: one
-  long sequence to many short ones. `length`: time against length. The tokens of a call are the same throughout a set.
-  `cpu`: the one for a CPU.
+  long sequence to many short ones. `length`: time against length. In these the tokens of a call are the same.
+  `figures`: the papers' own plots against length, GLA's figure 2 and the table of TransNormerLLM's code at a fixed
+  number of sequences, DeltaNet's speed-up over its token scan at a fixed number of tokens. `cpu`: the one for a CPU.
   """
   paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
@@ -50,9 +51,14 @@ def _named_sets():
   paper += [("delta_rule", "none", 16, 2048, 16, 128, 128), ("delta_rule", "token", 16, 2048, 6, 256, 512)]
   grid = [(op, None, B, T, 16, D, D) for B, T in ((16, 2048), (4, 8192), (1, 32768)) for D in (64, 128) for op in GATES]
   length = [(op, None, 2**17 // T, T, 16, 128, 128) for T in (2**n for n in range(10, 18)) for op in GATES]
+  figures = [(op, None, 32, 2**n, 16, 64, 64) for n in range(10, 15) for op in ("gla", "attention")]
+  figures += [(op, gate, 4, 2**n, 32, 128, 128) for n in range(9, 16)
+              for op, gate in (("linear_attention", "constant"), ("attention", None))]
+  figures += [("delta_rule", "none", 2**14 // T, T, 2048 // D, D, D)
+              for D in (64, 128, 256) for T in (2048, 4096, 8192)]
   cpu = [(op, None, 1, 2048, 4, 64, 64) for op in GATES]
   return {"paper": ("bfloat16", paper), "grid": ("bfloat16", grid), "length": ("bfloat16", length),
-          "cpu": ("float32", cpu)}
+          "figures": ("bfloat16", figures), "cpu": ("float32", cpu)}
 
 
 SETS = _named_sets()

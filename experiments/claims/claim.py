@@ -1,0 +1,92 @@
+"""What a claim of a paper is here, and how records decide on it."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+
+import kernel_records
+
+HOLDS, IN_PART, FAILS, NOT_RUN = "holds", "holds in part", "does not hold", "not run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What the records say: the obtained numbers, and for each point of the claim whether it holds (None: no record)."""
+
+  text: str
+  points: tuple[bool | None, ...]
+
+  @property
+  def verdict(self) -> str:
+    """A claim holds when all its points were run and hold, and in part when some hold."""
+    if all(point is None for point in self.points):
+      return NOT_RUN
+    if all(self.points):
+      return HOLDS
+    return IN_PART if any(self.points) else FAILS
+
+  @property
+  def run(self) -> int:
+    return sum(point is not None for point in self.points)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A sentence of a paper and the experiment that tries it.
+
+  Attributes:
+    paper: its arXiv number.
+    place: figure or table.
+    printed: the paper's numbers, or its ordering where it prints a curve.
+    setting: ours, in a few words.
+    command: what writes the records that `judge` reads.
+  """
+
+  paper: str
+  place: str
+  text: str
+  printed: str
+  setting: str
+  command: str
+  judge: Callable[["Results"], Finding]
+
+
+class Results:
+  """The records of a results folder, each file read once; a file that is not there holds none."""
+
+  def __init__(self, folder: pathlib.Path | str):
+    self.folder = pathlib.Path(folder)
+    self._files = {}
+
+  def lines(self, name: str) -> list[dict]:
+    """The objects of a JSON lines file. Raises ValueError, naming the line, for what is none."""
+    if name not in self._files:
+      path, rows = self.folder / name, []
+      for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+          rows.append(json.loads(line))
+        except ValueError as e:
+          raise ValueError(f"{path}, line {number}: not JSON: {e}") from e
+      self._files[name] = rows
+    return self._files[name]
+
+  @functools.cached_property
+  def kernels(self) -> kernel_records.Records:
+    return kernel_records.Records(self.folder / "kernels.jsonl")
+
+
+def compared(pairs: Iterable[tuple[str, float | None, float | None]]) -> Finding:
+  """A finding of shares (label, left, right): a point holds where left >= right."""
+  texts, points = [], []
+  for label, left, right in pairs:
+    known = left is not None and right is not None
+    points.append(left >= right if known else None)
+    if known:
+      texts.append(f"{label}: {percent(left)} and {percent(right)}")
+  return Finding("; ".join(texts), tuple(points))
+
+
+def percent(share: float) -> str:
+  return f"{100 * share:.1f}"

@@ -1,0 +1,124 @@
+"""Claims on kernels against sequence length, from the records of bench_kernels.py."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import kernel_cases
+from kernel_cases import Case
+
+from .claim import Claim, Finding
+
+_COMMAND = ("XLA_PYTHON_CLIENT_PREALLOCATE=false python experiments/bench_kernels.py --shapes={} "
+            "--out=experiments/results/kernels.jsonl")
+_SCANS = " --ops=delta_rule --implementations=pallas_triton,reference --peers=none"
+
+
+def claims() -> list[Claim]:
+  figure, table = _cases("figures", "gla"), _cases("figures", "linear_attention")
+  length = "H16 K=V=128 bfloat16, 131,072 tokens a call"
+  gla = "GLA's kernel is faster than softmax attention's from 4,096 tokens on."
+  flat = "A token costs lightning attention's kernel the same time at every length."
+  faster = "Lightning attention's kernel is faster than softmax attention's from 8,192 tokens on."
+  chunks = "The chunkwise form is at least five times as fast as the recurrent form."
+  return [
+      Claim("2312.06635", "figure 2", gla, "faster (the sixth version: from 1,024 tokens on)",
+            "B32 H16 K=V=64 bfloat16, beside cuDNN", _COMMAND.format("figures"), _faster_from(figure, 4096)),
+      Claim("2312.06635", "figure 2", gla, "the same at twice the width of a head", f"{length}, beside cuDNN",
+            _COMMAND.format("length"), _faster_from(_cases("length", "gla"), 4096)),
+      Claim("2405.17381", "kernel table of the code", flat, "17.66 ms for 32K, 64 times the length of 0.352 ms: x50",
+            "B4 H32 K=V=128 bfloat16, 1K to 32K; a point holds within 10% of 4K", _COMMAND.format("figures"),
+            _flat(table, 0.1)),
+      Claim("2405.17381", "kernel table of the code", flat, "the same",
+            f"{length}, 1K to 128K; a point holds within 10% of 4K", _COMMAND.format("length"),
+            _flat(_cases("length", "linear_attention", "constant"), 0.1)),
+      Claim("2405.17381", "kernel table of the code", faster, "4.41 and 10.4 ms forward at 8K",
+            "B4 H32 K=V=128 bfloat16, beside cuDNN", _COMMAND.format("figures"), _faster_from(table, 8192)),
+      Claim("2406.06484", "speed-up figure", chunks, "5.5 at 2K to 11.5 at 8K for 64 channels, 8.9 and 13.2 for 128",
+            "16,384 tokens, 2,048 channels, forward and backward, beside this repository's token scan, no kernel",
+            _COMMAND.format("figures") + _SCANS, _scan_ratio(_cases("figures", "delta_rule")))]
+
+
+def _cases(name, op, gate=None):
+  return [case for case in kernel_cases.named(name, [op]) if gate in (None, case.gate)]
+
+
+def _devices(results):
+  """Devices with records, GPUs of which more was measured first; a claim is judged on the first that has its points."""
+  found = [row["device"] for row in results.kernels if row["platform"] == "gpu"]
+  return sorted(set(found), key=lambda device: (-found.count(device), device))
+
+
+def _first(results, judge) -> Finding:
+  found = [(judge(device), device) for device in _devices(results)]
+  finding, device = max(found, key=lambda x: x[0].run, default=(Finding("", (None,)), ""))
+  return dataclasses.replace(finding, text=f"{device}: {finding.text}") if finding.run else finding
+
+
+def _faster_from(cases: Sequence[Case], start):
+  """A point for each length from `start` on and each pass: ours takes less time than cuDNN's attention."""
+
+  def judge(results):
+    def on(device):
+      texts, points = [], []
+      for label in kernel_cases.PASSES:
+        times = {case.T: (_ours(results, device, case, label), results.kernels.rivals(device, case, label).get("cudnn"))
+                 for case in cases}
+        ratios = {T: cudnn["ms"] / ours["ms"] for T, (ours, cudnn) in times.items() if ours and cudnn}
+        points += [ratios[T] > 1 if T in ratios else None for T in times if T >= start]
+        texts += [f"{_pass(label)} " + ", ".join(f"{_length(T)} x{x:.2f}" for T, x in ratios.items())] if ratios else []
+      return Finding("speed over attention: " + "; ".join(texts), tuple(points))
+
+    return _first(results, on)
+
+  return judge
+
+
+def _flat(cases: Sequence[Case], slack):
+  """A point for each length from 1,024 on and each pass: the time of a token is that at 4,096 within `slack`."""
+
+  def judge(results):
+    def on(device):
+      texts, points = [], []
+      for label in kernel_cases.PASSES:
+        rows = {case.T: (row["ms"] / (case.B * case.T) * 1e6) for case in cases
+                if case.T >= 1024 and (row := _ours(results, device, case, label))}
+        middle = rows.get(4096)
+        points += [abs(rows[case.T] / middle - 1) <= slack if middle and case.T in rows else None
+                   for case in cases if case.T >= 1024 and case.T != 4096]
+        if rows:
+          texts.append(f"{_pass(label)} " + ", ".join(f"{_length(T)} {ns:.3g}" for T, ns in rows.items()))
+      return Finding("ns a token: " + "; ".join(texts), tuple(points))
+
+    return _first(results, on)
+
+  return judge
+
+
+def _scan_ratio(cases: Sequence[Case]):
+  def judge(results):
+    def on(device):
+      texts, points = [], []
+      for case in cases:
+        kernel, scan = (results.kernels.counted(device, case, name, "forward_backward")
+                        for name in ("pallas_triton", "reference"))
+        known = kernel and scan
+        points.append(scan["ms"] / kernel["ms"] >= 5 if known else None)
+        if known:
+          texts.append(f"{case.K} channels {_length(case.T)} x{scan['ms'] / kernel['ms']:.0f}")
+      return Finding("; ".join(texts), tuple(points))
+
+    return _first(results, on)
+
+  return judge
+
+
+def _ours(results, device, case, label):
+  return results.kernels.ours(device, case, label)
+
+
+def _pass(label):
+  return {"forward": "fwd", "forward_backward": "fwd+bwd"}[label]
+
+
+def _length(tokens):
+  return f"{tokens // 1024}K" if tokens >= 1024 else str(tokens)

@@ -1,0 +1,75 @@
+"""The page of claims as markdown: a row for each, with its verdict, and the tables behind them."""
+
+from . import CLAIMS, synthetic
+from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, Results, percent
+from .plots import PLOTS
+
+PAPERS = {"2312.06635": "Gated Linear Attention", "2405.17381": "Lightning Attention, TransNormerLLM",
+          "2406.06484": "DeltaNet"}
+_HEAD = """# Claims of the papers
+
+Generated from the records beside it by `python experiments/report_claims.py`; do not edit.
+
+Each row is a claim of a paper, and what this repository's runs say of it. A claim is split into points, the comparisons
+that it makes; it *holds* when all of them were run and hold, *in part* when some hold, and is *not run* before any has
+its record. Settings are smaller than the papers'. A verdict is of the setting beside it and not of the paper's own.
+
+Other pages: [runs](runs.md), what each record is and how it was made; [kernels](kernels.md), every kernel against other
+libraries; [models](models.md), every config beside its paper's size; [kernel log](kernel_log.md), what was tried.
+"""
+
+
+def render(results: Results) -> str:
+  found = [(claim, claim.judge(results)) for claim in CLAIMS]
+  verdicts = [finding.verdict for _, finding in found]
+  counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (HOLDS, IN_PART, FAILS, NOT_RUN))
+  parts = [_HEAD, f"{len(found)} claims: {counts}."]
+  for paper, title in PAPERS.items():
+    parts += [f"## {title} (arXiv:{paper})",
+              _table(["claim", "where", "paper", "our setting", "our result", "points", "verdict", "command"],
+                     [_row(claim, finding) for claim, finding in found if claim.paper == paper])]
+  parts += _tables(results)
+  parts += [f"![{plot.title}]({plot.file})" for plot in PLOTS if plot.drawn(results)]
+  return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _row(claim, finding):
+  points = f"{sum(map(bool, finding.points))} of {finding.run}" + (
+      f", {len(finding.points) - finding.run} not run" if finding.run < len(finding.points) else "")
+  if not finding.run:
+    points, result = "", "the command's records are not there: no GPU time has gone into it yet"
+  else:
+    result = finding.text
+  return [claim.text, claim.place, claim.printed, claim.setting, result, points, f"**{finding.verdict}**",
+          f"`{claim.command}`"]
+
+
+def _tables(results):
+  parts = []
+  points = [(setting, width) for setting in synthetic.MQAR_SETTINGS for width in synthetic.WIDTHS]
+  rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mqar(results, mixer, *point)) for point in points)]
+          for mixer in synthetic.NAMES]
+  parts += _section("MQAR, tokens/pairs and width: accuracy, in percent",
+                    ["", *(f"{length}/{pairs} d{width}" for (length, pairs), width in points)], rows)
+  tasks = list(dict.fromkeys(run.task for run in synthetic.sweeps.mad()))
+  rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mad(results, mixer, task)) for task in tasks),
+           _cell(synthetic.mad_average(results, mixer))] for mixer in synthetic.NAMES]
+  parts += _section("MAD: mean of baseline and hardest change, in percent",
+                    ["", *(task.replace("_", " ") for task in tasks), "average"], rows)
+  rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.regbench(results, mixer, examples))
+                                     for examples in synthetic.EXAMPLES)] for mixer in synthetic.NAMES]
+  parts += _section("RegBench: legal next symbols, in percent, by training sequences",
+                    ["", *(f"{examples:,}" for examples in synthetic.EXAMPLES)], rows)
+  return parts
+
+
+def _section(title, head, rows):
+  return [f"### {title}", _table(head, rows)] if any(any(row[1:]) for row in rows) else []
+
+
+def _cell(share):
+  return "" if share is None else percent(share)
+
+
+def _table(head, rows):
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

@@ -1,0 +1,39 @@
+"""Makes the page of claims, experiments/results/README.md, and its plots; --check says whether it is up to date.
+
+  python experiments/report_claims.py
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+import commands
+from claims import Results
+from claims.page import render
+from claims.plots import PLOTS
+
+_RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+_FOLDER = flags.DEFINE_string("results", str(_RESULTS), "Folder of the records; the page is written there.")
+_CHECK = flags.DEFINE_bool("check", False, "Write nothing; exit with 1 when the page is not that of the records.")
+
+
+def main(_):
+  results = Results(_FOLDER.value)
+  if not results.folder.is_dir():
+    raise ValueError(f"--results={results.folder}: no such folder")
+  page, text = results.folder / "README.md", render(results)
+  if _CHECK.value:
+    if not page.exists() or page.read_text() != text:
+      print(f"{page} is not what the records give: run report_claims.py", file=sys.stderr)
+      sys.exit(1)
+    return
+  commands.write(page, text)
+  print(page)
+  for plot in PLOTS:
+    if plot.drawn(results):
+      print(plot.draw(results, results.folder))
+
+
+if __name__ == "__main__":
+  commands.run(main)

@@ -1,0 +1,142 @@
+"""The page of claims: what it says of known records, and that the committed page is that of the committed records."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import kernel_cases
+from claims import CLAIMS, Finding, Results, synthetic
+from claims.page import render
+from claims.plots import PLOTS
+from synthetic import sweeps
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "experiments/results"
+
+
+def write(folder, name, rows):
+  (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def trained(run, accuracy):
+  return {"setting": run.setting(), "accuracy": accuracy, "class_accuracy": accuracy / 2, "solved": accuracy >= 0.99}
+
+
+def finding(results, text):
+  claim, = (claim for claim in CLAIMS if claim.text == text)
+  return claim.judge(results)
+
+
+@pytest.mark.parametrize("points, verdict", [
+    ((), "not run"), ((None, None), "not run"), ((True, True), "holds"), ((True, None), "holds in part"),
+    ((True, False), "holds in part"), ((False, None), "does not hold")])
+def test_verdict(points, verdict):
+  assert Finding("", points).verdict == verdict
+
+
+def mqar_runs(mixer, length, width):
+  return [run for run in sweeps.mqar() if run.mixer == mixer and run.width == width
+          and run.task_fields["sequence_length"] == length]
+
+
+def test_the_best_rate_counts_as_the_mean_of_its_seeds(tmp_path):
+  low, high = mqar_runs("gla", 256, 64)[:2]
+  other = dataclasses.replace(high, steps=7)  # not the sweep's setting
+  rows = [trained(low, 0.5), trained(high, 0.7), trained(dataclasses.replace(high, seed=1), 0.8), trained(other, 1.0)]
+  write(tmp_path, synthetic.FILE, rows)
+  assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 64) == pytest.approx(0.75)
+  assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 128) is None
+
+
+def test_mqar_claims_are_judged_point_by_point(tmp_path):
+  rows = [trained(mqar_runs("delta_net", 512, width)[0], accuracy) for width, accuracy in ((64, 0.98), (128, 0.995))]
+  rows += [trained(mqar_runs("mamba", 512, 64)[0], 0.9)]
+  write(tmp_path, synthetic.FILE, rows)
+  results = Results(tmp_path)
+  solved = finding(results, "DeltaNet without convolutions solves 64 pairs in 512 tokens at every width.")
+  assert solved.points == (False, True, None) and solved.verdict == "holds in part"
+  assert solved.text == "512/64 d64: 98.0; 512/64 d128: 99.5"
+  beats = finding(results, "DeltaNet recalls more than Mamba at small widths.")
+  assert beats.points == (True, None) and beats.text == "512/64 d64: 98.0 and 90.0"
+
+
+def test_mad_counts_the_tokens_alike_and_needs_both_settings(tmp_path):
+  runs = [run for run in sweeps.mad() if (run.task, run.mixer) == ("compression", "gla")]
+  easy, hard = (next(run for run in runs if bool(run.task_fields) == changed) for changed in (False, True))
+  write(tmp_path, synthetic.FILE, [trained(easy, 0.8)])
+  assert synthetic.mad(Results(tmp_path), "gla", "compression") is None
+  write(tmp_path, synthetic.FILE, [trained(easy, 0.8), trained(hard, 0.4)])
+  assert synthetic.mad(Results(tmp_path), "gla", "compression") == pytest.approx(0.3)
+
+
+def test_regbench_is_level_within_a_point(tmp_path):
+  scores = {"delta_net": 0.8, "attention": 0.809, "gla": 0.811, "mamba": 0.1}
+  runs = {run.mixer: run for run in sweeps.regbench() if run.task_fields["train_examples"] == 1000}
+  write(tmp_path, synthetic.FILE, [trained(runs[mixer], score) for mixer, score in scores.items()])
+  found = finding(Results(tmp_path),
+                  "DeltaNet learns regular languages in context as well as Transformer++, GLA and Mamba.")
+  assert found.points[:4] == (True, False, True, None)
+  assert found.text == "1,000: DeltaNet 80.0, Transformer++ 80.9, GLA 81.1, Mamba 10.0"
+
+
+def timed(case, name, label, ms, device="NVIDIA X"):
+  return {"device": device, "platform": "gpu", "implementation": name, "pass": label, **dataclasses.asdict(case),
+          "ms": ms, "within_bounds": True, "errors": {}, "run": "", "command": "", "versions": {}}
+
+
+def test_kernels_are_compared_where_the_claim_says(tmp_path):
+  rows = []
+  for case in kernel_cases.named("length", ["gla"]):
+    attention = dataclasses.replace(case, op="attention", gate="none")
+    for label in kernel_cases.PASSES:
+      ours = 3.0 if case.T == 8192 and label == "forward" else 1.0
+      rows += [timed(case, "pallas_triton", label, ours), timed(attention, "cudnn", label, case.T / 4096 + 0.5)]
+  rows.append(timed(case, "pallas_triton", "forward", 9.0, device="NVIDIA Y"))
+  write(tmp_path, "kernels.jsonl", rows)
+  _, found = (claim.judge(Results(tmp_path)) for claim in CLAIMS if claim.text.startswith("GLA's kernel is faster"))
+  # Below 4,096 tokens nothing is claimed; of the devices the one with most of the points counts.
+  assert found.points == (True, False, *[True] * 10)
+  assert found.text.startswith("NVIDIA X: speed over attention: fwd 1K x0.75, 2K x1.00, 4K x1.50, 8K x0.83")
+
+
+def test_a_token_costs_the_same_at_every_length(tmp_path):
+  cases = [case for case in kernel_cases.named("length", ["linear_attention"]) if case.gate == "constant"]
+  rows = [timed(case, "pallas_triton", label, {2048: 1.09, 16384: 1.11}.get(case.T, 1.0))
+          for case in cases for label in kernel_cases.PASSES]
+  write(tmp_path, "kernels.jsonl", rows)
+  _, found = (claim.judge(Results(tmp_path)) for claim in CLAIMS if claim.text.startswith("A token costs lightning"))
+  assert found.points == (True, True, True, False, True, True, True) * 2
+
+
+def test_plots_are_drawn_of_what_was_run(tmp_path):
+  assert not [plot.file for plot in PLOTS if plot.drawn(Results(tmp_path))]
+  write(tmp_path, synthetic.FILE, [trained(mqar_runs("gla", 256, width)[0], 0.5) for width in (64, 128)])
+  plot, = (plot for plot in PLOTS if plot.drawn(Results(tmp_path)))
+  assert plot.draw(Results(tmp_path), tmp_path).stat().st_size > 10_000
+
+
+def test_every_command_is_one_that_exists():
+  for claim in CLAIMS:
+    script = next(word for word in claim.command.split() if word.startswith("experiments/"))
+    assert (ROOT / script).exists(), claim.command
+
+
+def test_committed_page_is_that_of_the_committed_records():
+  assert (RESULTS / "README.md").read_text() == render(Results(RESULTS))
+
+
+def test_command_writes_and_refuses(tmp_path):
+  def command(*flags):
+    return subprocess.run([sys.executable, "experiments/report_claims.py", *flags], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+  write(tmp_path, "kernels.jsonl", [])
+  written = command(f"--results={tmp_path}")
+  assert written.returncode == 0 and "not run" in (tmp_path / "README.md").read_text(), written.stderr
+  missing = command(f"--results={tmp_path / 'none'}")
+  assert missing.returncode == 2 and "no such folder" in missing.stderr
