@@ -1,7 +1,8 @@
 """Checkpoints of a run, through Orbax: the only module that knows it.
 
-A step under `workdir/checkpoints` holds four items: `params` and `optimizer` (each a flat dict of arrays by name),
-`data` (the data iterator's position) and `config`. Saves copy to the host and are written in the background.
+A step under `workdir/checkpoints` holds four items: `params` and `optimizer` (each a flat dict of arrays by name, the
+second with the rest of the training state), `data` (the data iterator's position) and `config`. Saves copy to the host
+and are written in the background.
 """
 
 import math

@@ -44,6 +44,7 @@ class DataConfig:
   batch_size: int = 256  # sequences per optimizer step, over all devices and accumulation steps
   reset_at_documents: bool = True  # documents packed in one window do not see each other
   shuffle: bool = True
+  carried_windows: int = 1  # neighbouring windows that a row reads one a step, keeping its state but not its gradient
   worker_threads: int = 4
 
 
@@ -128,7 +129,7 @@ def validate(config: TrainConfig) -> TrainConfig:
       raise ValueError(f"config.{field}={value!r}: {rule}")
 
   for field in ("model.vocab_size", "model.width", "model.depth", "data.sequence_length", "data.batch_size",
-                "optim.steps", "optim.accumulation", "log.every", "checkpoint.keep_last"):
+                "data.carried_windows", "optim.steps", "optim.accumulation", "log.every", "checkpoint.keep_last"):
     require(_get(config, field) >= 1, field, "must be at least 1")
   for field in ("model.mlp_width", "optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches",
                 "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed"):

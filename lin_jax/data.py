@@ -13,6 +13,7 @@ the split's first is the target of exactly one window. A batch is a dict of arra
 
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import grain
@@ -179,20 +180,45 @@ def train_iterator(config: DataConfig, seed: int, *, split: str = "train", vocab
   """An endless iterator of batches, reshuffled in every epoch, with Grain's `get_state()` and `set_state()`.
 
   Each process gets every `process_count`-th window of one global order, `config.batch_size / process_count` at a time;
-  together they form the same global batches whatever their number. Processes default to JAX's. Raises ValueError as
-  `TokenDataset` does, and when the sequence is longer than the split or the processes do not divide the batch.
+  together they form the same global batches whatever their number. Processes default to JAX's. With
+  `config.carried_windows` of n the order is one of runs of n neighbouring windows, and each row of n batches in a row
+  holds a run, from batch 0 on. Raises ValueError as `TokenDataset` does, and when the sequence or the run is longer
+  than the split or the processes do not divide the batch.
   """
   index, count, rows = _processes(config, process_index, process_count)
   windows = Windows(TokenDataset(config.path, split, vocab_size=vocab_size), config.sequence_length,
                     reset_at_documents=config.reset_at_documents)
-  dataset = grain.MapDataset.source(windows).seed(seed)
+  run = config.carried_windows
+  if len(windows) < run:
+    raise ValueError(f"config.data.carried_windows={run}: split {split!r} of {config.path} has {len(windows)} windows "
+                     f"of {config.sequence_length} tokens")
+  dataset = grain.MapDataset.source(range(len(windows) // run)).seed(seed)
   if config.shuffle:
     dataset = dataset.shuffle()
   dataset = dataset.repeat()
   if count > 1:
     dataset = dataset.slice(slice(index, None, count))
+  if run > 1:
+    dataset = grain.MapDataset.source(Neighbours(dataset, run, rows))
+  dataset = dataset.map(windows.__getitem__)
   options = grain.ReadOptions(num_threads=config.worker_threads, prefetch_buffer_size=2 * config.worker_threads)
   return iter(dataset.batch(rows).to_iter_dataset(options))
+
+
+class Neighbours(Sequence):
+  """Numbers of windows, batch after batch of `rows`: row r of batches 0 to n - 1 is the r-th run of n neighbouring
+  windows in the order `runs`, row r of the next n batches is run `rows` + r, and so on."""
+
+  def __init__(self, runs: Sequence[int], windows: int, rows: int):
+    self._runs, self._windows, self._rows = runs, windows, rows
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, i: int) -> int:
+    batch, row = divmod(i, self._rows)
+    group, place = divmod(batch, self._windows)
+    return self._runs[group * self._rows + row] * self._windows + place
 
 
 class EvalBatches(Sequence):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lin_jax import config as configs
@@ -21,14 +22,14 @@ from lin_jax import metrics as reporting
 from lin_jax import optim, sharding
 from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
-from lin_jax.config import TrainConfig
+from lin_jax.config import DataConfig, TrainConfig
 from lin_jax.data import TokenDataset, eval_batches, train_iterator
 from lin_jax.loss import next_token_loss
 from lin_jax.model import LanguageModel
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step", "skipped"],
-                   meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["params", "opt_state", "step", "skipped", "carried"], meta_fields=[])
 @dataclasses.dataclass
 class TrainState:
   """What an optimizer step reads and writes."""
@@ -37,6 +38,7 @@ class TrainState:
   opt_state: Any
   step: jax.Array  # batches consumed
   skipped: jax.Array  # of these, batches whose loss or gradient was not finite
+  carried: Any = None  # the model's state from which each row's next window goes on, with data.carried_windows above 1
 
 
 def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
@@ -133,13 +135,29 @@ def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
   def init():
     model = LanguageModel(config.model, rngs=nnx.Rngs(config.seed), remat=config.remat)
     params = nnx.state(model)
-    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), empty_carried(model, config.data))
 
   model = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0), remat=config.remat))
   shapes = jax.eval_shape(init)
-  shardings = sharding.param_shardings(shapes, mesh)
+  rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))  # states have a leading axis of layers
+  shardings = dataclasses.replace(sharding.param_shardings(shapes, mesh),
+                                  carried=jax.tree.map(lambda _: rows, shapes.carried))
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
   return nnx.graphdef(model), optimizer, abstract, jax.jit(init, out_shardings=shardings)
+
+
+def empty_carried(model: LanguageModel, data: DataConfig) -> Any:
+  """What `TrainState.carried` is before a row's first window. Raises ValueError for a model that cannot carry it."""
+  if data.carried_windows == 1:
+    return None
+  longest = data.carried_windows * data.sequence_length
+  window, whole = (jax.eval_shape(lambda length=length: model.init_state(data.batch_size, length))
+                   for length in (data.sequence_length, longest))
+  if window != whole:
+    raise ValueError(f"config.data.carried_windows={data.carried_windows}: the state of this model grows beyond "
+                     f"config.data.sequence_length={data.sequence_length} tokens, as a cache of attention does: only "
+                     "states of constant size can be carried")
+  return model.init_state(data.batch_size, longest)
 
 
 def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation,
@@ -148,26 +166,45 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
 
   The loss is the mean over the batch's targets, whatever the number of microbatches. When it or a gradient is not
   finite, parameters and optimizer state stay as they are and `metrics["finite"]` is False.
+
+  With `config.data.carried_windows` of n, a window goes on from the state that its row's last one left, as a constant,
+  but for every n-th, one that begins a document, and one after a step that was not finite: backpropagation through
+  time, truncated to a window.
   """
   schedule = optim.learning_rate(config.optim)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   gradients = jax.value_and_grad(functools.partial(loss_sum, graph), has_aux=True)
 
-  def accumulate(params, batch):
+  def value_and_gradients(params, batch, carried):
+    (total, (counts, carried)), grads = gradients(params, batch, carried)
+    return (total, counts, grads), carried
+
+  def accumulate(params, batch, carried):
     if config.optim.accumulation == 1:
-      return gradients(params, batch)
+      return value_and_gradients(params, batch, carried)
 
-    def add(total, microbatch):
-      return jax.tree.map(jnp.add, total, gradients(params, microbatch)), None
+    def add(totals, microbatch):
+      values, carried = value_and_gradients(params, *microbatch)
+      return jax.tree.map(jnp.add, totals, values), carried
 
-    microbatches = _microbatches(batch, config.optim.accumulation)
-    shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], microbatches))
-    value, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    zeros = value, jax.lax.with_sharding_constraint(grads, shardings.params)
-    return jax.lax.scan(add, zeros, microbatches)[0]
+    count = config.optim.accumulation
+    microbatches = _microbatches(batch, count), _microbatches(carried, count, axis=1)
+    shapes, _ = jax.eval_shape(value_and_gradients, params, *jax.tree.map(lambda x: x[0], microbatches))
+    total, counts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = total, counts, jax.lax.with_sharding_constraint(grads, shardings.params)
+    values, carried = jax.lax.scan(add, zeros, microbatches)
+    return values, _join(carried, axis=1)
+
+  def next_carried(state, batch, carried, finite):
+    if carried is None:
+      return None
+    # The mask hides a window's last target where that begins another document.
+    goes_on = (batch["mask"][:, -1] > 0) & finite & ((state.step + 1) % config.data.carried_windows > 0)
+    empty = empty_carried(nnx.merge(graph, state.params), config.data)
+    return jax.tree.map(lambda x, e: jnp.where(goes_on.reshape(1, -1, *(1,) * (x.ndim - 2)), x, e), carried, empty)
 
   def train_step(state, batch):
-    (total, counts), grads = accumulate(state.params, batch)
+    (total, counts, grads), carried = accumulate(state.params, batch, state.carried)
     targets = jnp.maximum(counts["targets"], 1.0)
     grads = jax.tree.map(lambda g: g / targets, grads)
     grad_norm = optax.tree.norm(grads)
@@ -178,7 +215,8 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
     skipped = state.skipped + jnp.where(finite, 0, 1)
     metrics = {"loss": total / targets, "accuracy": counts["correct"] / targets, "grad_norm": grad_norm,
                "learning_rate": schedule(state.step - state.skipped), "skipped": skipped, "finite": finite}
-    return TrainState(params, opt_state, state.step + 1, skipped), metrics
+    carried = next_carried(state, batch, carried, finite)
+    return TrainState(params, opt_state, state.step + 1, skipped, carried), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -189,7 +227,7 @@ def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, d
   @jax.jit
   def eval_step(params, batch):
     def one(microbatch):
-      total, counts = loss_sum(graph, params, microbatch)
+      total, (counts, _) = loss_sum(graph, params, microbatch)
       return total, counts["targets"]
 
     losses, targets = jax.lax.map(one, _microbatches(batch, config.optim.accumulation))
@@ -198,12 +236,13 @@ def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, d
   return eval_step
 
 
-def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict) -> tuple[jax.Array, dict]:
-  """Summed next-token loss of a batch in nats, and the counts `targets` and `correct`."""
+def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = None) -> tuple[jax.Array, tuple]:
+  """Summed next-token loss of a batch in nats, with the counts `targets` and `correct`, and the model's state after
+  the batch where one before it is given."""
   model = nnx.merge(graph, params)
-  hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+  hidden, state = model.hidden(batch["tokens"], state, batch["segment_ids"])
   total, counts = next_token_loss(hidden, model.unembedding(), batch["targets"], batch["mask"])
-  return total, {name: counts[name] for name in ("targets", "correct")}
+  return total, ({name: counts[name] for name in ("targets", "correct")}, state)
 
 
 @contextlib.contextmanager
@@ -226,15 +265,25 @@ def sigterm() -> Iterator[Callable[[int], bool]]:
       signal.signal(signal.SIGTERM, previous)
 
 
-def _microbatches(batch, count):
-  """[B, ...] to [count, B / count, ...]: every count-th row, so that no row leaves its device."""
+def _microbatches(tree, count, axis=0):
+  """`axis` of B rows to B / count, after a new first axis: every count-th row, so that no row leaves its device."""
 
   def split(x):
-    x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+    x = jnp.moveaxis(x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1:]), axis + 1, 0)
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(None, sharding.BATCH_AXES))
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*(None,) * (axis + 1), sharding.BATCH_AXES))
 
-  return jax.tree.map(split, batch)
+  return jax.tree.map(split, tree)
+
+
+def _join(tree, axis):
+  """Inverse of `_microbatches`."""
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:])
+
+  return jax.tree.map(join, tree)
 
 
 def _restore(checkpoints, step, abstract, batches):
@@ -243,7 +292,7 @@ def _restore(checkpoints, step, abstract, batches):
 
 
 def _rest(state):
-  return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+  return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped, "carried": state.carried}
 
 
 def _due(step, every):
