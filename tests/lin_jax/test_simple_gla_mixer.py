@@ -18,7 +18,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 def create(config, width=WIDTH, dtype=jnp.float32):
   mixer = mixers.build(config, width=width, norm_eps=1e-6, dtype=dtype, rngs=nnx.Rngs(0))
-  mixer.decay.bias[...] = jnp.linspace(-2.0, 1.0, config.heads)
+  if mixer.decay:
+    mixer.decay.bias[...] = jnp.linspace(-2.0, 1.0, config.heads)
   # Activations near 1, and a head norm whose scale is not all ones.
   mixer.norm.scale[...] = jnp.linspace(0.5, 1.5, mixer.norm.scale.size)
   return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, mixer)
@@ -39,14 +40,20 @@ def convolve(mixer, i, x):
   return y * sigmoid(y)
 
 
-def recurrence(mixer, x, temperature):
+def token_decay(mixer, x, temperature):
+  weight, bias = (np.asarray(a[...], np.float64) for a in (mixer.decay.kernel, mixer.decay.bias))
+  return sigmoid(x @ weight + bias) ** (1 / temperature)
+
+
+def recurrence(mixer, x, decay):
+  """`decay` broadcasts to [B,T,H]."""
   weight = {name: np.asarray(getattr(mixer, name).kernel[...], np.float64)
-            for name in ("query", "key", "value", "gate", "decay", "output")}
+            for name in ("query", "key", "value", "gate", "output")}
   qkv = [x @ weight[name] for name in ("query", "key", "value")]
   if mixer.convolutions:
     qkv = [convolve(mixer, i, a) for i, a in enumerate(qkv)]
   q, k, v = (a.reshape(BATCH, TIME, HEADS, -1) for a in qkv)
-  decay = sigmoid(x @ weight["decay"] + np.asarray(mixer.decay.bias[...], np.float64)) ** (1 / temperature)
+  decay = np.broadcast_to(decay, (BATCH, TIME, HEADS))
   memory, outputs = np.zeros((BATCH, HEADS, q.shape[-1], v.shape[-1])), []
   for t in range(TIME):
     memory = decay[:, t, :, None, None] * memory + k[:, t, :, :, None] * v[:, t, :, None, :]
@@ -61,9 +68,28 @@ def recurrence(mixer, x, temperature):
 def test_is_the_scalar_gate_recurrence(conv_width):
   mixer = jit(lambda: create(SimpleGLAConfig(heads=HEADS, conv_width=conv_width)))()
   actual, x = jit(lambda mixer, x: mixer(x)[0])(mixer, inputs()), inputs().astype(np.float64)
-  assert_close("output", actual, recurrence(mixer, x, 16.0), 1e-5)
+  assert_close("output", actual, recurrence(mixer, x, token_decay(mixer, x, 16.0)), 1e-5)
   # The bound tells this gate from a slightly stronger one.
-  assert relative_error(actual, recurrence(mixer, x, 15.0)) > 1e-3
+  assert relative_error(actual, recurrence(mixer, x, token_decay(mixer, x, 15.0))) > 1e-3
+
+
+@pytest.mark.parametrize("decay, factors", [("constant", [1 - 1 / 32, 1 - 1 / 64]), ("none", [1.0, 1.0])])
+def test_other_rows_of_the_ablation(decay, factors):
+  mixer = jit(lambda: create(SimpleGLAConfig(heads=HEADS, decay=decay)))()
+  x = inputs()
+  expected = recurrence(mixer, x.astype(np.float64), np.array(factors))
+  assert mixer.decay is None
+  assert_close("parallel form", jit(lambda mixer, x: mixer(x)[0])(mixer, x), expected, 1e-5)
+
+  @jit
+  def steps(mixer, x):
+    state = mixer.init_state(BATCH, TIME)
+    return jax.lax.scan(lambda state, token: mixer.step(token, state)[::-1], state, jnp.moveaxis(x, 1, 0))[1]
+
+  assert_close("steps", np.moveaxis(steps(mixer, x), 0, 1), expected, 1e-5)
+  full = jax.eval_shape(lambda: create(SimpleGLAConfig(), width=1024)).flops_per_token(1)
+  less = jax.eval_shape(lambda: create(SimpleGLAConfig(decay=decay), width=1024)).flops_per_token(1)
+  assert full - less == 2 * 1024 * 4
 
 
 def test_decay_stays_float32():
@@ -84,6 +110,7 @@ def test_flops_per_token():
     (SimpleGLAConfig(heads=3), "expand_k=0.5 of width 32 gives 16 channels: not divisible by heads=3"),
     (SimpleGLAConfig(expand_v=0.0), "expand_v=0.0 of width 32 gives 0 channels"),
     (SimpleGLAConfig(gate_temperature=0.0), "gate_temperature=0.0: must be positive"),
+    (SimpleGLAConfig(decay="fixed"), "decay='fixed': must be one of token, constant, none"),
     (SimpleGLAConfig(conv_width=1), "taps=1"),
 ], ids=str)
 def test_bad_configs(config, message):
