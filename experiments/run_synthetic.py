@@ -11,8 +11,6 @@ value. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error
 """
 
 import dataclasses
-import datetime
-import json
 import pathlib
 import sys
 import time
@@ -20,9 +18,9 @@ import time
 from absl import flags
 
 import commands
-from lin_jax import metrics, mixers
+import records
+from lin_jax import mixers
 from lin_jax.model import abstract_model
-from lin_jax.workdir import environment
 from synthetic import TASKS
 from synthetic.runs import Run, parse_fields
 from synthetic.sweeps import SWEEPS
@@ -47,13 +45,13 @@ def main(_):
   # The layers' own rules are checked too, before the first run takes its time.
   for model in {repr(model := run.train_config().model): model for run in runs}.values():
     abstract_model(model)
-  records = _load(path) if path else []
-  done = {_key(record["setting"]) for record in records} if _SWEEP.value else set()
-  solved = {_key(record["setting"], but_rate=True) for record in records if record["solved"]}
-  common, failed, longest, counts = _common(), [], 0.0, {"run": 0, "skipped": 0, "left": 0}
+  found = records.load(path, "setting", "solved") if path else []
+  done = {records.key(record["setting"]) for record in found} if _SWEEP.value else set()
+  solved = {_key_but_rate(record["setting"]) for record in found if record["solved"]}
+  common, failed, longest, counts = records.provenance(), [], 0.0, {"run": 0, "skipped": 0, "left": 0}
   for number, run in enumerate(runs, 1):
     setting = run.setting()
-    if _key(setting) in done or (_UNTIL_SOLVED.value and _key(setting, but_rate=True) in solved):
+    if records.key(setting) in done or (_UNTIL_SOLVED.value and _key_but_rate(setting) in solved):
       counts["skipped"] += 1
       continue
     begin = time.monotonic()
@@ -71,11 +69,9 @@ def main(_):
     longest = max(longest, time.monotonic() - begin)
     counts["run"] += 1
     if result["solved"]:
-      solved.add(_key(setting, but_rate=True))
+      solved.add(_key_but_rate(setting))
     if path:
-      now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-      with path.open("a") as file:
-        file.write(json.dumps({"run": now, **common, "setting": setting, **result}) + "\n")
+      records.append(path, {"run": records.now(), **common, "setting": setting, **result})
   print(", ".join(f"{count} {name}" for name, count in counts.items()))
   if failed:
     print("failed:", *failed, sep="\n  ", file=sys.stderr)
@@ -105,40 +101,16 @@ def _sweep(path):
           if task in (None, run.task) and mixer in (None, run.mixer)]
   if not runs:
     raise ValueError(f"--sweep={_SWEEP.value}: has no run of task {task or 'any'} and mixer {mixer or 'any'}")
-  return list({_key(run.setting()): run for run in runs}.values())
+  return list({records.key(run.setting()): run for run in runs}.values())
 
 
-def _load(path):
-  """The records of the file, whose last line is dropped if a kill has cut it short. Raises ValueError."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records = metrics.read(path)
-    if path.exists() and not path.read_text().endswith("\n"):
-      path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    path.touch()
-    if any("setting" not in record or "solved" not in record for record in records):
-      raise KeyError("setting")
-  except OSError as e:
-    raise ValueError(f"--out={path}: cannot be written: {e.strerror}") from e
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
-    raise ValueError(f"--out={path}: not a file of this command's records ({e!r})") from e
-  return records
-
-
-def _key(setting, but_rate=False):
-  return json.dumps({k: v for k, v in setting.items() if not (but_rate and k == "learning_rate")}, sort_keys=True)
+def _key_but_rate(setting):
+  return records.key({name: value for name, value in setting.items() if name != "learning_rate"})
 
 
 def _title(run):
   fields = "".join(f" {name}={value}" for name, value in run.task_fields.items())
   return f"{run.task}{fields}, {run.mixer}, width {run.width}, learning rate {run.learning_rate:g}, seed {run.seed}"
-
-
-def _common():
-  found = environment()
-  versions = {name: found[name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
-  return {"device": found["device_kind"], "versions": versions, "git_commit": found["git_commit"],
-          "command": " ".join(["python", *sys.argv])}
 
 
 if __name__ == "__main__":

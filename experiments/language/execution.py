@@ -1,0 +1,86 @@
+"""Makes the runs of a sweep that are not recorded yet, within a time limit."""
+
+import contextlib
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import records
+
+from .runs import Run, finish, folder, setting
+from .sweeps import Sweep, further
+
+
+def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
+            limit_seconds: float = 0) -> tuple[int, int, list[str]]:
+  """How many runs it has finished, how many are left as far as can be told by now, and why others have failed.
+
+  Each finished run adds its record to `out`; those that stand there are not made again. When `limit_seconds` (0: no
+  limit) are over, or at SIGTERM, the run under way is saved, and the next call resumes it.
+  """
+  found = records.load(out, "setting", "bits_per_byte", "diverged")
+  done = {records.key(record["setting"]): record for record in found}
+  failed, finished = {}, 0
+
+  def left():
+    def bits_per_byte(run):
+      record = done.get(records.key(setting(run.train_config(data))))
+      return record and (math.inf if record["diverged"] else record["bits_per_byte"])
+
+    runs = sweep.runs + further(sweep, bits_per_byte)
+    return [run for run in runs if bits_per_byte(run) is None and run not in failed]
+
+  with deadline(limit_seconds) as over:
+    while (runs := left()) and not over():
+      run, config = runs[0], runs[0].train_config(data)
+      print(f"[{len(runs)} left] {_title(run)}", flush=True)
+      try:
+        record = finish(config, folder(workdir, config))
+      except Exception as e:  # one run that cannot be made must not cost the others of the sweep their record
+        failed[run] = f"{_title(run)}: {type(e).__name__}: {e}".splitlines()[0]
+        continue
+      if record:
+        records.append(out, record)
+        done[records.key(record["setting"])] = record
+        finished += 1
+  return finished, len(left()), list(failed.values())
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
+  """Yields a function that says whether `seconds` (0: no limit) are over or SIGTERM has come.
+
+  From then on each training run in the context is sent SIGTERM, which ends it with a checkpoint. For the main thread.
+  """
+  end, came, done = time.monotonic() + (seconds or math.inf), [], threading.Event()
+
+  def over():
+    return bool(came) or time.monotonic() >= end
+
+  def watch():
+    # `train` listens with a handler of its own for as long as it runs; a signal before that would be lost.
+    sent = None
+    while not done.wait(0.1):
+      handler = signal.getsignal(signal.SIGTERM)
+      if over() and handler not in (remember, sent):
+        sent = handler
+        os.kill(os.getpid(), signal.SIGTERM)
+
+  remember = lambda *_: came.append(True)
+  previous = signal.signal(signal.SIGTERM, remember)
+  thread = threading.Thread(target=watch, daemon=True)
+  thread.start()
+  try:
+    yield over
+  finally:
+    done.set()
+    thread.join()
+    signal.signal(signal.SIGTERM, previous)
+
+
+def _title(run: Run) -> str:
+  return f"{run.model}, learning rate {run.learning_rate:g}, seed {run.seed}"

@@ -1,0 +1,67 @@
+"""The models that are compared, by name: 42M parameters each, 16.4M of them the embedding of 32,000 tokens.
+
+Width 512, eight blocks; Mamba has fifteen without an MLP. Head sizes are those of the papers' 340M models, so there are
+half as many heads at half the width, and widths that the kernels are tuned for. A mixer that has more parameters than
+the 4 D^2 of attention, GLA and DeltaNet gets a narrower MLP. Gated DeltaNet has DeltaNet's heads, and so its state, in
+place of its authors' keys of three quarters of the width; the sliding window is half the training context of 1024.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from lin_jax.config import ModelConfig
+from lin_jax.mixers.attention import AttentionConfig
+from lin_jax.mixers.delta_net import ACTIVATIONS, NORMS, DeltaNetConfig
+from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
+from lin_jax.mixers.gla import GLAConfig
+from lin_jax.mixers.lightning_attention import LightningAttentionConfig
+from lin_jax.mixers.mamba import MambaConfig
+from lin_jax.mixers.retention import RetentionConfig
+from lin_jax.mixers.simple_gla import SimpleGLAConfig
+
+WIDTH, DEPTH, MLP_WIDTH, VOCAB = 512, 8, 1408, 32000
+WINDOW = 512
+
+
+def _model(mixer, *, depth=DEPTH, mlp_width=MLP_WIDTH, **fields):
+  return lambda: ModelConfig(mixer=mixer, vocab_size=VOCAB, width=WIDTH, depth=depth, mlp_width=mlp_width, **fields)
+
+
+def _hybrid(layers, **fields):
+  return _model(DeltaNetConfig(heads=4), hybrid_mixer=AttentionConfig(heads=8, **fields), hybrid_layers=layers)
+
+
+MODELS: dict[str, Callable[[], ModelConfig]] = {
+    "transformer": _model(AttentionConfig(heads=8)),
+    "retnet": _model(RetentionConfig(heads=2), mlp_width=736),
+    "tnl": _model(LightningAttentionConfig(heads=4), mlp_width=1248, hybrid_layers=(0,), norm="simple_rms", mlp="sglu",
+                  hybrid_mixer=LightningAttentionConfig(heads=4, lrpe=True), scale_embeddings=True),
+    "gla": _model(GLAConfig(heads=2)),
+    "mamba": _model(MambaConfig(), depth=15, mlp_width=0),
+    "deltanet": _model(DeltaNetConfig(heads=4)),
+    "gated_deltanet": _model(GatedDeltaNetConfig(heads=4, head_dim=128, expand_v=1.0), mlp_width=1248),
+    "deltanet_swa": _hybrid(tuple(range(1, DEPTH, 2)), window=WINDOW),
+    "deltanet_global": _hybrid((1, DEPTH // 2)),
+}
+COMPARED = tuple(MODELS)
+
+# GLA's layer but for its decay, which is one for each key channel in "gla".
+GATES = {"no_decay": "none", "constant_decay": "constant", "scalar_decay": "token"}
+MODELS |= {name: _model(SimpleGLAConfig(heads=2, decay=decay)) for name, decay in GATES.items()}
+
+NORM_AND_ACTIVATION = {
+    "deltanet" if (norm, activation) == ("l2", "silu") else f"deltanet_{norm}_{activation}":
+        DeltaNetConfig(heads=4, qk_norm=norm, qk_activation=activation) for norm in NORMS for activation in ACTIVATIONS}
+MODELS |= {name: _model(mixer) for name, mixer in NORM_AND_ACTIVATION.items()}
+
+
+def tiny(model: ModelConfig, vocab_size: int) -> ModelConfig:
+  """The same layers at width 32 and two blocks, in float32: for tests of whatever trains these models."""
+  def shrunk(mixer):
+    fields = {"head_dim": 8} if isinstance(mixer, GatedDeltaNetConfig) else {}
+    return mixer and dataclasses.replace(mixer, **fields)
+
+  return dataclasses.replace(
+      model, mixer=shrunk(model.mixer), hybrid_mixer=shrunk(model.hybrid_mixer),
+      hybrid_layers=model.hybrid_layers and (1,), vocab_size=vocab_size, width=32, depth=2,
+      mlp_width=min(model.mlp_width, 64), dtype="float32")

@@ -1,0 +1,56 @@
+"""Records of runs as rows of a table."""
+
+import math
+import statistics
+
+import records
+
+
+def summary(rows: list[dict]) -> list[dict]:
+  """One row for each model and way of training, in the records' order: its best learning rate, and what that gave.
+
+  The best rate has the lowest loss among the runs with the first seed; all seeds of it make up the mean. Fields:
+  `model`, `sequence_length`, `parameters`, `tokens`, `epochs`, `learning_rate`, `learning_rates` (all that were tried),
+  `at_edge` (the best is the lowest or highest of several, so a better one may lie outside), `seeds` (how many),
+  `bits_per_byte` (mean), `spread` (sample standard deviation over seeds, None of one), `range` (lowest, highest),
+  `perplexity` (of the mean loss), `tokens_per_second` (median), `diverged` (number of runs), `device`. Losses are None
+  if every rate diverged.
+  """
+  return [_row(group) for group in _groups(rows, _trained_alike)]
+
+
+def _row(group):
+  first = group[0]
+  seed = min(record["seed"] for record in group)
+  rates = {record["learning_rate"]: math.inf if record["diverged"] else record["bits_per_byte"]
+           for record in group if record["seed"] == seed}
+  best = min(rates, key=rates.get)
+  # A record that stands twice, after two files were put together, counts once.
+  runs = list({record["seed"]: record for record in group
+               if record["learning_rate"] == best and not record["diverged"]}.values())
+  bits = [record["bits_per_byte"] for record in runs]
+  speeds = [record["tokens_per_second"] for record in group if record["tokens_per_second"]]
+  return {
+      "model": first["model"], "sequence_length": first["setting"]["data"]["sequence_length"],
+      **{name: first[name] for name in ("parameters", "tokens", "epochs")},
+      "learning_rate": best, "learning_rates": sorted(rates),
+      "at_edge": len(rates) > 1 and best in (min(rates), max(rates)),
+      "seeds": len(runs), "bits_per_byte": statistics.mean(bits) if bits else None,
+      "spread": statistics.stdev(bits) if len(bits) > 1 else None, "range": [min(bits), max(bits)] if bits else None,
+      "perplexity": math.exp(statistics.mean(record["held_out_loss"] for record in runs)) if bits else None,
+      "tokens_per_second": statistics.median(speeds) if speeds else None,
+      "diverged": sum(record["diverged"] for record in group),
+      "device": ", ".join(sorted({record["device"] for record in group}))}
+
+
+def _trained_alike(record):
+  setting = {name: value for name, value in record["setting"].items() if name != "seed"}
+  varying = "learning_rate", "final_learning_rate"
+  return records.key(setting | {"optim": {k: v for k, v in setting["optim"].items() if k not in varying}})
+
+
+def _groups(rows, key):
+  groups = {}
+  for row in rows:
+    groups.setdefault(key(row), []).append(row)
+  return list(groups.values())

@@ -1,0 +1,67 @@
+"""Sweeps by name: lists of runs, and which ones follow from their results.
+
+FLOPs count forward and backward pass (`lin_jax.flops`). The minutes are predicted for one H100, not measured: 0.65M
+tokens a second on average (Mamba a third of that), 10 to 20 seconds to compile a program that is not in the cache.
+
+  main     45 runs of 29.5M tokens, 3.5e17 FLOPs: 34 minutes, and 9 for 27 programs
+  gates    16 runs of 29.5M tokens, 1.2e17 FLOPs: 11 minutes, and 4; 3 of them fewer after main, whose GLA it shares
+  norms    24 runs of 19.7M tokens, 1.2e17 FLOPs: 12 minutes, and 5
+  lengths  10 runs of 29.5M tokens, 0.8e17 FLOPs: 7 minutes, and 2
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from .models import COMPARED, GATES, NORM_AND_ACTIVATION
+from .runs import Run
+
+RATES = 2e-3, 1e-3, 4e-3  # most promising first: a sweep that is cut short has it for all models
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """`runs` with seed 0, and for each model's best learning rate among them `further_seeds` more."""
+
+  runs: list[Run]
+  further_seeds: int
+
+
+def main() -> Sweep:
+  """The language modelling tables of GLA (arXiv:2312.06635), TNL (2405.17381) and DeltaNet (2406.06484), small."""
+  return Sweep([Run(model, rate) for rate in RATES for model in COMPARED], further_seeds=2)
+
+
+def gates() -> Sweep:
+  """GLA's ablation: no decay, a constant, one a token, one a key channel; 23.21, 16.55, 15.56, 14.77 in the paper."""
+  return Sweep([Run(model, rate) for rate in RATES for model in (*GATES, "gla")], further_seeds=1)
+
+
+def norms() -> Sweep:
+  """DeltaNet's ablation of the keys' norm and activation, all eight; the paper prints four."""
+  return Sweep([Run(model, rate, steps=600) for rate in RATES[:2] for model in NORM_AND_ACTIVATION], further_seeds=1)
+
+
+def lengths() -> Sweep:
+  """Models with a context of 512, to be evaluated on longer ones."""
+  models = "gla", "retnet", "tnl", "transformer", "deltanet"
+  return Sweep([Run(model, RATES[0], sequence_length=512) for model in models], further_seeds=1)
+
+
+SWEEPS = {function.__name__: function for function in (main, gates, norms, lengths)}
+
+
+def further(sweep: Sweep, bits_per_byte: Callable[[Run], float | None]) -> list[Run]:
+  """The runs with other seeds, of the models of which all learning rates are done.
+
+  `bits_per_byte` of a run is None while it is not done, and infinite if it diverged.
+  """
+  found = []
+  for model in dict.fromkeys(run.model for run in sweep.runs):
+    scores = {run: bits_per_byte(run) for run in sweep.runs if run.model == model}
+    if None in scores.values() or math.isinf(min(scores.values())):
+      continue
+    best = min(scores, key=scores.get)
+    found += [dataclasses.replace(best, seed=best.seed + 1 + i) for i in range(sweep.further_seeds)]
+  # The same seed of every model, then the next: a sweep that is cut short has one for all.
+  return sorted(found, key=lambda run: run.seed)

@@ -1,0 +1,53 @@
+"""JSON lines of training runs: what is done already, in which environment it was done."""
+
+import datetime
+import json
+import pathlib
+import sys
+
+from lin_jax import metrics
+from lin_jax.workdir import environment
+
+
+def load(path: pathlib.Path, *fields: str) -> list[dict]:
+  """The records of --out, made if it is missing; a last line that a kill has cut short is dropped from the file too.
+
+  Raises ValueError when it cannot be written, or holds records without one of `fields`.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = metrics.read(path)
+    if path.exists() and not path.read_text().endswith("\n"):
+      path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.touch()
+    if missing := [field for record in records for field in fields if field not in record]:
+      raise KeyError(missing[0])
+  except OSError as e:
+    raise ValueError(f"--out={path}: cannot be written: {e.strerror}") from e
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise ValueError(f"--out={path}: not a file of this command's records ({e!r})") from e
+  return records
+
+
+def append(path: pathlib.Path, record: dict) -> None:
+  """Adds one line."""
+  with path.open("a") as file:
+    file.write(json.dumps(record) + "\n")
+
+
+def key(setting: dict) -> str:
+  """Equal for equal settings, whether they were read from a file or not."""
+  return json.dumps(setting, sort_keys=True)
+
+
+def now() -> str:
+  """When a run was recorded."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def provenance() -> dict:
+  """Device, versions, git commit and command of this process."""
+  found = environment()
+  versions = {name: found[name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
+  return {"device": found["device_kind"], "versions": versions, "git_commit": found["git_commit"],
+          "command": " ".join(["python", *sys.argv])}

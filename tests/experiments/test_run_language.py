@@ -1,0 +1,235 @@
+"""The language sweeps: what they hold, runs that a time limit stops, the best rate's seeds, the summary, mistakes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+import records
+from language import execution
+from language.models import COMPARED, GATES, MODELS
+from language.report import summary
+from language.runs import Run, setting
+from language.sweeps import SWEEPS, Sweep, further
+from lin_jax import metrics as reporting
+from lin_jax.checkpoint import load_model
+from lin_jax.config import validate
+from lin_jax.model import abstract_model, parameter_count
+from lin_jax.training import sigterm
+from tests.lin_jax import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return str(tiny.write_dataset(tmp_path_factory.mktemp("language") / "data"))
+
+
+def test_sizes_are_matched():
+  counts = {name: parameter_count(MODELS[name]()) for name in (*COMPARED, *GATES, "deltanet_l1_elu1")}
+  assert max(counts.values()) / min(counts.values()) <= 1.02 and 38e6 < min(counts.values())
+  assert {make().vocab_size * make().width for make in MODELS.values()} == {32000 * 512}
+  # The state that a layer hands on is the same for those that the papers compare at one size.
+  states = {name: jax.eval_shape(lambda name=name: abstract_model(MODELS[name]()).init_state(1, 1))
+            for name in ("gla", "deltanet", "gated_deltanet", *GATES)}
+  assert {name: state[0][0]["memory"].size for name, state in states.items()} == dict.fromkeys(
+      states, 8 * 4 * 128 * 128)
+
+
+def test_sweeps_hold_each_claims_runs(data):
+  main, gates, norms, lengths = (SWEEPS[name]().runs for name in ("main", "gates", "norms", "lengths"))
+  assert {run.model for run in main} == set(COMPARED) and len(main) == 27
+  assert {run.model for run in gates} == {"no_decay", "constant_decay", "scalar_decay", "gla"} and len(gates) == 12
+  assert {(c.qk_norm, c.qk_activation) for c in (MODELS[run.model]().mixer for run in norms)} == {
+      (norm, f) for norm in ("l1", "l2") for f in ("identity", "relu", "elu1", "silu")}
+  assert {run.model for run in lengths} == {"gla", "retnet", "tnl", "transformer", "deltanet"}
+  assert {run.sequence_length for run in lengths} == {512}
+  for runs in (main, gates, norms, lengths):
+    sizes = {(c.optim.steps, c.data.batch_size * c.data.sequence_length) for c in (r.train_config(data) for r in runs)}
+    assert len(sizes) == 1  # matched tokens
+    assert len({records.key(setting(validate(run.train_config(data)))) for run in runs}) == len(runs)
+  for runs, models in ((main, COMPARED), (gates, [*GATES, "gla"])):
+    assert all(len({run.learning_rate for run in runs if run.model == model}) == 3 for model in models)
+  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [2, 1, 1, 1]
+
+
+def test_gates_differ_in_the_decay_alone():
+  shapes = {name: {path: leaf.shape for path, leaf in _parameters(name).items() if "decay" not in path}
+            for name in (*GATES, "gla")}
+  assert all(value == shapes["gla"] for value in shapes.values())
+  assert len({tuple(sorted(_parameters(name))) for name in shapes}) == 3  # a constant has no parameters either
+
+
+def _parameters(name):
+  leaves = jax.tree_util.tree_leaves_with_path(abstract_model(MODELS[name]()))
+  return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def test_setting_says_what_determines_a_run(data, tmp_path):
+  run = Run("gla", 1e-3, tiny=True)
+  same, first = setting(run.train_config(data)), setting(run.train_config(data))
+  assert same == first == json.loads(json.dumps(first))
+  for field, value in (("seed", 1), ("learning_rate", 2e-3), ("steps", 5), ("model", "scalar_decay")):
+    assert setting(dataclasses.replace(run, **{field: value}).train_config(data)) != first, field
+  other = str(tiny.write_dataset(tmp_path / "data", train_tokens=3001))
+  assert setting(run.train_config(other)) != first
+  moved = pathlib.Path(data).rename(tmp_path / "moved")
+  assert setting(run.train_config(str(moved))) == first
+  moved.rename(data)
+
+
+def test_further_seeds_are_of_the_best_rate():
+  runs = [Run(model, rate) for rate in (2e-3, 1e-3, 4e-3) for model in ("gla", "tnl", "mamba", "retnet")]
+  bits = {("gla", 1e-3): 1.5, ("gla", 2e-3): 1.4, ("gla", 4e-3): 1.3, ("tnl", 1e-3): 1.2, ("tnl", 2e-3): 1.3,
+          ("tnl", 4e-3): float("inf"), ("mamba", 1e-3): 1.1, ("mamba", 2e-3): 1.2}
+  bits |= {("retnet", rate): float("inf") for rate in (2e-3, 1e-3, 4e-3)}
+  found = further(Sweep(runs, 2), lambda run: bits.get((run.model, run.learning_rate)))
+  # Mamba's third rate is not done, and nothing of RetNet is worth another seed.
+  assert found == [Run("gla", 4e-3, 1), Run("tnl", 1e-3, 1), Run("gla", 4e-3, 2), Run("tnl", 1e-3, 2)]
+
+
+@pytest.fixture
+def compilation_cache(tmp_path):
+  """All runs of the test compile the same functions."""
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+  reset_cache()
+  yield
+  jax.config.update("jax_compilation_cache_dir", None)
+  reset_cache()
+
+
+def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkeypatch, capsys,
+                                                          compilation_cache):
+  sweep = Sweep([Run("transformer", 4e-3, steps=6, tiny=True)], further_seeds=0)
+  paths = {name: (tmp_path / name, tmp_path / f"{name}.jsonl") for name in ("unbroken", "broken")}
+  assert execution.execute(sweep, data, *paths["unbroken"]) == (1, 0, [])
+
+  report = reporting.Reporter.step
+
+  def slow(self, step, metrics):
+    report(self, step, metrics)
+    if step == 2:
+      time.sleep(max(0, begin + limit + 0.5 - time.monotonic()))
+
+  workdir, out = paths["broken"]
+  with monkeypatch.context() as patch:
+    patch.setattr(reporting.Reporter, "step", slow)
+    begin, limit = time.monotonic(), 1.0
+    assert execution.execute(sweep, data, workdir, out, limit_seconds=limit) == (0, 1, [])
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and out.read_text() == ""
+  step, = workdir.glob("*/checkpoints/*")
+  assert 1 <= int(step.name) < 6 and (step / "optimizer").exists()
+  assert execution.execute(sweep, data, workdir, out) == (1, 0, [])
+  assert f"from step {step.name} to 6" in capsys.readouterr().out
+
+  (expected,), (record,) = (records.load(out) for _, out in paths.values())
+  assert record["held_out_loss"] == expected["held_out_loss"] and record["setting"] == expected["setting"]
+  assert record["tokens"] == 6 * 8 * 64 and record["epochs"] == round(6 * 8 * 64 / 3000, 4)
+  # Two bytes an id in this dataset.
+  assert record["bits_per_byte"] == pytest.approx(record["held_out_loss"] / 0.6931472 / 2)
+  assert record["device"] == "cpu" and record["versions"]["jax"] == jax.__version__ and record["command"]
+  # One checkpoint stays, with what evaluation needs.
+  folder, = workdir.iterdir()
+  step, = folder.glob("checkpoints/*")
+  assert step.name == "6" and not (step / "optimizer").exists()
+  assert load_model(folder)[0].model == sweep.runs[0].train_config(data).model
+
+  monkeypatch.setattr("language.runs.train", lambda *_: pytest.fail("a run that is done was made again"))
+  before = out.read_text()
+  assert execution.execute(sweep, data, workdir, out) == (0, 0, [])
+  assert out.read_text() == before
+  out.unlink()  # what was done is known without the file too
+  assert execution.execute(sweep, data, workdir, out) == (1, 0, [])
+  assert out.read_text() == before
+
+
+def test_seeds_follow_from_the_records(data, tmp_path, monkeypatch):
+  made, out = [], tmp_path / "out.jsonl"
+
+  def finish(config, workdir):
+    made.append((config.name, config.optim.learning_rate, config.seed))
+    bits = {1e-3: 1.2, 2e-3: 1.1, 4e-3: None}[config.optim.learning_rate]
+    return {"setting": setting(config), "bits_per_byte": bits, "diverged": bits is None}
+
+  monkeypatch.setattr(execution, "finish", finish)
+  sweep = Sweep([Run("gla", rate, tiny=True) for rate in (1e-3, 2e-3, 4e-3)], further_seeds=2)
+  assert execution.execute(sweep, data, tmp_path, out) == (5, 0, [])
+  assert made[3:] == [("gla", 2e-3, 1), ("gla", 2e-3, 2)]
+  lines = out.read_text().splitlines()
+  out.write_text("\n".join(lines[:4]) + "\n" + lines[4][:30])  # a kill has cut the last line
+  assert execution.execute(sweep, data, tmp_path, out) == (1, 0, [])
+  assert made[5:] == [("gla", 2e-3, 2)] and out.read_text().splitlines() == lines
+
+
+def test_failure_of_one_run_leaves_the_others(data, tmp_path, monkeypatch):
+  def finish(config, workdir):
+    if config.name == "gla":
+      raise RuntimeError("out of memory")
+    return {"setting": setting(config), "bits_per_byte": None, "diverged": True}
+
+  monkeypatch.setattr(execution, "finish", finish)
+  sweep = Sweep([Run(model, 1e-3, tiny=True) for model in ("gla", "tnl")], further_seeds=1)
+  finished, left, failed = execution.execute(sweep, data, tmp_path, tmp_path / "out.jsonl")
+  assert (finished, left) == (1, 0) and "RuntimeError: out of memory" in failed[0]
+
+
+def test_deadline_reaches_whoever_listens_and_no_one_else():
+  with execution.deadline(0.2) as over:
+    assert not over()
+    while not over():  # nobody trains yet: no signal may come, or the process would end
+      time.sleep(0.05)
+    for _ in range(2):
+      with sigterm() as terminated:
+        end = time.monotonic() + 5
+        while not terminated(1) and time.monotonic() < end:
+          time.sleep(0.01)
+        assert terminated(1)
+  with execution.deadline(0) as over:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+    assert over()
+
+
+def record(model, rate, seed, bits):
+  optim = {"learning_rate": rate, "final_learning_rate": rate / 10, "steps": 9}
+  return {"model": model, "learning_rate": rate, "seed": seed, "parameters": 7, "tokens": 8, "epochs": 0.5,
+          "held_out_loss": bits, "bits_per_byte": bits, "diverged": bits is None, "tokens_per_second": 100.0 * seed,
+          "device": "cpu",
+          "setting": {"name": model, "seed": seed, "optim": optim, "data": {"sequence_length": 64}}}
+
+
+def test_summary():
+  rows = [record("gla", 1e-3, 0, 1.5), record("gla", 2e-3, 0, 1.4), record("gla", 4e-3, 0, None),
+          record("gla", 2e-3, 1, 1.6), record("gla", 2e-3, 1, 1.6), record("gla", 1e-3, 1, 1.0),
+          record("tnl", 1e-3, 0, 1.5), record("tnl", 2e-3, 0, 1.2), record("mamba", 1e-3, 0, None)]
+  gla, tnl, mamba = summary(rows)
+  assert gla["model"] == "gla" and gla["learning_rate"] == 2e-3 and gla["learning_rates"] == [1e-3, 2e-3, 4e-3]
+  assert gla["seeds"] == 2 and gla["bits_per_byte"] == pytest.approx(1.5) and gla["range"] == [1.4, 1.6]
+  assert gla["spread"] == pytest.approx(0.2 / 2**0.5) and gla["diverged"] == 1 and not gla["at_edge"]
+  assert tnl["at_edge"] and tnl["spread"] is None and tnl["perplexity"] == pytest.approx(3.3201169)
+  assert mamba["bits_per_byte"] is None and mamba["seeds"] == 0 and mamba["diverged"] == 1
+
+
+def test_command(data, tmp_path):
+  def start(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen([sys.executable, ROOT / "experiments" / "run_language.py", *arguments], cwd=ROOT,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+  common = [f"--data={data}", f"--workdir={tmp_path}/runs", f"--out={tmp_path}/out.jsonl", "--tiny"]
+  limited, mistaken = start("--sweep=main", *common, "--limit_seconds=1e-6"), start("--sweep=lengths", "--models=mamba",
+                                                                                    *common)
+  out, err = limited.communicate()
+  assert limited.returncode == 0 and "0 run, 27 left: the same command goes on" in out, (out, err)
+  out, err = mistaken.communicate()
+  assert mistaken.returncode == 2 and "--models=mamba: --sweep=lengths has gla, " in err and not out, (out, err)
+  assert "Traceback" not in err
