@@ -1,0 +1,110 @@
+"""Training speed and memory against sequence length, at a constant number of tokens a step, for the papers' curves.
+
+  python experiments/bench_training.py --set=gla_fig6 --out=experiments/results/training.jsonl --limit_seconds=540
+  python experiments/bench_training.py --set=tnl --out=experiments/results/training.jsonl --plot=tnl_training.png
+  python experiments/bench_training.py --set=tnl --tiny                                 # proves the command on a CPU
+
+gla_fig6 is arXiv:2312.06635, figure 6: 1.3B parameters, 16,384 tokens a step; tnl is the training table of
+arXiv:2405.17381: 385M parameters, here 65,536 tokens a step, beside a Transformer++ of that size and vocabulary.
+Windows are one document each, so attention runs its causal kernel without a mask. All programs are compiled first,
+side by side. What cannot run is recorded with its reason. A run of which --out holds a record, of this device, these
+versions and this setting, is not made again. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
+"""
+
+import math
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+import commands
+import speed_sweep
+import training_speed
+from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
+from training_speed import SWEEPS
+
+_RESULTS = ("tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s", "losses")
+
+_SET = flags.DEFINE_enum("set", "gla_fig6", SWEEPS, "Models, lengths and tokens a step.")
+_MODELS = flags.DEFINE_list("models", [], "Which of its models; all if none is given.")
+_LENGTHS = flags.DEFINE_list("lengths", [], "Which of its lengths; all if none is given.")
+_STEPS = flags.DEFINE_integer("steps", 12, "Optimizer steps.", lower_bound=2)
+_TIMED = flags.DEFINE_integer("timed_steps", 8, "The last of them, which are timed.", lower_bound=1)
+_REMAT = flags.DEFINE_enum("remat", "dots", REMAT_POLICIES, "What a block recomputes in its backward pass.")
+_TINY = flags.DEFINE_bool("tiny", False, "Width 32, two layers, float32; a 256th of the lengths and tokens.")
+_OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
+_PLOT = flags.DEFINE_string("plot", "", "PNG of what --out holds of this set and this device, drawn at the end.")
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probably end later; 0 for no limit.",
+                            lower_bound=0)
+
+
+def main(_):
+  start = time.monotonic()
+  if _TIMED.value >= _STEPS.value:
+    raise ValueError(f"--timed_steps={_TIMED.value}: must be less than --steps={_STEPS.value}")
+  if _PLOT.value and not _OUT.value:
+    raise ValueError(f"--plot={_PLOT.value}: needs --out, the file of the records to draw")
+  sweep = SWEEPS[_SET.value]
+  path = pathlib.Path(_OUT.value) if _OUT.value else None
+  common = training_speed.provenance()
+  every = []
+  for model in speed_sweep.chosen(_MODELS, list(sweep.models)):
+    for length in speed_sweep.chosen(_LENGTHS, sweep.lengths):
+      config = _config(f"{model} at {length}", sweep.models[model](), length, sweep.tokens)
+      every.append((config, common | {"setting": _setting(model, config)}))
+  runs = speed_sweep.missing(every, path)
+  print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before")
+  programs = training_speed.compile_all([config for config, _ in runs], documents=False)
+  runs = [(program, row) for program, (_, row) in zip(programs, runs, strict=True)]
+  failed = speed_sweep.run(runs, _measured, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
+  if _PLOT.value:
+    _draw(sweep, common["device"], speed_sweep.load(path))
+  if failed:
+    print("failed:", *failed, file=sys.stderr)
+    sys.exit(1)
+
+
+def _config(name, config, length, tokens):
+  shrink = 256 if _TINY.value else 1
+  config.name, config.remat, config.mesh = name, _REMAT.value, MeshConfig(1, 1, 1)
+  config.data = DataConfig(sequence_length=length // shrink, batch_size=tokens // length)
+  config.optim = OptimConfig(steps=_STEPS.value, warmup_steps=1)
+  return validate(training_speed.shrunk(config) if _TINY.value else config)
+
+
+def _setting(model, config):
+  return {"set": _SET.value, "tiny": _TINY.value, "name": model, **training_speed.description(config),
+          "timed_steps": _TIMED.value, "data": training_speed.ZIPF, "documents": "one a window"}
+
+
+def _measured(program):
+  program = program.result()
+  steps = program.config.optim.steps
+  batches = training_speed.drawn_batches(program.config, steps, documents=False)
+  result = training_speed.measure(program, batches, _TIMED.value)
+  if not all(map(math.isfinite, result["losses"])):
+    raise ArithmeticError(f"losses {result['losses']}: must be finite")
+  return {name: result[name] for name in _RESULTS}
+
+
+def _line(row):
+  setting = row["setting"]
+  mfu = "" if row["mfu"] is None else f", MFU {100 * row['mfu']:.1f}%"
+  return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} {row['tokens_per_s']:>9,.0f} tokens/s, "
+          f"{row['step_ms']:.1f} ms a step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s")
+
+
+def _draw(sweep, device, found):
+  rows = [row for row in found if row["device"] == device and not row["reason"]
+          and row["setting"]["set"] == _SET.value and row["setting"]["tiny"] == _TINY.value]
+  panels = {label: {name: {row["setting"]["sequence_length"]: row[field] for row in rows
+                           if row["setting"]["name"] == name} for name in sweep.models}
+            for label, field in (("tokens / s", "tokens_per_s"), ("GiB of a step", "memory_gib"))}
+  tokens = sweep.tokens // (256 if _TINY.value else 1)
+  speed_sweep.draw(pathlib.Path(_PLOT.value), f"{sweep.title}, {device}{', tiny' * _TINY.value}",
+                   f"tokens per sequence, {tokens:,} a step", panels)
+
+
+if __name__ == "__main__":
+  commands.run(main)

@@ -1,0 +1,115 @@
+"""Sweeps of speed measurements: records that say what is done, a limit of time, plots for black and white.
+
+A record holds `device`, `versions`, `git_commit`, `command`, `run` (when), `setting` (all that determines the number),
+`reason` ("" or why it could not run) and the results, None where there is a reason.
+"""
+
+import gc
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+import records
+
+_IDENTITY = ("device", "versions", "setting")
+
+# A marker and a dash of its own for each line.
+_STYLES = ("ko-", "C1s--", "C2^-.", "C0D:", "C3v--", "C4P-.")
+
+
+def chosen(flag: flags.FlagHolder[list[str]], known: Sequence) -> list:
+  """The values of a list flag, those of `known` that it names, or all of them if it names none. Raises ValueError."""
+  names = {str(value): value for value in known}
+  for name in flag.value:
+    if name not in names:
+      raise ValueError(f"--{flag.name}={name}: unknown; known: {', '.join(names)}")
+  return [names[name] for name in flag.value] or list(known)
+
+
+def run(runs: Sequence[tuple[Any, dict]], measure: Callable[[Any], dict], line: Callable[[dict], str],
+        fields: Sequence[str], path: pathlib.Path | None, *, begun: float, limit: float) -> list[str]:
+  """Measures and prints every run, and appends its record to `path`.
+
+  Args:
+    runs: what to measure, and a record without results.
+    measure: the results, by `fields`; an exception is the reason of a record without any.
+    line: what is printed of a record without a reason, after its name.
+    begun, limit: no run is begun that would probably end more than `limit` seconds after `begun`, a `time.monotonic`.
+  Returns:
+    The names of runs that failed.
+  """
+  failed, left, longest = [], 0, 0.0
+  for what, row in runs:
+    begin = time.monotonic()
+    if limit and begin - begun + longest > limit:
+      left += 1
+      continue
+    try:
+      row = row | {"run": records.now(), "reason": ""} | measure(what)
+    except Exception as e:  # one that does not fit must not cost the others their record
+      row = row | {"run": records.now(), "reason": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
+      row |= dict.fromkeys(fields)
+    gc.collect()
+    name = row["setting"]["name"]
+    print(f"{name:>18} {f'failed: {row["reason"]}' if row['reason'] else line(row)}", flush=True)
+    if row["reason"]:
+      failed.append(name)
+    if path:
+      records.append(path, row)
+    longest = max(longest, time.monotonic() - begin)
+  if left:
+    print(f"stopped after {limit:g} s with {left} left: the same command goes on")
+  return failed
+
+
+def missing(runs: Sequence[tuple[Any, dict]], path: pathlib.Path | None) -> list[tuple[Any, dict]]:
+  """The runs without a record in `path` of their device, versions and setting. Raises ValueError as `records.load`."""
+  done = {_key(record) for record in load(path)} if path else set()
+  return [(what, row) for what, row in runs if _key(row) not in done]
+
+
+def load(path: pathlib.Path) -> list[dict]:
+  return records.load(path, *_IDENTITY, "reason")
+
+
+def _key(record):
+  return records.key({name: record[name] for name in _IDENTITY})
+
+
+def draw(path: pathlib.Path, title: str, axis: str, panels: dict[str, dict[str, dict[int, float]]], *,
+         logarithmic: bool = False) -> None:
+  """Writes `path`, a PNG: a panel for each label of its vertical axis, with lines name -> tokens -> value.
+
+  Args:
+    axis: what the horizontal axis, in powers of two, counts.
+    logarithmic: the vertical axes too; they start at zero otherwise.
+  Raises:
+    ValueError: `path` cannot be written.
+  """
+  from matplotlib.figure import Figure  # a second of import that only drawing pays
+
+  figure = Figure(figsize=(5.4 * len(panels), 4), layout="constrained")
+  for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    ticks = sorted({tokens for points in lines.values() for tokens in points})
+    for style, (name, points) in zip(_STYLES, lines.items()):
+      if points:
+        axes.plot(*zip(*sorted(points.items())), style, markersize=6, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{t // 1024}K" if t >= 1024 else str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel=axis, ylabel=label)
+    if logarithmic:
+      axes.set_yscale("log")
+    else:
+      axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+      axes.legend(fontsize=8)
+  figure.suptitle(title)
+  try:
+    figure.savefig(path, dpi=120)
+  except OSError as e:
+    raise ValueError(f"{path}: cannot be written: {e.strerror}") from e

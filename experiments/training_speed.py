@@ -1,0 +1,160 @@
+"""How fast a config trains on the first device: its step compiled, fed with drawn tokens, timed, its memory counted.
+
+`SWEEPS` are the papers' curves against sequence length.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+import configs
+import records
+from configs.paper import at_340m
+from lin_jax import flops, mixers, sharding
+from lin_jax.config import TrainConfig, to_dict
+from lin_jax.mixers.attention import AttentionConfig
+from lin_jax.training import make_state, make_train_step
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+ZIPF = "drawn from Zipf's law"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """Models by name, the lengths of their sequences, and the tokens of a step."""
+
+  title: str
+  models: dict[str, Callable[[], TrainConfig]]
+  lengths: tuple[int, ...]
+  tokens: int
+
+
+def transformer_385m() -> TrainConfig:
+  """Transformer++ with TNL's vocabulary, and an MLP that makes up for its smaller mixer: 383M parameters."""
+  return at_340m(AttentionConfig(heads=16), mlp_width=3136, vocab_size=configs.CONFIGS["tnl_385m"]().model.vocab_size)
+
+
+SWEEPS = {
+    "gla_fig6": Sweep("Training at 1.3B parameters", {name: configs.CONFIGS[name] for name in (
+        "gla_1b3", "transformer_1b3", "retnet_1b3", "mamba_1b3", "deltanet_1b3")},
+        tuple(2**i for i in range(11, 15)), 2**14),
+    "tnl": Sweep("Training at 385M parameters", {"tnl_385m": configs.CONFIGS["tnl_385m"],
+                                                 "transformer_385m": transformer_385m},
+                 tuple(2**i for i in range(10, 17)), 2**16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The compiled initialisation and optimizer step of a config, and how long tracing and compiling took."""
+
+  config: TrainConfig
+  create: Callable
+  step: Callable
+  seconds: float
+
+
+def shrunk(config: TrainConfig) -> TrainConfig:
+  """`config` with its mixers' smallest examples at width 32, two layers and 257 tokens, float32: for a CPU."""
+  model = config.model
+  for field in ("mixer", "hybrid_mixer"):
+    if (mixer := getattr(model, field)) is not None:
+      setattr(model, field, mixers.config_class(mixers.name_of(mixer)).examples()[0])
+  model.vocab_size, model.width, model.depth, model.dtype = 257, 32, 2, "float32"
+  model.mlp_width, model.hybrid_layers = min(model.mlp_width, 64), model.hybrid_layers and (1,)
+  return config
+
+
+def description(config: TrainConfig) -> dict:
+  """What a record says of the model and of how it is trained."""
+  _, _, abstract, _ = make_state(config, _mesh(config))
+  return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
+          "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length,
+          "dtype": config.model.dtype, "remat": config.remat, "steps": config.optim.steps,
+          "model": to_dict(config)["model"]}
+
+
+def provenance() -> dict:
+  """`records.provenance`, with a digest of the kernels and the library among the versions: a speed is theirs."""
+  digest = hashlib.sha256()
+  for source in sorted(path for folder in ("kernels", "lin_jax") for path in (_ROOT / folder).rglob("*")):
+    if source.suffix in (".py", ".json"):
+      digest.update(source.read_bytes())
+  found = records.provenance()
+  return found | {"versions": found["versions"] | {"sources": digest.hexdigest()[:12]}}
+
+
+def compile_all(runs: Sequence[TrainConfig], *, documents: bool = True) -> list[concurrent.futures.Future]:
+  """A finished future of a `Program` for each config; they are compiled side by side, on as many threads as cores."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    # Leaving waits for all of them: on a CPU a compilation would disturb what is timed.
+    return [pool.submit(compile_step, config, documents=documents) for config in runs]
+
+
+def compile_step(config: TrainConfig, *, documents: bool = True) -> Program:
+  """For batches with segment ids, or for windows of one document each, without any."""
+  start = time.monotonic()
+  mesh = _mesh(config)
+  graph, optimizer, abstract, create = make_state(config, mesh)
+  shape, placed = (config.data.batch_size, config.data.sequence_length), sharding.batch_sharding(mesh)
+  batch = {name: jax.ShapeDtypeStruct(shape, np.float32 if name == "mask" else np.int32, sharding=placed)
+           for name in ("tokens", "targets", "segment_ids", "mask")}
+  if not documents:
+    batch["segment_ids"] = None
+  step = make_train_step(config, graph, optimizer, abstract).lower(abstract, batch).compile()
+  return Program(config, create.lower().compile(), step, time.monotonic() - start)
+
+
+def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
+  """A step for each batch; the last `timed` of them give the speed.
+
+  Returns:
+    `losses`, `tokens_per_s`, `step_ms`, `mfu` (None for a device of unknown peak), `memory_gib`, what the compiled step
+    needs, parameters and optimizer included, and `compile_s`.
+  """
+  config, step = program.config, program.step
+  placed = sharding.batch_sharding(_mesh(config))
+  batches = jax.block_until_ready([jax.device_put(batch, placed) for batch in batches])
+  state, losses = program.create(), []
+  for i, batch in enumerate(batches):
+    if i == len(batches) - timed:
+      jax.block_until_ready(state)
+      start = time.perf_counter()
+    state, metrics = step(state, batch)
+    losses.append(metrics["loss"])
+  jax.block_until_ready(state)
+  seconds = (time.perf_counter() - start) / timed
+  memory = step.memory_analysis()
+  needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes)
+  rate = config.data.batch_size * config.data.sequence_length / seconds
+  peak = flops.peak_flops(jax.devices()[0].device_kind)
+  work = flops.training_flops_per_token(config.model, config.data.sequence_length)
+  return {"losses": [round(float(loss), 4) for loss in losses], "tokens_per_s": round(rate, 1),
+          "step_ms": round(1000 * seconds, 2), "mfu": rate * work / peak if peak else None,
+          "memory_gib": round(needed / 2**30, 3), "compile_s": round(program.seconds, 1)}
+
+
+def drawn_batches(config: TrainConfig, count: int, *, documents: bool = True) -> list[dict]:
+  """Batches of tokens drawn from Zipf's law, of which a model learns the frequencies at once; arguments as in
+  `compile_step`."""
+  random, vocabulary = np.random.default_rng(0), config.model.vocab_size
+  weights = 1 / np.arange(1, vocabulary + 1)
+  shape = config.data.batch_size, config.data.sequence_length + 1
+  batches = []
+  for _ in range(count):
+    ids = random.choice(vocabulary, shape, p=weights / weights.sum()).astype(np.int32)
+    batches.append(dict(tokens=ids[:, :-1], targets=ids[:, 1:],
+                        segment_ids=np.zeros_like(ids[:, 1:]) if documents else None,
+                        mask=np.ones(ids[:, 1:].shape, np.float32)))
+  return batches
+
+
+def _mesh(config):
+  return sharding.make_mesh(config.mesh, jax.devices()[:1])
