@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -74,7 +75,8 @@ class Results:
 
   @functools.cached_property
   def kernels(self) -> kernel_records.Records:
-    return kernel_records.Records(self.folder / "kernels.jsonl")
+    path = self.folder / "kernels.jsonl"
+    return kernel_records.Records(path if path.exists() else os.devnull)
 
 
 def compared(pairs: Iterable[tuple[str, float | None, float | None]]) -> Finding:

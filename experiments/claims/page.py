@@ -1,11 +1,11 @@
 """The page of claims as markdown: a row for each, with its verdict, and the tables behind them."""
 
-from . import CLAIMS, synthetic
+from . import CLAIMS, language, synthetic
 from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, Results, percent
 from .plots import PLOTS
 
 PAPERS = {"2312.06635": "Gated Linear Attention", "2405.17381": "Lightning Attention, TransNormerLLM",
-          "2406.06484": "DeltaNet"}
+          "2406.06484": "DeltaNet", "2412.06464": "Gated DeltaNet"}
 _HEAD = """# Claims of the papers
 
 Generated from the records beside it by `python experiments/report_claims.py`; do not edit.
@@ -46,6 +46,12 @@ def _row(claim, finding):
 
 def _tables(results):
   parts = []
+  for sweep in language.sweeps.SWEEPS:
+    rows = [[language.name(model), f"{row['parameters'] / 1e6:.1f}M", f"{row['learning_rate']:g}"
+             + " (at the edge)" * row["at_edge"], str(row["seeds"]), language.bits(row), f"{row['perplexity']:.2f}"]
+            for model, row in sorted(language.rows(results, sweep).items(), key=lambda x: x[1]["bits_per_byte"])]
+    parts += _section(f"Language models, sweep `{sweep}`: held-out text",
+                      ["", "parameters", "best learning rate", "seeds", "bits per byte", "perplexity"], rows)
   points = [(setting, width) for setting in synthetic.MQAR_SETTINGS for width in synthetic.WIDTHS]
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mqar(results, mixer, *point)) for point in points)]
           for mixer in synthetic.NAMES]

@@ -10,9 +10,11 @@ import sys
 import pytest
 
 import kernel_cases
-from claims import CLAIMS, Finding, Results, synthetic
+from claims import CLAIMS, Finding, Results, language, synthetic
 from claims.page import render
 from claims.plots import PLOTS
+from language import sweeps as language_sweeps
+from lin_jax.mixers.delta_net import ACTIVATIONS
 from synthetic import sweeps
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -82,6 +84,37 @@ def test_regbench_is_level_within_a_point(tmp_path):
                   "DeltaNet learns regular languages in context as well as Transformer++, GLA and Mamba.")
   assert found.points[:4] == (True, False, True, None)
   assert found.text == "1,000: DeltaNet 80.0, Transformer++ 80.9, GLA 81.1, Mamba 10.0"
+
+
+def modelled(run, bits_per_byte):
+  setting = {"name": run.model, "seed": run.seed, "optim": {"steps": run.steps, "learning_rate": run.learning_rate},
+             "data": {"sequence_length": run.sequence_length, "batch_size": 32768 // run.sequence_length}}
+  return {"model": run.model, "learning_rate": run.learning_rate, "seed": run.seed, "parameters": 42_000_000,
+          "tokens": 1, "epochs": 1, "diverged": bits_per_byte is None, "bits_per_byte": bits_per_byte,
+          "held_out_loss": bits_per_byte, "tokens_per_second": 1.0, "device": "X", "setting": setting}
+
+
+def test_language_models_are_compared_at_their_best_rates(tmp_path):
+  runs = {(run.model, run.learning_rate): run for run in language_sweeps.main().runs}
+  bits = {("gla", 2e-3): 1.35, ("gla", 1e-3): 1.30, ("retnet", 2e-3): 1.32, ("retnet", 4e-3): None,
+          ("transformer", 2e-3): 1.2875}
+  rows = [modelled(runs[key], value) for key, value in bits.items()]
+  rows += [modelled(dataclasses.replace(runs["gla", 1e-3], seed=1), 1.31),
+           modelled(dataclasses.replace(runs["mamba", 1e-3], steps=7), 1.0)]  # no run of the sweep
+  write(tmp_path, language.FILE, rows)
+  better = finding(Results(tmp_path), "GLA models text better than RetNet.")
+  assert better.points == (True,) and better.text == "GLA 1.3050 ± 0.0071; RetNet 1.3200"
+  level = finding(Results(tmp_path), "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).")
+  assert level.points == (False, None)
+  assert "| GLA | 42.0M | 0.001 (at the edge) | 2 | 1.3050 ± 0.0071 |" in render(Results(tmp_path))
+
+
+def test_claims_name_runs_of_the_sweeps():
+  known = {run.model for sweep in language_sweeps.SWEEPS.values() for run in sweep().runs}
+  assert {language.name(model) for model in known if not model.startswith("deltanet_l")} == set(language.NAMES.values())
+  assert language.name("deltanet_l1_elu1") == "L1 and elu1"
+  planned = {run.model for run in language_sweeps.norms().runs}
+  assert planned == {language._normed(norm, f) for norm in ("l1", "l2") for f in ACTIVATIONS}
 
 
 def timed(case, name, label, ms, device="NVIDIA X"):

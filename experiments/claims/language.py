@@ -1,0 +1,98 @@
+"""Claims on language modelling at matched size and tokens, from the records of run_language.py."""
+
+from collections.abc import Sequence
+
+from language import sweeps
+from language.report import summary
+from lin_jax.mixers.delta_net import ACTIVATIONS
+
+from .claim import Claim, Finding, Results
+
+FILE = "language.jsonl"
+NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormerLLM", "gla": "GLA", "mamba": "Mamba",
+         "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "deltanet_swa": "DeltaNet with sliding windows",
+         "deltanet_global": "DeltaNet with two attention layers", "no_decay": "no decay",
+         "constant_decay": "constant decay", "scalar_decay": "decay per token"}
+_GLA, _TNL, _DELTA, _GATED = "2312.06635", "2405.17381", "2406.06484", "2412.06464"
+_LEVEL = 1.01
+
+
+def rows(results: Results, sweep: str) -> dict[str, dict]:
+  """The sweep's models by name as `language.report.summary` has them, each with its best rate and its seeds."""
+  planned = {(run.model, run.steps, run.sequence_length, 32768 // run.sequence_length)
+             for run in sweeps.SWEEPS[sweep]().runs}
+  records = [record for record in results.lines(FILE) if _kind(record) in planned]
+  return {row["model"]: row for row in summary(records) if row["bits_per_byte"] is not None}
+
+
+def _kind(record):
+  data = record["setting"]["data"]
+  return record["model"], record["setting"]["optim"]["steps"], data["sequence_length"], data["batch_size"]
+
+
+def name(model: str) -> str:
+  if model in NAMES:
+    return NAMES[model]
+  _, norm, activation = model.split("_", 2)
+  return f"{norm.upper()} and {activation}"
+
+
+def _below(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
+  """A point for each pair of models: the first has fewer bits per byte than the second, times `factor`."""
+
+  def judge(results):
+    found = rows(results, sweep)
+    points = tuple(found[left]["bits_per_byte"] < factor * found[right]["bits_per_byte"]
+                   if left in found and right in found else None for left, right in pairs)
+    models = dict.fromkeys(model for pair in pairs for model in pair if model in found)
+    return Finding("; ".join(f"{name(model)} {bits(found[model])}" for model in models), points)
+
+  return judge
+
+
+def bits(row: dict) -> str:
+  """Mean over the seeds, with their sample standard deviation once there are two."""
+  spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
+  return f"{row['bits_per_byte']:.4f}{spread}"
+
+
+def claims() -> list[Claim]:
+  size = "42M parameters, 29.5M tokens of English, bits per byte, best of 3 learning rates"
+  norms = "42M parameters, 19.7M tokens of English, bits per byte, best of 2 learning rates"
+  main, gates = "main", "gates"
+  claim = lambda paper, place, text, printed, sweep, judge: Claim(
+      paper, place, text, printed, norms if sweep == "norms" else size,
+      f"python experiments/run_language.py --sweep={sweep} --out=experiments/results/{FILE}", judge)
+  l2_l1 = [(_normed("l2", activation), _normed("l1", activation)) for activation in ACTIVATIONS]
+  return [
+      claim(_GLA, "main table", "GLA models text better than RetNet.", "28.65 and 32.33 (340M, WikiText perplexity)",
+            main, _below(main, [("gla", "retnet")])),
+      claim(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
+            "28.65, 28.39, 28.39", main, _below(main, [("gla", "transformer"), ("gla", "mamba")], _LEVEL)),
+      claim(_GLA, "ablation of the gate", "The finer the decay the better: none, constant, one a token, one a channel.",
+            "23.21, 16.55, 15.56, 14.77 (340M, training perplexity)", gates,
+            _below(gates, [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay"),
+                           ("gla", "scalar_decay")])),
+      claim(_TNL, "table of baselines", "TransNormerLLM models text better than the Transformer.",
+            "2.248 and 2.362 (385M, loss in bits)", main, _below(main, [("tnl", "transformer")])),
+      claim(_DELTA, "main table", "DeltaNet models text better than RetNet and GLA, and is level with Mamba and "
+            "Transformer++ (here: at most 1% more bits).", "28.24; 32.33, 28.65; 28.39, 28.39 (340M)", main, _deltanet),
+      claim(_DELTA, "main table", "Both hybrids are better than DeltaNet and Transformer++.",
+            "27.06 and 27.51; 28.24, 28.39 (340M)", main,
+            _below(main, [(hybrid, other) for hybrid in ("deltanet_swa", "deltanet_global")
+                          for other in ("deltanet", "transformer")])),
+      claim(_DELTA, "ablation", "Keys of L2 norm are better than keys of L1 norm, whatever the activation.",
+            "28.03 and 31.12 (340M, 1+elu)", "norms", _below("norms", l2_l1)),
+      claim(_GATED, "main table", "Gated DeltaNet models text better than DeltaNet.", "16.42 and 17.71 (1.3B)", main,
+            _below(main, [("gated_deltanet", "deltanet")]))]
+
+
+def _normed(norm, activation):
+  return "deltanet" if (norm, activation) == ("l2", "silu") else f"deltanet_{norm}_{activation}"
+
+
+def _deltanet(results):
+  better = _below("main", [("deltanet", "retnet"), ("deltanet", "gla")])(results)
+  level = _below("main", [("deltanet", "mamba"), ("deltanet", "transformer")], _LEVEL)(results)
+  texts = dict.fromkeys(text for finding in (better, level) for text in finding.text.split("; ") if text)
+  return Finding("; ".join(texts), better.points + level.points)
