@@ -9,6 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,14 +82,20 @@ def _generate(model, prompt, key, steps, sampling):
   batch, length = prompt.shape
   hidden, state = model.hidden(prompt, model.init_state(batch, length + steps))
   logits = jnp.dot(hidden[:, -1], model.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32)
+  return decode(model, logits, state, key, steps, sampling)[0]
+
+
+def decode(model: LanguageModel, logits: Float[Array, "B V"], state: Any, key: Array, steps: int,
+           sampling: Sampling) -> tuple[Int[Array, "B steps"], tuple[Float[Array, "B V"], Any]]:
+  """`steps` tokens, the first drawn from `logits`, and logits and state after the last; to be called under jit."""
 
   def next_token(carry, i):
     logits, state = carry
     token = sample(logits, jax.random.fold_in(key, i), sampling)
     return model.step(token, state), token
 
-  _, tokens = jax.lax.scan(next_token, (logits, state), jnp.arange(steps))
-  return tokens.T
+  carry, tokens = jax.lax.scan(next_token, (logits, state), jnp.arange(steps))
+  return tokens.T, carry
 
 
 def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, "B"]:

@@ -1,4 +1,4 @@
-"""Sweeps of speed measurements: what is done is skipped, a limit ends them, failures are recorded; that of training."""
+"""Sweeps of speed measurements: what is done is skipped, a limit ends them, failures are recorded; both commands."""
 
 import json
 import os
@@ -59,27 +59,42 @@ def test_sizes_are_those_of_the_papers():
     assert all(sweep.tokens % length == 0 for length in sweep.lengths)
 
 
-def start(*arguments):
-  return subprocess.Popen([sys.executable, ROOT / "experiments" / "bench_training.py", *arguments], cwd=ROOT,
-                          env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_unknown_names_are_refused():
+  flag = types.SimpleNamespace(name="lengths", value=["3000"])
+  with pytest.raises(ValueError, match="--lengths=3000: unknown; known: 1024, 2048"):
+    speed_sweep.chosen(flag, (1024, 2048))
+  flag.value = ["2048"]
+  assert speed_sweep.chosen(flag, (1024, 2048)) == [2048]
+
+
+def records_of(command, folder, *arguments):
+  """What a tiny sweep writes, and that it draws a plot."""
+  path, plot = folder / "speed.jsonl", folder / "speed.png"
+  result = subprocess.run([sys.executable, ROOT / "experiments" / command, "--tiny", f"--out={path}", f"--plot={plot}",
+                           *arguments], cwd=ROOT, env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+                          capture_output=True, text=True)
+  assert result.returncode == 0, (result.stdout, result.stderr)
+  assert plot.read_bytes()[:4] == b"\x89PNG"
+  rows = speed_sweep.load(path)
+  for r in rows:
+    assert r["device"] == "cpu" and r["versions"]["sources"] and "--tiny" in r["command"] and not r["reason"]
+  return rows
 
 
 def test_training_speed_against_length(tmp_path):
-  path, plot = tmp_path / "training.jsonl", tmp_path / "training.png"
-  arguments = ["--set=tnl", "--tiny", "--models=transformer_385m", "--steps=3", "--timed_steps=2", f"--out={path}"]
-  mistake = start("--lengths=3000")
-  first = start(*arguments, "--lengths=8192,32768")
-  out, err = first.communicate()
-  assert first.returncode == 0 and "cpu: 2 runs, 0 recorded before" in out, (out, err)
-  again = start(*arguments, "--lengths=32768", f"--plot={plot}")
-  out, err = again.communicate()
-  assert again.returncode == 0 and "cpu: 0 runs, 1 recorded before" in out, (out, err)
-  assert plot.read_bytes()[:4] == b"\x89PNG"
-  rows = speed_sweep.load(path)
-  assert [(r["setting"]["sequence_length"], r["setting"]["batch_size"]) for r in rows] == [(32, 8), (128, 2)]
+  r, = records_of("bench_training.py", tmp_path, "--set=tnl", "--models=transformer_385m", "--lengths=32768",
+                  "--steps=3", "--timed_steps=2")
+  assert (r["setting"]["sequence_length"], r["setting"]["batch_size"]) == (128, 2)
+  assert r["tokens_per_s"] == pytest.approx(256 / r["step_ms"] * 1000, rel=1e-2) and len(r["losses"]) == 3
+
+
+def test_decoding_against_context(tmp_path):
+  rows = records_of("bench_decoding.py", tmp_path, "--models=gla_340m,transformer_340m", "--contexts=4096,65536",
+                    "--tokens=4", "--repeats=2")
+  assert [(r["setting"]["name"][:3], r["setting"]["context"]) for r in rows] == [
+      ("gla", 16), ("gla", 256), ("tra", 16), ("tra", 256)]
+  # A memory of 2 layers, 2 heads of 8 x 16 floats; 2 layers of 32 float keys and values and a position for each token.
+  assert [r["state_mib"] * 2**20 for r in rows] == pytest.approx([2048, 2048, 8456, 135176], rel=0.03)
   for r in rows:
-    assert r["tokens_per_s"] == pytest.approx(256 / r["step_ms"] * 1000, rel=1e-2) and len(r["losses"]) == 3
-    assert r["device"] == "cpu" and r["versions"]["sources"] and "--tiny" in r["command"] and not r["reason"]
-  out, err = mistake.communicate()
-  assert mistake.returncode == 2 and "--lengths=3000: unknown; known: 2048, 4096" in err and "Traceback" not in err
+    assert r["ms_per_token"] > 0 and r["tokens_per_s"] == pytest.approx(1000 / r["ms_per_token"], rel=1e-2)
+    assert r["memory_gib"] * 2**30 > 4 * r["setting"]["parameters"]

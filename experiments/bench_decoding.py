@@ -1,0 +1,143 @@
+"""Time a token and memory of decoding against the number of tokens before it, linear mixers beside softmax attention.
+
+  python experiments/bench_decoding.py --out=experiments/results/decoding.jsonl --limit_seconds=540 --plot=decoding.png
+  python experiments/bench_decoding.py --tiny                                           # proves the command on a CPU
+
+The context is read in pieces with the state carried, then `lin_jax.generate.decode` draws tokens greedily, in one
+compiled program; the median of its calls counts, all from the same state. Weights are untrained, which takes the same
+time. The cache of attention has room for the context and what is decoded, no more; like every state it is written anew
+by each token, because the layers are a scan. What cannot run is recorded with its reason; a run of which --out holds a
+record, of this device, these versions and this setting, is not made again. Exit codes: 0 done, or the time is over; 1 a
+run failed; 2 a user's error.
+"""
+
+import functools
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+import commands
+import configs
+import speed_sweep
+import training_speed
+from lin_jax.config import to_dict
+from lin_jax.generate import Sampling, decode, state_bytes
+from lin_jax.model import LanguageModel, parameter_count
+
+_MODELS_KNOWN = ("tnl_385m", "gla_340m", "deltanet_340m", "transformer_340m")
+_CONTEXTS_KNOWN = tuple(2**i for i in range(10, 17))
+_PIECE = 1024
+_RESULTS = ("ms_per_token", "tokens_per_s", "state_mib", "memory_gib")
+
+_MODELS = flags.DEFINE_list("models", [], f"Which of {', '.join(_MODELS_KNOWN)}; all if none is given.")
+_CONTEXTS = flags.DEFINE_list("contexts", [], "Tokens before, powers of two from 1,024 to 65,536; all if none given.")
+_BATCH = flags.DEFINE_integer("batch_size", 1, "Sequences decoded together.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens decoded by a call.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Calls, after one that is not timed.", lower_bound=1)
+_TINY = flags.DEFINE_bool("tiny", False, "Width 32, two layers, float32; a 256th of the contexts.")
+_OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
+_PLOT = flags.DEFINE_string("plot", "", "PNG of what --out holds of this batch size and device, drawn at the end.")
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probably end later; 0 for no limit.",
+                            lower_bound=0)
+
+
+def main(_):
+  start = time.monotonic()
+  if _PLOT.value and not _OUT.value:
+    raise ValueError(f"--plot={_PLOT.value}: needs --out, the file of the records to draw")
+  path = pathlib.Path(_OUT.value) if _OUT.value else None
+  common = training_speed.provenance()
+  # The contexts of a model follow one another: its weights, and the program of a linear one, serve them all.
+  every = [((name, context), common | {"setting": _setting(name, context)})
+           for name in speed_sweep.chosen(_MODELS, _MODELS_KNOWN)
+           for context in map(_scaled, speed_sweep.chosen(_CONTEXTS, _CONTEXTS_KNOWN))]
+  runs = speed_sweep.missing(every, path)
+  print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before")
+  failed = speed_sweep.run(runs, lambda run: _measured(*run), _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
+  if _PLOT.value:
+    _draw(common["device"], speed_sweep.load(path))
+  if failed:
+    print("failed:", *failed, file=sys.stderr)
+    sys.exit(1)
+
+
+def _scaled(tokens):
+  return max(1, tokens // 256) if _TINY.value else tokens
+
+
+def _config(name):
+  config = configs.lookup(name)
+  return training_speed.shrunk(config) if _TINY.value else config
+
+
+def _setting(name, context):
+  config = _config(name)
+  return {"name": name, "tiny": _TINY.value, "context": context, "batch_size": _BATCH.value, "tokens": _TOKENS.value,
+          "repeats": _REPEATS.value, "parameters": parameter_count(config.model), "dtype": config.model.dtype,
+          "model": to_dict(config)["model"]}
+
+
+@functools.lru_cache(maxsize=1)
+def _model(name):
+  config = _config(name).model
+  return jax.jit(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))()
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _read(model, tokens, state):
+  """Logits after `tokens`, and the state."""
+  hidden, state = model.hidden(tokens, state)
+  return jnp.dot(hidden[:, -1], model.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32), state
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _decode(model, logits, state, key, steps):
+  return decode(model, logits, state, key, steps, Sampling(temperature=0))[0]
+
+
+def _measured(name, context):
+  model, batch, steps = _model(name), _BATCH.value, _TOKENS.value
+  vocabulary, piece = model.embedding.shape[0], min(context, _scaled(_PIECE))
+  prompt = np.random.default_rng(0).integers(vocabulary, size=(batch, context), dtype=np.int32)
+  state = jax.jit(lambda model: model.init_state(batch, context + steps))(model)
+  for i in range(0, context, piece):
+    logits, state = _read(model, prompt[:, i:i + piece], state)
+  arguments = model, logits, state, jax.random.key(0)
+  # Compiled by the first context of a linear model, found again by the others.
+  program = _decode.lower(*arguments, steps=steps).compile()
+  seconds = []
+  for _ in range(_REPEATS.value + 1):
+    begin = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    seconds.append(time.perf_counter() - begin)
+  a_token = statistics.median(seconds[1:]) / steps
+  memory = program.memory_analysis()
+  needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+  return {"ms_per_token": round(1000 * a_token, 4), "tokens_per_s": round(batch / a_token, 1),
+          "state_mib": round(state_bytes(model, batch, context) / 2**20, 4), "memory_gib": round(needed / 2**30, 4)}
+
+
+def _line(row):
+  return (f"after {row['setting']['context']:>6,} tokens {row['ms_per_token']:.3f} ms a token, state "
+          f"{row['state_mib']:,.2f} MiB, {row['memory_gib']:.2f} GiB in all")
+
+
+def _draw(device, found):
+  rows = [row for row in found if row["device"] == device and not row["reason"]
+          and row["setting"]["tiny"] == _TINY.value and row["setting"]["batch_size"] == _BATCH.value]
+  panels = {label: {name: {row["setting"]["context"]: row[field] for row in rows if row["setting"]["name"] == name}
+                    for name in _MODELS_KNOWN}
+            for label, field in (("ms a token", "ms_per_token"), ("state or cache (MiB)", "state_mib"))}
+  title = f"Decoding at 340M to 385M parameters, batch {_BATCH.value}, {device}{', tiny' * _TINY.value}"
+  speed_sweep.draw(pathlib.Path(_PLOT.value), title, "tokens before", panels, logarithmic=True)
+
+
+if __name__ == "__main__":
+  commands.run(main)
