@@ -1,7 +1,8 @@
 """Evaluates a trained model on held-out text: perplexity and bits per byte, over all and by position.
 
   python experiments/evaluate.py --workdir=runs/gla_tiny
-  python experiments/evaluate.py --workdir=runs/gla_tiny --sequence_length=4096 --noreset_at_documents
+  python experiments/evaluate.py --workdir=runs/gla_small --sequence_length=1024,4096,16384 --piece=2048 \
+      --bucket_width=1024 --noreset_at_documents
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import pathlib
 from absl import flags
 
 import commands
+import records
 from lin_jax.checkpoint import load_model
 from lin_jax.data import TokenDataset, eval_batches
 from lin_jax.evaluate import evaluate
@@ -20,31 +22,42 @@ _CHECKPOINT = commands.define_checkpoint()
 _DATA = flags.DEFINE_string("data", "", "Dataset directory; the run's own if empty.")
 _SPLIT = flags.DEFINE_string("split", "val", "Split of the dataset.")
 _BATCHES = flags.DEFINE_integer("batches", 0, "Batches, spread evenly over the split; 0 is all of it.", lower_bound=0)
-_LENGTH = flags.DEFINE_integer("sequence_length", 0, "Tokens per window, in one forward pass; 0 is that of training.",
-                               lower_bound=0)
+_LENGTHS = flags.DEFINE_list("sequence_length", [], "Tokens per window; several are evaluated one after the other, and "
+                             "none is the length of training.")
+_PIECE = flags.DEFINE_integer("piece", 0, "Tokens of a forward pass, which goes on from the last one's state; longer "
+                              "windows than memory allows in one pass need it. 0 is the whole window.", lower_bound=0)
 _RESET = flags.DEFINE_bool("reset_at_documents", None, "Hide earlier documents of a window; as in training by default.")
 _BUCKET = flags.DEFINE_integer("bucket_width", 0, "Positions per line of the table; 0 doubles from line to line.")
 
 
 def main(_):
   workdir = pathlib.Path(_WORKDIR.value)
+  for text in _LENGTHS.value:
+    if not text.isdecimal() or not int(text):
+      raise ValueError(f"--sequence_length={text}: must be a positive number, or several: 512,1024")
   config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value))
+  for length in map(int, _LENGTHS.value or [config.data.sequence_length]):
+    _evaluate(workdir, config, model, length)
+
+
+def _evaluate(workdir, config, model, length):
   data = config.data
-  length = _LENGTH.value or data.sequence_length
   # As many tokens per batch as an accumulation step of the training run had, which is known to fit.
   rows = max(1, data.batch_size // config.optim.accumulation * data.sequence_length // length)
   data = dataclasses.replace(data, path=_DATA.value or data.path, sequence_length=length, batch_size=rows,
                              reset_at_documents=data.reset_at_documents if _RESET.value is None else _RESET.value)
   split = TokenDataset(data.path, _SPLIT.value, vocab_size=config.model.vocab_size)
   batches = eval_batches(data, _SPLIT.value, _BATCHES.value, vocab_size=config.model.vocab_size)
-  result = evaluate(model, batches, bytes_per_token=split.bytes_per_token, bucket_width=_BUCKET.value)
+  result = evaluate(model, batches, bytes_per_token=split.bytes_per_token, bucket_width=_BUCKET.value,
+                    piece=min(_PIECE.value, length))
 
   print(f"{'position':>15} {'targets':>12} {'loss':>8} {'perplexity':>11}")
   for row in result["buckets"]:
     print(_line(f"{row['start']}-{row['stop'] - 1}", row))
   print(_line("all", result), f"   {result['bits_per_byte']:.4f} bits per byte")
   path = workdir / f"evaluation_{_SPLIT.value}_{length}.json"
-  record = {"data": data.path, "split": _SPLIT.value, "checkpoint": _CHECKPOINT.value, "sequence_length": length,
+  record = {"run": records.now(), **records.provenance(), "data": data.path, "split": _SPLIT.value,
+            "checkpoint": _CHECKPOINT.value, "sequence_length": length, "piece": _PIECE.value,
             "reset_at_documents": data.reset_at_documents, **result}
   commands.write(path, json.dumps(record, indent=2) + "\n")
   print(f"written to {path}")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
@@ -186,6 +186,11 @@ class LanguageModel(nnx.Module):
     with jax.named_scope("head"):
       return jnp.einsum("...d,dv->...v", x, self.unembedding().astype(self.dtype),
                         preferred_element_type=jnp.float32)
+
+
+def keep_rows(kept: Bool[Array, "B"], state: Any, empty: Any) -> Any:
+  """The model state `state` in the rows `kept`, `empty` of `init_state` in the others."""
+  return jax.tree.map(lambda x, e: jnp.where(kept.reshape(1, -1, *(1,) * (x.ndim - 2)), x, e), state, empty)
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -25,7 +25,7 @@ from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import DataConfig, TrainConfig
 from lin_jax.data import TokenDataset, eval_batches, train_iterator
 from lin_jax.loss import next_token_loss
-from lin_jax.model import LanguageModel
+from lin_jax.model import LanguageModel, keep_rows
 
 
 @functools.partial(jax.tree_util.register_dataclass,
@@ -201,7 +201,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
     # The mask hides a window's last target where that begins another document.
     goes_on = (batch["mask"][:, -1] > 0) & finite & ((state.step + 1) % config.data.carried_windows > 0)
     empty = empty_carried(nnx.merge(graph, state.params), config.data)
-    return jax.tree.map(lambda x, e: jnp.where(goes_on.reshape(1, -1, *(1,) * (x.ndim - 2)), x, e), carried, empty)
+    return keep_rows(goes_on, carried, empty)
 
   def train_step(state, batch):
     (total, counts, grads), carried = accumulate(state.params, batch, state.carried)

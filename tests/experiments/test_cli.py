@@ -54,12 +54,15 @@ def test_train_leaves_curve_config_and_metrics(run):
 
 
 def test_evaluate_prints_a_table_and_writes_it(run):
-  out, _ = succeed("evaluate.py", f"--workdir={run}", "--sequence_length=64", "--bucket_width=16")
+  out, _ = succeed("evaluate.py", f"--workdir={run}", "--sequence_length=64,128", "--bucket_width=16", "--piece=64")
   result = json.loads((run / "evaluation_val_64.json").read_text())
   assert [b["start"] for b in result["buckets"]] == [0, 16, 32, 48]
   assert sum(b["targets"] for b in result["buckets"]) == result["targets"]
   assert 0 < result["bits_per_byte"] < 8.2
   assert f"{result['bits_per_byte']:.4f} bits per byte" in out and "evaluation_val_64.json" in out
+  longer = json.loads((run / "evaluation_val_128.json").read_text())
+  assert (longer["sequence_length"], longer["piece"], longer["split"]) == (128, 64, "val")
+  assert longer["targets"] == result["targets"]
 
 
 def test_generate_repeats_with_its_seed(run, tmp_path):

@@ -39,7 +39,8 @@ def config(data, windows=3, mixer=None, hybrid=None, **optim):
 
 @pytest.fixture(scope="module")
 def compiled(data):
-  """(state, step, loss): three windows a run, microbatches and two devices; the summed loss, as the library's."""
+  """(state, step, loss): three windows a run, microbatches and two devices; the library's loss, differentiated, as a
+  function of parameters, batch and state that gives ((sum, _), gradients)."""
   settings = config(data, 3, GLA, learning_rate=1e-30, final_learning_rate=1e-30, accumulation=2)
   mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
   with jax.set_mesh(mesh):
@@ -54,7 +55,7 @@ def compiled(data):
       state, metrics = step(jax.device_put(state, shardings), jax.device_put(batch, sharding.batch_sharding(mesh)))
     return jax.device_get((state, metrics))
 
-  return host, call, functools.partial(loss_sum, graph)
+  return host, call, jax.jit(jax.value_and_grad(functools.partial(loss_sum, graph), has_aux=True))
 
 
 def two_windows():
@@ -79,8 +80,8 @@ GLA = GLAConfig(heads=2, gate_rank=4, conv_width=3, implementation="reference")
 def test_two_windows_equal_one_of_twice_the_length(compiled):
   state, step, loss = compiled
   whole, halves = two_windows()
-  loss = jax.jit(loss)
-  both, alone = (loss(state.params, batch)[0] for batch in (whole, halves[1]))
+  (both, _), _ = loss(state.params, whole, None)
+  (alone, _), _ = loss(state.params, halves[1], state.carried)
   losses = []
   for batch in (*halves, halves[1], halves[1]):
     state, metrics = step(state, batch)
@@ -98,9 +99,8 @@ def test_no_gradient_flows_into_an_earlier_window(compiled):
   _, metrics = step(state, halves[1])
   second_only = whole | {"mask": whole["mask"] * (np.arange(2 * LENGTH) >= LENGTH).astype(np.float32)}
 
-  gradient = jax.jit(jax.grad(loss, has_aux=True))
-  truncated, full = (optax.tree.norm(gradient(state.params, *inputs)[0]) / halves[1]["mask"].sum()
-                     for inputs in ((halves[1], state.carried), (second_only,)))
+  truncated, full = (optax.tree.norm(loss(state.params, *inputs)[1]) / halves[1]["mask"].sum()
+                     for inputs in ((halves[1], state.carried), (second_only, None)))
   assert_close("gradient norm", metrics["grad_norm"], truncated, 1e-5)
   assert abs(full - truncated) > 1e-3 * truncated
 

@@ -53,10 +53,10 @@ def naive(model, batches):
   return np.array([p for p, _ in losses]), np.array([loss for _, loss in losses], np.float64)
 
 
-@pytest.mark.parametrize("width", [0, 7])
-def test_equals_the_token_by_token_computation(model, batches, naive, width):
+@pytest.mark.parametrize("width, piece", [(0, 0), (7, 0), (7, 5)])
+def test_equals_the_token_by_token_computation(model, batches, naive, width, piece):
   position, loss = naive
-  result = evaluate(model, batches, bytes_per_token=1.7, bucket_width=width)
+  result = evaluate(model, batches, bytes_per_token=1.7, bucket_width=width, piece=piece)
   assert result["targets"] == len(loss) < 2 * BATCH * TIME
   np.testing.assert_allclose(result["loss"], loss.mean(), rtol=2e-6)
   np.testing.assert_allclose(result["perplexity"], math.exp(loss.mean()), rtol=1e-5)
@@ -92,3 +92,5 @@ def test_nothing_to_evaluate_and_bad_width_are_refused(model, batches):
     evaluate(model, [])
   with pytest.raises(ValueError, match="bucket_width=-1: must not be negative"):
     evaluate(model, batches, bucket_width=-1)
+  with pytest.raises(ValueError, match="piece=7: must divide the windows' 50 tokens"):
+    evaluate(model, batches, piece=7)
