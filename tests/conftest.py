@@ -10,9 +10,17 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax  # noqa: E402
 import jaxlib  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled_programs():
+  """Every program on a CPU maps three pieces of memory, and Linux ends a process that has more than 65,530 of them."""
+  yield
+  jax.clear_caches()
 
 
 def pytest_collection_modifyitems(config, items):
