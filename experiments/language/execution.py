@@ -43,10 +43,11 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
       except Exception as e:  # one run that cannot be made must not cost the others of the sweep their record
         failed[run] = f"{_title(run)}: {type(e).__name__}: {e}".splitlines()[0]
         continue
-      if record:
-        records.append(out, record)
-        done[records.key(record["setting"])] = record
-        finished += 1
+      if record is None:  # stopped by SIGTERM, whoever sent it
+        break
+      records.append(out, record)
+      done[records.key(record["setting"])] = record
+      finished += 1
   return finished, len(left()), list(failed.values())
 
 

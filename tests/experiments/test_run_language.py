@@ -17,7 +17,7 @@ import records
 from language import execution
 from language.models import COMPARED, GATES, MODELS
 from language.report import summary
-from language.runs import Run, setting
+from language.runs import Run, finish, setting
 from language.sweeps import SWEEPS, Sweep, further
 from lin_jax import metrics as reporting
 from lin_jax.checkpoint import load_model
@@ -155,12 +155,12 @@ def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkey
 def test_seeds_follow_from_the_records(data, tmp_path, monkeypatch):
   made, out = [], tmp_path / "out.jsonl"
 
-  def finish(config, workdir):
+  def fake(config, workdir):
     made.append((config.name, config.optim.learning_rate, config.seed))
     bits = {1e-3: 1.2, 2e-3: 1.1, 4e-3: None}[config.optim.learning_rate]
     return {"setting": setting(config), "bits_per_byte": bits, "diverged": bits is None}
 
-  monkeypatch.setattr(execution, "finish", finish)
+  monkeypatch.setattr(execution, "finish", fake)
   sweep = Sweep([Run("gla", rate, tiny=True) for rate in (1e-3, 2e-3, 4e-3)], further_seeds=2)
   assert execution.execute(sweep, data, tmp_path, out) == (5, 0, [])
   assert made[3:] == [("gla", 2e-3, 1), ("gla", 2e-3, 2)]
@@ -171,15 +171,39 @@ def test_seeds_follow_from_the_records(data, tmp_path, monkeypatch):
 
 
 def test_failure_of_one_run_leaves_the_others(data, tmp_path, monkeypatch):
-  def finish(config, workdir):
+  def fake(config, workdir):
     if config.name == "gla":
       raise RuntimeError("out of memory")
     return {"setting": setting(config), "bits_per_byte": None, "diverged": True}
 
-  monkeypatch.setattr(execution, "finish", finish)
+  monkeypatch.setattr(execution, "finish", fake)
   sweep = Sweep([Run(model, 1e-3, tiny=True) for model in ("gla", "tnl")], further_seeds=1)
   finished, left, failed = execution.execute(sweep, data, tmp_path, tmp_path / "out.jsonl")
   assert (finished, left) == (1, 0) and "RuntimeError: out of memory" in failed[0]
+
+
+def test_diverged_run_has_a_record_too(data, tmp_path, monkeypatch):
+  def train(config, workdir):
+    raise FloatingPointError("step 2: loss nan")
+
+  monkeypatch.setattr("language.runs.train", train)
+  config = Run("gla", 1e-3, tiny=True).train_config(data)
+  record = finish(config, tmp_path)
+  assert record["diverged"] and record["held_out_loss"] is record["bits_per_byte"] is record["perplexity"] is None
+  assert record == json.loads((tmp_path / "record.json").read_text()) and record["setting"] == setting(config)
+
+
+def test_a_run_that_sigterm_stopped_is_not_begun_again(data, tmp_path, monkeypatch):
+  made = []
+
+  def fake(config, workdir):
+    made.append(config.name)
+    assert len(made) == 1
+    return None  # as after a signal that only the run has heard
+
+  monkeypatch.setattr(execution, "finish", fake)
+  sweep = Sweep([Run(model, 1e-3, tiny=True) for model in ("gla", "tnl")], further_seeds=1)
+  assert execution.execute(sweep, data, tmp_path, tmp_path / "out.jsonl") == (0, 2, [])
 
 
 def test_deadline_reaches_whoever_listens_and_no_one_else():
