@@ -56,7 +56,8 @@ def _evaluate(workdir, config, model, length):
     print(_line(f"{row['start']}-{row['stop'] - 1}", row))
   print(_line("all", result), f"   {result['bits_per_byte']:.4f} bits per byte")
   path = workdir / f"evaluation_{_SPLIT.value}_{length}.json"
-  record = {"run": records.now(), **records.provenance(), "data": data.path, "split": _SPLIT.value,
+  record = {"run": records.now(), **records.provenance(), "model": config.name, "seed": config.seed,
+            "trained_length": config.data.sequence_length, "data": data.path, "split": _SPLIT.value,
             "checkpoint": _CHECKPOINT.value, "sequence_length": length, "piece": _PIECE.value,
             "reset_at_documents": data.reset_at_documents, **result}
   commands.write(path, json.dumps(record, indent=2) + "\n")

@@ -73,6 +73,10 @@ class Results:
       self._files[name] = rows
     return self._files[name]
 
+  def objects(self, name: str) -> list[dict]:
+    """The JSON files of a folder within, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted((self.folder / name).glob("*.json"))]
+
   @functools.cached_property
   def kernels(self) -> kernel_records.Records:
     path = self.folder / "kernels.jsonl"

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import kernel_cases
-from claims import CLAIMS, Finding, Results, language, synthetic
+from claims import CLAIMS, Finding, Results, language, lengths, speed, synthetic
 from claims.page import render
 from claims.plots import PLOTS
 from language import sweeps as language_sweeps
@@ -144,6 +144,51 @@ def test_a_token_costs_the_same_at_every_length(tmp_path):
   write(tmp_path, "kernels.jsonl", rows)
   _, found = (claim.judge(Results(tmp_path)) for claim in CLAIMS if claim.text.startswith("A token costs lightning"))
   assert found.points == (True, True, True, False, True, True, True) * 2
+
+
+def measured(name, at, **fields):
+  return {"device": "NVIDIA X", "reason": "", "setting": {"tiny": False, "name": name, "batch_size": 1, **at}, **fields}
+
+
+def test_training_is_compared_length_by_length(tmp_path):
+  speeds = {("gla_1b3", 2048): 5.0, ("mamba_1b3", 2048): 4.0, ("gla_1b3", 4096): 3.0, ("mamba_1b3", 4096): 4.0}
+  rows = [measured(name, {"set": "gla_fig6", "sequence_length": length}, tokens_per_s=1e3 * value)
+          for (name, length), value in speeds.items()]
+  refused = measured("mamba_1b3", {"set": "gla_fig6", "sequence_length": 8192}, tokens_per_s=None)
+  write(tmp_path, speed.TRAINING, [*rows, refused | {"reason": "out of memory"}])
+  found = finding(Results(tmp_path), "GLA trains faster than Mamba at every length.")
+  assert found.points == (True, False, None, None)
+  assert found.text == "NVIDIA X, tokens/s: gla_1b3 2K 5,000, 4K 3,000; mamba_1b3 2K 4,000, 4K 4,000"
+
+
+def test_training_speed_is_flat_within_a_twentieth(tmp_path):
+  speeds = {1024: 960.0, 2048: 1000.0, 4096: 1040.0, 8192: 1060.0, 16384: 940.0}
+  write(tmp_path, speed.TRAINING, [measured("tnl_385m", {"set": "tnl", "sequence_length": at}, tokens_per_s=value)
+                                   for at, value in speeds.items()])
+  found = finding(Results(tmp_path), "TransNormerLLM trains as fast at every length.")
+  assert found.points == (True, True, False, False, None, None)
+
+
+def test_decoding_is_flat_or_grows(tmp_path):
+  values = {("tnl_385m", 1024): (2.0, 50), ("tnl_385m", 2048): (2.1, 50), ("tnl_385m", 4096): (2.3, 50),
+            ("transformer_340m", 1024): (2.0, 100), ("transformer_340m", 2048): (2.0, 200)}
+  write(tmp_path, speed.DECODING, [measured(name, {"context": at}, ms_per_token=ms, state_mib=mib)
+                                   for (name, at), (ms, mib) in values.items()])
+  text, = (claim.text for claim in CLAIMS if "decodes in the same time" in claim.text)
+  assert finding(Results(tmp_path), text).points[:6] == (True, True, True, False, True, None)
+
+
+def test_long_texts_are_compared_with_the_trained_length(tmp_path):
+  (tmp_path / lengths.FOLDER).mkdir()
+  far = {("gla", 0): 4.03, ("gla", 1): 4.05, ("retnet", 0): 4.2, ("transformer", 0): 6.0}
+  for (model, seed), loss in far.items():
+    buckets = [{"start": 256, "stop": 512, "loss": 4.0}, {"start": 8192, "stop": 16384, "loss": loss}]
+    record = {"model": model, "seed": seed, "trained_length": 512, "sequence_length": 16384, "buckets": buckets}
+    (tmp_path / lengths.FOLDER / f"{model}{seed}.json").write_text(json.dumps(record))
+  results = Results(tmp_path)
+  flat = finding(results, "GLA, RetNet and TransNormerLLM stay as good far beyond the length of training.")
+  assert flat.points == (True, False, None) and flat.text == "GLA x1.010; RetNet x1.050"
+  assert finding(results, "Softmax attention does not (here: a loss 10% higher).").points == (True,)
 
 
 def test_plots_are_drawn_of_what_was_run(tmp_path):
