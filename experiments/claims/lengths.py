@@ -23,8 +23,8 @@ def losses(results: Results, model: str) -> dict[tuple[int, int], float]:
 
 
 def claims() -> list[Claim]:
-  command = ("python experiments/run_language.py --sweep=lengths --out=experiments/results/language.jsonl; then of each "
-             "run python experiments/evaluate.py --workdir=RUN --split=long --sequence_length=16384 --piece=2048 "
+  command = ("python experiments/run_language.py --sweep=lengths --out=experiments/results/language.jsonl; of each run "
+             "python experiments/evaluate.py --workdir=RUN --split=long --sequence_length=16384 --piece=2048 "
              "--noreset_at_documents")
   setting = "42M, trained on 512 tokens, read to 16,384; loss at 8K to 16K over that at 256 to 512, flat up to x1.02"
   return [
