@@ -181,6 +181,8 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
   initial_ref, *refs, final_ref = refs
   C, dtype, (T, K) = chunk, operand(k_ref.dtype), k_ref.shape
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
+  # In float32 with several K tiles, what is added to the state is read after the output: held until then, it spills.
+  late = dtype == jnp.float32 and len(tiles) > 1 and (scores or not outputs)
 
   def step(i, states):
     n = T // C - 1 - i if reverse else i
@@ -190,10 +192,11 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
     query_weights, key_weights = (decay.upto, scale), (decay.after,)
     if reverse:
       query_weights, key_weights = key_weights, query_weights
-    weighted = weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
-    p, o, next_states = 0.0, 0.0, []
+    weighted = lambda v: weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
+    add = lambda k, u, state: dot(k.T, u) + (state if decay.total is None else decay.total * state)
+    p, o, next_states, u = 0.0, 0.0, [], None if late else weighted(v)
     for tile, state in zip(tiles, states):
-      k, entry = k_ref[rows, tile].astype(dtype), state.astype(dtype)
+      k, entry = None if late else k_ref[rows, tile].astype(dtype), state.astype(dtype)
       if save:
         refs[-1][n, tile, :] = entry
       if outputs:
@@ -201,7 +204,16 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
         o += dot(q, entry)
         if not scores:
           p += dot(q, k.T)
-      next_states.append(dot(k.T, weighted) + (state if decay.total is None else decay.total * state))
+      if late:
+        dot.barrier(dtype)
+      else:
+        next_states.append(add(k, u, state))
+    if late:
+      v = v_ref[rows, :]
+      u = weighted(v)
+      for tile, state in zip(tiles, states):
+        next_states.append(add(k_ref[rows, tile], u, state))
+        dot.barrier(dtype)
     if outputs:
       p = p_ref[n] if scores else (between(decay, C, transposed=reverse) * (scale * p)).astype(dtype)
       refs[0][rows, :] = (weigh(o, *query_weights) + dot(p, v)).astype(refs[0].dtype)
