@@ -1,0 +1,299 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Sharding: what is split, what is copied, what moves
+#
+# A training step of this project is written once, for one device. A mesh says over which devices it is spread,
+# a table of logical axes says which dimension of a parameter goes where, and the compiler adds the
+# communication. This notebook spreads the step of a small GLA model over 8 devices, draws what each device
+# holds, reads the communication off the compiled program, and counts the same bytes by hand. The devices are
+# fake, parts of one CPU, and nothing is said about speed. Every claim is followed by an `assert`.
+
+# %%
+import math
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+# %%
+from flax import nnx
+
+from lin_jax import sharding, training
+from lin_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from lin_jax.mixers.gla import GLAConfig
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Each program runs once or twice: it is to compile fast, not to run fast.
+jax.config.update("jax_disable_most_optimizations", True)
+assert jax.device_count() == 8
+
+# %% [markdown]
+# ## 1. The mesh and the rules
+#
+# A mesh has three axes. `data` copies the parameters and splits the batch. `fsdp` splits the batch, too, and
+# every matrix along the model width. `tensor` splits heads, MLP width and vocabulary. A parameter names its
+# dimensions by meaning, and one table turns meanings into mesh axes:
+
+# %%
+print("\n".join(f"{name!s:6} -> {axis}" for name, axis in sharding.LOGICAL_AXES.items()))
+B, T, V, D, F, L, H, R = 8, 32, 512, 64, 128, 2, 8, 8  # batch, time, vocabulary, width, MLP, layers, heads, gate rank
+
+
+def run_config(**axes):
+  model = ModelConfig(mixer=GLAConfig(heads=H, gate_rank=R), vocab_size=V, width=D, depth=L, mlp_width=F,
+                      tie_embeddings=False, dtype="float32")
+  return TrainConfig(model=model, data=DataConfig(sequence_length=T, batch_size=B), mesh=MeshConfig(**axes),
+                     optim=OptimConfig(steps=10, warmup_steps=0))
+
+
+# %%
+MESHES = {"one device": dict(data=1), "data 8": dict(data=8), "fsdp 8": dict(data=1, fsdp=8),
+          "tensor 8": dict(data=1, tensor=8), "2 x 2 x 2": dict(data=2, fsdp=2, tensor=2)}
+configs = {name: run_config(**axes) for name, axes in MESHES.items()}
+meshes = {name: sharding.make_mesh(config.mesh, jax.devices()[:math.prod(MESHES[name].values())])
+          for name, config in configs.items()}
+states = {name: training.make_state(config, meshes[name]) for name, config in configs.items()}
+
+# %% [markdown]
+# `make_state` gives parameters and optimizer moments as shapes with their shardings. Here are the parameters on
+# a mesh of 2 x 2 x 2. Layers are stacked, so theirs have a leading axis of 2, which no rule names. Norm scales
+# carry no named axis either, and are copied to every device.
+
+# %%
+def leaves(state):
+  flat = nnx.to_flat_state(state)
+  return {".".join(map(str, path)).removeprefix("runs.0.0."): leaf.get_value() for path, leaf in flat}
+
+
+params = leaves(states["2 x 2 x 2"][2].params)
+print(f"{'parameter':24}{'shape':16}{'on a device':16}split by")
+for name, leaf in params.items():
+  local = leaf.sharding.shard_shape(leaf.shape)
+  print(f"{name:24}{leaf.shape!s:16}{local!s:16}{', '.join(axis or '-' for axis in leaf.sharding.spec)}")
+
+# %%
+assert params["embedding"].sharding.spec == jax.P("tensor", "fsdp")
+assert params["mixer.output.kernel"].sharding.spec == jax.P(None, "tensor", "fsdp")
+assert all(leaf.sharding.is_fully_replicated for name, leaf in params.items() if name.endswith("norm.scale"))
+
+# %% [markdown]
+# **Picture 1.** Who holds what on the mesh of 2 x 2 x 2. Each block shows the numbers of the devices that have
+# a copy of it. Most matrices are in four parts with two copies each, because `data` does not split them; the
+# batch is in four parts of two rows, because `tensor` does not split it.
+
+# %%
+def blocks(shape, placement):
+  owners = {}  # top, bottom, left and right edge of each part -> the devices that hold it
+  for device, index in placement.devices_indices_map(shape).items():
+    edges = tuple(edge for part, n in zip(index, shape, strict=True) for edge in part.indices(n)[:2])
+    owners.setdefault(edges, []).append(device.id)
+  return owners
+
+
+# %%
+def draw(axis, title, shape, placement, labels):
+  for (top, bottom, left, right), owners in blocks(shape, placement).items():
+    grey = str(0.55 + 0.06 * min(owners))
+    axis.add_patch(plt.Rectangle((left, top), right - left, bottom - top, facecolor=grey, edgecolor="black"))
+    axis.text((left + right) / 2, (top + bottom) / 2, " ".join(map(str, owners)), ha="center", va="center")
+  axis.set(title=title, xlim=(0, shape[1]), ylim=(shape[0], 0), ylabel=labels[0], xlabel=labels[1])
+  axis.set(xticks=(0, shape[1]), yticks=(0, shape[0]))
+
+
+# %%
+drawn = {"embedding": ("vocab", "embed"), "mixer.query.kernel": ("embed", "heads"),
+         "mixer.output.kernel": ("heads", "embed"), "mixer.decay_in.kernel": ("embed", "gate rank"),
+         "mlp.up.kernel": ("embed", "mlp")}
+figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+for axis, (name, labels) in zip(axes.flat[:5], drawn.items(), strict=True):
+  leaf = params[name]  # its last two axes: where there are three, the first counts layers
+  draw(axis, name, leaf.shape[-2:], jax.NamedSharding(meshes["2 x 2 x 2"], jax.P(*leaf.sharding.spec[-2:])), labels)
+draw(axes.flat[-1], "tokens", (B, T), sharding.batch_sharding(meshes["2 x 2 x 2"]), ("batch", "time"))
+
+
+# %% [markdown]
+# Memory: what a device holds between steps, of all parameters and AdamW's two moments for each.
+
+# %%
+def held(abstract):
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+
+
+N = sum(leaf.size for leaf in params.values())
+share = {name: held(abstract) / (3 * 4 * N) for name, (_, _, abstract, _) in states.items()}
+print(f"of {N:,} parameters and their moments: " + ", ".join(f"{name} {x:.3f}" for name, x in share.items()))
+assert 1 <= share["data 8"] < 1.001 and 1 / 4 < share["2 x 2 x 2"] < 1 / 3.8
+assert all(1 / 8 < share[name] < 1 / 7 for name in ("fsdp 8", "tensor 8"))
+
+
+# %% [markdown]
+# ## 2. What moves: read off the compiled program
+#
+# The loss sums over devices explicitly; the compiler derives all other communication from the shardings, so the
+# compiled program is the place to look. Its text names every collective with the shape of its result on one
+# device. Those in the body of the loop over layers run once a layer. Meshes of one axis show it best. Every
+# element has 4 bytes; single numbers (loss, counts, norms) are left out.
+
+# %%
+def compile_step(name):
+  graph, optimizer, abstract, _ = states[name]
+  rows = sharding.batch_sharding(meshes[name])
+  fields = dict(tokens=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, mask=jnp.float32)
+  batch = {field: jax.ShapeDtypeStruct((B, T), dtype, sharding=rows) for field, dtype in fields.items()}
+  with jax.set_mesh(meshes[name]):
+    step = training.make_train_step(configs[name], graph, optimizer, abstract)
+    return step.lower(abstract, batch).compile()
+
+
+# %%
+with ThreadPoolExecutor(2) as pool:
+  compiled = list(MESHES)[:4]
+  steps = dict(zip(compiled, pool.map(compile_step, compiled), strict=True))
+
+COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+HEADER = re.compile(r"(?:ENTRY )?%([\w.-]+) \(")
+LOOP = re.compile(r"body=%([\w.-]+).*?known_trip_count\D+(\d+)")
+
+
+# %%
+def collectives(text):
+  trips, times = dict(LOOP.findall(text)), 1  # yields kind, shapes of the results, and how often it runs
+  for line in text.splitlines():
+    times = int(trips.get(header[1], 1)) if (header := HEADER.match(line)) else times
+    if found := COLLECTIVE.search(line):
+      shapes = re.findall(r"[fs]32\[([\d,]*)\]", found[1])
+      yield found[2], [tuple(map(int, filter(None, shape.split(",")))) for shape in shapes], times
+
+
+# %%
+KINDS = "all-reduce", "all-gather", "all-to-all"
+moved = {name: Counter() for name in steps}
+for name, step in steps.items():
+  for kind, shapes, times in collectives(step.as_text()):
+    moved[name][kind] += times * sum(4 * math.prod(shape) for shape in shapes if shape)
+  print(f"{name:12}" + "".join(f"{kind} {moved[name][kind]:9,} B   " for kind in KINDS))
+assert not moved["one device"] and set().union(*moved.values()) == set(KINDS)
+
+# %% [markdown]
+# ## 3. The same bytes by hand
+#
+# **data.** Each device has a row of the batch and all parameters. It needs the sum of the gradients: one
+# all-reduce of every parameter.
+#
+# **fsdp.** Each device has a row of the batch and an eighth of every matrix. Before a layer multiplies with its
+# matrices, it gathers them, once in the forward and once in the backward pass; the head is gathered once,
+# because the loss finds its gradients in the forward pass. The embedding is never gathered: each device looks
+# up its channels of *all* tokens, hence the tokens are gathered, and an all-to-all turns "my channels of all
+# rows" into "all channels of my row"; another turns the gradient back. All other gradients are summed over the
+# devices, here by an all-reduce of the whole, of which each device keeps its part.
+#
+# **tensor.** Each device has all rows and an eighth of heads, MLP and vocabulary. A product along a split
+# dimension leaves partial sums of activations: after the mixer, after the MLP and after the look-up in the
+# forward pass; for every product that reads the residual stream in the backward pass. No gradient of a matrix
+# moves. The loss needs three numbers a token (largest logit, sum of exponentials, logit of the target), and the
+# sum of what flows back to the hidden states.
+
+# %%
+def size(*keys):
+  return 4 * sum(leaf.size for name, leaf in params.items() if any(key in name for key in keys))
+
+
+split = "query", "key", "value", "mixer.gate", "decay_in", "output", "mlp."  # have a dimension "embed"
+stream = 4 * B * T * D  # bytes of the residual stream, all rows
+forward, backward = 2, 2 + 4  # sums of a layer: mixer, MLP; MLP gate and up; query, key, value and gate
+
+# %%
+by_hand = {
+    "data 8": {"all-reduce": 4 * N},
+    "fsdp 8": {"all-reduce": 4 * N - size("embedding"), "all-gather": 2 * size(*split) + size("head") + 4 * B * T,
+               "all-to-all": 2 * stream // 8},
+    "tensor 8": {"all-reduce": L * (forward + backward) * stream + L * 4 * B * T * R + size("mixer.norm.scale")
+                 + 2 * stream + 3 * 4 * B * T}}
+
+# %% [markdown]
+# In the last line, `4 * B * T * R` is the gradient that enters the bottleneck of the low-rank gate, and the
+# norm scale is shared by heads on different devices. Every byte is accounted for:
+
+# %%
+for name, expected in by_hand.items():
+  for kind, value in expected.items():
+    print(f"{name:10}{kind:12}by hand {value:12,}   compiled {moved[name][kind]:12,}")
+  assert moved[name] == expected
+
+
+# %% [markdown]
+# GLA's recurrence is not among them: it works on whole heads and whole rows, so neither its forward nor its
+# backward pass communicates. The formulas say which axis suits which run: the traffic of `data` and `fsdp`
+# grows with the parameters, hardly with the batch; that of `tensor` with the tokens, and not with the
+# vocabulary or the MLP.
+#
+# **Picture 2.** Bytes of the results of one step's collectives, on each device; crosses: counted by hand.
+
+# %%
+figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained", subplot_kw={"ylabel": "MB a device and step"})
+many, bottom = list(by_hand), np.zeros(len(by_hand))
+for kind, grey, hatch in zip(KINDS, ("0.4", "0.7", "1.0"), ("", "//", "xxx"), strict=True):
+  height = np.array([moved[name][kind] for name in many]) / 1e6
+  axis.bar(many, height, bottom=bottom, color=grey, hatch=hatch, edgecolor="black", label=kind, width=0.6)
+  bottom += height
+axis.plot(many, [sum(by_hand[name].values()) / 1e6 for name in many], "kX", markeredgecolor="white", markersize=14)
+axis.legend(loc="upper left")
+
+
+# %% [markdown]
+# ## 4. One device equals eight
+#
+# Sharding changes where sums are made, and nothing else. All meshes start from the same parameters and take one
+# step on the same batch. Adam's first moment is then a multiple of the gradient. The error is the largest of
+# any parameter, relative to the root mean square of what one device finds.
+
+# %%
+start = jax.device_get(states["one device"][3]())
+tokens = np.random.default_rng(0).integers(V, size=(B, T + 1), dtype=np.int32)
+batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.zeros((B, T), np.int32),
+         "mask": np.ones((B, T), np.float32)}
+
+
+# %%
+def run(name, batch):
+  state = jax.device_put(start, jax.tree.map(lambda x: x.sharding, states[name][2]))
+  after, metrics = steps[name](state, jax.device_put(batch, sharding.batch_sharding(meshes[name])))
+  return jax.device_get(metrics), leaves(jax.device_get(after.opt_state[1][0].mu))
+
+
+# %%
+def difference(actual, expected):
+  return max(np.sqrt(np.mean((actual[name] - x) ** 2) / np.mean(x**2)) for name, x in expected.items())
+
+
+metrics, gradients = run("one device", batch)
+for name in many:
+  found, moments = run(name, batch)
+  print(f"{name:10} loss {found['loss']:.7f} ({metrics['loss']:.7f})  gradients {difference(moments, gradients):.1e}")
+  assert abs(found["loss"] - metrics["loss"]) < 1e-5 * metrics["loss"]
+  assert difference(moments, gradients) < 1e-5
+
+# %% [markdown]
+# The comparison would notice a device whose part of a sum is lost: without the row of the last device, the
+# gradients are off by far more than rounding.
+
+# %%
+lost = batch | {"mask": np.repeat(np.arange(B) < B - 1, T).reshape(B, T).astype(np.float32)}
+print(f"without the last device's row: {(missing := difference(run('data 8', lost)[1], gradients)):.2f}")
+assert missing > 0.1
