@@ -20,7 +20,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def drop_compiled_programs():
   """Every program on a CPU maps three pieces of memory, and Linux ends a process that has more than 65,530 of them."""
   yield
-  jax.clear_caches()
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    jax.clear_caches()
 
 
 def pytest_collection_modifyitems(config, items):
