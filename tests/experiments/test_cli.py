@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.environment import ENVIRONMENT
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--config.model.width=32", "--config.model.depth=1", "--config.model.mlp_width=32",
          "--config.data.sequence_length=32", "--config.data.batch_size=4", "--config.optim.warmup_steps=1"]
@@ -16,9 +18,8 @@ SMALL = ["--config.model.width=32", "--config.model.depth=1", "--config.model.ml
 
 def start(command, *arguments):
   # Users have no fake devices.
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   return subprocess.Popen([sys.executable, ROOT / "experiments" / command, *map(str, arguments)], cwd=ROOT,
-                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                          env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def succeed(command, *arguments):

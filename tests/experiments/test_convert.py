@@ -1,7 +1,6 @@
 """From a run to a Hugging Face checkpoint and back, by the commands, and what the converted run can do."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from lin_jax.checkpoint import load_model, save_model
 from lin_jax.config import DataConfig, ModelConfig, TrainConfig
 from lin_jax.mixers.delta_net import DeltaNetConfig
 from lin_jax.model import LanguageModel
+from tests.environment import ENVIRONMENT
 from tests.lin_jax import tiny
 from tests.lin_jax.test_tokenizer import train_model
 
@@ -23,9 +23,8 @@ FIXTURES = ROOT / "tests" / "fixtures" / "hf"
 
 
 def start(command, *arguments):
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   return subprocess.Popen([sys.executable, ROOT / "experiments" / command, *map(str, arguments)], cwd=ROOT,
-                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                          env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def outputs(*processes):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import CheckpointConfig
 from lin_jax.data import train_iterator
 from lin_jax.training import make_state
+from tests.environment import ENVIRONMENT
 from tests.lin_jax import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -53,8 +53,7 @@ def tasks(tmp_path_factory):
 
 def start(cache, *arguments):
   # Users have no fake devices; the package keeps downloads and tables where HF_HOME says.
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+  environment = ENVIRONMENT | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
   return subprocess.Popen([sys.executable, ROOT / "experiments" / "harness.py", *map(str, arguments)], cwd=ROOT,
                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -7,6 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.environment import ENVIRONMENT
+
 NOTEBOOKS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.py"))
 LONGEST_CELL = 8
@@ -45,8 +47,7 @@ def test_cells_are_short_and_claims_asserted(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  # Most of the time goes into compiling; one device, as a reader has.
-  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+  monkeypatch.setenv("XLA_FLAGS", ENVIRONMENT["XLA_FLAGS"])
   notebook = jupytext.read(NOTEBOOKS / f"{name}.py")
   client = nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3",
                                    resources={"metadata": {"path": str(NOTEBOOKS)}})

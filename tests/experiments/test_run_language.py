@@ -24,6 +24,7 @@ from lin_jax.checkpoint import load_model
 from lin_jax.config import validate
 from lin_jax.model import abstract_model, parameter_count
 from lin_jax.training import sigterm
+from tests.environment import ENVIRONMENT
 from tests.lin_jax import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -245,9 +246,8 @@ def test_summary():
 
 def test_command(data, tmp_path):
   def start(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.Popen([sys.executable, ROOT / "experiments" / "run_language.py", *arguments], cwd=ROOT,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      return subprocess.Popen([sys.executable, ROOT / "experiments" / "run_language.py", *arguments], cwd=ROOT,
+                            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
   common = [f"--data={data}", f"--workdir={tmp_path}/runs", f"--out={tmp_path}/out.jsonl", "--tiny"]
   limited, mistaken = start("--sweep=main", *common, "--limit_seconds=1e-6"), start("--sweep=lengths", "--models=mamba",

@@ -1,19 +1,19 @@
 """The command that trains on synthetic tasks: sweeps that resume, and mistakes."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
+
+from tests.environment import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ["--width=16", "--steps=2", "--evaluate_every=1", "--batch_size=4", "--test_examples=4"]
 
 
 def start(*arguments):
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   return subprocess.Popen([sys.executable, ROOT / "experiments" / "run_synthetic.py", *map(str, arguments)], cwd=ROOT,
-                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                          env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,15 +11,15 @@ import pytest
 import model_page
 import smoke_models
 from lin_jax.model import parameter_count
+from tests.environment import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--tiny", "--batch_size=8", "--sequence_length=64", "--steps=12", "--timed_steps=3", "--learning_rate=0.01"]
 
 
 def start(*arguments):
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   return subprocess.Popen([sys.executable, ROOT / "experiments" / "smoke_models.py", *map(str, arguments)], cwd=ROOT,
-                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                          env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")

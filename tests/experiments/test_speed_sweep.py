@@ -1,7 +1,6 @@
 """Sweeps of speed measurements: what is done is skipped, a limit ends them, failures are recorded; both commands."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import speed_sweep
 import training_speed
 from lin_jax.model import parameter_count
+from tests.environment import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIELDS = ("ms",)
@@ -71,7 +71,7 @@ def records_of(command, folder, *arguments):
   """What a tiny sweep writes, and that it draws a plot."""
   path, plot = folder / "speed.jsonl", folder / "speed.png"
   result = subprocess.run([sys.executable, ROOT / "experiments" / command, "--tiny", f"--out={path}", f"--plot={plot}",
-                           *arguments], cwd=ROOT, env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+                           *arguments], cwd=ROOT, env=ENVIRONMENT,
                           capture_output=True, text=True)
   assert result.returncode == 0, (result.stdout, result.stderr)
   assert plot.read_bytes()[:4] == b"\x89PNG"

@@ -1,7 +1,6 @@
 """`python experiments/train.py` as a user runs it: results, signals, and exit code 2 with one message."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.environment import ENVIRONMENT
 from tests.lin_jax import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -25,8 +25,8 @@ def data(tmp_path_factory):
 
 def start(cwd, *arguments):
   return subprocess.Popen([sys.executable, ROOT / "experiments" / "train.py", *map(str, arguments)], cwd=cwd,
-                          # One device, as most users have; what one run compiled the next need not.
-                          env={**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cwd / ".." / "xla")},
+                          # What one run compiled the next need not.
+                          env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(cwd / ".." / "xla")},
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
