@@ -44,5 +44,5 @@ FIND_PYTHON = for python in python3.12 python3.13 python3.14 python3 python; do 
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@test -x $(PYTHON) || { python="$$($(FIND_PYTHON))" && "$$python" -m venv $(VENV); }
-	$(PYTHON) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --no-compile -r requirements.txt
 	@touch $@

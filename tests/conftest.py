@@ -21,7 +21,7 @@ def drop_compiled_programs():
   """Every program on a CPU maps three pieces of memory, and Linux ends a process that has more than 65,530 of them."""
   yield
   maps = pathlib.Path("/proc/self/maps")
-  if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+  if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
     jax.clear_caches()
 
 
