@@ -11,7 +11,8 @@ from .claim import Claim, Finding, Results
 FILE = "language.jsonl"
 NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormerLLM", "gla": "GLA", "mamba": "Mamba",
          "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "deltanet_swa": "DeltaNet with sliding windows",
-         "deltanet_global": "DeltaNet with two attention layers", "no_decay": "no decay",
+         "deltanet_global": "DeltaNet with two attention layers",
+         "gla_carried": "GLA with carried state", "retnet_carried": "RetNet with carried state", "no_decay": "no decay",
          "constant_decay": "constant decay", "scalar_decay": "decay per token"}
 _GLA, _TNL, _DELTA, _GATED = "2312.06635", "2405.17381", "2406.06484", "2412.06464"
 _LEVEL = 1.01

@@ -54,6 +54,10 @@ NORM_AND_ACTIVATION = {
         DeltaNetConfig(heads=4, qk_norm=norm, qk_activation=activation) for norm in NORMS for activation in ACTIVATIONS}
 MODELS |= {name: _model(mixer) for name, mixer in NORM_AND_ACTIVATION.items()}
 
+# The same layers under the name of another way to train them.
+CARRIED = {"gla_carried": "gla", "retnet_carried": "retnet"}
+MODELS |= {name: MODELS[plain] for name, plain in CARRIED.items()}
+
 
 def tiny(model: ModelConfig, vocab_size: int) -> ModelConfig:
   """The same layers at width 32 and two blocks, in float32: for tests of whatever trains these models."""

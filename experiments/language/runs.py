@@ -28,6 +28,7 @@ class Run:
   seed: int = 0
   steps: int = 900
   sequence_length: int = 1024
+  carried_windows: int = 1  # that a row reads one a step with its state kept, without a gradient across
   tiny: bool = False  # the same layers, thousands of parameters, batches of 512 tokens
 
   def train_config(self, data: str) -> TrainConfig:
@@ -37,7 +38,7 @@ class Run:
       model, length, rows = tiny(model, read_manifest(data)["tokenizer"]["vocab_size"]), 64, 8
     return TrainConfig(
         name=self.model, seed=self.seed, model=model,
-        data=DataConfig(path=data, sequence_length=length, batch_size=rows),
+        data=DataConfig(path=data, sequence_length=length, batch_size=rows, carried_windows=self.carried_windows),
         optim=OptimConfig(steps=self.steps, warmup_steps=self.steps // 10, learning_rate=self.learning_rate,
                           final_learning_rate=self.learning_rate / 10, weight_decay=0.1),
         # The whole validation split, at the end. A run takes a minute: it is saved when it is stopped, and once done.

@@ -180,7 +180,7 @@ def test_decoding_is_flat_or_grows(tmp_path):
 
 def test_long_texts_are_compared_with_the_trained_length(tmp_path):
   (tmp_path / lengths.FOLDER).mkdir()
-  far = {("gla", 0): 4.03, ("gla", 1): 4.05, ("retnet", 0): 4.2, ("transformer", 0): 6.0}
+  far = {("gla", 0): 4.03, ("gla", 1): 4.05, ("retnet", 0): 4.2, ("transformer", 0): 6.0, ("gla_carried", 0): 4.01}
   for (model, seed), loss in far.items():
     buckets = [{"start": 256, "stop": 512, "loss": 4.0}, {"start": 8192, "stop": 16384, "loss": loss}]
     record = {"model": model, "seed": seed, "trained_length": 512, "sequence_length": 16384, "buckets": buckets}
@@ -189,6 +189,8 @@ def test_long_texts_are_compared_with_the_trained_length(tmp_path):
   flat = finding(results, "GLA, RetNet and TransNormerLLM stay as good far beyond the length of training.")
   assert flat.points == (True, False, None) and flat.text == "GLA x1.010; RetNet x1.050"
   assert finding(results, "Softmax attention does not (here: a loss 10% higher).").points == (True,)
+  carried, = (claim.text for claim in CLAIMS if "state carried" in claim.text)
+  assert finding(results, carried).points == (True, None)
 
 
 def test_plots_are_drawn_of_what_was_run(tmp_path):
