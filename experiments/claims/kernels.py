@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import kernel_cases
 from kernel_cases import Case
 
-from .claim import Claim, Finding
+from .claim import Claim, Finding, Results
 
 _COMMAND = ("XLA_PYTHON_CLIENT_PREALLOCATE=false python experiments/bench_kernels.py --shapes={} "
             "--out=experiments/results/kernels.jsonl")
@@ -36,6 +36,21 @@ def claims() -> list[Claim]:
       Claim("2406.06484", "speed-up figure", chunks, "5.5 at 2K to 11.5 at 8K for 64 channels, 8.9 and 13.2 for 128",
             "16,384 tokens, 2,048 channels, forward and backward, beside this repository's token scan, no kernel",
             _COMMAND.format("figures") + _SCANS, _scan_ratio(_cases("figures", "delta_rule")))]
+
+
+def times(results: Results, name: str, op: str) -> tuple[str, dict[str, dict[int, float]]]:
+  """Device, and milliseconds of forward and backward by length, of `op` and cuDNN's attention, at set `name`'s shapes.
+
+  They are of the device that has most of them.
+  """
+
+  def on(device):
+    cases, label = _cases(name, op), "forward_backward"
+    found = {op: {case.T: _ours(results, device, case, label) for case in cases},
+             "attention": {case.T: results.kernels.rivals(device, case, label).get("cudnn") for case in cases}}
+    return device, {line: {T: row["ms"] for T, row in rows.items() if row} for line, rows in found.items()}
+
+  return max(map(on, _devices(results)), key=lambda found: sum(map(len, found[1].values())), default=("", {}))
 
 
 def _cases(name, op, gate=None):

@@ -4,8 +4,13 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-from . import language, lengths, synthetic
+from training_speed import SWEEPS
+
+from . import kernels, language, lengths, speed, synthetic
 from .claim import Results
+
+_TRAINED = tuple(name for sweep in SWEEPS.values() for name in sweep.models)
+_DECODED = "tnl_385m", "gla_340m", "deltanet_340m", "transformer_340m"
 
 # Distinct in black and white: a marker and a dash for each line.
 _STYLES = "ko-", "C1s--", "C2^-.", "C0D-", "C4v:", "C3P-", "C5X--"
@@ -21,7 +26,8 @@ class Plot:
   panels: Callable[[Results], dict[str, dict[str, list[tuple[int, float]]]]]
   names: dict[str, str] = dataclasses.field(default_factory=lambda: synthetic.NAMES)
   label: str = "accuracy (%)"
-  limits: tuple[float, float] | None = (-3, 103)
+  limits: tuple[float | None, float | None] = (-3, 103)
+  logarithmic: bool = False  # the vertical axis; the horizontal one always is
 
   def drawn(self, results: Results) -> bool:
     return any(len(points) > 1 for lines in self.panels(results).values() for points in lines.values())
@@ -30,14 +36,15 @@ class Plot:
     from matplotlib.figure import Figure  # a second of import that the page alone does not pay
 
     panels = {title: lines for title, lines in self.panels(results).items() if lines}
-    styles = dict(zip(self.names, _STYLES, strict=True))
+    styles = dict(zip(self.names, _STYLES))
     figure = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items()):
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
       for mixer, points in lines.items():
         axes.plot(*zip(*points), styles[mixer], markersize=6, label=self.names[mixer])
       ticks = sorted({x for points in lines.values() for x, _ in points})
       axes.set_xscale("log", base=2)
-      axes.set_xticks(ticks, [f"{x:,}" for x in ticks], minor=False)
+      axes.set_yscale("log" if self.logarithmic else "linear")
+      axes.set_xticks(ticks, [f"{x // 1024}K" if x >= 1024 and x % 1024 == 0 else f"{x:,}" for x in ticks], minor=False)
       axes.minorticks_off()
       axes.set(xlabel=self.axis, ylabel=self.label, ylim=self.limits)
       axes.set_title(title)
@@ -72,7 +79,47 @@ def _lengths(results):
                                     for model, losses in found.items() if losses}}
 
 
+def _kernels(results):
+  panels = {}
+  for op, shape in (("gla", "32 sequences, 16 heads of 64"), ("linear_attention", "4 sequences, 32 heads of 128")):
+    device, found = kernels.times(results, "figures", op)
+    panels[f"{shape} channels\n{device}"] = _of_some(found)
+  return panels
+
+
+def _training(results):
+  panels = {}
+  for name, sweep in SWEEPS.items():
+    device, rows = speed.training(results, name)
+    panels[f"{sweep.title}, {sweep.tokens:,} tokens a step\n{device}"] = _by_model(rows, "tokens_per_s")
+  return panels
+
+
+def _decoding(results):
+  device, rows = speed.decoding(results)
+  return {f"340M to 385M parameters\n{device}": _by_model(rows, "ms_per_token")}
+
+
+def _by_model(rows, field):
+  """Lines of a field of `speed.newest`'s records."""
+  lines = {}
+  for (model, tokens), row in rows.items():
+    lines.setdefault(model, {})[tokens] = row[field]
+  return _of_some(lines)
+
+
+def _of_some(lines):
+  return {name: sorted(points.items()) for name, points in lines.items() if points}
+
+
 PLOTS = [Plot("mqar.png", "Multi-query associative recall", "width of the model", _mqar),
          Plot("regbench.png", "RegBench", "training sequences", _regbench),
          Plot("lengths.png", "Text beyond the length of training", "up to this token of the text", _lengths,
-              {model: language.name(model) for model in lengths.MODELS}, "loss (nats a token)", None)]
+              {model: language.name(model) for model in lengths.MODELS}, "loss (nats a token)", (None, None)),
+         Plot("kernel_lengths.png", "Time of a layer's kernels, forward and backward", "tokens per sequence", _kernels,
+              {"gla": "GLA", "linear_attention": "lightning attention", "attention": "softmax attention (cuDNN)"},
+              "ms", (None, None), logarithmic=True),
+         Plot("training.png", "Training speed", "tokens per sequence", _training, dict(zip(_TRAINED, _TRAINED)),
+              "tokens a second", (0, None)),
+         Plot("decoding.png", "Decoding one sequence", "tokens before", _decoding, dict(zip(_DECODED, _DECODED)),
+              "ms a token", (0, None))]
