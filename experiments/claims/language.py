@@ -58,8 +58,8 @@ def bits(row: dict) -> str:
 
 
 def claims() -> list[Claim]:
-  size = "42M parameters, 29.5M tokens of English, bits per byte, best of 3 learning rates"
-  norms = "42M parameters, 19.7M tokens of English, bits per byte, best of 2 learning rates"
+  size = "42M parameters, 29.5M tokens of English, bits per byte at the best of the learning rates tried (table below)"
+  norms = "42M parameters, 19.7M tokens of English, bits per byte at the best of the learning rates tried (table below)"
   main, gates = "main", "gates"
   claim = lambda paper, place, text, printed, sweep, judge: Claim(
       paper, place, text, printed, norms if sweep == "norms" else size,

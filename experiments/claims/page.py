@@ -47,11 +47,12 @@ def _row(claim, finding):
 def _tables(results):
   parts = []
   for sweep in language.sweeps.SWEEPS:
-    rows = [[language.name(model), f"{row['parameters'] / 1e6:.1f}M", f"{row['learning_rate']:g}"
-             + " (at the edge)" * row["at_edge"], str(row["seeds"]), language.bits(row), f"{row['perplexity']:.2f}"]
+    rows = [[language.name(model), f"{row['parameters'] / 1e6:.1f}M", f"{row['learning_rate']:g}",
+             ", ".join(f"{rate:g}" for rate in row["learning_rates"]), str(row["seeds"]), language.bits(row),
+             f"{row['perplexity']:.2f}"]
             for model, row in sorted(language.rows(results, sweep).items(), key=lambda x: x[1]["bits_per_byte"])]
     parts += _section(f"Language models, sweep `{sweep}`: held-out text",
-                      ["", "parameters", "best learning rate", "seeds", "bits per byte", "perplexity"], rows)
+                      ["", "parameters", "best learning rate", "tried", "seeds", "bits per byte", "perplexity"], rows)
   points = [(setting, width) for setting in synthetic.MQAR_SETTINGS for width in synthetic.WIDTHS]
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mqar(results, mixer, *point)) for point in points)]
           for mixer in synthetic.NAMES]
