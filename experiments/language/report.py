@@ -11,7 +11,7 @@ def summary(rows: list[dict]) -> list[dict]:
 
   The best rate has the lowest loss among the runs with the first seed; all seeds of it make up the mean. Fields:
   `model`, `sequence_length`, `parameters`, `tokens`, `epochs`, `learning_rate`, `learning_rates` (all that were tried),
-  `at_edge` (the best is the lowest or highest of several, so a better one may lie outside), `seeds` (how many),
+  `seeds` (how many),
   `bits_per_byte` (mean), `spread` (sample standard deviation over seeds, None of one), `range` (lowest, highest),
   `perplexity` (of the mean loss), `tokens_per_second` (median), `diverged` (number of runs), `device`. Losses are None
   if every rate diverged.
@@ -34,7 +34,6 @@ def _row(group):
       "model": first["model"], "sequence_length": first["setting"]["data"]["sequence_length"],
       **{name: first[name] for name in ("parameters", "tokens", "epochs")},
       "learning_rate": best, "learning_rates": sorted(rates),
-      "at_edge": len(rates) > 1 and best in (min(rates), max(rates)),
       "seeds": len(runs), "bits_per_byte": statistics.mean(bits) if bits else None,
       "spread": statistics.stdev(bits) if len(bits) > 1 else None, "range": [min(bits), max(bits)] if bits else None,
       "perplexity": math.exp(statistics.mean(record["held_out_loss"] for record in runs)) if bits else None,

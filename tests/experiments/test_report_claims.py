@@ -106,7 +106,7 @@ def test_language_models_are_compared_at_their_best_rates(tmp_path):
   assert better.points == (True,) and better.text == "GLA 1.3050 ± 0.0071; RetNet 1.3200"
   level = finding(Results(tmp_path), "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).")
   assert level.points == (False, None)
-  assert "| GLA | 42.0M | 0.001 (at the edge) | 2 | 1.3050 ± 0.0071 |" in render(Results(tmp_path))
+  assert "| GLA | 42.0M | 0.001 | 0.001, 0.002 | 2 | 1.3050 ± 0.0071 |" in render(Results(tmp_path))
 
 
 def test_claims_name_runs_of_the_sweeps():
