@@ -11,10 +11,9 @@ def summary(rows: list[dict]) -> list[dict]:
 
   The best rate has the lowest loss among the runs with the first seed; all seeds of it make up the mean. Fields:
   `model`, `sequence_length`, `parameters`, `tokens`, `epochs`, `learning_rate`, `learning_rates` (all that were tried),
-  `seeds` (how many),
-  `bits_per_byte` (mean), `spread` (sample standard deviation over seeds, None of one), `range` (lowest, highest),
-  `perplexity` (of the mean loss), `tokens_per_second` (median), `diverged` (number of runs), `device`. Losses are None
-  if every rate diverged.
+  `seeds` (how many), `bits_per_byte` (mean), `spread` (sample standard deviation over seeds, None of one), `range`
+  (lowest, highest), `perplexity` (of the mean loss), `tokens_per_second` (median), `diverged` (number of runs),
+  `device`. Losses are None if every rate diverged.
   """
   return [_row(group) for group in _groups(rows, _trained_alike)]
 
