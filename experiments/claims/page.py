@@ -47,12 +47,16 @@ def _row(claim, finding):
 def _tables(results):
   parts = []
   for sweep in language.sweeps.SWEEPS:
+    found = language.rows(results, sweep)
     rows = [[language.name(model), f"{row['parameters'] / 1e6:.1f}M", f"{row['learning_rate']:g}",
              ", ".join(f"{rate:g}" for rate in row["learning_rates"]), str(row["seeds"]), language.bits(row),
              f"{row['perplexity']:.2f}"]
-            for model, row in sorted(language.rows(results, sweep).items(), key=lambda x: x[1]["bits_per_byte"])]
+            for model, row in sorted(found.items(), key=lambda x: x[1]["bits_per_byte"])]
     parts += _section(f"Language models, sweep `{sweep}`: held-out text",
                       ["", "parameters", "best learning rate", "tried", "seeds", "bits per byte", "perplexity"], rows)
+    if ranges := [row["range"] for row in found.values() if row["seeds"] > 1]:
+      apart = max(high - low for low, high in ranges)
+      parts.append(f"Seeds of one model are up to {apart:.3f} bits per byte apart: a smaller difference says little.")
   points = [(setting, width) for setting in synthetic.MQAR_SETTINGS for width in synthetic.WIDTHS]
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mqar(results, mixer, *point)) for point in points)]
           for mixer in synthetic.NAMES]

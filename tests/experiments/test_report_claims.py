@@ -106,7 +106,9 @@ def test_language_models_are_compared_at_their_best_rates(tmp_path):
   assert better.points == (True,) and better.text == "GLA 1.3050 ± 0.0071; RetNet 1.3200"
   level = finding(Results(tmp_path), "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).")
   assert level.points == (False, None)
-  assert "| GLA | 42.0M | 0.001 | 0.001, 0.002 | 2 | 1.3050 ± 0.0071 |" in render(Results(tmp_path))
+  page = render(Results(tmp_path))
+  assert "| GLA | 42.0M | 0.001 | 0.001, 0.002 | 2 | 1.3050 ± 0.0071 |" in page
+  assert "Seeds of one model are up to 0.010 bits per byte apart" in page
 
 
 def test_claims_name_runs_of_the_sweeps():
