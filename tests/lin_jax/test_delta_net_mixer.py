@@ -75,7 +75,7 @@ def expected(mixer, config, x):
     DeltaNetConfig(heads=2, conv_width=0, qk_activation="identity", qk_norm="l1"),
 ], ids=lambda config: f"{config.qk_activation}-{config.qk_norm}")
 def test_is_the_papers_layer(config):
-  mixer = jit(lambda: create(config))()
+  mixer = create(config)
   actual = jit(lambda mixer, x: mixer(x, None, None)[0])(mixer, inputs())
   assert_close("output", actual, expected(mixer, config, inputs()), 1e-5)
 

@@ -81,7 +81,7 @@ def expected(mixer, config, x):
     DeltaProductConfig(heads=2, head_dim=8, householders=3, conv_width=3, decay=False),
 ], ids=["two", "three", "plain"])
 def test_is_the_papers_recurrence(config):
-  mixer = jit(lambda: create(config))()
+  mixer = create(config)
   assert_close("output", call(mixer, inputs()), expected(mixer, config, inputs()), 1e-5)
 
 

@@ -75,13 +75,13 @@ def expected(mixer, config, x):
     GatedDeltaNetConfig(heads=3, head_dim=8, expand_v=1.0, conv_width=0, output_gate=False),
 ], ids=["paper", "grouped", "bare"])
 def test_is_the_papers_layer(config):
-  mixer = jit(lambda: create(config))()
+  mixer = create(config)
   actual = jit(lambda mixer, x: mixer(x, None, None)[0])(mixer, inputs())
   assert_close("output", actual, expected(mixer, config, inputs()), 1e-5)
 
 
 def test_decay_and_beta_stay_float32():
-  mixer = jit(lambda: create(GatedDeltaNetConfig(heads=2, head_dim=8), dtype=jnp.bfloat16))()
+  mixer = create(GatedDeltaNetConfig(heads=2, head_dim=8), dtype=jnp.bfloat16)
   for gate in jit(lambda mixer, x: (mixer._log_decay(x), mixer._beta(x)))(mixer, inputs(jnp.bfloat16)):
     assert gate.dtype == jnp.float32
     assert np.abs(gate - gate.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0

@@ -45,7 +45,7 @@ def convolve(x, kernel):
 
 @pytest.mark.parametrize("learned, placed, conv_width", [(False, False, 0), (True, False, 3), (True, True, 0)])
 def test_is_the_papers_layer(learned, placed, conv_width):
-  mixer = jit(lambda: create(HGRN2Config(heads=HEADS, learned_bound=learned, conv_width=conv_width)))()
+  mixer = create(HGRN2Config(heads=HEADS, learned_bound=learned, conv_width=conv_width))
   # By itself the layer is the second of two, of which the first has logits of zero.
   lower_bound = sigmoid(np.linspace(-3, 3, WIDTH)) if learned else np.zeros(WIDTH)
   if placed:
@@ -101,7 +101,7 @@ def tokens():
 def model(mixer=None, **fields):
   config = ModelConfig(**dict(mixer=mixer or HGRN2Config(heads=HEADS), vocab_size=50, width=WIDTH, depth=3,
                               mlp_width=48, dtype="float32") | fields)
-  lm = jit(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))()
+  lm = LanguageModel(config, rngs=nnx.Rngs(0))
   for i, blocks in enumerate(blocks for run in lm.runs for blocks in run):
     if getattr(blocks.mixer, "bound_logits", None) is not None:
       logits = blocks.mixer.bound_logits
@@ -156,7 +156,7 @@ def test_steps_of_a_model_equal_parallel():
 
 
 def test_gates_stay_float32():
-  mixer = jit(lambda: create(HGRN2Config(heads=HEADS, conv_width=3), dtype=jnp.bfloat16))()
+  mixer = create(HGRN2Config(heads=HEADS, conv_width=3), dtype=jnp.bfloat16)
   q, k, v, log_decay, _ = mixer._project(inputs().astype(jnp.bfloat16), None, None)
   assert q.dtype == k.dtype == v.dtype == jnp.bfloat16 and log_decay.dtype == jnp.float32
   assert np.abs(log_decay - log_decay.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0

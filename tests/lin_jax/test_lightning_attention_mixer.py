@@ -58,7 +58,7 @@ def weights(mixer):
 @pytest.mark.parametrize("lrpe", [False, True])
 @pytest.mark.parametrize("rule", ["alibi", "paper"])
 def test_is_the_papers_layer(rule, lrpe):
-  mixer = jit(lambda: create(LightningAttentionConfig(heads=HEADS, lrpe=lrpe, decay=rule)))()
+  mixer = create(LightningAttentionConfig(heads=HEADS, lrpe=lrpe, decay=rule))
   theta = None
   if lrpe:
     np.testing.assert_allclose(mixer.theta[...], 10000.0 ** (-2 * np.arange(WIDTH) / WIDTH), rtol=1e-5)
@@ -97,7 +97,7 @@ def log_decays(rule):
 @pytest.mark.parametrize("rule", ["alibi", "paper"])
 def test_model_is_the_papers(rule):
   _, init = transnormer(rule)
-  lm = jit(init)()
+  lm = init()
   norm = lambda x: x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-3)
   embedding = np.asarray(lm.embedding[...], np.float64)
   x = np.sqrt(WIDTH) * embedding[np.asarray(ids())]
@@ -115,7 +115,7 @@ def test_model_is_the_papers(rule):
 def test_prefill_then_steps_equal_parallel():
   prompt = 6
   _, init = transnormer()
-  lm = jit(init)()
+  lm = init()
   parallel, _ = call(lm, ids())
   logits, state = call(lm, ids()[:, :prompt], lm.init_state(BATCH, TIME))
   assert_close("prefill", logits, parallel[:, :prompt], 1e-5)
@@ -127,7 +127,7 @@ def test_prefill_then_steps_equal_parallel():
 
 def test_decays_are_constants_that_nobody_stores():
   config, init = transnormer()
-  lm = jit(init)()
+  lm = init()
   before = jax.tree.structure(lm)
   np.testing.assert_allclose([*map(float, np.concatenate([
       stack.mixer.log_decay for run in lm._runs() for stack in run]).ravel())], log_decays("alibi").ravel(), rtol=1e-6)
@@ -148,7 +148,7 @@ def test_eight_devices_equal_one():
   def gradients(lm, tokens):
     return jax.grad(lambda lm: jax.nn.log_softmax(lm(tokens)[0])[:, :, 3].mean())(lm)
 
-  expected = jit(gradients)(jit(init)(), ids(16, 4))
+  expected = jit(gradients)(init(), ids(16, 4))
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   with jax.set_mesh(mesh):
     placement = sharding.param_shardings(jax.eval_shape(init), mesh)
@@ -160,7 +160,7 @@ def test_eight_devices_equal_one():
 
 def test_angles_stay_float32():
   # Turned by bfloat16 positions, scores at one distance would differ by where they are.
-  mixer = jit(lambda: create(LightningAttentionConfig(heads=HEADS, lrpe=True), dtype=jnp.bfloat16))()
+  mixer = create(LightningAttentionConfig(heads=HEADS, lrpe=True), dtype=jnp.bfloat16)
   state = mixer.init_state(1, 0)
   x = jnp.ones((1, 2, WIDTH), jnp.bfloat16)
   near, _ = mixer(x, state)

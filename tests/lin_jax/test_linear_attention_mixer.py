@@ -46,7 +46,7 @@ def formula(mixer, x, phi, normalizer, head_norm):
     ("elu1", False, True)])
 def test_is_the_papers_layer(feature_map, normalizer, head_norm):
   config = LinearAttentionConfig(heads=HEADS, feature_map=feature_map, normalizer=normalizer, head_norm=head_norm)
-  mixer = jit(lambda: create(config))()
+  mixer = create(config)
   x = np.random.default_rng(0).standard_normal((BATCH, TIME, WIDTH))
   actual = jit(lambda mixer, x: mixer(x)[0])(mixer, jnp.asarray(x, jnp.float32))
   assert_close("output", actual, formula(mixer, x, MAPS[feature_map], normalizer, head_norm), 1e-5)
@@ -57,7 +57,7 @@ def test_is_the_papers_layer(feature_map, normalizer, head_norm):
 
 def test_normalised_weights_average_the_values():
   config = LinearAttentionConfig(heads=HEADS, feature_map="elu1", normalizer=True, head_norm=False)
-  mixer = jit(lambda: create(config))()
+  mixer = create(config)
   x = jnp.asarray(np.random.default_rng(0).standard_normal((BATCH, 1, WIDTH)), jnp.float32)
   actual = jit(lambda mixer, x: mixer(x)[0])(mixer, x)
   assert_close("first output", actual, mixer.output(mixer.value(x)), 1e-5)

@@ -103,7 +103,7 @@ def test_decays_stay_float32():
 
 
 def test_parameters_start_in_the_published_ranges():
-  mixer = jit(lambda: create(Mamba2Config(heads=512, state_size=8), width=256))()
+  mixer = create(Mamba2Config(heads=512, state_size=8), width=256)
   for name, values, low, high in (("A", np.exp(mixer.A_log[...]), 1, 16),
                                   ("log dt", np.log(jax.nn.softplus(mixer.dt_bias[...])), np.log(1e-3), np.log(1e-1)),
                                   ("bias", np.asarray(mixer.convolutions[0].bias[...]), -0.5, 0.5)):

@@ -84,7 +84,7 @@ def test_step_sizes_stay_float32():
 
 
 def test_parameters_start_in_the_published_ranges():
-  mixer = jit(lambda: create(MambaConfig(), width=256))()
+  mixer = create(MambaConfig(), width=256)
   for name, values, low, high in (("log dt", np.log(jax.nn.softplus(mixer.dt_bias[...])), np.log(1e-3), np.log(1e-1)),
                                   ("dt", np.asarray(mixer.dt.kernel[...]).ravel(), -0.25, 0.25),
                                   ("bias", np.asarray(mixer.convolution.bias[...]), -0.5, 0.5)):

@@ -28,7 +28,7 @@ def create(config, width=WIDTH, dtype=jnp.float32):
 
 
 def build(*args, **kwargs):
-  return jit(lambda: create(*args, **kwargs))()
+  return create(*args, **kwargs)
 
 
 def inputs(time=TIME, batch=BATCH, width=WIDTH):

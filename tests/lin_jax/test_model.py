@@ -28,7 +28,7 @@ def config(mixer, **fields):
 
 
 def build(config, **kwargs):
-  return jit(lambda: LanguageModel(config, rngs=nnx.Rngs(0), **kwargs))()
+  return LanguageModel(config, rngs=nnx.Rngs(0), **kwargs)
 
 
 def tokens(time=TIME):

@@ -41,7 +41,7 @@ def recurrence(mixer, x, decay, base=10000.0):
 
 
 def test_is_the_papers_layer():
-  mixer = jit(lambda: create(RetentionConfig(heads=HEADS)))()
+  mixer = create(RetentionConfig(heads=HEADS))
   x = np.random.default_rng(0).standard_normal((BATCH, TIME, WIDTH))
   actual = jit(lambda mixer, x: mixer(x)[0])(mixer, jnp.asarray(x, jnp.float32))
   decay = np.array([1 - 1 / 32, 1 - 1 / 64])

@@ -66,7 +66,7 @@ def recurrence(mixer, x, decay):
 
 @pytest.mark.parametrize("conv_width", [0, 4])
 def test_is_the_scalar_gate_recurrence(conv_width):
-  mixer = jit(lambda: create(SimpleGLAConfig(heads=HEADS, conv_width=conv_width)))()
+  mixer = create(SimpleGLAConfig(heads=HEADS, conv_width=conv_width))
   actual, x = jit(lambda mixer, x: mixer(x)[0])(mixer, inputs()), inputs().astype(np.float64)
   assert_close("output", actual, recurrence(mixer, x, token_decay(mixer, x, 16.0)), 1e-5)
   # The bound tells this gate from a slightly stronger one.
@@ -75,7 +75,7 @@ def test_is_the_scalar_gate_recurrence(conv_width):
 
 @pytest.mark.parametrize("decay, factors", [("constant", [1 - 1 / 32, 1 - 1 / 64]), ("none", [1.0, 1.0])])
 def test_other_rows_of_the_ablation(decay, factors):
-  mixer = jit(lambda: create(SimpleGLAConfig(heads=HEADS, decay=decay)))()
+  mixer = create(SimpleGLAConfig(heads=HEADS, decay=decay))
   x = inputs()
   expected = recurrence(mixer, x.astype(np.float64), np.array(factors))
   assert mixer.decay is None
