@@ -1,5 +1,6 @@
 """Settings of every test: eight fake CPU devices, strict promotion, and GPU tests only where there is a GPU."""
 
+import gc
 import json
 import os
 import pathlib
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(config, items):
   needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
   config.hook.pytest_deselected(items=needs_gpu)
   items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_collection_finish():
+  """What the imports left lives until the end; the collector need not walk through it again and again."""
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_addoption(parser):
