@@ -5,10 +5,10 @@ and the same Y, the solution of (I + A b) Y = A. Y is strictly lower, finite and
 keys of norm 1 and beta up to 2 no entry is larger than 1, because Y_ij = k_i^T (product of I - beta k k^T) k_j. A decay
 only multiplies its entries: along every path from token j to token i the gates are the same.
 
-A program holds one chunk of one head in blocks of 16 rows, in float32. The diagonal blocks are found by forward
-substitution and the others follow from them: Z = A_ij - sum over j <= m < i of A_im b_m Y_mj, Y_ij = Z - Y_ii b_i Z.
-Correlated keys make the powers of A larger than Y by many orders of magnitude, so a product of powers would lose every
-digit.
+A program holds one chunk of one head, in float32, in blocks of 16 rows. The diagonal blocks are found by forward
+substitution, all at once with one lane a column, and the others follow from them: Z = A_ij - sum over j <= m < i of
+A_im b_m Y_mj, Y_ij = Z - Y_ii b_i Z. Correlated keys make the powers of A larger than Y by many orders of magnitude,
+so a product of powers would lose every digit.
 """
 
 import functools
@@ -22,7 +22,9 @@ from kernels.scalar_decay import UNIT, decay_of
 from kernels.triton_blocks import halves, operand, rows_and_columns
 
 SIZE = 16  # rows of a block, the least that a product takes
-DEPTH = 64  # K columns of one product
+DEPTH = 64  # K columns of one product in float32; in 16 bits twice as many, for as many bytes under way
+STEP = 8  # columns of multiples that a lane holds at once
+PIECES = 3  # of 8 significant bits: a float32
 EPSILON = 1e-6  # under the root of a norm, as in `kernels.chunks.normalize`
 
 
@@ -39,7 +41,8 @@ def inverse(q, k, beta, log_decay, normalize_qk, chunk):
   keys = pl.BlockSpec((None, C, None, K), lambda n, h, b: (b, n, h, 0))
   rows = pl.BlockSpec((None, C, None), lambda n, h, b: (b, n, h))
   y, *others = triton_blocks.launch(
-      functools.partial(_inverse_kernel, gated=gated, normalized=normalize_qk, depth=min(DEPTH, K)),
+      functools.partial(_inverse_kernel, gated=gated, normalized=normalize_qk,
+                        depth=min(DEPTH if parts == 1 else 2 * DEPTH, K)),
       name="delta_rule_inverse", grid=(T // C, H, B), in_specs=[keys, rows, *[rows] * gated, *[keys] * normalize_qk],
       out_specs=[pl.BlockSpec((None, None, None, parts, C, C), lambda n, h, b: (b, h, n, 0, 0, 0)),
                  *[rows] * (gated + 2 * normalize_qk)],
@@ -59,35 +62,45 @@ def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, depth, dot):
   norm_refs = refs
   C, dtype = k_ref.shape[0], operand(k_ref.dtype)
   blocks = range(C // SIZE)
-  rows = [pl.ds(i * SIZE, SIZE) for i in blocks]
-  row, column = rows_and_columns(SIZE)
-  a = _products(k_ref, k_ref, rows, [(i, j) for i in blocks for j in range(i + 1)], depth, dtype, dot)
-  beta = [beta_ref[rows[i]][None] for i in blocks]  # of the columns
+  row, column = rows_and_columns(C)
+  norm = lambda x, axis: jax.lax.rsqrt(jnp.sum(jnp.where(row == column, x, 0.0), axis=axis) + EPSILON)
   if normalized:
-    own = _products(q_ref, q_ref, rows, [(i, i) for i in blocks], depth, dtype, dot)
-    norm = lambda x, axis: jax.lax.rsqrt(jnp.sum(jnp.where(row == column, x, 0.0), axis=axis) + EPSILON)
-    for i in blocks:
-      norm_refs[0][rows[i]] = norm(own[i, i], 1)
-      norm_refs[1][rows[i]] = norm(a[i, i], 1)
-    of_rows, of_columns = ([norm(a[i, i], axis) for i in blocks] for axis in (1, 0))
-    a = {(i, j): x * of_rows[i][:, None] * of_columns[j][None] for (i, j), x in a.items()}
-  d = {}
+    norm_refs[0][...] = norm(_overlaps(q_ref, depth, dtype, dot), 1)
+  a = _overlaps(k_ref, depth, dtype, dot)
+  if normalized:
+    of_rows, of_columns = norm(a, 1), norm(a, 0)
+    norm_refs[1][...] = of_rows
+    a = a * of_rows[:, None] * of_columns[None]
+  a = jnp.where(row > column, a, 0.0)
+  multiples = a * -beta_ref[...][None]
+  own = _substitute(_diagonal(a), _diagonal(multiples))
+  own_multiples = own * -jnp.broadcast_to(beta_ref[...].reshape(-1, SIZE), own.shape[1:])[None]
   if gated:
+    rows = [pl.ds(i * SIZE, SIZE) for i in blocks]
     sums = _sums([g_ref[r] for r in rows])
     for r, x in zip(rows, sums):
       sums_ref[r] = x
-    d = {(i, j): jnp.where((i > j) | (row >= column), jnp.exp2((sums[i][:, None] - sums[j][None]).astype(jnp.float32)
-                           * UNIT), 0.0) for i, j in a}
-  y = {}
+  a, multiples = _blocks(a), _blocks(multiples)
+  y = {(i, i): _entry(own, 1, i) for i in blocks}
   for i in blocks:
-    y[i, i] = _substitute(jnp.where(row > column, a[i, i], 0.0), beta[i])
     for j in reversed(range(i)):
-      z = a[i, j] - sum(dot(a[i, m] * beta[m], y[m, j]) for m in range(j, i))
-      y[i, j] = z - dot(y[i, i] * beta[i], z)
+      z = _block(a, i, j) + sum(_product(_block(multiples, i, m), y[m, j], dot) for m in range(j, i))
+      y[i, j] = z + _product(_entry(own_multiples, 1, i), z, dot)
     for j in blocks:
-      found = d.get((i, j), 1.0) * y[i, j] if j <= i else jnp.zeros((SIZE, SIZE), jnp.float32)
+      found = y[i, j] if j <= i else jnp.zeros((SIZE, SIZE), jnp.float32)
+      if gated and j <= i:
+        found *= _decay(sums, i, j)
       for part, x in enumerate([found] if dtype == jnp.float32 else halves(found)):
-        y_ref[part, rows[i], rows[j]] = x
+        y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = x
+
+
+def _overlaps(ref, depth, dtype, dot):
+  """Products `[C, C]` of all rows with each other."""
+  found = jnp.zeros((ref.shape[0],) * 2, jnp.float32)
+  for d in range(0, ref.shape[1], depth):
+    x = ref[:, pl.ds(d, depth)].astype(dtype)
+    found += dot(x, x.T)
+  return found
 
 
 def _sums(gates):
@@ -100,22 +113,68 @@ def _sums(gates):
   return sums
 
 
-def _products(a_ref, b_ref, rows, pairs, depth, dtype, dot):
-  """A_i B_j^T of blocks of rows."""
-  found = {pair: jnp.zeros((SIZE, SIZE), jnp.float32) for pair in pairs}
-  for d in range(0, a_ref.shape[1], depth):
-    a, b = ([ref[r, pl.ds(d, depth)].astype(dtype) for r in rows] for ref in (a_ref, b_ref))
-    found = {(i, j): x + dot(a[i], b[j].T) for (i, j), x in found.items()}
-  return found
-
-
-def _substitute(a, beta):
-  """Y of one block: row j is final when its multiples have left the rows below it."""
+def _decay(sums, i, j):
+  """Decays from the tokens of block j to those of block i, 0 where they would grow."""
   row, column = rows_and_columns(SIZE)
-  multiples = a * beta
+  decay = jnp.exp2((sums[i][:, None] - sums[j][None]).astype(jnp.float32) * UNIT)
+  return jnp.where((i > j) | (row >= column), decay, 0.0)
 
-  def eliminate(j, y):
-    final = jnp.sum(jnp.where(row == j, y, 0.0), axis=0)
-    return y - jnp.sum(jnp.where(column == j, multiples, 0.0), axis=1)[:, None] * final[None]
 
-  return jax.lax.fori_loop(0, SIZE - 1, eliminate, a)
+def _product(a, b, dot):
+  """a @ b in float32, as exact as three passes of TF32: bfloat16 pieces take fewer instructions to cut and to move."""
+  a, b = _pieces(a), _pieces(b)
+  return sum(dot(a[i], b[n - i]) for n in reversed(range(PIECES)) for i in range(n + 1))
+
+
+def _pieces(x):
+  found = []
+  for _ in range(PIECES - 1):
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+    head = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    found.append(head.astype(jnp.bfloat16))
+    x = x - head
+  return *found, x.astype(jnp.bfloat16)
+
+
+# Entries of an axis are taken by sums with -0, which the compiler drops: along an axis in registers they cost nothing.
+
+
+def _index(x, axis):
+  return jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+
+
+def _entry(x, axis, i):
+  return jnp.sum(jnp.where(_index(x, axis) == i, x, -0.0), axis=axis)
+
+
+def _blocks(x):
+  return x.reshape(x.shape[0] // SIZE, SIZE, x.shape[1] // SIZE, SIZE)
+
+
+def _block(x, i, j):
+  return _entry(_entry(x, 0, i), 1, j)
+
+
+def _diagonal(x):
+  """The diagonal blocks `[16, blocks, 16]`; a single one twice, because two fill the lanes of a warp."""
+  count = x.shape[0] // SIZE
+  x = jnp.broadcast_to(_blocks(x), (count, SIZE, max(count, 2), SIZE))
+  return jnp.sum(jnp.where(_index(x, 0) == (_index(x, 2) & (count - 1)), x, -0.0), axis=0)
+
+
+def _substitute(a, multiples):
+  """Y of diagonal blocks `[16, blocks, 16]`: row j is final when its multiples, which come negated, are in those below.
+
+  Triton keeps the layout of the products' results until an axis is added. The axes added here make it spread columns
+  over lanes and rows over registers, and give each lane its block's multiples; the last line goes back.
+  """
+  row = _index(a, 0)
+  y = jnp.sum(a[..., None], axis=3)
+  multiples = multiples.reshape(*a.shape[:2], SIZE // STEP, STEP)
+  for j in range(SIZE - 1):
+    if j % STEP == 0:
+      some = _entry(multiples, 2, j // STEP).transpose(0, 2, 1)[..., None]
+      some = jnp.broadcast_to(some, (*some.shape[:3], SIZE))
+    final = jnp.broadcast_to(_entry(y, 0, j)[None], y.shape)
+    y = jnp.where(row > j, _entry(some, 1, j % STEP) * final + y, y)
+  return jnp.where(row > _index(a, 2), y, a)
