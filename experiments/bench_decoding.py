@@ -1,6 +1,6 @@
 """Time a token and memory of decoding against the number of tokens before it, linear mixers beside softmax attention.
 
-  python experiments/bench_decoding.py --out=experiments/results/decoding.jsonl --limit_seconds=540 --plot=decoding.png
+  python experiments/bench_decoding.py --out=experiments/results/decoding.jsonl --limit_seconds=540
   python experiments/bench_decoding.py --tiny                                           # proves the command on a CPU
 
 The context is read in pieces with the state carried, then `lin_jax.generate.decode` draws tokens greedily, in one
@@ -8,7 +8,7 @@ compiled program; the median of its calls counts, all from the same state. Weigh
 time. The cache of attention has room for the context and what is decoded, no more; like every state it is written anew
 by each token, because the layers are a scan. What cannot run is recorded with its reason; a run of which --out holds a
 record, of this device, these versions and this setting, is not made again. Exit codes: 0 done, or the time is over; 1 a
-run failed; 2 a user's error.
+run failed; 2 a user's error. `report_claims.py` draws the curves.
 """
 
 import functools
@@ -43,15 +43,12 @@ _TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens decoded by a call.", lower_
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Calls, after one that is not timed.", lower_bound=1)
 _TINY = flags.DEFINE_bool("tiny", False, "Width 32, two layers, float32; a 256th of the contexts.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
-_PLOT = flags.DEFINE_string("plot", "", "PNG of what --out holds of this batch size and device, drawn at the end.")
 _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probably end later; 0 for no limit.",
                             lower_bound=0)
 
 
 def main(_):
   start = time.monotonic()
-  if _PLOT.value and not _OUT.value:
-    raise ValueError(f"--plot={_PLOT.value}: needs --out, the file of the records to draw")
   path = pathlib.Path(_OUT.value) if _OUT.value else None
   common = training_speed.provenance()
   # The contexts of a model follow one another: its weights, and the program of a linear one, serve them all.
@@ -61,8 +58,6 @@ def main(_):
   runs = speed_sweep.missing(every, path)
   print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before")
   failed = speed_sweep.run(runs, lambda run: _measured(*run), _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
-  if _PLOT.value:
-    _draw(common["device"], speed_sweep.load(path))
   if failed:
     print("failed:", *failed, file=sys.stderr)
     sys.exit(1)
@@ -127,16 +122,6 @@ def _measured(name, context):
 def _line(row):
   return (f"after {row['setting']['context']:>6,} tokens {row['ms_per_token']:.3f} ms a token, state "
           f"{row['state_mib']:,.2f} MiB, {row['memory_gib']:.2f} GiB in all")
-
-
-def _draw(device, found):
-  rows = [row for row in found if row["device"] == device and not row["reason"]
-          and row["setting"]["tiny"] == _TINY.value and row["setting"]["batch_size"] == _BATCH.value]
-  panels = {label: {name: {row["setting"]["context"]: row[field] for row in rows if row["setting"]["name"] == name}
-                    for name in _MODELS_KNOWN}
-            for label, field in (("ms a token", "ms_per_token"), ("state or cache (MiB)", "state_mib"))}
-  title = f"Decoding at 340M to 385M parameters, batch {_BATCH.value}, {device}{', tiny' * _TINY.value}"
-  speed_sweep.draw(pathlib.Path(_PLOT.value), title, "tokens before", panels, logarithmic=True)
 
 
 if __name__ == "__main__":

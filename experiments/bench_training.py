@@ -1,14 +1,15 @@
 """Training speed and memory against sequence length, at a constant number of tokens a step, for the papers' curves.
 
   python experiments/bench_training.py --set=gla_fig6 --out=experiments/results/training.jsonl --limit_seconds=540
-  python experiments/bench_training.py --set=tnl --out=experiments/results/training.jsonl --plot=tnl_training.png
+  python experiments/bench_training.py --set=tnl --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=tnl --tiny                                 # proves the command on a CPU
 
 gla_fig6 is arXiv:2312.06635, figure 6: 1.3B parameters, 16,384 tokens a step; tnl is the training table of
 arXiv:2405.17381: 385M parameters, here 65,536 tokens a step, beside a Transformer++ of that size and vocabulary.
 Windows are one document each, so attention runs its causal kernel without a mask. All programs are compiled first,
 side by side. What cannot run is recorded with its reason. A run of which --out holds a record, of this device, these
-versions and this setting, is not made again. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
+versions and this setting, is not made again. `report_claims.py` draws the curves. Exit codes: 0 done, or the time is
+over; 1 a run failed; 2 a user's error.
 """
 
 import math
@@ -34,7 +35,6 @@ _TIMED = flags.DEFINE_integer("timed_steps", 8, "The last of them, which are tim
 _REMAT = flags.DEFINE_enum("remat", "dots", REMAT_POLICIES, "What a block recomputes in its backward pass.")
 _TINY = flags.DEFINE_bool("tiny", False, "Width 32, two layers, float32; a 256th of the lengths and tokens.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
-_PLOT = flags.DEFINE_string("plot", "", "PNG of what --out holds of this set and this device, drawn at the end.")
 _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probably end later; 0 for no limit.",
                             lower_bound=0)
 
@@ -43,8 +43,6 @@ def main(_):
   start = time.monotonic()
   if _TIMED.value >= _STEPS.value:
     raise ValueError(f"--timed_steps={_TIMED.value}: must be less than --steps={_STEPS.value}")
-  if _PLOT.value and not _OUT.value:
-    raise ValueError(f"--plot={_PLOT.value}: needs --out, the file of the records to draw")
   sweep = SWEEPS[_SET.value]
   path = pathlib.Path(_OUT.value) if _OUT.value else None
   common = training_speed.provenance()
@@ -58,8 +56,6 @@ def main(_):
   programs = training_speed.compile_all([config for config, _ in runs], documents=False)
   runs = [(program, row) for program, (_, row) in zip(programs, runs, strict=True)]
   failed = speed_sweep.run(runs, _measured, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
-  if _PLOT.value:
-    _draw(sweep, common["device"], speed_sweep.load(path))
   if failed:
     print("failed:", *failed, file=sys.stderr)
     sys.exit(1)
@@ -93,17 +89,6 @@ def _line(row):
   mfu = "" if row["mfu"] is None else f", MFU {100 * row['mfu']:.1f}%"
   return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} {row['tokens_per_s']:>9,.0f} tokens/s, "
           f"{row['step_ms']:.1f} ms a step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s")
-
-
-def _draw(sweep, device, found):
-  rows = [row for row in found if row["device"] == device and not row["reason"]
-          and row["setting"]["set"] == _SET.value and row["setting"]["tiny"] == _TINY.value]
-  panels = {label: {name: {row["setting"]["sequence_length"]: row[field] for row in rows
-                           if row["setting"]["name"] == name} for name in sweep.models}
-            for label, field in (("tokens / s", "tokens_per_s"), ("GiB of a step", "memory_gib"))}
-  tokens = sweep.tokens // (256 if _TINY.value else 1)
-  speed_sweep.draw(pathlib.Path(_PLOT.value), f"{sweep.title}, {device}{', tiny' * _TINY.value}",
-                   f"tokens per sequence, {tokens:,} a step", panels)
 
 
 if __name__ == "__main__":

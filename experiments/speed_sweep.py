@@ -1,4 +1,4 @@
-"""Sweeps of speed measurements: records that say what is done, a limit of time, plots for black and white.
+"""Sweeps of speed measurements: records that say what is done, and a limit of time.
 
 A record holds `device`, `versions`, `git_commit`, `command`, `run` (when), `setting` (all that determines the number),
 `reason` ("" or why it could not run) and the results, None where there is a reason.
@@ -16,8 +16,6 @@ import records
 
 _IDENTITY = ("device", "versions", "setting")
 
-# A marker and a dash of its own for each line.
-_STYLES = ("ko-", "C1s--", "C2^-.", "C0D:", "C3v--", "C4P-.")
 
 
 def chosen(flag: flags.FlagHolder[list[str]], known: Sequence) -> list:
@@ -77,39 +75,3 @@ def load(path: pathlib.Path) -> list[dict]:
 
 def _key(record):
   return records.key({name: record[name] for name in _IDENTITY})
-
-
-def draw(path: pathlib.Path, title: str, axis: str, panels: dict[str, dict[str, dict[int, float]]], *,
-         logarithmic: bool = False) -> None:
-  """Writes `path`, a PNG: a panel for each label of its vertical axis, with lines name -> tokens -> value.
-
-  Args:
-    axis: what the horizontal axis, in powers of two, counts.
-    logarithmic: the vertical axes too; they start at zero otherwise.
-  Raises:
-    ValueError: `path` cannot be written.
-  """
-  from matplotlib.figure import Figure  # a second of import that only drawing pays
-
-  figure = Figure(figsize=(5.4 * len(panels), 4), layout="constrained")
-  for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-    ticks = sorted({tokens for points in lines.values() for tokens in points})
-    for style, (name, points) in zip(_STYLES, lines.items()):
-      if points:
-        axes.plot(*zip(*sorted(points.items())), style, markersize=6, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{t // 1024}K" if t >= 1024 else str(t) for t in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel=axis, ylabel=label)
-    if logarithmic:
-      axes.set_yscale("log")
-    else:
-      axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-      axes.legend(fontsize=8)
-  figure.suptitle(title)
-  try:
-    figure.savefig(path, dpi=120)
-  except OSError as e:
-    raise ValueError(f"{path}: cannot be written: {e.strerror}") from e

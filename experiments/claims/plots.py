@@ -1,6 +1,7 @@
 """Plots of the page of claims; each is drawn once it has two points."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -46,7 +47,10 @@ class Plot:
       axes.set_yscale("log" if self.logarithmic else "linear")
       axes.set_xticks(ticks, [f"{x // 1024}K" if x >= 1024 and x % 1024 == 0 else f"{x:,}" for x in ticks], minor=False)
       axes.minorticks_off()
-      axes.set(xlabel=self.axis, ylabel=self.label, ylim=self.limits)
+      low, high = self.limits
+      if low == 0 and high is None:  # matplotlib leaves no room above lines that are flat
+        high = 1.08 * axes.dataLim.y1
+      axes.set(xlabel=self.axis, ylabel=self.label, ylim=(low, high))
       axes.set_title(title)
       axes.grid(alpha=0.3)
       axes.legend(fontsize=8)
@@ -87,17 +91,17 @@ def _kernels(results):
   return panels
 
 
-def _training(results):
+def _training(results, field):
   panels = {}
   for name, sweep in SWEEPS.items():
     device, rows = speed.training(results, name)
-    panels[f"{sweep.title}, {sweep.tokens:,} tokens a step\n{device}"] = _by_model(rows, "tokens_per_s")
+    panels[f"{sweep.title}, {sweep.tokens:,} tokens a step\n{device}"] = _by_model(rows, field)
   return panels
 
 
-def _decoding(results):
+def _decoding(results, field):
   device, rows = speed.decoding(results)
-  return {f"340M to 385M parameters\n{device}": _by_model(rows, "ms_per_token")}
+  return {f"340M to 385M parameters\n{device}": _by_model(rows, field)}
 
 
 def _by_model(rows, field):
@@ -119,7 +123,14 @@ PLOTS = [Plot("mqar.png", "Multi-query associative recall", "width of the model"
          Plot("kernel_lengths.png", "Time of a layer's kernels, forward and backward", "tokens per sequence", _kernels,
               {"gla": "GLA", "linear_attention": "lightning attention", "attention": "softmax attention (cuDNN)"},
               "ms", (None, None), logarithmic=True),
-         Plot("training.png", "Training speed", "tokens per sequence", _training, dict(zip(_TRAINED, _TRAINED)),
-              "tokens a second", (0, None)),
-         Plot("decoding.png", "Decoding one sequence", "tokens before", _decoding, dict(zip(_DECODED, _DECODED)),
-              "ms a token", (0, None))]
+         Plot("training.png", "Training speed", "tokens per sequence",
+              functools.partial(_training, field="tokens_per_s"), dict(zip(_TRAINED, _TRAINED)), "tokens a second",
+              (0, None)),
+         Plot("training_memory.png", "Memory of a training step", "tokens per sequence",
+              functools.partial(_training, field="memory_gib"), dict(zip(_TRAINED, _TRAINED)), "GiB", (0, None)),
+         Plot("decoding.png", "Decoding one sequence", "tokens before",
+              functools.partial(_decoding, field="ms_per_token"), dict(zip(_DECODED, _DECODED)), "ms a token",
+              (0, None)),
+         Plot("decoding_memory.png", "State of one sequence", "tokens before",
+              functools.partial(_decoding, field="state_mib"), dict(zip(_DECODED, _DECODED)), "MiB", (None, None),
+              logarithmic=True)]
