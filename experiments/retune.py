@@ -84,7 +84,8 @@ def load(path: pathlib.Path, empty: dict) -> dict:
 
 def starts(record: dict, problem: tuning.Problem, module) -> list:
   """What a search begins with: the record's entry, if it fits the kernels as they are, and the heuristic."""
-  found = [entry["config"] for entry in record["configs"] if _key(entry) == _key(dataclasses.asdict(problem))]
+  found = [entry["config"] for entry in record["configs"]
+           if _case(entry) == _case(dataclasses.asdict(problem)) and problem.gates[0] in entry["gates"]]
   try:
     listed = [tuned.to_config(module.Config, fields, str(problem)) for fields in found]
   except ValueError as e:
@@ -94,20 +95,23 @@ def starts(record: dict, problem: tuning.Problem, module) -> list:
 
 
 def save(path, record, problem, config, ms):
-  """Puts an entry into the record, in the place of an older one, and writes the file: one entry a line."""
+  """Puts an entry into the record, in the place of what older ones say of its gates, and writes the file."""
   entry = {"op": problem.op, "gates": list(problem.gates), "K": problem.K, "V": problem.V, "dtype": problem.dtype,
            "config": dataclasses.asdict(config), "timed": dict(zip("BTH", (*problem.timed, problem.H))),
            "forward_backward_ms": ms}
-  entries = [old for old in record["configs"] if _key(old) != _key(entry)] + [entry]
-  record["configs"] = sorted(entries, key=_key)
+  entries = [entry]
+  for old in record["configs"]:
+    left = [gate for gate in old["gates"] if _case(old) != _case(entry) or gate not in entry["gates"]]
+    entries += [old | {"gates": left}] if left else []
+  record["configs"] = sorted(entries, key=lambda entry: (*_case(entry), entry["gates"]))
   head = json.dumps({name: x for name, x in record.items() if name != "configs"})
   lines = ",\n".join(f"  {json.dumps(entry)}" for entry in record["configs"])
   path.parent.mkdir(parents=True, exist_ok=True)
   commands.write(path, f'{head[:-1]}, "configs": [\n{lines}\n]}}\n')
 
 
-def _key(entry):
-  return [entry["op"], entry["dtype"], list(entry["gates"]), entry["K"], entry["V"]]
+def _case(entry):
+  return entry["op"], entry["dtype"], entry["K"], entry["V"]
 
 
 if __name__ == "__main__":

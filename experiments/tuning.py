@@ -15,7 +15,8 @@ import kernels
 from kernels import accuracy, chunks, tuned
 
 # Forms of log_decay that an op takes, in groups that share a configuration: all are checked, the first is timed.
-GATES = {"gla": [("channel",)], "linear_attention": [("token", "head", "none")], "delta_rule": [("none",), ("token",)]}
+GATES = {"gla": [("channel",)], "linear_attention": [("token",), ("head",), ("none",)],
+         "delta_rule": [("none",), ("token",)]}
 CHECKED = 1100  # tokens of the check
 
 
@@ -112,16 +113,18 @@ class Check:
 
 
 class Measure:
-  """Time of a configuration: forward and backward pass in one call."""
+  """Time of a configuration: forward and backward pass in one call. A constant decay gets no gradient, as in models."""
 
   def __init__(self, problem, module):
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
     B, T = problem.timed
-    self.inputs = draw(problem, problem.gates[0], B=B, T=T, H=problem.H, trained=True)
+    arrays, cotangents = draw(problem, problem.gates[0], B=B, T=T, H=problem.H, trained=True)
+    self.constants = {"log_decay": arrays.pop("log_decay")} if problem.gates[0] == "head" else {}
+    self.inputs = arrays, cotangents
 
   def compile(self, config):
-    op = functools.partial(results, call(self.module, self.scale, config))
-    return compile_for(self.problem, op, *self.inputs)
+    op = functools.partial(call(self.module, self.scale, config), **self.constants)
+    return compile_for(self.problem, functools.partial(results, op), *self.inputs)
 
   def __call__(self, program):
     return milliseconds(program, self.inputs)

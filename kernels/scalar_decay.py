@@ -1,7 +1,7 @@
 """Decays of one scalar per head between the tokens of a chunk, for Pallas kernel bodies and their launches.
 
-Gates are summed as integers in units of 2^-17, so that the difference of two sums is the exact sum between them. A
-constant decay needs no sums.
+Gates are summed as integers in units of 2^-17, so that the difference of two sums is the exact sum between them. The
+sums of a constant decay are its multiples.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ class Decay:
   Attributes:
     upto, after: `[C]`, from the start of the chunk to the end of each token, and from there to the end of the chunk.
     total: of the whole chunk.
-    sums: inclusive sums of the gates, integers in `unit`s.
+    sums: inclusive sums of the gates in `unit`s, integers but for a constant gate.
   """
 
   upto: jax.Array | None
   after: jax.Array | None
   total: jax.Array | None
   sums: jax.Array | None = None
-  unit: float | jax.Array = 1.0
+  unit: float = 1.0
 
 
 def decay_of(g, C):
@@ -39,9 +39,10 @@ def decay_of(g, C):
     return Decay(None, None, None)
   index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
   if not g.shape:
-    sums, unit = index + 1, jnp.maximum(g * LOG2E, WEAKEST)
-    return Decay(jnp.exp2(sums.astype(jnp.float32) * unit), jnp.exp2((C - sums).astype(jnp.float32) * unit),
-                 jnp.exp2(unit * C), sums, unit)
+    # In floats, not as whole numbers times g: those would all stay in registers.
+    g = jnp.maximum(g * LOG2E, WEAKEST)
+    sums = (index + 1).astype(jnp.float32) * g
+    return Decay(jnp.exp2(sums), jnp.exp2((C - 1 - index).astype(jnp.float32) * g), jnp.exp2(C * g), sums)
   g = jnp.maximum(g * LOG2E, WEAKEST) / UNIT
   whole = jnp.floor(g)
   sums = jnp.cumsum(whole.astype(jnp.int32)) + jnp.floor(jnp.cumsum(g - whole) + 0.5).astype(jnp.int32)

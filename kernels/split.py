@@ -7,15 +7,15 @@ recurrence is affine and its map diagonal. Then all pieces are scanned at once, 
 
 import jax.numpy as jnp
 
-ENOUGH = 128  # programs that fill a GPU: splitting costs one more reading of the keys and values
+ENOUGH = 160  # programs that fill a GPU: splitting costs one more reading of the keys and values
 WANTED = 256  # programs to split into
 SHORTEST = 8  # chunks in a piece
 
 
-def pieces(programs: int, T: int, chunk: int) -> int:
-  """How many pieces to cut `T` tokens into when a scan has `programs` programs without cutting."""
+def pieces(programs: int, T: int, chunk: int, enough: int = ENOUGH) -> int:
+  """How many pieces to cut `T` tokens into: 1 when the `programs` of an uncut scan are `enough`."""
   count = 1
-  while programs < ENOUGH and programs * count < WANTED and -(-T // chunk) >= 2 * count * SHORTEST:
+  while programs < enough and programs * count < WANTED and -(-T // chunk) >= 2 * count * SHORTEST:
     count *= 2
   return count
 

@@ -3,7 +3,8 @@
 A device without a file takes that of one with the same multiprocessors (`RELATED`), for which its code is the same.
 
 `experiments/retune.py` writes them on the GPU; nothing measures at run time. An entry holds op, the forms of log_decay
-that it serves, K, V, dtype, the fields of the op's `Config`, and the milliseconds that speak for it.
+that it serves, K, V, dtype, the fields of the op's `Config`, and the milliseconds that speak for it (on `device`, where
+that is another than the file's).
 """
 
 import dataclasses

@@ -69,11 +69,15 @@ class Config:
 
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
+  # Neighbours differ where a compiler spilled.
   wide = dtype == jnp.float32
-  scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4, 3 if K <= 32 else 2)
+  block, warps = tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4
+  scan = Tile(block, warps, 3 if K <= 32 and (wide or V < 128) else 2)
+  reverse_scan = Tile(block, warps, 3 if K <= (32 if wide else 64) else 2)
+  gradients = Tile(tile_width(K, 32), 4, 1 if wide or K > 16 else 2)
   chunk = chunk_size or (16 if wide else 32)
-  depth = 32 if wide and K > 64 else 64
-  return Config(chunk, chunk, depth, 16 if wide or K <= 16 else 32, scan, scan, Tile(tile_width(K, 32), 4, 1))
+  depth, width = 32 if wide and K > 64 else 64, 16 if wide or K <= 32 else 32
+  return Config(chunk, chunk, depth, width, scan, reverse_scan, gradients)
 
 
 def candidates(K: int, V: int, dtype) -> dict[str, list]:
@@ -115,7 +119,8 @@ def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=F
   """The op under an explicit configuration."""
   (B, T, H, K), V = q.shape, v.shape[3]
   dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, min(config.width, tile_width(V)))
-  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.span)
+  # A piece's map takes K more columns: with a program a multiprocessor, cutting loses.
+  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.span, enough=128)
   fold = functools.partial(split.fold, count=pieces, chunk=config.span)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
@@ -231,8 +236,8 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
     initial = tuple(_identity(first, i * depth, (block, depth)) for i in range(K // depth))
   *saved_refs, final_ref = refs
   outputs = values is None and not reverse
-  # Of a state in one tile the queries' part waits until e needs no registers; several tiles would all be kept for it.
-  early = outputs and len(tiles) > 1
+  # The queries' part waits until e needs no registers; but of 16-bit products several tiles would all be kept for it.
+  early = outputs and len(tiles) > 1 and dtype != jnp.float32
 
   def step(i, state):
     n = T // C - 1 - i if reverse else i
@@ -246,11 +251,13 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
     load = lambda ref, tile: ref[rows, tile].astype(dtype)
 
     def scores(a_ref, b_ref):
-      found = 0.0
-      for tile in tiles:
-        dot.barrier(dtype)
-        found += dot(load(a_ref, tile), load(b_ref, tile).T)
-      return found
+      def add(i, found):
+        tile = pl.ds(i * depth, depth)
+        return found + dot(load(a_ref, tile), load(b_ref, tile).T)
+
+      if dtype == jnp.float32:  # unrolled, its addresses take the registers that the operands' pieces need
+        return jax.lax.fori_loop(0, len(tiles), add, jnp.zeros((C, C), jnp.float32))
+      return functools.reduce(lambda found, i: add(i, found), range(len(tiles)), 0.0)
 
     k_held, q_held = 0.0, 0.0
     for tile, s in zip(tiles, state):
@@ -278,7 +285,9 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
       new = _columns(new, beta)
       if outputs:
         p = scale * _weights(between(decay, C, transposed=True) * scores(k_ref, q_ref), k_norm, q_norm)
-        q_held = q_held if early else dot(state[0].astype(dtype), load(q_ref, tiles[0]).T)
+        for tile, s in zip(tiles, () if early else state):
+          dot.barrier(dtype)
+          q_held += dot(s.astype(dtype), load(q_ref, tile).T)
         o = _columns(q_held, decay.upto, scale, q_norm) + dot(new.astype(dtype), p.astype(dtype))
         o_ref[rows, :] = o.astype(o_ref.dtype).T
       keys = [(k_ref, _columns(new, decay.after, k_norm))]

@@ -59,9 +59,10 @@ class Config:
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
   wide = dtype == jnp.float32
-  # Two stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first. Narrower tiles of
+  # Stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first. Narrower tiles of
   # float32 spill too, so V is padded.
-  scan = Tile(32, 8, 2) if wide else Tile(tile_width(V, 16 if K > 64 else 32), 8 if K > 128 else 4, 2)
+  warps, stages = 8 if K > 128 else 4, 3 if K <= 32 and V > 256 else 2
+  scan = Tile(32, 8, 2) if wide else Tile(tile_width(V, 16 if K > 64 else 32), warps, stages)
   chunk = 16 if wide else 32 if K > 128 else 64
   keys = Tile(tile_width(K, 16), 4, 1) if wide else Tile(tile_width(K, 32), 4 if K > 16 else 8, 2)
   scores = Tile(64, 4, 1) if wide and K > 64 else None
@@ -75,7 +76,7 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
   if wide:
     scan, keys = tiles(V, (16, 4, 1), (32, 4, 1), (32, 8, 1)), tiles(K, (16, 4, 1), (32, 4, 1))
   else:
-    scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
+    scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1), *([(128, 8, 2)] if K > 128 else []))
     # With 4 warps and a single tile of 64 columns the loop over tiles is unrolled into more than the registers hold.
     keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), *([(64, 4, 1), (64, 4, 2), (64, 4, 3)] if V > 64 else []))
   # Where many V tiles would each compute P again, and its accumulator costs the registers of a second program.
@@ -181,17 +182,18 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
   initial_ref, *refs, final_ref = refs
   C, dtype, (T, K) = chunk, operand(k_ref.dtype), k_ref.shape
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
-  # In float32 with several K tiles, what is added to the state is read after the output: held until then, it spills.
-  late = dtype == jnp.float32 and len(tiles) > 1 and (scores or not outputs)
+  # What is added to a state of several K tiles is read when it is needed: held from the start it spills. With P to
+  # compute, k is there anyway.
+  late = len(tiles) > 1 and (bool(scores) or (dtype == jnp.float32 and not outputs))
 
   def step(i, states):
     n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
-    v = v_ref[rows, :].astype(dtype)
     decay = decay_of(g_ref[rows if g_ref.shape else ...] if gated else None, C)
     query_weights, key_weights = (decay.upto, scale), (decay.after,)
     if reverse:
       query_weights, key_weights = key_weights, query_weights
+    v = v_ref[rows, :].astype(dtype)
     weighted = lambda v: weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
     add = lambda k, u, state: dot(k.T, u) + (state if decay.total is None else decay.total * state)
     p, o, next_states, u = 0.0, 0.0, [], None if late else weighted(v)
@@ -208,15 +210,23 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
         dot.barrier(dtype)
       else:
         next_states.append(add(k, u, state))
-    if late:
-      v = v_ref[rows, :]
+
+    def add_late():
+      v = v_ref[rows, :].astype(dtype)
       u = weighted(v)
       for tile, state in zip(tiles, states):
-        next_states.append(add(k_ref[rows, tile], u, state))
+        next_states.append(add(k_ref[rows, tile].astype(dtype), u, state))
         dot.barrier(dtype)
+      return v
+
+    # Which comes first, the next state or the output, decides whether float32 or 16-bit operands spill.
+    if late and dtype == jnp.float32:
+      v = add_late()
     if outputs:
       p = p_ref[n] if scores else (between(decay, C, transposed=reverse) * (scale * p)).astype(dtype)
       refs[0][rows, :] = (weigh(o, *query_weights) + dot(p, v)).astype(refs[0].dtype)
+    if late and dtype != jnp.float32:
+      add_late()
     return tuple(next_states)
 
   states = jax.lax.fori_loop(0, T // C, step, tuple(initial_ref[tile, :] for tile in tiles))

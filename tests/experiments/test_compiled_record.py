@@ -1,16 +1,13 @@
-"""The record of the compile check is whole and of the kernels as they are; what still spills is counted."""
+"""The record of the compile check is whole, of the kernels as they are, and without a fault."""
 
 import json
 import pathlib
-import re
 
 import pytest
 
 import compiled
 from kernels import tuned
 
-SPILLING = {("linear_attention", "sm_90a"): 2, ("linear_attention", "sm_100a"): 1,
-            ("delta_rule", "sm_89"): 2, ("delta_rule", "sm_90a"): 10, ("delta_rule", "sm_100a"): 11}
 RECORD = json.loads((pathlib.Path(compiled.__file__).parent / "results" / "compiled_kernels.json").read_text())
 
 
@@ -36,7 +33,4 @@ def test_every_configuration_was_compiled(op, gpu):
   wanted = [json.dumps(program.row()) for program in compiled.programs([op], [gpu])]
   assert [program for program in wanted if program not in entries] == []
   assert all(entries[program]["kernels"] for program in wanted)
-  faulty = [found for program in wanted if (found := compiled.faults(entries[program]))]
-  # A rule of the project is broken by each of these: a number may be lowered, never raised.
-  assert len(faulty) == SPILLING.get((op, gpu), 0), faulty[:1]
-  assert all(re.fullmatch(r"\w+ spills (8|16|24|32|40|48) bytes", fault) for found in faulty for fault in found)
+  assert [fault for program in wanted for fault in compiled.faults(entries[program])] == []

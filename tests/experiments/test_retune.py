@@ -13,8 +13,10 @@ import types
 import jax
 import pytest
 
+import retune
 import tuning
 from assembler import Kernel
+from kernels import tuned
 from kernels.gla import xla_chunked
 from kernels.tuned import Tile
 from tuning import Problem
@@ -137,6 +139,7 @@ def test_milliseconds_times_calls_until_they_are_long_enough():
 # The command, with an op that has one tile in the place of the kernels.
 COMMAND = """
 import dataclasses, sys, types
+from kernels import tuned
 from kernels.gla import xla_chunked
 from kernels.tuned import Tile
 
@@ -184,6 +187,19 @@ def test_command_adds_to_the_file(tmp_path):
   out.write_text(json.dumps(record | {"device": "another"}))
   other = run(out, "--shapes=16x16x1")
   assert other.returncode == 2 and "was measured with {'device': 'another'" in other.stderr
+
+
+def test_a_gate_searched_alone_leaves_the_entry_of_the_others(tmp_path):
+  problem = dataclasses.replace(PROBLEM, op="linear_attention", gates=("token", "head", "none"))
+  record = {"device": "X", "versions": {}, "configs": []}
+  retune.save(tmp_path / "x.json", record, problem, START, 2.0)
+  retune.save(tmp_path / "x.json", record, dataclasses.replace(problem, gates=("head",)), Config(32, FAST, None), 1.0)
+  retune.save(tmp_path / "x.json", record, dataclasses.replace(problem, K=32), START, 3.0)
+  listed = {key[1:3]: config["chunk"] for key, config in tuned.read(tmp_path / "x.json").items()}
+  assert listed == {("token", 16): 16, ("none", 16): 16, ("head", 16): 32,
+                    **{(gate, 32): 16 for gate in ("token", "head", "none")}}
+  module = types.SimpleNamespace(Config=Config, heuristic=lambda K, V, dtype, chunk_size: START)
+  assert retune.starts(record, dataclasses.replace(problem, gates=("head",)), module)[0].chunk == 32
 
 
 @pytest.mark.parametrize("flag, rule", [
