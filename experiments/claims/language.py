@@ -39,14 +39,19 @@ def name(model: str) -> str:
 
 
 def _below(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
-  """A point for each pair of models: the first has fewer bits per byte than the second, times `factor`."""
+  """A point for each pair of models: the first has fewer bits per byte than the second, times `factor`. Pairs that are
+  closer than their seeds are named."""
 
   def judge(results):
     found = rows(results, sweep)
-    points = tuple(found[left]["bits_per_byte"] < factor * found[right]["bits_per_byte"]
-                   if left in found and right in found else None for left, right in pairs)
+    known = [pair for pair in pairs if all(model in found for model in pair)]
+    margin = {(left, right): factor * found[right]["bits_per_byte"] - found[left]["bits_per_byte"]
+              for left, right in known}
     models = dict.fromkeys(model for pair in pairs for model in pair if model in found)
-    return Finding("; ".join(f"{name(model)} {bits(found[model])}" for model in models), points)
+    texts = [f"{name(model)} {bits(found[model])}" for model in models]
+    texts += [f"{name(left)} and {name(right)} are closer than their seeds" for left, right in known
+              if abs(margin[left, right]) < sum(found[model]["spread"] or 0.0 for model in (left, right))]
+    return Finding("; ".join(texts), tuple(margin[pair] > 0 if pair in margin else None for pair in pairs))
 
   return judge
 

@@ -13,6 +13,7 @@ Generated from the records beside it by `python experiments/report_claims.py`; d
 Each row is a claim of a paper, and what this repository's runs say of it. A claim is split into points, the comparisons
 that it makes; it *holds* when all of them were run and hold, *in part* when some hold, and is *not run* before any has
 its record. Settings are smaller than the papers'. A verdict is of the setting beside it and not of the paper's own.
+A synthetic task counts for a model when one of the learning rates has solved it or all were tried.
 
 Other pages: [runs](runs.md), what each record is and how it was made; [kernels](kernels.md), every kernel against other
 libraries; [models](models.md), every config beside its paper's size; [kernel log](kernel_log.md), what was tried.
@@ -37,7 +38,7 @@ def _row(claim, finding):
   points = f"{sum(map(bool, finding.points))} of {finding.run}" + (
       f", {len(finding.points) - finding.run} not run" if finding.run < len(finding.points) else "")
   if not finding.run:
-    points, result = "", "the command's records are not there: no GPU time has gone into it yet"
+    points, result = "", "the command's records are not all there: it takes more GPU time"
   else:
     result = finding.text
   return [claim.text, claim.place, claim.printed, claim.setting, result, points, f"**{finding.verdict}**",

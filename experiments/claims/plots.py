@@ -119,7 +119,7 @@ def _of_some(lines):
 PLOTS = [Plot("mqar.png", "Multi-query associative recall", "width of the model", _mqar),
          Plot("regbench.png", "RegBench", "training sequences", _regbench),
          Plot("lengths.png", "Text beyond the length of training", "up to this token of the text", _lengths,
-              {model: language.name(model) for model in lengths.MODELS}, "loss (nats a token)", (None, None)),
+              {model: language.name(model) for model in lengths.MODELS}, "loss (nats a token)", (None, 6.5)),
          Plot("kernel_lengths.png", "Time of a layer's kernels, forward and backward", "tokens per sequence", _kernels,
               {"gla": "GLA", "linear_attention": "lightning attention", "attention": "softmax attention (cuDNN)"},
               "ms", (None, None), logarithmic=True),

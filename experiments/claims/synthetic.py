@@ -28,12 +28,14 @@ def of_sweep(results: Results, name: str) -> list[tuple[Run, dict]]:
 
 
 def best(results: Results, sweep: str, wanted: Callable[[Run], bool], measure: str = "accuracy") -> float | None:
-  """The best mean over seeds among the learning rates of the wanted runs; None if none was made."""
-  found = {}
+  """The best mean over seeds among the wanted runs' learning rates; None before all were tried or one solved it."""
+  found, solved = {}, False
   for run, record in of_sweep(results, sweep):
     if wanted(run):
       found.setdefault(run.learning_rate, []).append(record[measure])
-  return max((statistics.mean(values) for values in found.values()), default=None)
+      solved |= record["solved"]
+  planned = {run.learning_rate for run in sweeps.SWEEPS[sweep]() if wanted(run)}
+  return max(map(statistics.mean, found.values())) if found and (solved or found.keys() == planned) else None
 
 
 def mqar(results: Results, mixer: str, setting: tuple[int, int], width: int) -> float | None:

@@ -29,6 +29,12 @@ def trained(run, accuracy):
   return {"setting": run.setting(), "accuracy": accuracy, "class_accuracy": accuracy / 2, "solved": accuracy >= 0.99}
 
 
+def swept(run, accuracy):
+  """Records of `run` at all the rates of its sweep."""
+  kind = lambda run: (run.task, run.task_fields, run.mixer, run.width)
+  return [trained(other, accuracy) for other in sweeps.SWEEPS.get(run.task, sweeps.mad)() if kind(other) == kind(run)]
+
+
 def finding(results, text):
   claim, = (claim for claim in CLAIMS if claim.text == text)
   return claim.judge(results)
@@ -47,17 +53,21 @@ def mqar_runs(mixer, length, width):
 
 
 def test_the_best_rate_counts_as_the_mean_of_its_seeds(tmp_path):
-  low, high = mqar_runs("gla", 256, 64)[:2]
+  low, high, *others = mqar_runs("gla", 256, 64)
   other = dataclasses.replace(high, steps=7)  # not the sweep's setting
   rows = [trained(low, 0.5), trained(high, 0.7), trained(dataclasses.replace(high, seed=1), 0.8), trained(other, 1.0)]
   write(tmp_path, synthetic.FILE, rows)
+  assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 64) is None  # two rates were not tried
+  write(tmp_path, synthetic.FILE, [*rows, trained(others[0], 0.99)])
+  assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 64) == pytest.approx(0.99)  # nor need they be
+  write(tmp_path, synthetic.FILE, [*rows, *(trained(run, 0.1) for run in others)])
   assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 64) == pytest.approx(0.75)
   assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 128) is None
 
 
 def test_mqar_claims_are_judged_point_by_point(tmp_path):
-  rows = [trained(mqar_runs("delta_net", 512, width)[0], accuracy) for width, accuracy in ((64, 0.98), (128, 0.995))]
-  rows += [trained(mqar_runs("mamba", 512, 64)[0], 0.9)]
+  scores = ("delta_net", 64, 0.98), ("delta_net", 128, 0.995), ("mamba", 64, 0.9)
+  rows = [row for mixer, width, score in scores for row in swept(mqar_runs(mixer, 512, width)[0], score)]
   write(tmp_path, synthetic.FILE, rows)
   results = Results(tmp_path)
   solved = finding(results, "DeltaNet without convolutions solves 64 pairs in 512 tokens at every width.")
@@ -70,16 +80,16 @@ def test_mqar_claims_are_judged_point_by_point(tmp_path):
 def test_mad_counts_the_tokens_alike_and_needs_both_settings(tmp_path):
   runs = [run for run in sweeps.mad() if (run.task, run.mixer) == ("compression", "gla")]
   easy, hard = (next(run for run in runs if bool(run.task_fields) == changed) for changed in (False, True))
-  write(tmp_path, synthetic.FILE, [trained(easy, 0.8)])
+  write(tmp_path, synthetic.FILE, swept(easy, 0.8))
   assert synthetic.mad(Results(tmp_path), "gla", "compression") is None
-  write(tmp_path, synthetic.FILE, [trained(easy, 0.8), trained(hard, 0.4)])
+  write(tmp_path, synthetic.FILE, [*swept(easy, 0.8), *swept(hard, 0.4)])
   assert synthetic.mad(Results(tmp_path), "gla", "compression") == pytest.approx(0.3)
 
 
 def test_regbench_is_level_within_a_point(tmp_path):
   scores = {"delta_net": 0.8, "attention": 0.809, "gla": 0.811, "mamba": 0.1}
   runs = {run.mixer: run for run in sweeps.regbench() if run.task_fields["train_examples"] == 1000}
-  write(tmp_path, synthetic.FILE, [trained(runs[mixer], score) for mixer, score in scores.items()])
+  write(tmp_path, synthetic.FILE, [row for mixer, score in scores.items() for row in swept(runs[mixer], score)])
   found = finding(Results(tmp_path),
                   "DeltaNet learns regular languages in context as well as Transformer++, GLA and Mamba.")
   assert found.points[:4] == (True, False, True, None)
@@ -197,7 +207,7 @@ def test_long_texts_are_compared_with_the_trained_length(tmp_path):
 
 def test_plots_are_drawn_of_what_was_run(tmp_path):
   assert not [plot.file for plot in PLOTS if plot.drawn(Results(tmp_path))]
-  write(tmp_path, synthetic.FILE, [trained(mqar_runs("gla", 256, width)[0], 0.5) for width in (64, 128)])
+  write(tmp_path, synthetic.FILE, [row for width in (64, 128) for row in swept(mqar_runs("gla", 256, width)[0], 0.5)])
   plot, = (plot for plot in PLOTS if plot.drawn(Results(tmp_path)))
   assert plot.draw(Results(tmp_path), tmp_path).stat().st_size > 10_000
   write(tmp_path, speed.TRAINING, [
