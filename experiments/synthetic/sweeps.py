@@ -12,7 +12,9 @@ MIXERS = "attention", "linear_attention", "retention", "gla", "mamba", "delta_ne
 
 def mqar() -> list[Run]:
   """GLA's figure 4 and DeltaNet's MQAR figure: blocks without MLP, 100,000 examples, DeltaNet without convolutions."""
-  rates = 2.2e-3, 4.6e-4, 1e-2, 1e-4  # the logarithmic grid from 1e-4 to 1e-2, most promising first
+  # The logarithmic grid from 1e-4 to 1e-2. At width 64 DeltaNet solves 16 pairs in 750 steps at 4.6e-4 but not in 6,250
+  # at 2.2e-3, and a rate that fails takes all its steps.
+  rates = 4.6e-4, 2.2e-3, 1e-4, 1e-2
   return [Run("mqar", mixer, {"sequence_length": length, "pairs": pairs},
               {"conv_width": 0} if mixer == "delta_net" else {}, width=width, learning_rate=rate, batch_size=batch,
               steps=16 * 100_000 // batch, examples=100_000, test_examples=3000, evaluate_every=250)

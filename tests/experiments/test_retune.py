@@ -13,7 +13,6 @@ import types
 import jax
 import pytest
 
-import retune
 import tuning
 from assembler import Kernel
 from kernels import tuned
@@ -189,17 +188,35 @@ def test_command_adds_to_the_file(tmp_path):
   assert other.returncode == 2 and "was measured with {'device': 'another'" in other.stderr
 
 
+# The command's flags bear names that other commands use, so that it gets a process of its own.
+GATES_APART = """
+import dataclasses, pathlib, sys, types
+import retune
+from kernels.tuned import Tile
+from tuning import Problem
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  chunk: int
+  scan: Tile
+
+path, record = pathlib.Path(sys.argv[1]), {"device": "X", "versions": {}, "configs": []}
+every = Problem("linear_attention", ("token", "head", "none"), 16, 16, 1, "bfloat16", timed=(1, 16))
+head = dataclasses.replace(every, gates=("head",))
+for problem, chunk in ((every, 16), (head, 32), (dataclasses.replace(every, K=32), 64)):
+  retune.save(path, record, problem, Config(chunk, Tile(16)), 1.0)
+module = types.SimpleNamespace(Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(0, Tile(16)))
+assert [config.chunk for config in retune.starts(record, head, module)] == [32, 0]
+"""
+
+
 def test_a_gate_searched_alone_leaves_the_entry_of_the_others(tmp_path):
-  problem = dataclasses.replace(PROBLEM, op="linear_attention", gates=("token", "head", "none"))
-  record = {"device": "X", "versions": {}, "configs": []}
-  retune.save(tmp_path / "x.json", record, problem, START, 2.0)
-  retune.save(tmp_path / "x.json", record, dataclasses.replace(problem, gates=("head",)), Config(32, FAST, None), 1.0)
-  retune.save(tmp_path / "x.json", record, dataclasses.replace(problem, K=32), START, 3.0)
-  listed = {key[1:3]: config["chunk"] for key, config in tuned.read(tmp_path / "x.json").items()}
+  path = tmp_path / "x.json"
+  subprocess.run([sys.executable, "-c", GATES_APART, path], check=True, cwd=ROOT,
+                 env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"})
+  listed = {key[1:3]: config["chunk"] for key, config in tuned.read(path).items()}
   assert listed == {("token", 16): 16, ("none", 16): 16, ("head", 16): 32,
-                    **{(gate, 32): 16 for gate in ("token", "head", "none")}}
-  module = types.SimpleNamespace(Config=Config, heuristic=lambda K, V, dtype, chunk_size: START)
-  assert retune.starts(record, dataclasses.replace(problem, gates=("head",)), module)[0].chunk == 32
+                    **{(gate, 32): 64 for gate in ("token", "head", "none")}}
 
 
 @pytest.mark.parametrize("flag, rule", [
