@@ -39,7 +39,8 @@ def decay_of(g, C):
     return Decay(None, None, None)
   index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
   if not g.shape:
-    # In floats, not as whole numbers times g: those would all stay in registers.
+    # In floats, not as whole numbers times g: those would all stay in registers. A difference of two sums is off by the
+    # rounding of the larger one, 2^-24 of it.
     g = jnp.maximum(g * LOG2E, WEAKEST)
     sums = (index + 1).astype(jnp.float32) * g
     return Decay(jnp.exp2(sums), jnp.exp2((C - 1 - index).astype(jnp.float32) * g), jnp.exp2(C * g), sums)

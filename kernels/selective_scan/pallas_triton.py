@@ -55,7 +55,8 @@ def block_size(N: int, dtype) -> int:
 def selective_scan(x, step_size, a, b, c, resets, initial_state):
   """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are added to the logs of the decays."""
   (B, T, D), block = x.shape, block_size(a.shape[1], x.dtype)
-  # A block is short for a chunk: pieces shorter than about 256 tokens do not repay their launch.
+  # A block is short for a chunk: pieces shorter than about 256 tokens do not repay their launch. More programs than 128
+  # were not tried.
   pieces = split.pieces(-(-D // CHANNELS) * B // WARPS, T, 4 * block, enough=128)
   return configured(x, step_size, a, b, c, resets, initial_state, block=block, pieces=pieces)
 

@@ -27,10 +27,6 @@ def create(config, width=WIDTH, dtype=jnp.float32):
   return jax.tree.map(lambda x: gain * x if x.ndim > 1 else x, mixer)
 
 
-def build(*args, **kwargs):
-  return create(*args, **kwargs)
-
-
 def inputs(time=TIME, batch=BATCH, width=WIDTH):
   return jax.random.normal(jax.random.key(1), (batch, time, width))
 
@@ -49,7 +45,7 @@ def steps(mixer, x, state):
 
 @pytest.fixture(params=EXAMPLES, scope="module")
 def mixer(request):
-  return build(request.param)
+  return create(request.param)
 
 
 def test_steps_equal_parallel(mixer):
@@ -108,7 +104,7 @@ def test_first_segment_continues_the_state_and_last_one_leaves_its_own(mixer):
 
 @pytest.mark.parametrize("config", EXAMPLES)
 def test_bfloat16_is_close_to_float32(config):
-  low, high = build(config, dtype=jnp.bfloat16), build(config)
+  low, high = create(config, dtype=jnp.bfloat16), create(config)
   x = inputs().astype(jnp.bfloat16)
   y, _ = call(low, x)
   assert y.dtype == jnp.bfloat16
@@ -123,7 +119,7 @@ def test_gradients_are_finite_and_reach_every_parameter(mixer):
 
 def test_gla_is_the_papers_layer():
   config = GLAConfig(heads=2, gate_rank=4)
-  mixer = build(config)
+  mixer = create(config)
   x = np.asarray(inputs())
   weight = {name: np.asarray(getattr(mixer, name).kernel[...], np.float64)
             for name in ("query", "key", "value", "gate", "decay_in", "decay_out", "output")}
@@ -145,7 +141,7 @@ def test_gla_is_the_papers_layer():
 
 
 def test_gla_decay_stays_float32():
-  mixer = build(GLAConfig(heads=2, gate_rank=4), dtype=jnp.bfloat16)
+  mixer = create(GLAConfig(heads=2, gate_rank=4), dtype=jnp.bfloat16)
   log_decay = mixer._log_decay(inputs().astype(jnp.bfloat16))
   assert log_decay.dtype == jnp.float32
   assert np.abs(log_decay - log_decay.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
@@ -153,7 +149,7 @@ def test_gla_decay_stays_float32():
 
 @pytest.mark.parametrize("kv_heads, window", [(4, 0), (2, 0), (1, 5), (4, 1)])
 def test_attention_is_masked_softmax(kv_heads, window):
-  mixer = build(AttentionConfig(heads=4, kv_heads=kv_heads, window=window))
+  mixer = create(AttentionConfig(heads=4, kv_heads=kv_heads, window=window))
   x = inputs()
   q, k, v = mixer._project(x, jnp.broadcast_to(jnp.arange(TIME), (BATCH, TIME)))
   k, v = (jnp.repeat(a, 4 // kv_heads, axis=2) for a in (k, v))
@@ -166,7 +162,7 @@ def test_attention_is_masked_softmax(kv_heads, window):
 
 
 def test_ring_cache_holds_only_the_window():
-  mixer = build(AttentionConfig(heads=4, window=5))
+  mixer = create(AttentionConfig(heads=4, window=5))
   state = mixer.init_state(BATCH, 1000)
   assert state["key"].shape == (BATCH, 5, 4, 8)
   x = inputs(40)
@@ -178,7 +174,7 @@ def test_ring_cache_holds_only_the_window():
 
 @pytest.mark.parametrize("window", [0, 100])
 def test_prompt_longer_than_the_cache(window):
-  mixer = build(AttentionConfig(heads=4, window=window))
+  mixer = create(AttentionConfig(heads=4, window=window))
   with pytest.raises(ValueError, match="13 tokens do not fit a cache of max_length=12"):
     mixer(inputs(), mixer.init_state(BATCH, 12), None)
 
@@ -238,7 +234,7 @@ def test_cudnn_equals_xla(config, packed):
   segment_ids = jnp.repeat(jnp.array([1, 2]), np.array([100, 156]), total_repeat_length=256)[None].repeat(2, axis=0)
 
   def run(dtype):
-    mixer = build(config, width=256, dtype=dtype)
+    mixer = create(config, width=256, dtype=dtype)
 
     def loss(x):
       return jnp.square(mixer(x, None, segment_ids if packed else None)[0].astype(jnp.float32)).sum()
@@ -256,7 +252,7 @@ def test_cudnn_equals_xla(config, packed):
 @pytest.mark.gpu
 @pytest.mark.parametrize("prompt", [96, 97])
 def test_gpu_prefill_then_steps(prompt):
-  mixer = build(AttentionConfig(heads=4, window=64), width=256, dtype=jnp.bfloat16)
+  mixer = create(AttentionConfig(heads=4, window=64), width=256, dtype=jnp.bfloat16)
   x = inputs(128, width=256).astype(jnp.bfloat16)
   first, state = call(mixer, x[:, :prompt], mixer.init_state(BATCH, 128))
   y = jnp.concatenate([first, steps(mixer, x[:, prompt:], state)[0]], axis=1)
