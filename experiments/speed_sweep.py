@@ -16,6 +16,7 @@ import records
 
 _IDENTITY = ("device", "versions", "setting")
 
+
 def chosen(flag: flags.FlagHolder[list[str]], known: Sequence) -> list:
   """The values of a list flag, those of `known` that it names, or all of them if it names none. Raises ValueError."""
   names = {str(value): value for value in known}
