@@ -32,8 +32,9 @@ def inverse(q, k, beta, log_decay, normalize_qk, chunk):
   """D * Y `[B, H, N, parts, C, C]`, and three `[B, T, H]`: sums of gates, and 1 / norm of the rows of q and k.
 
   D is the decay from token j to token i, 1 without gates. D * Y is the sum of its parts: two of bfloat16 for 16-bit
-  inputs, one of float32 for float32. The sums are those of a `scalar_decay.Decay`, None without gates. Without
-  `normalize_qk` the norms are None; with it Y is that of normalized keys.
+  inputs, one of float32 for float32. Its 16 x 16 blocks above the diagonal are left as they are in memory. The sums are
+  those of a `scalar_decay.Decay`, None without gates. Without `normalize_qk` the norms are None; with it Y is that of
+  normalized keys.
   """
   (B, T, H, K), C = k.shape, chunk
   dtype, gated = operand(k.dtype), log_decay is not None
@@ -86,9 +87,9 @@ def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, depth, dot):
     for j in reversed(range(i)):
       z = _block(a, i, j) + sum(_product(_block(multiples, i, m), y[m, j], dot) for m in range(j, i))
       y[i, j] = z + _product(_entry(own_multiples, 1, i), z, dot)
-    for j in blocks:
-      found = y[i, j] if j <= i else jnp.zeros((SIZE, SIZE), jnp.float32)
-      if gated and j <= i:
+    for j in range(i + 1):
+      found = y[i, j]
+      if gated:
         found *= _decay(sums, i, j)
       for part, x in enumerate([found] if dtype == jnp.float32 else halves(found)):
         y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = x

@@ -22,9 +22,9 @@ to the next has what was just computed on its left, where it stays in registers,
 `normalize_qk` multiplies the rows of the products by 1 / norm; q and k are never written again.
 
 | pass | kernel | reads | writes | bytes a token-head at K = V = 128, bfloat16, C = 32, span 64 |
-| forward | `delta_rule_inverse` | k, beta, g | D * Y | 384 |
-| forward | `delta_rule_scan` | q, k, v, D * Y, beta, g | o, final state; for gradients e, S of each span | 1152 + 768 |
-| backward | `delta_rule_reverse` | q, k, do, D * Y, beta, g | -f, dS' of each span, d initial_state | 1152 + 512 |
+| forward | `delta_rule_inverse` | k, beta, g | D * Y | 352 |
+| forward | `delta_rule_scan` | q, k, v, D * Y, beta, g | o, final state; for gradients e, S of each span | 1120 + 768 |
+| backward | `delta_rule_reverse` | q, k, do, D * Y, beta, g | -f, dS' of each span, d initial_state | 1120 + 512 |
 | backward | `delta_rule_gradients` | q, k, e, do, f, beta, g, S, dS' | dq, dk, dv, dbeta, dg | 3072 |
 
 Where few heads leave the GPU idle, the sequence is cut into pieces. A piece maps its entry state to Phi S + Psi; the
@@ -44,9 +44,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from kernels import chunks, split, triton_blocks, tuned
-from kernels.delta_rule.inverse import inverse
+from kernels.delta_rule.inverse import SIZE, inverse
 from kernels.scalar_decay import between, decay_of, decay_of_sums, gate_block, weigh
 from kernels.triton_blocks import halves, operand, rows_and_columns, tile_width
 from kernels.tuned import Tile
@@ -71,12 +72,12 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
   # Neighbours differ where a compiler spilled.
   wide = dtype == jnp.float32
-  block, warps = tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4
-  scan = Tile(block, warps, 3 if K <= 32 and (wide or V < 128) else 2)
-  reverse_scan = Tile(block, warps, 3 if K <= (32 if wide else 64) else 2)
-  gradients = Tile(tile_width(K, 32), 4, 1 if wide or K > 16 else 2)
   chunk = chunk_size or (16 if wide else 32)
-  depth, width = 32 if wide and K > 64 else 64, 16 if wide or K <= 32 else 32
+  block, warps = tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4
+  scan = Tile(block, warps, 3 if K <= 32 and (wide or V < 128) or wide and K == 64 and chunk < 64 else 2)
+  reverse_scan = Tile(block, warps, 3 if K * block <= (512 if wide else 2048) else 1 if wide and K == 128 else 2)
+  gradients = Tile(tile_width(K, 32), 4, 1 if wide else 2)
+  depth, width = 32 if wide and K > 64 else 64, 16 if wide or K <= 32 or V == 256 else 32
   return Config(chunk, chunk, depth, width, scan, reverse_scan, gradients)
 
 
@@ -91,7 +92,7 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan, keys = tiles(V, (16, 4, 2), (32, 4, 2), (32, 8, 2)), tiles(K, (16, 4, 1), (32, 4, 1), (32, 8, 1))
   else:
     scan = tiles(V, (64, 4, 3), (64, 4, 2), (128, 8, 3), (32, 4, 2), (32, 4, 3))
-    keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 1), (128, 8, 2), (64, 8, 1), (64, 8, 2), (32, 4, 2))
+    keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 1), (128, 8, 2), (128, 8, 3), (64, 8, 2), (32, 4, 2))
   return {"scan": scan, "reverse_scan": scan, "width": [16] if wide else [32, 64, 128], "gradients": keys,
           "depth": sorted({32 if wide else 64, tile_width(K)}), "span": [16, 32] if wide else [32, 64],
           "chunk": [16] if wide else [32]}
@@ -242,9 +243,11 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
   def step(i, state):
     n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
-    decay = decay_of_sums(sums_ref[rows], sums_ref[n * C + C - 1]) if gated else decay_of(None, C)
+    decays = lambda: decay_of_sums(sums_ref[rows], sums_ref[n * C + C - 1]) if gated else decay_of(None, C)
+    decay = decays()
     beta, q_norm, k_norm = _rows(row_refs, rows)
-    v, y = v_ref[rows, :].T, [y_ref[n, i] if reverse else y_ref[n, i].T for i in range(y_ref.shape[1])]
+    y = [_load_lower(y_ref.at[n, jnp.int32(i)]) for i in range(y_ref.shape[1])]
+    v, y = v_ref[rows, :].T, y if reverse else [part.T for part in y]
     if values is not None:
       v = jnp.where(first < 0, v, jnp.zeros_like(v))
     save_now = save and ((every == 1) | (jax.lax.rem(n, every) == (every - 1 if reverse else 0)))
@@ -259,6 +262,9 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
         return jax.lax.fori_loop(0, len(tiles), add, jnp.zeros((C, C), jnp.float32))
       return functools.reduce(lambda found, i: add(i, found), range(len(tiles)), 0.0)
 
+    if reverse:  # before the products with the state, beside which there are no registers for it
+      p = scale * _weights(between(decay, C, transposed=False) * scores(q_ref, k_ref), q_norm, k_norm)
+      p = _parts(p, dtype)
     k_held, q_held = 0.0, 0.0
     for tile, s in zip(tiles, state):
       dot.barrier(dtype)
@@ -266,12 +272,9 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
       k_held += dot(s, load(k_ref, tile).T)
       if early:
         q_held += dot(s, load(q_ref, tile).T)
-      if save:
-        pl.when(save_now)(functools.partial(_store, saved_refs[-1], (jax.lax.div(n, every), slice(None), tile), s))
     if reverse:
-      p = scale * _weights(between(decay, C, transposed=False) * scores(q_ref, k_ref), q_norm, k_norm)
       new = _columns(k_held, decay.after, k_norm)
-      new = sum((dot(v.astype(dtype), part) for part in _parts(p, dtype)), start=new)
+      new = sum((dot(v.astype(dtype), part) for part in p), start=new)
       new = _add_product(-new, _columns(new, beta), y, dot, dtype)
       if values is None:
         o_ref[rows, :] = new.astype(o_ref.dtype).T
@@ -290,18 +293,27 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
           q_held += dot(s.astype(dtype), load(q_ref, tile).T)
         o = _columns(q_held, decay.upto, scale, q_norm) + dot(new.astype(dtype), p.astype(dtype))
         o_ref[rows, :] = o.astype(o_ref.dtype).T
+      decay = decays()  # read again, because kept its registers would be missing
       keys = [(k_ref, _columns(new, decay.after, k_norm))]
     # The state is what every later token reads: what is added to it takes 16 bits too.
     keys = [(ref, part) for ref, x in keys for part in _parts(x, dtype)]
     left = []
     for tile, s in zip(tiles, state):
       dot.barrier(dtype)
+      if save:
+        pl.when(save_now)(functools.partial(_store, saved_refs[-1], (jax.lax.div(n, every), slice(None), tile), s))
       left.append(sum((dot(x, load(ref, tile)) for ref, x in keys), start=_columns(s, decay.total)))
     return tuple(left)
 
   state = jax.lax.fori_loop(0, T // C, step, initial)
   for tile, s in zip(tiles, state):
     final_ref[tile, :] = s.T
+
+
+def _load_lower(ref):
+  """One part of D * Y, whose blocks above the diagonal are neither written nor read."""
+  row, column = rows_and_columns(ref.shape[0])
+  return plt.load(ref, mask=jax.lax.div(row, SIZE) >= jax.lax.div(column, SIZE), other=0.0)
 
 
 def _store(ref, index, x):
@@ -323,8 +335,6 @@ def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, f_ref, *refs, vectors, gated,
   f32 = lambda x: x.astype(jnp.float32)
   row, column = rows_and_columns(C)
   first = pl.program_id(0) == 0
-  # Loads that stand here wait beside those of the loop, not after them.
-  q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
   decay = decay_of(gate_ref[...] if gated else None, C)
   beta, q_norm, k_norm = _rows(row_refs, slice(None))
   square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, block), jnp.float32)
@@ -351,6 +361,8 @@ def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, f_ref, *refs, vectors, gated,
 
   tiles = e_ref.shape[1] // width
   dp, x, dq_state, dk_entry = jax.lax.fori_loop(0, tiles, add_tile, (square, square, wide, wide))
+  # Before the loop these loads would wait beside its own, but the registers are worth more: a third stage of the loop.
+  q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
   dbeta_ref[...] = -jnp.sum(jnp.where(row == column, x, 0.0), axis=1)
   d = between(decay, C, transposed=False)
   weight = beta if k_norm is None else beta * k_norm
