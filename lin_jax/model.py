@@ -85,12 +85,16 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-  """A causal language model. Parallel call for training and prefill, recurrent `step` for decoding."""
+  """A causal language model. Parallel call for training and prefill, recurrent `step` for decoding.
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, remat: str = "none"):
+  `unroll` repetitions are compiled together in a step of the scan over layers. With all of them nothing is stacked for
+  the backward pass, and compilation takes as many times longer: worth it for two layers.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, remat: str = "none", unroll: int = 1):
     if remat not in REMAT:
       raise ValueError(f"remat={remat!r}: must be one of {', '.join(REMAT)}")
-    self.remat = remat
+    self.remat, self.unroll = remat, unroll
     self.dtype = jnp.dtype(config.dtype)
     self.embedding_scale = config.width**0.5 if config.scale_embeddings else None
     self.embedding = param(rngs, NORMAL, (config.vocab_size, config.width), ("vocab", "embed"))
@@ -122,7 +126,7 @@ class LanguageModel(nnx.Module):
           after.append(block_state)
         return x, after
 
-      x, run_state = jax.lax.scan(body, x, (run, run_state))
+      x, run_state = jax.lax.scan(body, x, (run, run_state), unroll=self.unroll)
       states.append(run_state)
     return self.norm(x), None if state is None else states
 

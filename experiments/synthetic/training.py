@@ -38,7 +38,7 @@ class Answerer(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, decodes_last: bool, *, rngs: nnx.Rngs):
-    self.model = LanguageModel(config, rngs=rngs)
+    self.model = LanguageModel(config, rngs=rngs, unroll=config.depth)
     linear = lambda: Linear(config.width, config.width, ("embed", None), dtype=config.dtype, rngs=rngs, bias=True)
     self.decoder = nnx.List([linear(), linear()]) if decodes_last else None
 

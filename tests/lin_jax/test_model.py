@@ -68,6 +68,11 @@ def test_hybrids(layers, counts):
   assert 4 * parameter_count(hybrid) == (4 - len(layers)) * alone[0] + len(layers) * alone[1]
 
 
+def test_unrolled_layers_compute_the_same():
+  three = config(GLAConfig(heads=2), depth=3)
+  assert_close("logits", call(build(three, unroll=3), tokens())[0], call(build(three), tokens())[0], 1e-6)
+
+
 def test_layers_are_applied_in_their_order():
   a, b, c = GLAConfig(heads=1), GLAConfig(heads=2), AttentionConfig(heads=4)
   for layers in ([a], [a] * 3, [a, b] * 2, [a, b, b] * 2, [a, b, b, a], [a, a, b, c, c, c], [a, b, c]):
