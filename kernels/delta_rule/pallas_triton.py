@@ -293,7 +293,7 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
           q_held += dot(s.astype(dtype), load(q_ref, tile).T)
         o = _columns(q_held, decay.upto, scale, q_norm) + dot(new.astype(dtype), p.astype(dtype))
         o_ref[rows, :] = o.astype(o_ref.dtype).T
-      decay = decays()  # read again, because kept its registers would be missing
+      decay = decays()  # read again: kept since the beginning of the step, it spills
       keys = [(k_ref, _columns(new, decay.after, k_norm))]
     # The state is what every later token reads: what is added to it takes 16 bits too.
     keys = [(ref, part) for ref, x in keys for part in _parts(x, dtype)]
