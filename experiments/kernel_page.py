@@ -20,7 +20,9 @@ the median batch counts; a PyTorch peer gets the better of eager calls and a CUD
 every argument read once and every result written once, in the backward pass again. MiB is the peak of one call:
 arguments, results and everything between. Both are of the implementation that runs when none is named. `xN` is the
 peer's time over ours; within 3% of 1 it counts as even. cuDNN's column is causal softmax attention at the same shape:
-another function, for comparison. Among the versions `kernels` is a digest of this repository's kernel sources.
+another function, for comparison. Among the versions `kernels` is a digest of this repository's kernel sources. Of every
+call the newest record counts, so that an aim or `xN` may compare records of different days and sources: `runs.md` says
+which do.
 """
 _EVEN = 1.03
 
