@@ -32,7 +32,10 @@ class Linear(nnx.Module):
     self.output_dtype = jnp.dtype(dtype if output_dtype is None else output_dtype)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), preferred_element_type=self.output_dtype)
+    # As one axis: for a kernel's gradient over two, XLA on a CPU makes transposed copies of both operands.
+    rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    y = jnp.matmul(rows, self.kernel[...].astype(self.dtype), preferred_element_type=self.output_dtype)
+    y = y.reshape(*x.shape[:-1], -1)
     if self.bias is None:
       return y
     return y + align(self.bias[...].astype(y.dtype), y)
