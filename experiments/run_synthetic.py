@@ -22,7 +22,7 @@ import records
 from lin_jax import mixers
 from lin_jax.model import abstract_model
 from synthetic import TASKS
-from synthetic.runs import Run, parse_fields
+from synthetic.runs import Run, parse_fields, without_rate
 from synthetic.sweeps import SWEEPS
 from synthetic.training import train
 
@@ -47,11 +47,11 @@ def main(_):
     abstract_model(model)
   found = records.load(path, "setting", "solved") if path else []
   done = {records.key(record["setting"]) for record in found} if _SWEEP.value else set()
-  solved = {_key_but_rate(record["setting"]) for record in found if record["solved"]}
+  solved = {records.key(without_rate(record["setting"])) for record in found if record["solved"]}
   common, failed, longest, counts = records.provenance(), [], 0.0, {"run": 0, "skipped": 0, "left": 0}
   for number, run in enumerate(runs, 1):
     setting = run.setting()
-    if records.key(setting) in done or (_UNTIL_SOLVED.value and _key_but_rate(setting) in solved):
+    if records.key(setting) in done or (_UNTIL_SOLVED.value and records.key(without_rate(setting)) in solved):
       counts["skipped"] += 1
       continue
     begin = time.monotonic()
@@ -69,7 +69,7 @@ def main(_):
     longest = max(longest, time.monotonic() - begin)
     counts["run"] += 1
     if result["solved"]:
-      solved.add(_key_but_rate(setting))
+      solved.add(records.key(without_rate(setting)))
     if path:
       records.append(path, {"run": records.now(), **common, "setting": setting, **result})
   print(", ".join(f"{count} {name}" for name, count in counts.items()))
@@ -102,10 +102,6 @@ def _sweep(path):
   if not runs:
     raise ValueError(f"--sweep={_SWEEP.value}: has no run of task {task or 'any'} and mixer {mixer or 'any'}")
   return list({records.key(run.setting()): run for run in runs}.values())
-
-
-def _key_but_rate(setting):
-  return records.key({name: value for name, value in setting.items() if name != "learning_rate"})
 
 
 def _title(run):

@@ -87,6 +87,11 @@ class Run:
     return _build(mixers.config_class(self.mixer), self.mixer, fields | self.mixer_fields)
 
 
+def without_rate(setting: dict) -> dict:
+  """What learning rates are tried for: the setting less the rate and the end of its decay, which may follow from it."""
+  return {name: value for name, value in setting.items() if name not in ("learning_rate", "final_fraction")}
+
+
 def parse_fields(cls: type, text: str) -> dict[str, Any]:
   """"pairs=64,power=0.1" as values of the dataclass's types. Raises ValueError for unknown fields and other types."""
   values, known = {}, _fields(cls)

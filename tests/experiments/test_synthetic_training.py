@@ -1,5 +1,6 @@
 """Training on synthetic tasks: a tiny recall that is learnt, every task at a small size, measures and batches."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -12,7 +13,7 @@ from flax import nnx
 from synthetic import TASKS
 from synthetic.batch import Batch
 from synthetic.mqar import MQAR
-from synthetic.runs import HEADS, Run, parse_fields
+from synthetic.runs import HEADS, Run, parse_fields, without_rate
 from synthetic.sweeps import MIXERS, SWEEPS
 from synthetic.training import Answerer, _batches, _compact, class_accuracy, score, train
 
@@ -49,6 +50,12 @@ def test_every_task_trains(task):
   if task == "memorization":
     assert result["solved"]
   assert (result["class_accuracy"] is None) == (task == "regbench")
+
+
+@pytest.mark.parametrize(("name", "rates"), [("mqar", 4), ("mad", 3), ("regbench", 3)])
+def test_a_sweep_tries_its_rates_for_one_setting(name, rates):
+  settings = [json.dumps(without_rate(run.setting()), sort_keys=True) for run in SWEEPS[name]()]
+  assert set(collections.Counter(settings).values()) == {rates}
 
 
 def test_scores():
