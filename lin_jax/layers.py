@@ -40,6 +40,9 @@ class Linear(nnx.Module):
       return y
     return y + align(self.bias[...].astype(y.dtype), y)
 
+  def flops_per_token(self) -> int:
+    return 2 * self.kernel.shape[-2] * self.kernel.shape[-1]
+
 
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x²) + eps) * scale over the last axis; statistics in float32, result in x's dtype."""
@@ -77,7 +80,7 @@ class SwiGLU(nnx.Module):
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
   def flops_per_token(self) -> int:
-    return 3 * 2 * self.gate.kernel.shape[-2] * self.gate.kernel.shape[-1]
+    return sum(linear.flops_per_token() for linear in (self.gate, self.up, self.down))
 
 
 class SGLU(SwiGLU):
@@ -121,6 +124,19 @@ class ShortConvolution(nnx.Module):
       windows = [jnp.where((runs[:, i:i + time] == run)[..., None], inputs[:, i:i + time], 0) for i in range(taps)]
       state = jnp.where((runs[:, time:] == run[:, -1:])[..., None], inputs[:, time:], 0)
     return sum(align(kernel[i], x) * window for i, window in enumerate(windows)), state
+
+  def flops_per_token(self) -> int:
+    return 2 * self.kernel.shape[-2] * self.kernel.shape[-1]
+
+
+def convolve(convolutions: Sequence[ShortConvolution], inputs: Sequence[Array], states: Sequence[Array] | None,
+             segment_ids: Int[Array, "B T"] | None) -> tuple[list[Array], list[Array]]:
+  """Each of the inputs [B, T, C] through its convolution, and their new states; without convolutions as they are."""
+  if not convolutions:
+    return list(inputs), []
+  states = [None] * len(inputs) if states is None else states
+  outputs = [conv(x, state, segment_ids) for conv, x, state in zip(convolutions, inputs, states, strict=True)]
+  return [y for y, _ in outputs], [state for _, state in outputs]
 
 
 def segment_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

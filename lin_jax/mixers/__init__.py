@@ -42,6 +42,18 @@ def require(config: Any, field: str, ok: bool, rule: str) -> None:
     raise ValueError(f"{field}={getattr(config, field)!r}: {rule}")
 
 
+def head_widths(config: Any, width: int) -> tuple[int, int]:
+  """Key and value channels over all heads, by `expand_k` and `expand_v`. Raises ValueError if heads do not divide them.
+  """
+  require(config, "heads", config.heads >= 1, "must be at least 1")
+  sizes = round(width * config.expand_k), round(width * config.expand_v)
+  for field, size in zip(("expand_k", "expand_v"), sizes):
+    if size < 1 or size % config.heads:
+      raise ValueError(f"{field}={getattr(config, field)} of width {width} gives {size} channels: not divisible by "
+                       f"heads={config.heads}")
+  return sizes
+
+
 def name_of(config: Any) -> str:
   """The registered name of a mixer config. Raises ValueError for an object that is none."""
   for name, cls in MIXERS.items():

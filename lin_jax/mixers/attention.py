@@ -122,8 +122,7 @@ class Attention(nnx.Module):
     seen = sequence_length if not self.window else min(self.window, sequence_length)
     mean_seen = (seen * (seen + 1) / 2 + (sequence_length - seen) * seen) / sequence_length
     linears = (self.query, self.key, self.value, self.output)
-    projections = sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears)
-    return projections + round(4 * width * mean_seen)
+    return sum(linear.flops_per_token() for linear in linears) + round(4 * width * mean_seen)
 
   def _project(self, x, positions):
     q, k, v = (linear(x).reshape(*x.shape[:2], -1, self.head_dim) for linear in (self.query, self.key, self.value))

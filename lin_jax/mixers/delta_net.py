@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 
 from kernels import delta_rule
 from kernels.delta_rule import step as delta_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution
-from lin_jax.mixers import register, require
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, convolve
+from lin_jax.mixers import head_widths, register, require
 from lin_jax.sharding import shard_heads
 
 ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
@@ -58,14 +58,9 @@ class DeltaNet(nnx.Module):
   Config = DeltaNetConfig
 
   def __init__(self, config: DeltaNetConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
-    require(config, "heads", config.heads >= 1, "must be at least 1")
     for field, known in (("qk_activation", ACTIVATIONS), ("qk_norm", NORMS)):
       require(config, field, getattr(config, field) in known, f"must be one of {', '.join(known)}")
-    key_width, value_width = round(width * config.expand_k), round(width * config.expand_v)
-    for name, size in (("expand_k", key_width), ("expand_v", value_width)):
-      if size < 1 or size % config.heads:
-        raise ValueError(f"{name}={getattr(config, name)} of width {width} gives {size} channels: not divisible by "
-                         f"heads={config.heads}")
+    key_width, value_width = head_widths(config, width)
     self.heads = config.heads
     self.qk_activation, self.qk_norm = config.qk_activation, config.qk_norm
     self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
@@ -114,15 +109,12 @@ class DeltaNet(nnx.Module):
     """Projections, and the recurrence's three products with the state; the chunked form's extra are not counted."""
     linears = [self.query, self.key, self.value, self.beta, self.output] + ([self.gate] if self.gate else [])
     mixing = 6 * self.key.kernel.shape[-1] * self.value.kernel.shape[-1] // self.heads
-    taps = sum(2 * conv.kernel.shape[-2] * conv.kernel.shape[-1] for conv in self.convolutions)
-    return sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears) + mixing + taps
+    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
 
   def _project(self, x, state, segment_ids):
     """q, k [B,T,H,K], v [B,T,H,V], and the convolutions' new states. The op divides by an L2 norm, this by an L1."""
-    qkv, inputs = [self.query(x), self.key(x), self.value(x)], []
-    for i, conv in enumerate(self.convolutions):
-      qkv[i], last = conv(qkv[i], None if state is None else state["inputs"][i], segment_ids)
-      inputs.append(last)
+    qkv, inputs = convolve(self.convolutions, [self.query(x), self.key(x), self.value(x)],
+                           None if state is None else state["inputs"], segment_ids)
     q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in qkv)
     q, k = (ACTIVATIONS[self.qk_activation](a) for a in (q, k))
     if self.qk_norm == "l1":

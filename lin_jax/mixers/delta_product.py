@@ -96,9 +96,8 @@ class GatedDeltaProduct(GatedDeltaNet):
   def flops_per_token(self, sequence_length: int) -> int:
     """Projections, two products with the state a step and one that reads it; the chunked form's are not counted."""
     linears = [self.query, self.key, self.value, self.beta, self.decay, self.gate, self.output]
-    kernels = [layer.kernel for layer in (*linears, *self.convolutions) if layer is not None]
     mixing = (4 * self.householders + 2) * self.query.kernel.shape[-1] // self.heads * self.output.kernel.shape[-2]
-    return sum(2 * kernel.shape[-2] * kernel.shape[-1] for kernel in kernels) + mixing
+    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions) if layer is not None) + mixing
 
   def _arrays(self, x, state, segment_ids):
     """q, k [B,nT,H,K] before their L2 norm, v [B,nT,H,V], beta, log_decay [B,nT,H] or None, convolutions' states."""

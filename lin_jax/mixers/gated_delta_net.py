@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from kernels import delta_rule
 from kernels.delta_rule import step as delta_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution, align, param
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, align, convolve, param
 from lin_jax.mixers import register, require
 from lin_jax.sharding import shard_heads
 
@@ -118,15 +118,12 @@ class GatedDeltaNet(nnx.Module):
     linears = [self.query, self.key, self.value, self.beta, self.decay, self.output]
     linears += [self.gate] if self.gate else []
     mixing = 6 * self.key.kernel.shape[-1] // self.heads * self.value.kernel.shape[-1]
-    taps = sum(2 * conv.kernel.shape[-2] * conv.kernel.shape[-1] for conv in self.convolutions)
-    return sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears) + mixing + taps
+    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
 
   def _project(self, x, state, segment_ids):
     """q, k [B,T,G,K] before their L2 norm, v [B,T,H,V], and the convolutions' new states."""
-    qkv, inputs = [self.query(x), self.key(x), self.value(x)], []
-    for i, conv in enumerate(self.convolutions):
-      qkv[i], last = conv(qkv[i], None if state is None else state["inputs"][i], segment_ids)
-      inputs.append(last)
+    qkv, inputs = convolve(self.convolutions, [self.query(x), self.key(x), self.value(x)],
+                           None if state is None else state["inputs"], segment_ids)
     heads = (self.heads, self.heads, self.value_heads)
     return *(jax.nn.silu(a).reshape(*a.shape[:2], n, -1) for a, n in zip(qkv, heads, strict=True)), inputs
 

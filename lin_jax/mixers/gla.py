@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 
 from kernels import gla
 from kernels.gla import step as gla_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution
-from lin_jax.mixers import register, require
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, convolve
+from lin_jax.mixers import head_widths, register, require
 from lin_jax.sharding import shard_heads
 
 # Xavier with gain 2^-2.5 for queries, keys and gates, as in the authors' training code.
@@ -51,14 +51,9 @@ class GatedLinearAttention(nnx.Module):
   Config = GLAConfig
 
   def __init__(self, config: GLAConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
-    for field in ("heads", "gate_rank"):
-      require(config, field, getattr(config, field) >= 1, "must be at least 1")
+    require(config, "gate_rank", config.gate_rank >= 1, "must be at least 1")
     require(config, "gate_temperature", config.gate_temperature > 0, "must be positive")
-    key_width, value_width = round(width * config.expand_k), round(width * config.expand_v)
-    for name, size in (("expand_k", key_width), ("expand_v", value_width)):
-      if size < 1 or size % config.heads:
-        raise ValueError(f"{name}={getattr(config, name)} of width {width} gives {size} channels: not divisible by "
-                         f"heads={config.heads}")
+    key_width, value_width = head_widths(config, width)
     self.heads = config.heads
     self.temperature = config.gate_temperature
     self.chunk_size = config.chunk_size or None
@@ -108,16 +103,13 @@ class GatedLinearAttention(nnx.Module):
     """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
     linears = (self.query, self.key, self.value, self.gate, self.decay_in, self.decay_out, self.output)
     mixing = 4 * self.key.kernel.shape[-1] * self.value.kernel.shape[-1] // self.heads
-    taps = sum(2 * conv.kernel.shape[-2] * conv.kernel.shape[-1] for conv in self.convolutions)
-    return sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears) + mixing + taps
+    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
 
   def _project(self, x, state, segment_ids):
     """q, k [B,T,H,K], v [B,T,H,V], and the convolutions' new states."""
-    qkv, inputs = [self.query(x), self.key(x), self.value(x)], []
-    for i, conv in enumerate(self.convolutions):
-      y, last = conv(qkv[i], None if state is None else state["inputs"][i], segment_ids)
-      qkv[i] = jax.nn.silu(y)
-      inputs.append(last)
+    qkv, inputs = convolve(self.convolutions, [self.query(x), self.key(x), self.value(x)],
+                           None if state is None else state["inputs"], segment_ids)
+    qkv = map(jax.nn.silu, qkv) if self.convolutions else qkv
     return *(a.reshape(*a.shape[:2], self.heads, -1) for a in qkv), inputs
 
   def _log_decay(self, x):

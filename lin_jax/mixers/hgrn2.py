@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 
 from kernels import gla
 from kernels.gla import step as gla_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution, param
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, convolve, param
 from lin_jax.mixers import register, require
 from lin_jax.sharding import shard_heads
 
@@ -116,16 +116,13 @@ class HGRN2(nnx.Module):
 
   def flops_per_token(self, sequence_length: int) -> int:
     """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
-    width = self.input.kernel.shape[-1]
-    taps = sum(2 * conv.kernel.shape[-2] * width for conv in self.convolutions)
-    return 4 * 2 * width**2 + 4 * width**2 // self.heads + taps
+    layers = self.query, self.forget, self.input, self.output, *self.convolutions
+    return sum(layer.flops_per_token() for layer in layers) + 4 * self.input.kernel.shape[-1]**2 // self.heads
 
   def _project(self, x, state, segment_ids):
     """q, k, v and log_decay [B,T,H,K], and the convolutions' new states."""
-    projected, inputs = [self.query(x), self.forget(x), self.input(x)], []
-    for i, conv in enumerate(self.convolutions):
-      projected[i], last = conv(projected[i], None if state is None else state["inputs"][i], segment_ids)
-      inputs.append(last)
+    projected, inputs = convolve(self.convolutions, [self.query(x), self.forget(x), self.input(x)],
+                                 None if state is None else state["inputs"], segment_ids)
     q, f, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in projected)
     k, log_decay = gates(f, self._bound())
     return jax.nn.silu(q), k.astype(v.dtype), v, log_decay, inputs

@@ -105,8 +105,9 @@ class LightningAttention(nnx.Module):
   def flops_per_token(self, sequence_length: int) -> int:
     """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
     width = self.value.kernel.shape[-1]
+    linears = self.query, self.key, self.value, self.gate, self.output
     mixing = 4 * width**2 // self.heads
-    return 5 * 2 * width**2 + (mixing if self.theta is None else 2 * mixing)
+    return sum(linear.flops_per_token() for linear in linears) + (mixing if self.theta is None else 2 * mixing)
 
   def _project(self, x, state):
     """q, k [B,T,H,K] with their positions, v [B,T,H,V], and what the state keeps besides its memory."""

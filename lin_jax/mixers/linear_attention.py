@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
 from lin_jax.layers import Linear, RMSNorm
-from lin_jax.mixers import register, require
+from lin_jax.mixers import head_widths, register, require
 from lin_jax.sharding import shard_heads
 
 EPSILON = 1e-10
@@ -63,15 +63,10 @@ class LinearAttention(nnx.Module):
   Config = LinearAttentionConfig
 
   def __init__(self, config: LinearAttentionConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
-    require(config, "heads", config.heads >= 1, "must be at least 1")
     require(config, "feature_map", config.feature_map in FEATURE_MAPS, f"must be one of {', '.join(FEATURE_MAPS)}")
     require(config, "normalizer", not config.normalizer or config.feature_map in NONNEGATIVE,
             f"needs a feature_map without negative values ({', '.join(NONNEGATIVE)}), not {config.feature_map!r}")
-    key_width, value_width = round(width * config.expand_k), round(width * config.expand_v)
-    for name, size in (("expand_k", key_width), ("expand_v", value_width)):
-      if size < 1 or size % config.heads:
-        raise ValueError(f"{name}={getattr(config, name)} of width {width} gives {size} channels: not divisible by "
-                         f"heads={config.heads}")
+    key_width, value_width = head_widths(config, width)
     self.heads, self.feature_map, self.normalizer = config.heads, config.feature_map, config.normalizer
     self.chunk_size = config.chunk_size or None
     self.implementation = config.implementation or None
@@ -111,7 +106,7 @@ class LinearAttention(nnx.Module):
     key_width, value_width = self.key.kernel.shape[-1], self.value.kernel.shape[-1]
     linears = (self.query, self.key, self.value, self.output)
     mixing = 4 * key_width * (value_width // self.heads + self.normalizer)
-    return sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears) + mixing
+    return sum(linear.flops_per_token() for linear in linears) + mixing
 
   def _project(self, x):
     """q, k [B,T,H,K], and what each part of the state sums with k: v [B,T,H,V] in the memory, 1 in the normaliser."""

@@ -100,8 +100,7 @@ class Mamba(nnx.Module):
   def flops_per_token(self, sequence_length: int) -> int:
     """Projections, convolution, and the recurrence's write and read."""
     layers = (self.value, self.gate, self.convolution, self.rank, self.key, self.query, self.dt, self.output)
-    kernels = [layer.kernel.shape for layer in layers]
-    return sum(2 * shape[-2] * shape[-1] for shape in kernels) + 4 * self.A_log.shape[-1]
+    return sum(layer.flops_per_token() for layer in layers) + 4 * self.A_log.shape[-1]
 
   def _convolve(self, x, inputs, segment_ids):
     """x `[B, T, D]` inside the layer, and the convolution's new state."""

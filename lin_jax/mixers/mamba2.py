@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
-from lin_jax.layers import Linear, ShortConvolution, align, param
+from lin_jax.layers import Linear, ShortConvolution, align, convolve, param
 from lin_jax.mixers import register, require
 from lin_jax.sharding import shard_heads
 
@@ -116,18 +116,13 @@ class Mamba2(nnx.Module):
     """Projections, convolutions, and the recurrence's write and read; the chunked form's scores are not counted."""
     linears = (self.gate, self.value, self.key, self.query, self.dt, self.output)
     mixing = 4 * self.key.kernel.shape[-1] // self.groups * self.value.kernel.shape[-1]
-    kernels = [layer.kernel.shape for layer in (*linears, *self.convolutions)]
-    return sum(2 * shape[-2] * shape[-1] for shape in kernels) + mixing
+    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
 
   def _project(self, x, state, segment_ids):
     """q, k [B,T,G,N], v [B,T,H,V] before its time step, and the convolutions' new states."""
-    past = [None] * 3 if state is None else state["inputs"]
-    arrays, inputs = [], []
-    for linear, conv, last in zip((self.value, self.key, self.query), self.convolutions, past, strict=True):
-      y, last = conv(linear(x), last, segment_ids)
-      arrays.append(jax.nn.silu(y))
-      inputs.append(last)
-    v, k, q = (a.reshape(*a.shape[:2], heads, -1)
+    arrays, inputs = convolve(self.convolutions, [self.value(x), self.key(x), self.query(x)],
+                              None if state is None else state["inputs"], segment_ids)
+    v, k, q = (jax.nn.silu(a).reshape(*a.shape[:2], heads, -1)
                for a, heads in zip(arrays, (self.heads, self.groups, self.groups), strict=True))
     return q, k, v, inputs
 

@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 
 from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution, rotary
-from lin_jax.mixers import register, require
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, convolve, rotary
+from lin_jax.mixers import head_widths, register, require
 from lin_jax.sharding import shard_heads
 
 # Xavier with gain 2^-2.5 for what enters the recurrence and the gate, with gain 2^-1 for what leaves.
@@ -56,13 +56,8 @@ class MultiScaleRetention(nnx.Module):
   Config = RetentionConfig
 
   def __init__(self, config: RetentionConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
-    require(config, "heads", config.heads >= 1, "must be at least 1")
     require(config, "rope_base", config.rope_base > 0, "must be positive")
-    key_width, value_width = round(width * config.expand_k), round(width * config.expand_v)
-    for name, size in (("expand_k", key_width), ("expand_v", value_width)):
-      if size < 1 or size % config.heads:
-        raise ValueError(f"{name}={getattr(config, name)} of width {width} gives {size} channels: not divisible by "
-                         f"heads={config.heads}")
+    key_width, value_width = head_widths(config, width)
     if key_width // config.heads % 2:
       raise ValueError(f"expand_k={config.expand_k} of width {width} gives heads={config.heads} an odd number of "
                        f"channels ({key_width // config.heads}): rotary positions need pairs")
@@ -111,16 +106,13 @@ class MultiScaleRetention(nnx.Module):
     """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
     linears = (self.query, self.key, self.value, self.gate, self.output)
     mixing = 4 * self.key.kernel.shape[-1] * self.value.kernel.shape[-1] // self.heads
-    taps = sum(2 * conv.kernel.shape[-2] * conv.kernel.shape[-1] for conv in self.convolutions)
-    return sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears) + mixing + taps
+    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
 
   def _project(self, x, state, segment_ids):
     """q, k [B,T,H,K] with their positions, v [B,T,H,V], and what the state keeps of the inputs."""
-    qkv, inputs = [self.query(x), self.key(x), self.value(x)], []
-    for i, conv in enumerate(self.convolutions):
-      y, last = conv(qkv[i], None if state is None else state["inputs"][i], segment_ids)
-      qkv[i] = jax.nn.silu(y)
-      inputs.append(last)
+    qkv, inputs = convolve(self.convolutions, [self.query(x), self.key(x), self.value(x)],
+                           None if state is None else state["inputs"], segment_ids)
+    qkv = map(jax.nn.silu, qkv) if self.convolutions else qkv
     q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in qkv)
     # Only differences of positions count, so they run on across segments.
     length = jnp.zeros(x.shape[:1], jnp.int32) if state is None else state["length"]

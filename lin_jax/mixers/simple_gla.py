@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 
 from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution
-from lin_jax.mixers import register, require
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, convolve
+from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.gla import SMALL_XAVIER
 from lin_jax.sharding import shard_heads
 
@@ -59,14 +59,9 @@ class SimpleGatedLinearAttention(nnx.Module):
   Config = SimpleGLAConfig
 
   def __init__(self, config: SimpleGLAConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
-    require(config, "heads", config.heads >= 1, "must be at least 1")
     require(config, "gate_temperature", config.gate_temperature > 0, "must be positive")
     require(config, "decay", config.decay in DECAYS, f"must be one of {', '.join(DECAYS)}")
-    key_width, value_width = round(width * config.expand_k), round(width * config.expand_v)
-    for name, size in (("expand_k", key_width), ("expand_v", value_width)):
-      if size < 1 or size % config.heads:
-        raise ValueError(f"{name}={getattr(config, name)} of width {width} gives {size} channels: not divisible by "
-                         f"heads={config.heads}")
+    key_width, value_width = head_widths(config, width)
     self.heads = config.heads
     self.temperature = config.gate_temperature
     self.chunk_size = config.chunk_size or None
@@ -117,16 +112,13 @@ class SimpleGatedLinearAttention(nnx.Module):
     """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
     linears = [self.query, self.key, self.value, self.gate, self.output] + ([self.decay] if self.decay else [])
     mixing = 4 * self.key.kernel.shape[-1] * self.value.kernel.shape[-1] // self.heads
-    taps = sum(2 * conv.kernel.shape[-2] * conv.kernel.shape[-1] for conv in self.convolutions)
-    return sum(2 * linear.kernel.shape[-2] * linear.kernel.shape[-1] for linear in linears) + mixing + taps
+    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
 
   def _project(self, x, state, segment_ids):
     """q, k [B,T,H,K], v [B,T,H,V], and the convolutions' new states."""
-    qkv, inputs = [self.query(x), self.key(x), self.value(x)], []
-    for i, conv in enumerate(self.convolutions):
-      y, last = conv(qkv[i], None if state is None else state["inputs"][i], segment_ids)
-      qkv[i] = jax.nn.silu(y)
-      inputs.append(last)
+    qkv, inputs = convolve(self.convolutions, [self.query(x), self.key(x), self.value(x)],
+                           None if state is None else state["inputs"], segment_ids)
+    qkv = map(jax.nn.silu, qkv) if self.convolutions else qkv
     return *(a.reshape(*a.shape[:2], self.heads, -1) for a in qkv), inputs
 
   def _log_decay(self, x):
