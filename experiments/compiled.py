@@ -22,10 +22,10 @@ from kernels import tuned
 ROOT = pathlib.Path(kernels.__file__).parent
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float32")
-OPS = tuple(tuning.GATES)
+OPS = (*tuning.GATES, "selective_scan")
 COLUMNS = [field.name for field in dataclasses.fields(assembler.Kernel)]
 # Long enough that no compiler unrolls the loop over chunks; strides of few heads are as good as of many.
-B, T, H = 1, 2048, 2
+B, T, H, D = 1, 2048, 2, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,11 @@ device_description_str: "{device}"
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Forward and backward pass of an op under one configuration, for one GPU. `source`: heuristic, or tuned."""
+  """Forward and backward pass of an op under one configuration, for one GPU. `source`: heuristic, or tuned.
+
+  A channel of the selective scan has a state of K x 1; its gate is "token" where segments reset it, and its
+  configuration the number of tokens that are unrolled.
+  """
 
   op: str
   gpu: str
@@ -98,16 +102,26 @@ class Program:
 def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
   """The heuristic's answer at every point of the grid, and every configuration in a device's file."""
   for op, gpu in itertools.product(ops, gpus):
-    module = _module(op)
-    for dtype, K, V in itertools.product(DTYPES, WIDTHS, (*WIDTHS, 512)):
-      with use_abstract_mesh(GPUS[gpu].abstract):
-        config = module.heuristic(K, V, jnp.dtype(dtype), None)
-      for gate in itertools.chain(*tuning.GATES[op]):
-        yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
-    for gate, K, V, dtype in tuned.listed(op, GPUS[gpu].device):
-      with use_abstract_mesh(GPUS[gpu].abstract):
-        config = tuned.lookup(op, module.Config, gate=gate, K=K, V=V, dtype=dtype)
-      yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
+    yield from _selective_scans(gpu) if op == "selective_scan" else _of_heads(op, gpu)
+
+
+def _of_heads(op, gpu):
+  module = _module(op)
+  for dtype, K, V in itertools.product(DTYPES, WIDTHS, (*WIDTHS, 512)):
+    with use_abstract_mesh(GPUS[gpu].abstract):
+      config = module.heuristic(K, V, jnp.dtype(dtype), None)
+    for gate in itertools.chain(*tuning.GATES[op]):
+      yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
+  for gate, K, V, dtype in tuned.listed(op, GPUS[gpu].device):
+    with use_abstract_mesh(GPUS[gpu].abstract):
+      config = tuned.lookup(op, module.Config, gate=gate, K=K, V=V, dtype=dtype)
+    yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
+
+
+def _selective_scans(gpu):
+  module = _module("selective_scan")
+  for dtype, N, gate in itertools.product(DTYPES, (16, module.MOST_STATES), ("none", "token")):
+    yield Program("selective_scan", gpu, N, 1, dtype, gate, "heuristic", module.block_size(N, jnp.dtype(dtype)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +145,24 @@ def calls(program: Program) -> dict[str, Call]:
 
 @functools.cache
 def _calls(op, K, V, dtype, gate, config):
-  problem = tuning.Problem(op, (gate,), K, V, H, dtype, (B, T))
-  inputs = jax.eval_shape(lambda: tuning.draw(problem, gate, B=B, T=T, H=H))
-  function = tuning.call(_module(op), K**-0.5, config)
+  if op == "selective_scan":
+    function, inputs = _selective_scan(K, dtype, gate, config)
+  else:
+    problem = tuning.Problem(op, (gate,), K, V, H, dtype, (B, T))
+    inputs = jax.eval_shape(lambda: tuning.draw(problem, gate, B=B, T=T, H=H))
+    function = tuning.call(_module(op), K**-0.5, config)
   both = lambda arrays, cotangents: (function(**arrays), tuning.results(function, arrays, cotangents))
   return [_call(eqn) for eqn in _launches(jax.make_jaxpr(both)(*inputs).jaxpr)]
+
+
+def _selective_scan(N, dtype, gate, block):
+  """The op on a sequence in two pieces, which launches every kernel, and the shapes of its arrays and cotangents."""
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  wide = functools.partial(array, dtype="float32")
+  arrays = {"x": array(B, T, D), "step_size": wide(B, T, D), "a": wide(D, N), "b": array(B, T, N),
+            "c": array(B, T, N), "resets": wide(B, T) if gate == "token" else None, "initial_state": wide(B, D, N)}
+  function = functools.partial(_module("selective_scan").configured, block=block, pieces=2)
+  return function, (arrays, (array(B, T, D), wide(B, D, N)))
 
 
 def _launches(jaxpr):

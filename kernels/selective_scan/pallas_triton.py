@@ -45,7 +45,7 @@ def supports(x, step_size, a, *others, chunk_size=None) -> str | None:
 
 
 def block_size(N: int, dtype) -> int:
-  """Tokens that are unrolled: the most of whose W_t no register spills on an A100 or H100."""
+  """Tokens that are unrolled: the most of whose W_t no register spills on the GPUs of the compile check."""
   narrow = tile_width(N) <= 16
   if dtype == jnp.float32:
     return 6 if narrow else 2
@@ -112,11 +112,11 @@ _selective_scan.defvjp(_forward, _backward, optimize_remat=True)
 # Kernel bodies. A ref holds all T tokens of one piece for the program's channels; `a` and the resets are in base 2.
 
 
-def _piece_kernel(*refs, resets, reverse, block, compiled, dot):
+def _piece_kernel(*refs, resets, reverse, block, dot):
   """The final state from an empty one: of the recurrence, or if `reverse` of that of the cotangents, x and b being dy
   and c."""
   x_ref, s_ref, a_ref, b_ref, *r_ref, final_ref = refs
-  a, (fma, exp2), T = a_ref[...], _arithmetic(compiled), x_ref.shape[0]
+  a, (fma, exp2), T = a_ref[...], _arithmetic(dot), x_ref.shape[0]
 
   def step(i, state):
     for j in range(block):
@@ -132,11 +132,11 @@ def _piece_kernel(*refs, resets, reverse, block, compiled, dot):
   final_ref[...] = jax.lax.fori_loop(0, T // block, step, jnp.zeros(a.shape, jnp.float32))
 
 
-def _forward_kernel(*refs, resets, save, block, compiled, dot):
+def _forward_kernel(*refs, resets, save, block, dot):
   x_ref, s_ref, a_ref, b_ref, c_ref, initial_ref, *refs = refs
   r_ref = [refs.pop(0)] if resets else []
   y_ref, *states_ref, final_ref = refs
-  a, (fma, exp2) = a_ref[...], _arithmetic(compiled)
+  a, (fma, exp2) = a_ref[...], _arithmetic(dot)
 
   def step(i, state):
     if save:
@@ -152,11 +152,11 @@ def _forward_kernel(*refs, resets, save, block, compiled, dot):
   final_ref[...] = jax.lax.fori_loop(0, x_ref.shape[0] // block, step, initial_ref[...])
 
 
-def _backward_kernel(*refs, resets, block, compiled, dot):
+def _backward_kernel(*refs, resets, block, dot):
   x_ref, s_ref, a_ref, b_ref, c_ref, dy_ref, states_ref, dstate_ref, *refs = refs
   r_ref = [refs.pop(0)] if resets else []
   dx_ref, ds_ref, sums_ref, da_ref, dinitial_ref = refs
-  a, (fma, exp2), blocks = a_ref[...], _arithmetic(compiled), states_ref.shape[0]
+  a, (fma, exp2), blocks = a_ref[...], _arithmetic(dot), states_ref.shape[0]
   # Rows of the products are tokens, for dc in the first half and for db in the second.
   row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, CHANNELS), 0)
   first, second = (row < ROWS // 2).astype(jnp.int32), (row >= ROWS // 2).astype(jnp.int32)
@@ -209,10 +209,10 @@ def _exponent(s, a, r_ref, t, fma):
   return fma(s[:, None], a, r_ref[0][t]) if r_ref else s[:, None] * a
 
 
-def _arithmetic(compiled):
+def _arithmetic(dot):
   """a b + c in one instruction, which the compiler does not make of a product and a sum, and 2^x without the three
   instructions that serve results below 2^-126."""
-  if not compiled:
+  if dot.interpret:
     return lambda a, b, c: a * b + c, jnp.exp2
 
   def instruction(text, *args):
@@ -279,8 +279,4 @@ def _scaled(resets):
   return [] if resets is None else [LOG2E * resets]
 
 
-def _launch(kernel, **options):
-  """`triton_blocks.launch` of a kernel that is told whether it is `compiled` or interpreted."""
-  run = lambda compiled: triton_blocks.launch(
-      functools.partial(kernel, compiled=compiled), num_warps=1, num_stages=1, **options)
-  return lambda *args: jax.lax.platform_dependent(*args, cuda=run(True), default=run(False))
+_launch = functools.partial(triton_blocks.launch, num_warps=1, num_stages=1)

@@ -97,7 +97,7 @@ def test_digest_is_that_of_the_code_that_kernels_need(tmp_path, monkeypatch):
   assert code != digest("1\n", "sums")
 
 
-# The command on an op of one tile, with a compiler that finds what the width of the tile says.
+# The command on ops of one tile, with a compiler that finds what the width of the tile says.
 COMMAND = """
 import dataclasses, types
 import compiled, tuning
@@ -111,7 +111,8 @@ class Config:
 
 heuristic = lambda K, V, dtype, chunk_size: Config(64, Tile(K))
 compiled.tuned.listed = lambda op, device: []
-compiled._module = lambda op: types.SimpleNamespace(Config=Config, heuristic=heuristic)
+compiled._module = lambda op: types.SimpleNamespace(Config=Config, heuristic=heuristic, MOST_STATES=32,
+                                                    block_size=lambda N, dtype: N // 4)
 compiled.sources = lambda op: op + SOURCES
 compiled.calls = lambda program: {"gla_scan": compiled.Call(str(program.K), "gla_scan", None, ())}
 compiled.compile_call = lambda gpu, call: Kernel(255, SPILL[gpu], 1024, 128)
@@ -138,7 +139,9 @@ def test_command(tmp_path):
   record = json.loads(out.read_text())
   grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
   gates = sum(len(group) for groups in tuning.GATES.values() for group in groups)
-  assert len(record["programs"]) == len(compiled.GPUS) * grid * gates
+  assert len(record["programs"]) == len(compiled.GPUS) * (grid * gates + 8)
+  assert [(entry["K"], entry["V"], entry["config"]) for entry in record["programs"][-8::2]] == 2 * [
+      (16, 1, "4"), (32, 1, "8")]
   assert record["programs"][0] == {
       "op": "gla", "gpu": "sm_80", "K": 16, "V": 16, "dtype": "bfloat16", "gate": "channel", "source": "heuristic",
       "config": "chunk=64 scan=16/4/2", "kernels": {"gla_scan": [255, 0, 1024, 128]}}
