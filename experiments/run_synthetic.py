@@ -7,18 +7,20 @@
 
 Each run appends one JSON line to --out when it has ended. A sweep skips the runs that have a line there; with it,
 --task and --mixer select, --set and --mixer_set do not apply, and every other option of a run replaces the sweep's
-value. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
+value. When --limit_seconds are over, or at SIGTERM, the run under way is saved in a folder beside --out, and the same
+command goes on with it. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
-import time
 
 from absl import flags
 
 import commands
 import records
+from deadline import deadline
 from lin_jax import mixers
 from lin_jax.model import abstract_model
 from synthetic import TASKS
@@ -33,49 +35,57 @@ _SET = flags.DEFINE_string("set", "", "Fields of the task: name=value,...")
 _MIXER_SET = flags.DEFINE_string("mixer_set", "", "Fields of the mixer: name=value,...")
 _SWEEP = flags.DEFINE_string("sweep", "", f"One of {', '.join(SWEEPS)}, in place of one run.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
-_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probably end later; 0 for no limit.",
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Stop after this time, with the run under way saved; 0 for no limit.",
                             lower_bound=0)
 _UNTIL_SOLVED = flags.DEFINE_bool("until_solved", False, "Leave out the learning rates that follow one that solved it.")
 
 
 def main(_):
-  start = time.monotonic()
   path = pathlib.Path(_OUT.value) if _OUT.value else None
+  if _LIMIT.value and not path:
+    raise ValueError(f"--limit_seconds={_LIMIT.value:g} needs --out, beside which an unfinished run is kept")
   runs = _sweep(path) if _SWEEP.value else [_single()]
   # The layers' own rules are checked too, before the first run takes its time.
   for model in {repr(model := run.train_config().model): model for run in runs}.values():
     abstract_model(model)
-  found = records.load(path, "setting", "solved") if path else []
-  done = {records.key(record["setting"]) for record in found} if _SWEEP.value else set()
-  solved = {records.key(without_rate(record["setting"])) for record in found if record["solved"]}
-  common, failed, longest, counts = records.provenance(), [], 0.0, {"run": 0, "skipped": 0, "left": 0}
-  for number, run in enumerate(runs, 1):
-    setting = run.setting()
-    if records.key(setting) in done or (_UNTIL_SOLVED.value and records.key(without_rate(setting)) in solved):
-      counts["skipped"] += 1
-      continue
-    begin = time.monotonic()
-    if _LIMIT.value and begin - start + longest > _LIMIT.value:
-      counts["left"] += 1
-      continue
-    print(f"[{number}/{len(runs)}] {_title(run)}", flush=True)
-    try:
-      result = train(run, lambda line: print(" ", line, flush=True))
-    except Exception as e:  # one run that cannot be made must not cost the others of a sweep their record
-      if not _SWEEP.value:
-        raise
-      failed.append(f"{_title(run)}: {type(e).__name__}: {e}".splitlines()[0])
-      continue
-    longest = max(longest, time.monotonic() - begin)
-    counts["run"] += 1
-    if result["solved"]:
-      solved.add(records.key(without_rate(setting)))
-    if path:
-      records.append(path, {"run": records.now(), **common, "setting": setting, **result})
+  counts, failed = _execute(runs, path)
   print(", ".join(f"{count} {name}" for name, count in counts.items()))
   if failed:
     print("failed:", *failed, sep="\n  ", file=sys.stderr)
     sys.exit(1)
+
+
+def _execute(runs, path):
+  """Makes the runs; how many of them it has made, skipped as done or needless, and left; and why others have failed."""
+  found = records.load(path, "setting", "solved") if path else []
+  done = {records.key(record["setting"]) for record in found} if _SWEEP.value else set()
+  solved = {records.key(without_rate(record["setting"])) for record in found if record["solved"]}
+  common, failed, counts = records.provenance(), [], {"run": 0, "skipped": 0, "left": 0}
+  with deadline(_LIMIT.value) as over:
+    for number, run in enumerate(runs, 1):
+      setting = run.setting()
+      if records.key(setting) in done or (_UNTIL_SOLVED.value and records.key(without_rate(setting)) in solved):
+        counts["skipped"] += 1
+        continue
+      if over():
+        counts["left"] += 1
+        continue
+      print(f"[{number}/{len(runs)}] {_title(run)}", flush=True)
+      unfinished = path and _unfinished(path, setting)
+      try:
+        result = train(run, lambda line: print(" ", line, flush=True), over, unfinished)
+      except Exception as e:  # one run that cannot be made must not cost the others of a sweep their record
+        if not _SWEEP.value:
+          raise
+        failed.append(f"{_title(run)}: {type(e).__name__}: {e}".splitlines()[0])
+        continue
+      counts["run" if result else "left"] += 1
+      if result and path:
+        records.append(path, {"run": records.now(), **common, "setting": setting, **result})
+        unfinished.unlink(missing_ok=True)
+      if result and result["solved"]:
+        solved.add(records.key(without_rate(setting)))
+  return counts, failed
 
 
 def _single():
@@ -102,6 +112,12 @@ def _sweep(path):
   if not runs:
     raise ValueError(f"--sweep={_SWEEP.value}: has no run of task {task or 'any'} and mixer {mixer or 'any'}")
   return list({records.key(run.setting()): run for run in runs}.values())
+
+
+def _unfinished(path, setting):
+  """The file that keeps a run of this setting until it has ended."""
+  digest = hashlib.sha256(records.key(setting).encode()).hexdigest()
+  return path.with_suffix(".unfinished") / f"{digest[:16]}.npz"
 
 
 def _title(run):

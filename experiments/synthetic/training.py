@@ -8,8 +8,10 @@ device, and runs that differ in seed, learning rate or weight decay share the co
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -61,15 +63,24 @@ class Programs:
   answer: Callable
 
 
-def train(run: Run, report: Callable[[str], None] = lambda line: None) -> dict:
-  """Trains; returns `accuracy` and `class_accuracy` of the last test, `solved`, `curve` [step, loss, accuracy], ..."""
+def train(run: Run, report: Callable[[str], None] = lambda line: None, over: Callable[[], bool] = lambda: False,
+          unfinished: pathlib.Path | None = None) -> dict | None:
+  """Trains; returns `accuracy` and `class_accuracy` of the last test, `solved`, `curve` [step, loss, accuracy], ...
+
+  Once `over()` after a test, it returns None, with what it has reached in the file `unfinished`, from which the next
+  call goes on to the same end.
+  """
   start = time.monotonic()
   run.train_config()
-  programs, throughput, curve = _programs(_shared(run)), Throughput(), []
+  programs, throughput = _programs(_shared(run)), Throughput()
   test = run.build_task().draw(np.random.default_rng([run.seed, 1]), run.test_examples)
   held_out = _compact(test)
-  state, step, finite = programs.create(run.seed), 0, True
-  for data, rows in _batches(run):
+  state, curve = programs.create(run.seed), []
+  if unfinished and unfinished.exists():
+    state, curve, seconds = _restore(unfinished, state)
+    start -= seconds
+  step = curve[-1][0] if curve else 0
+  for data, rows in _batches(run, step // run.evaluate_every):
     state, loss = programs.advance(state, data, rows, min(len(rows), run.steps - step),
                                    np.float32(run.learning_rate), np.float32(run.weight_decay))
     step, loss = min(step + len(rows), run.steps), float(loss)
@@ -83,6 +94,10 @@ def train(run: Run, report: Callable[[str], None] = lambda line: None) -> dict:
     report(f"{progress(step, run.steps, loss, throughput.read(), None, tokens)}  accuracy {accuracy:.3f}")
     if step >= run.steps or accuracy >= run.stop_accuracy or not finite:
       break
+    if over():
+      if unfinished:
+        _save(unfinished, state, curve, time.monotonic() - start)
+      return None
   kept = sorted({round(i * (len(curve) - 1) / 19) for i in range(20)})
   return {"accuracy": accuracy, "class_accuracy": None if test.allowed is not None else class_accuracy(said, test),
           "solved": accuracy >= run.stop_accuracy, "diverged": not finite, "steps": step,
@@ -160,21 +175,37 @@ def _shared(run):
   return json.dumps(dataclasses.asdict(run) | dict(seed=0, learning_rate=1e-3, weight_decay=0.0))
 
 
-def _batches(run: Run) -> Iterator[tuple[dict, np.ndarray]]:
-  """Examples, and the rows of them [evaluate_every, batch_size] that the next steps take."""
+def _save(path, state, curve, seconds):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  whole = path.with_suffix(".new")
+  with whole.open("wb") as file:
+    np.savez(file, *jax.tree.leaves(state), progress=json.dumps([curve, seconds]))
+  whole.replace(path)
+
+
+def _restore(path, like):
+  """State, curve and seconds that `_save` wrote; `like` has the structure of the state."""
+  with np.load(path) as file:
+    leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(file.files) - 1)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), *json.loads(str(file["progress"]))
+
+
+def _batches(run: Run, first: int = 0) -> Iterator[tuple[dict, np.ndarray]]:
+  """Examples, and the rows of them [evaluate_every, batch_size] that the next steps take; without the `first` items."""
   examples, needed = run.training_examples(), run.evaluate_every * run.batch_size
   if not examples:
     rows = np.arange(needed, dtype=np.int32).reshape(run.evaluate_every, -1)
-    for i in range(-(-run.steps // run.evaluate_every)):
+    for i in range(first, -(-run.steps // run.evaluate_every)):
       yield _compact(run.training_task().draw(np.random.default_rng([run.seed, 2, i]), needed)), rows
     return
   data = _fixed(run.training_task(), examples, run.seed)
   rng, order = np.random.default_rng([run.seed, 3]), np.zeros(0, np.int32)
-  while True:
+  for i in itertools.count():
     while len(order) < needed:
       epoch = rng.permutation(examples)[:examples // run.batch_size * run.batch_size]
       order = np.concatenate([order, epoch.astype(np.int32)])
-    yield data, order[:needed].reshape(run.evaluate_every, -1)
+    if i >= first:
+      yield data, order[:needed].reshape(run.evaluate_every, -1)
     order = order[needed:]
 
 

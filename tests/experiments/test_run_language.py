@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import pytest
@@ -23,7 +20,6 @@ from lin_jax import metrics as reporting
 from lin_jax.checkpoint import load_model
 from lin_jax.config import validate
 from lin_jax.model import abstract_model, parameter_count
-from lin_jax.training import sigterm
 from tests.environment import ENVIRONMENT
 from tests.lin_jax import tiny
 
@@ -207,23 +203,6 @@ def test_a_run_that_sigterm_stopped_is_not_begun_again(data, tmp_path, monkeypat
   monkeypatch.setattr(execution, "finish", fake)
   sweep = Sweep([Run(model, 1e-3, tiny=True) for model in ("gla", "tnl")], further_seeds=1)
   assert execution.execute(sweep, data, tmp_path, tmp_path / "out.jsonl") == (0, 2, [])
-
-
-def test_deadline_reaches_whoever_listens_and_no_one_else():
-  with execution.deadline(0.2) as over:
-    assert not over()
-    while not over():  # nobody trains yet: no signal may come, or the process would end
-      time.sleep(0.05)
-    for _ in range(2):
-      with sigterm() as terminated:
-        end = time.monotonic() + 5
-        while not terminated(1) and time.monotonic() < end:
-          time.sleep(0.01)
-        assert terminated(1)
-  with execution.deadline(0) as over:
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.01)
-    assert over()
 
 
 def record(model, rate, seed, bits):

@@ -43,6 +43,7 @@ def test_mistakes(tmp_path):
   mistakes = [(["--task=foo"], "--task=foo: must be one of "),
               (["--task=mqar", "--mixer=gla", "--mixer_set=heads=3"], "not divisible by heads=3"),
               (["--sweep=mqar"], "--sweep needs --out"),
+              (["--task=mqar", "--mixer=gla", "--limit_seconds=9"], "--limit_seconds=9 needs --out"),
               (["--sweep=mqar", f"--out={tmp_path}/other.jsonl"], "not a file of this command's records")]
   for first in range(0, len(mistakes), 2):
     for process, message in [(start(*arguments), message) for arguments, message in mistakes[first:first + 2]]:

@@ -36,6 +36,17 @@ def test_delta_net_recalls():
   assert f"step {result['steps']}/500" in lines[-1] and "accuracy 0.9" in lines[-1]
 
 
+@pytest.mark.parametrize("examples", [0, 40])
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, examples):
+  run = Run("mqar", "attention", RECALL, width=16, depth=1, batch_size=16, steps=7, evaluate_every=2, test_examples=32,
+            examples=examples)
+  whole, unfinished, stops = train(run), tmp_path / "folder" / "run.npz", 0
+  while (result := train(run, over=lambda: True, unfinished=unfinished)) is None:
+    stops += 1
+  assert stops == 3  # after each test but the last
+  assert result["seconds"] > 0 and result | {"seconds": 0} == whole | {"seconds": 0}
+
+
 def test_every_task_has_a_small_setting():
   assert set(SMALL) == set(TASKS) - {"mqar"}  # whose small setting is RECALL
 

@@ -1,0 +1,41 @@
+"""A limit of time for commands that save what they have not finished."""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
+  """Yields a function that says whether `seconds` (0: no limit) are over or SIGTERM has come.
+
+  From then on each training run in the context is sent SIGTERM, which ends it with a checkpoint. For the main thread.
+  """
+  end, came, done = time.monotonic() + (seconds or math.inf), [], threading.Event()
+
+  def over():
+    return bool(came) or time.monotonic() >= end
+
+  def watch():
+    # `train` listens with a handler of its own for as long as it runs; a signal before that would be lost.
+    sent = None
+    while not done.wait(0.1):
+      handler = signal.getsignal(signal.SIGTERM)
+      if over() and handler not in (remember, sent):
+        sent = handler
+        os.kill(os.getpid(), signal.SIGTERM)
+
+  remember = lambda *_: came.append(True)
+  previous = signal.signal(signal.SIGTERM, remember)
+  thread = threading.Thread(target=watch, daemon=True)
+  thread.start()
+  try:
+    yield over
+  finally:
+    done.set()
+    thread.join()
+    signal.signal(signal.SIGTERM, previous)

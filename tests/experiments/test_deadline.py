@@ -1,0 +1,25 @@
+"""The limit of time, and who hears of it."""
+
+import os
+import signal
+import time
+
+from deadline import deadline
+from lin_jax.training import sigterm
+
+
+def test_deadline_reaches_whoever_listens_and_no_one_else():
+  with deadline(0.2) as over:
+    assert not over()
+    while not over():  # nobody trains yet: no signal may come, or the process would end
+      time.sleep(0.05)
+    for _ in range(2):
+      with sigterm() as terminated:
+        end = time.monotonic() + 5
+        while not terminated(1) and time.monotonic() < end:
+          time.sleep(0.01)
+        assert terminated(1)
+  with deadline(0) as over:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+    assert over()
