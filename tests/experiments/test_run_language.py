@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
