@@ -14,11 +14,11 @@
 # %% [markdown]
 # # Chunks of gated linear attention, and the range of their numbers
 #
-# Gated linear attention (GLA, [Yang et al. 2024](https://arxiv.org/abs/2312.06635), section 4) trains chunk by
-# chunk: matrix products inside a chunk, a small state between chunks. The shortest way to write a chunk divides
-# by a cumulative decay, and with strong gates the quotient leaves the range of float32. This notebook derives the
-# chunk form, measures where the division fails, builds the paper's cure, secondary chunking, and ends with the
-# two schemes of `kernels.gla` and a table of costs. Every claim is followed by an `assert`.
+# Gated linear attention (GLA, [Yang et al. 2024](https://arxiv.org/abs/2312.06635), section 4) trains chunk by chunk:
+# matrix products inside a chunk, a small state between chunks. The shortest way to write a chunk divides by a
+# cumulative decay, and with strong gates the quotient leaves the range of float32. This notebook derives the chunk
+# form, measures where the division fails, builds the paper's cure, secondary chunking, and ends with the two schemes of
+# `kernels.gla` and a table of costs. Every claim is followed by an `assert`.
 #
 # Notation is that of notebook 01: for one head, rows are tokens, $q_t, k_t$ have $K$ channels, $v_t, o_t$ have $V$, the
 # state $S_t$ is $K \times V$, and $g_t \le 0$ is `log_decay`, the logarithm of the forget gate $\alpha_t$, one number a
@@ -37,8 +37,8 @@ jax.config.update("jax_enable_x64", True)
 T, C, c, K, V = 256, 64, 16, 32, 32
 
 # %% [markdown]
-# Gates are mixed: half of them keep almost everything, half forget. If all were strong, only the diagonal of the
-# scores would be left, and any formula that gets the diagonal right would look good.
+# Gates are mixed: half of them keep almost everything, half forget. If all were strong, only the diagonal of the scores
+# would be left, and any formula that gets the diagonal right would look good.
 
 
 # %%
@@ -62,8 +62,8 @@ def error(actual, expected):
 #
 # $$S_t = \mathrm{diag}(e^{g_t})\, S_{t-1} + k_t^\top v_t, \qquad o_t = q_t S_t .$$
 #
-# The scan below is the truth of this notebook, in float64. `reference` is the same scan in the library, in
-# float32: it agrees to about $10^{-7}$, which is what float32 can do.
+# The scan below is the truth of this notebook, in float64. `reference` is the same scan in the library, in float32: it
+# agrees to about $10^{-7}$, which is what float32 can do.
 
 # %%
 @jax.jit
@@ -91,16 +91,14 @@ q, k, v, g = random_inputs(strength=0.3)
 S0 = np.random.default_rng(1).standard_normal((K, V))
 output, final_state = recurrent(q, k, v, g, S0)
 reference, reference_state = library(q, k, v, g, S0, "reference")
-print(f"float32 scan of the library against the float64 scan: {error(reference, output):.1e}")
 assert error(reference, output) < 5e-7 and error(reference_state, final_state) < 5e-7
 
 # %% [markdown]
 # ## 2. From tokens to chunks
 #
 # **Step 1: unroll and read.** Let $S$ be the state that enters a chunk and $b_i = g_1 + \dots + g_i$ count from its
-# first token. Token $j$'s write is faded by every gate after $j$, so
-# $S_i = \mathrm{diag}(e^{b_i})\, S + \sum_{j \le i} \mathrm{diag}(e^{b_i - b_j})\, k_j^\top v_j$. Multiply by $q_i$:
-# the first term reads the old state with $q_i \odot \Lambda_i$, $\Lambda = e^b$, the others are attention,
+# first token. Token $j$'s write is faded by every gate after $j$. Multiply the unrolled state by $q_i$: one term reads
+# the old state with $q_i \odot \Lambda_i$, $\Lambda = e^b$, the others are attention,
 #
 # $$O = (Q \odot \Lambda)\, S + P V, \qquad
 #   P_{ij} = \sum_d q_{id}\, k_{jd}\, e^{\,b_{id} - b_{jd}} \quad (j \le i) .$$
@@ -117,14 +115,9 @@ def log_space_scores(q, k, g, dot):
   return (q[:, None] * k[None] * decay).sum(-1)
 
 
-qc, kc, vc, gc = (x[:C] for x in (q, k, v, g))
-P = log_space_scores(qc, kc, gc, None)
-assert error((qc * jnp.exp(jnp.cumsum(gc, 0))) @ S0 + P @ vc, output[:C]) < 1e-12
-
-
 # %% [markdown]
-# **Step 2: hand over.** With $\Gamma_j = e^{b_C - b_j}$, the decay over the tokens *after* $j$, the state that
-# leaves is $S' = \mathrm{diag}(e^{b_C})\, S + (K \odot \Gamma)^\top V$. `sum_after` adds those gates up from the end: a
+# **Step 2: hand over.** With $\Gamma_j = e^{b_C - b_j}$, the decay over the tokens *after* $j$, the state that leaves
+# is $S' = \mathrm{diag}(e^{b_C})\, S + (K \odot \Gamma)^\top V$. `sum_after` adds those gates up from the end: a
 # difference $b_C - b_j$ of large sums would lose digits.
 
 
@@ -142,9 +135,9 @@ def one_chunk(state, chunk, scores, dot):
 
 
 # %% [markdown]
-# **Step 3: scan over chunks.** `dot` is every matrix product: operands in the dtype of the hardware's product,
-# sums, gates and states in at least float32. In float64 the result is the scan of section 1, for every way to
-# compute $P$ that is right.
+# **Step 3: scan over chunks.** `dot` is every matrix product: operands in the dtype of the hardware's product, sums,
+# gates and states in at least float32. In float64 the result is the scan of section 1, for every way to compute $P$
+# that is right.
 
 
 # %%
@@ -180,8 +173,8 @@ check(log_space_scores)
 # %% [markdown]
 # ## 3. Dividing by the cumulative decay
 #
-# `log_space_scores` has no matrix product, and those are what an accelerator is fast at. Since
-# $e^{b_i - b_j} = \Lambda_i / \Lambda_j$, the scores factor:
+# `log_space_scores` has no matrix product, and those are what an accelerator is fast at. Since $e^{b_i - b_j} =
+# \Lambda_i / \Lambda_j$, the scores factor:
 #
 # $$P = \text{lower triangle of } (Q \odot \Lambda)\,(K / \Lambda)^\top .$$
 
@@ -195,22 +188,20 @@ def factor_scores(q, k, g, dot):
 check(factor_scores)
 
 # %% [markdown]
-# At a mean strength of 0.3 this is right. Now the range. Every entry of $P$ is of moderate size, but $1/\Lambda$
-# grows like $e^{s}$ a token at strength $s$, and the largest number is $e^{88.7}$ in float32 and in bfloat16, which
-# has the same exponent bits, and $e^{11.1}$ in float16.
+# At a mean strength of 0.3 this is right. Now the range. Every entry of $P$ is of moderate size, but $1/\Lambda$ grows
+# like $e^{s}$ a token at strength $s$, and the largest number is $e^{88.7}$ in float32 and in bfloat16, which has the
+# same exponent bits, and $e^{11.1}$ in float16.
 
 # %%
 limits = {dtype: np.log(float(jnp.finfo(dtype).max)) for dtype in ("float32", "bfloat16", "float16")}
 assert np.allclose(list(limits.values()), [88.7, 88.7, 11.1], atol=0.05)
 strong = random_inputs(strength=2.0)
-divisor = np.exp(-np.cumsum(strong[3][:C], 0)).max()
-print(f"strength 2: largest 1/decay in a chunk {divisor:.0e}, largest float32 {np.finfo(np.float32).max:.0e}")
-assert divisor > 1e50
+assert np.exp(-np.cumsum(strong[3][:C], 0)).max() > 1e50
 
 # %% [markdown]
-# A channel of strength $88.7 / 64 = 1.4$ breaks a chunk of 64 tokens. GLA's layer takes
-# $\alpha = \mathrm{sigmoid}(x)^{1/16}$ (section 4.4), which reaches 1.4 at $x = -22$, so its training rarely meets the
-# limit. A plain sigmoid reaches it at $x = -1.1$, and a reset between documents, $g = -10^4$, is over it at once.
+# A channel of strength $88.7 / 64 = 1.4$ breaks a chunk of 64 tokens. GLA's layer takes $\alpha =
+# \mathrm{sigmoid}(x)^{1/16}$ (section 4.4), which reaches 1.4 at $x = -22$, so its training rarely meets the limit. A
+# plain sigmoid reaches it at $x = -1.1$, and a reset between documents, $g = -10^4$, is over it at once.
 
 # %%
 sigmoid_strength = lambda x, temperature: np.log1p(np.exp(-x)) / temperature
@@ -221,9 +212,8 @@ for dtype in (jnp.float32, jnp.bfloat16):
 
 
 # %% [markdown]
-# **Picture 1.** Left: the largest entry of $1/\Lambda$ as the chunk grows, and the largest number of each format.
-# Right: the longest chunk whose $1/\Lambda$ is finite, tried out in each format, over the strength. The grey lines
-# are $88.7/s$ and $11.1/s$, for a channel with the mean strength; the worst of 32 channels fails earlier: at
+# **Picture 1.** The longest chunk whose $1/\Lambda$ is finite, tried out in each format, over the strength. The grey
+# lines are $88.7/s$ and $11.1/s$, for a channel with the mean strength; the worst of 32 channels fails earlier: at
 # strength 1 after 65 tokens in float32.
 
 
@@ -245,29 +235,13 @@ assert all((longest[dtype] < limits[dtype] / strengths).all() for dtype in limit
 assert longest["float32"][strengths == 1.0] == 65 and longest["float16"][strengths == 1.0] < c
 
 # %%
-def draw_growth(axis):
-  for s, line in zip((0.25, 0.5, 1.0, 2.0), ("-", "--", "-.", ":")):
-    axis.plot(range(1, 129), exponents(s)[:128] / np.log(10), line, color="black", label=f"strength {s}")
-  for dtype, name in (("float32", "float32, bfloat16"), ("float16", "float16")):
-    axis.axhline(y := limits[dtype] / np.log(10), color="0.6", linewidth=3, zorder=0)
-    axis.annotate(name, (178, y + 1), ha="right")
-  axis.set(xlabel="tokens in the chunk", ylabel=r"$\log_{10}$ of the largest $1/\Lambda$", xlim=(0, 180), ylim=(0, 60))
-
-
-# %%
-def draw_longest(axis):
-  for dtype, marker, size in (("float32", "o", 9), ("bfloat16", "x", 5), ("float16", "^", 6)):
-    axis.loglog(strengths, longest[dtype], marker, color="black", markersize=size, fillstyle="none", label=dtype)
-    axis.loglog(strengths, limits[dtype] / strengths, color="0.6", zorder=0)
-  axis.axhline(C, color="black", linestyle=":", linewidth=1, label=f"chunk of {C}")
-  axis.set(xlabel="mean strength of a gate, $-g$", ylabel="longest chunk that does not overflow, tokens")
-
-
-# %%
-figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-draw_growth(axes[0]), draw_longest(axes[1])
-for axis, place in zip(axes, ("upper right", "lower left")):
-  axis.legend(loc=place)
+_, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+for dtype, marker, size in (("float32", "o", 9), ("bfloat16", "x", 5), ("float16", "^", 6)):
+  axis.loglog(strengths, longest[dtype], marker, color="black", markersize=size, fillstyle="none", label=dtype)
+  axis.loglog(strengths, limits[dtype] / strengths, color="0.6", zorder=0)
+axis.axhline(C, color="black", linestyle=":", linewidth=1, label=f"chunk of {C}")
+axis.set(xlabel="mean strength of a gate, $-g$", ylabel="longest chunk that does not overflow, tokens")
+_ = axis.legend(loc="lower left")
 
 
 # %% [markdown]
@@ -288,7 +262,6 @@ rounded = random_inputs(0.3, dtype=jnp.bfloat16)
 truth = recurrent(*rounded, S0)[0]
 both = factor_scores, rounded_exponent_scores
 good, bad = (error(chunkwise(*rounded, S0, f, jnp.bfloat16)[0], truth) for f in both)
-print(f"bfloat16 factors: error {good:.1e} from float32 exponents, {bad:.1e} from bfloat16 exponents")
 assert good < 5e-3 < 2e-2 < bad
 
 # %% [markdown]
@@ -307,19 +280,9 @@ assert good < 5e-3 < 2e-2 < bad
 #   \underbrace{\textstyle\sum_{m < r < n} \mathrm{total}_r + \mathrm{after}_j}_{\text{to the key}} .$$
 #
 # No exponent is positive. A factor that underflows belongs to a pair whose decay is below $10^{-38}$.
-
-# %%
-qs, ks, gs = (x.reshape(-1, c, K) for x in (qc, kc, gc))
-upto, after, total = jnp.cumsum(gs, 1), jax.vmap(sum_after)(gs), gs.sum(1)
-n, m = 3, 1
-key_decay = after[m] + total[m + 1 : n].sum(0)
-assert upto.max() <= 0 and key_decay.max() <= 0
-block = (qs[n] * jnp.exp(upto[n])) @ (ks[m] * jnp.exp(key_decay)).T
-assert error(block, P[n * c : (n + 1) * c, m * c : (m + 1) * c]) < 1e-12
-
-# %% [markdown]
-# **Step 3: pairs in the same sub-chunk.** No border lies between them. They take the log-space form, in float32,
-# on $c \times c$ pairs instead of $C \times C$. **Step 4: assemble** the lower triangle of blocks.
+#
+# **Step 3: pairs in the same sub-chunk.** No border lies between them. They take the log-space form, in float32, on $c
+# \times c$ pairs instead of $C \times C$. **Step 4: assemble** the lower triangle of blocks.
 
 
 # %%
@@ -350,7 +313,6 @@ for gates, bounds in ((strong[3], (0, 2e-6)), (reset, (1e-5, 2e-4))):
   expected = library(*strong[:3], gates, S0, "reference")[0]
   outputs = (chunkwise(*strong[:3], gates, S0, secondary_scores, dtype)[0] for dtype in (jnp.float32, jnp.bfloat16))
   single, half = (error(x, expected) for x in outputs)
-  print(f"strongest gate {-gates.min():5.0f}: float32 {single:.1e}, bfloat16 {half:.1e}")
   assert bounds[0] < single < bounds[1] and half < 5e-3
 
 
@@ -359,8 +321,8 @@ for gates, bounds in ((strong[3], (0, 2e-6)), (reset, (1e-5, 2e-4))):
 #
 # ### `xla_chunked`: halve until nothing is left
 #
-# Secondary chunking with *two* sub-chunks, applied again to each half, down to single tokens. The border is
-# always the middle, a token's own score carries no gate, and no log-space block remains.
+# Secondary chunking with *two* sub-chunks, applied again to each half, down to single tokens. The border is always the
+# middle, a token's own score carries no gate, and no log-space block remains.
 
 
 # %%
@@ -376,8 +338,8 @@ def halving_scores(q, k, g, dot):
 check(halving_scores)
 
 # %% [markdown]
-# The library computes all blocks of one size, a *level*, as one masked $C \times C$ product; notebook 01 shows
-# that form. No difference is taken, so a reset costs nothing: the error stays below $10^{-6}$ in both.
+# The library computes all blocks of one size, a *level*, as one masked $C \times C$ product; notebook 01 shows that
+# form. No difference is taken, so a reset costs nothing: the error stays below $10^{-6}$ in both.
 
 # %%
 for inputs in ((q, k, v, g), strong, (*strong[:3], reset)):
@@ -390,8 +352,8 @@ for inputs in ((q, k, v, g), strong, (*strong[:3], reset)):
 # ### `pallas_triton`: factors from the middle, where they fit
 #
 # Levels cost $\log_2 C$ products, and gates are rarely that strong. So the GPU kernel takes factors where they fit.
-# With $x_i$ the sum of gates from the *middle* of the chunk to row $i$, positive before it, $X = Q \odot e^{x}$ and
-# $Y = K \odot e^{-x}$ give the same scores, and each factor sees half a chunk.
+# With $x_i$ the sum of gates from the *middle* of the chunk to row $i$, positive before it, $X = Q \odot e^{x}$ and $Y
+# = K \odot e^{-x}$ give the same scores, and each factor sees half a chunk.
 
 
 # %%
@@ -410,20 +372,12 @@ check(centred_scores)
 
 # %% [markdown]
 # A chunk of which any channel decays below $e^{-60}$ in one half goes to exact levels instead. The bound leaves
-# $e^{28}$ of float32's range for data and sums. It does not cover the pairs above the diagonal: those reach $e^{120}$.
-# They must be dropped by a *selection*; multiplied by a mask of zeros, they become NaN.
+# $e^{28}$ of float32's range for data and sums. Pairs above the diagonal may reach $e^{120}$: they must be dropped by a
+# *selection*; multiplied by a mask of zeros, they would become NaN.
 
 # %%
 limit = float(exact_chunks.LIMIT * np.log(2))
 assert np.isclose(limit, -60)
-edge = np.full((C, K), limit / (C // 2), np.float32)
-X, Y = centred_factors(qc.astype(np.float32), kc.astype(np.float32), edge)
-assert jnp.isfinite(X).all() and jnp.isfinite(Y).all() and not jnp.isfinite(X @ Y.T).all()
-assert jnp.isnan((X @ Y.T) * jnp.tri(C)).any()
-assert error(jnp.tril(X @ Y.T), log_space_scores(qc, kc, edge.astype(np.float64), None)) < 1e-5
-
-
-# %%
 halves = lambda g: g.reshape(-1, 2, C // 2, K).sum(2).min((1, 2))
 assert halves(g).min() > limit > halves(strong[3]).max()
 for inputs, scores in (((q, k, v, g), centred_scores), (strong, halving_scores)):
@@ -433,9 +387,9 @@ for inputs, scores in (((q, k, v, g), centred_scores), (strong, halving_scores))
 # %% [markdown]
 # ## 6. Error against gate strength
 #
-# **Picture 2.** Relative error of the output against the float64 scan, four chunks of 64 tokens. The Pallas kernels
-# are interpreted here, with the CPU's float32 products where a GPU takes three TF32 passes. A cross marks the last
-# strength with a finite result.
+# **Picture 2.** Relative error of the output against the float64 scan, four chunks of 64 tokens. The Pallas kernels are
+# interpreted here, with the CPU's float32 products where a GPU takes three TF32 passes. A cross marks the last strength
+# with a finite result.
 
 # %%
 grid = 2.0 ** np.arange(-6, 11)
@@ -500,8 +454,7 @@ _ = axes[0].legend(loc="upper left")
 # %% [markdown]
 # ## 7. What each form costs
 #
-# Counted in the traced programs, per token of one head with $K = V = 128$, for output and state. *Kept* is what a
-# backward pass needs of the states, $K V / C$ floats.
+# Counted in the traced programs, per token of one head with $K = V = 128$, for output and state.
 
 
 # %%
@@ -513,33 +466,31 @@ def equations(jaxpr):
 
 # %%
 def cost(scores, length, width=128):
-  """Matrix FLOP and exponentials a token, elements of the largest array, state floats kept a token."""
+  """Matrix FLOP and exponentials a token."""
   keys, state = (jax.ShapeDtypeStruct((n, width), jnp.float32) for n in (length, width))
   run = lambda state, *chunk: one_chunk(state, chunk, scores, product(jnp.float32))
   found = [(e.primitive.name, e.outvars[0].aval.size, e) for e in equations(jax.make_jaxpr(run)(state, *[keys] * 4))]
   flop = sum(2 * size * e.invars[0].aval.shape[-1] for name, size, e in found if name == "dot_general")
   exponentials = sum(size for name, size, _ in found if name == "exp")
-  return flop / length, exponentials / length, max(size for _, size, _ in found), width * width / length
+  return flop / length, exponentials / length
 
 
 # %%
 table = {"recurrent, C = 1": cost(halving_scores, 1), "log space, C = 2048": cost(log_space_scores, 2048),
          "log space, C = 64": cost(log_space_scores, C), "factors, C = 64": cost(factor_scores, C),
          "secondary, 64 and 16": cost(secondary_scores, C), "halving, C = 64": cost(halving_scores, C)}
-print(f"{'form':22}{'matrix FLOP':>12}{'exponentials':>14}{'largest array':>15}{'kept':>8}")
-for name, (flop, exponentials, largest, kept) in table.items():
-  print(f"{name:22}{flop:12.0f}{exponentials:14.0f}{largest:15.0f}{kept:8.0f}")
+for name, (flop, exponentials) in table.items():
+  print(f"{name:22}{flop:8.0f} matrix FLOP, {exponentials:8.0f} exponentials")
 
 # %% [markdown]
-# The formulas behind it, per token: reading and writing the state takes $4KV$ FLOP and $P V$ takes $2CV$. Factors
-# add $2CK$ for $P$, secondary chunking $\frac{6}{16}$ of that, and halving $(C - 1)K$, because both skip blocks above
-# the diagonal (the library's masked levels do not: $2CK \log_2 C$). Log-space blocks take $C$ or $c$ times $K$
-# exponentials. A multiprocessor of an H100 does 16 of them a clock, against 2048 multiply-adds of bfloat16 products:
-# per token, the log-space chunk spends 528 clocks on exponentials and 20 on products, secondary chunking 168 and 22,
-# factors 32 and 24.
+# Per token, reading and writing the state takes $4KV$ FLOP and $P V$ takes $2CV$. Factors add $2CK$ for $P$, secondary
+# chunking $\frac{6}{16}$ of that, and halving $(C - 1)K$, because both skip blocks above the diagonal (the library's
+# masked levels do not: $2CK \log_2 C$). Log-space blocks take $C$ or $c$ times $K$ exponentials. A multiprocessor of an
+# H100 does 16 of them a clock, against 2048 multiply-adds of bfloat16 products: per token, the log-space chunk spends
+# 528 clocks on exponentials and 20 on products, secondary chunking 168 and 22, factors 32 and 24.
 
 # %%
-flop, exponentials, largest, _ = (dict(zip(table, column)) for column in zip(*table.values()))
+flop, exponentials = (dict(zip(table, column)) for column in zip(*table.values()))
 common = 4 * 128 * 128 + 2 * C * 128
 assert flop["log space, C = 64"] == common
 assert flop["factors, C = 64"] == common + 2 * C * 128
