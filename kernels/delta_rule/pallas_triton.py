@@ -74,9 +74,10 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   wide = dtype == jnp.float32
   chunk = chunk_size or (16 if wide else 32)
   block, warps = tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4
-  scan = Tile(block, warps, 3 if K <= 32 and (wide or V < 128) or wide and K == 64 and chunk < 64 else 2)
+  stages = 3 if K <= 32 and (wide or V < 128) or wide and K == 64 and chunk < 64 else 2
+  scan = Tile(64 if K <= 16 and V >= 128 and not wide else block, warps, stages)
   reverse_scan = Tile(block, warps, 3 if K * block <= (512 if wide else 2048) else 1 if wide and K == 128 else 2)
-  gradients = Tile(tile_width(K, 32), 4, 1 if wide else 2)
+  gradients = Tile(tile_width(K, 16 if wide and V <= 16 else 32), 4, 1 if wide else 2)
   depth, width = 32 if wide and K > 64 else 64, 16 if wide or K <= 32 or V == 256 else 32
   return Config(chunk, chunk, depth, width, scan, reverse_scan, gradients)
 
@@ -237,8 +238,8 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
     initial = tuple(_identity(first, i * depth, (block, depth)) for i in range(K // depth))
   *saved_refs, final_ref = refs
   outputs = values is None and not reverse
-  # The queries' part waits until e needs no registers; but of 16-bit products several tiles would all be kept for it.
-  early = outputs and len(tiles) > 1 and dtype != jnp.float32
+  # The queries' part waits until e needs no registers: always in float32, and beside gates if it is one product.
+  early = outputs and dtype != jnp.float32 and (len(tiles) > 1 or not gated)
 
   def step(i, state):
     n = T // C - 1 - i if reverse else i
@@ -262,9 +263,13 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
         return jax.lax.fori_loop(0, len(tiles), add, jnp.zeros((C, C), jnp.float32))
       return functools.reduce(lambda found, i: add(i, found), range(len(tiles)), 0.0)
 
-    if reverse:  # before the products with the state, beside which there are no registers for it
+    # P comes before the products with the state, beside which there are no registers for it.
+    if reverse:
       p = scale * _weights(between(decay, C, transposed=False) * scores(q_ref, k_ref), q_norm, k_norm)
       p = _parts(p, dtype)
+    elif outputs:
+      p = scale * _weights(between(decay, C, transposed=True) * scores(k_ref, q_ref), k_norm, q_norm)
+      p = p.astype(dtype)
     k_held, q_held = 0.0, 0.0
     for tile, s in zip(tiles, state):
       dot.barrier(dtype)
@@ -287,12 +292,12 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
         saved_refs[0][rows, :] = new.astype(saved_refs[0].dtype).T
       new = _columns(new, beta)
       if outputs:
-        p = scale * _weights(between(decay, C, transposed=True) * scores(k_ref, q_ref), k_norm, q_norm)
         for tile, s in zip(tiles, () if early else state):
           dot.barrier(dtype)
           q_held += dot(s.astype(dtype), load(q_ref, tile).T)
-        o = _columns(q_held, decay.upto, scale, q_norm) + dot(new.astype(dtype), p.astype(dtype))
-        o_ref[rows, :] = o.astype(o_ref.dtype).T
+        o = _columns(q_held, decay.upto, scale, q_norm) + dot(new.astype(dtype), p)
+        if gated:
+          o_ref[rows, :] = o.astype(o_ref.dtype).T
       decay = decays()  # read again: kept since the beginning of the step, it spills
       keys = [(k_ref, _columns(new, decay.after, k_norm))]
     # The state is what every later token reads: what is added to it takes 16 bits too.
@@ -303,6 +308,8 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
       if save:
         pl.when(save_now)(functools.partial(_store, saved_refs[-1], (jax.lax.div(n, every), slice(None), tile), s))
       left.append(sum((dot(x, load(ref, tile)) for ref, x in keys), start=_columns(s, decay.total)))
+    if outputs and not gated:  # the next state need not wait for the output's way through shared memory
+      o_ref[rows, :] = o.astype(o_ref.dtype).T
     return tuple(left)
 
   state = jax.lax.fori_loop(0, T // C, step, initial)
@@ -340,62 +347,64 @@ def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, f_ref, *refs, vectors, gated,
   square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, block), jnp.float32)
 
   def add_tile(i, carry):
-    dp, x, dq, dk_entry = carry
+    dp, x, dq, dk_entry, dk_exit, through = carry
     tile = pl.ds(i * width, width)
     e, do, f = e_ref[:, tile], do_ref[:, tile].astype(dtype), f_ref[:, tile]
-    state = states_ref[tile, :]
+    state, dstate = states_ref[tile, :], dstates_ref[tile, :]
 
     @pl.when(first)
     def _():
       dv_ref[:, tile] = weigh(f32(f), -beta).astype(dv_ref.dtype)
 
-    return dp + dot(do, e.T), x + dot(f, e.T), dq + dot(do, state), dk_entry + dot(f, state)
-
-  def add_exit(i, carry):
-    dk_exit, through = carry
-    tile = pl.ds(i * width, width)
-    dstate = dstates_ref[tile, :]
     if gated:
-      through += jnp.sum(f32(states_ref[tile, :]) * f32(dstate))
-    return dk_exit + dot(e_ref[:, tile], dstate), through
+      through += jnp.sum(f32(state) * f32(dstate))
+    return (dp + dot(do, e.T), x + dot(f, e.T), dq + dot(do, state), dk_entry + dot(f, state),
+            dk_exit + dot(e, dstate), through)
 
-  tiles = e_ref.shape[1] // width
-  dp, x, dq_state, dk_entry = jax.lax.fori_loop(0, tiles, add_tile, (square, square, wide, wide))
-  # Before the loop these loads would wait beside its own, but the registers are worth more: a third stage of the loop.
+  dp, x, dq, dk_entry, dk_exit, through = jax.lax.fori_loop(
+      0, e_ref.shape[1] // width, add_tile, (square, square, wide, wide, wide, jnp.float32(0)))
+  # Before the loop these loads would wait beside its own, but the registers are worth more.
   q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
   dbeta_ref[...] = -jnp.sum(jnp.where(row == column, x, 0.0), axis=1)
   d = between(decay, C, transposed=False)
   weight = beta if k_norm is None else beta * k_norm
   dp = scale * _weights(d * dp, q_norm, weight)
   x = jnp.where(row > column, _weights(d * x, weight, weight), 0.0).astype(dtype)
-  dq_state, dk_entry = weigh(dq_state, decay.upto, scale, q_norm), weigh(dk_entry, decay.upto, weight)
+  dq, dk_entry = weigh(dq, decay.upto, scale, q_norm), weigh(dk_entry, decay.upto, weight)
+  dk_exit = weigh(dk_exit, decay.after, weight)
   if not gated:
-    dp = dp.astype(dtype)
-    dq = dot(dp, k) + dq_state
-    dk = dot(dp.T, q) + dot(x, k) + dot(x.T, k)
-    dk_exit, _ = jax.lax.fori_loop(0, tiles, add_exit, (wide, 0.0))
-    dk += dk_entry + weigh(dk_exit, weight)
+    dp, x = _computed_once(dp.astype(dtype), x)
+    dq += dot(dp, k)
+    dk = dk_entry + dk_exit + dot(dp.T, q) + dot(x, k) + dot(x.T, k)
     dq_ref[...] = through_norm(f32(q), q_norm, dq).astype(dq_ref.dtype)
     dk_ref[...] = through_norm(f32(k), k_norm, dk).astype(dk_ref.dtype)
     return
   # The pairs (i, i) come last: no gate lies between them, so the gates' gradient must not see them even as rounding.
   # Pairs on one side of a gate cancel to float32 rounding, because both their terms are products of the same operands.
   diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
-  dp = jnp.where(row > column, dp, 0.0).astype(dtype)
-  dq = dot(dp, k) + dq_state
-  inside = jnp.sum(f32(q) * dq, axis=1)
-  dq_ref[...] = through_norm(f32(q), q_norm, dq + diagonal * f32(k)).astype(dq_ref.dtype)
+  dp, x = _computed_once(jnp.where(row > column, dp, 0.0).astype(dtype), x)
+  # In this order nothing spills.
   dk_rows = dot(x, k) + dk_entry
-  inside += jnp.sum(f32(k) * dk_rows, axis=1)
+  inside = jnp.sum(f32(k) * dk_rows, axis=1)
+  dq += dot(dp, k)
+  inside += jnp.sum(f32(q) * dq, axis=1)
+  dq_ref[...] = through_norm(f32(q), q_norm, dq + diagonal * f32(k)).astype(dq_ref.dtype)
   dk_columns = dot(dp.T, q) + dot(x.T, k)
   inside -= jnp.sum(f32(k) * dk_columns, axis=1)
-  dk = dk_rows + dk_columns + diagonal * f32(q)
-  dk_exit, through = jax.lax.fori_loop(0, tiles, add_exit, (wide, jnp.float32(0)))
-  dk_exit = weigh(dk_exit, decay.after, weight)
   leaving = jnp.sum(f32(k) * dk_exit, axis=1)
-  dk_ref[...] = through_norm(f32(k), k_norm, dk + dk_exit).astype(dk_ref.dtype)
-  passing = jnp.where(column >= row, inside[None, :], leaving[None, :])
-  dg_ref[0][...] = decay.total * through + jnp.sum(passing, axis=1)
+  dk = dk_rows + dk_columns + dk_exit + diagonal * f32(q)
+  dk_ref[...] = through_norm(f32(k), k_norm, dk).astype(dk_ref.dtype)
+  passing = jnp.where(row >= column, inside[:, None], leaving[:, None])
+  dg_ref[0][...] = decay.total * through + jnp.sum(passing, axis=0)
+
+
+def _computed_once(*arrays):
+  """The arrays as they are, of which the transposes are read too.
+
+  XLA moves a transpose in front of the elementwise operations that made its operand, and so computes those twice. It
+  moves none into a branch: this one, which is always taken.
+  """
+  return jax.lax.cond(pl.program_id(0) >= 0, lambda: arrays, lambda: tuple(map(jnp.zeros_like, arrays)))
 
 
 def _through_norm(x, norm, dx):
