@@ -22,6 +22,10 @@ _PTXAS = re.compile(r"Compiling entry function '(?P<name>\w+)'.*?(?P<stores>\d+)
 _LAUNCH = re.compile(r"kCustomKernel .*? (?P<name>\w+) grid: \[.*?\] threads: \[(?P<threads>\d+), 1, 1\].*? "
                      r"shared_memory: (?P<shared>\d+) bytes")
 
+MEASURED_SPILL = 16
+"""Bytes a thread that a measured configuration may spill: four registers, seen in machine code to hold what a loop only
+reads. Their cost is in the measurement; a heuristic's answer, which nobody times, may spill nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:

@@ -29,7 +29,7 @@ _SHAPES = flags.DEFINE_list("shapes", ["64x64x16", "128x128x16", "128x256x4", "2
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k and v; float16 runs as bfloat16.")
 _TOKENS = flags.DEFINE_integer("tokens", 32768, "Tokens of a timed call, in sequences of 2048.", lower_bound=1)
 _LIMIT = flags.DEFINE_float("limit_seconds", 0.0, "Ends after the candidate during which they are over; 0: never.")
-_MAY_SPILL = flags.DEFINE_bool("may_spill", False, "Times kernels that spill registers too, which must not ship.")
+_MAY_SPILL = flags.DEFINE_bool("may_spill", False, "Times what spills more than four registers; it must not ship.")
 _OUT = flags.DEFINE_string("out", "", "The device's file; kernels/tuned/<device>.json if empty.")
 
 

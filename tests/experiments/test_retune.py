@@ -109,14 +109,17 @@ def test_spilling_kernels_are_rejected(monkeypatch):
       return True
 
     def kernels(self, prefix):
-      return {f"{prefix}_scan": Kernel(255, 8, 0, 128)}
+      return {f"{prefix}_scan": Kernel(255, spilled, 0, 128)}
 
   monkeypatch.setattr(tuning.assembler, "watch", lambda: contextlib.nullcontext(Watch()))
   monkeypatch.setattr(tuning.jax, "default_backend", lambda: "gpu")
-  with pytest.raises(tuning.Rejected, match=r"spills bytes of registers: {'gla_scan': 8}"):
+  spilled = 20
+  with pytest.raises(tuning.Rejected, match=r"spills bytes of registers: {'gla_scan': 20}"):
     tuning.compile_for(PROBLEM, lambda x: x + 1, 1.0)
   allowed = dataclasses.replace(PROBLEM, may_spill=True)
   assert tuning.compile_for(allowed, lambda x: x + 1, 1.0)(1.0) == 2
+  spilled = 16
+  assert tuning.compile_for(PROBLEM, lambda x: x + 1, 1.0)(1.0) == 2
 
 
 @pytest.mark.parametrize("op", tuning.GATES)
