@@ -23,8 +23,8 @@ _LAUNCH = re.compile(r"kCustomKernel .*? (?P<name>\w+) grid: \[.*?\] threads: \[
                      r"shared_memory: (?P<shared>\d+) bytes")
 
 MEASURED_SPILL = 16
-"""Bytes a thread that a measured configuration may spill: four registers, seen in machine code to hold what a loop only
-reads. Their cost is in the measurement; a heuristic's answer, which nobody times, may spill nothing."""
+"""Bytes a thread that a measured configuration may spill: four registers, such as hold what a loop only reads. Their
+cost is in the measurement; a heuristic's answer, which nobody times, may spill nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,9 @@
   python experiments/compile_kernels.py --gpus=sm_90a --ops=gla --match='256x512 bfloat16'
 
 A program is the forward and backward pass under the heuristic's answer, at every point of a grid of widths, dtypes and
-gates, or under an entry of `kernels/tuned`. Exit status 1 when a kernel spills registers (for an
-entry: more than four), wants more shared memory than a block may have, or does not compile. The record keeps registers,
-spills and shared memory of every kernel: a run with --gpus or --ops replaces its part of it, one with --match only
-prints.
+gates, or under an entry of `kernels/tuned`. Exit status 1 when a kernel spills registers (for an entry more than
+four), wants more shared memory than a block may have, or does not compile. The record keeps registers, spills and
+shared memory of every kernel: a run with --gpus or --ops replaces its part of it, one with --match only prints.
 """
 
 import concurrent.futures
