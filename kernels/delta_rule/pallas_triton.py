@@ -29,13 +29,14 @@ to the next has what was just computed on its left, where it stays in registers,
 
 Where few heads leave the GPU idle, the sequence is cut into pieces. A piece maps its entry state to Phi S + Psi; the
 kernel `delta_rule_piece` finds both as the exit state from the columns [0, I] without outputs, and the pieces' entry
-states follow exactly.
+states follow exactly. Backward a piece's map is Phi^T, so that only the columns of the update are scanned.
 
-Residuals: q, k, e, beta, the gates, D * Y (4 C bytes a token-head) and the states (2 K V / span): 128 + 512 bytes at
-K = V = 128. bfloat16 inputs use bfloat16 operands and states; float32 inputs keep float32. Where keys are alike, what
-Y and its transpose multiply all but cancels, so the products with Y, and P^T dO, take 16 bits of their operands; so
-does what is added to a state, because a beta near 2 lets no error fade. float16 inputs run as float32: operands of
-bfloat16 would change which keys are alike. A gate's gradient is the flow through it, as in `kernels.linear_attention`.
+Residuals: q, k, e, beta, the gates, D * Y (4 C bytes a token-head) and the states (2 K V / span): 128 + 512 bytes at K
+= V = 128; of each piece Phi. bfloat16 inputs use bfloat16 operands and states; float32 inputs keep float32. Where keys
+are alike, what Y and its transpose multiply all but cancels, so the products with Y, and P^T dO, take 16 bits of their
+operands; so does what is added to a state, because a beta near 2 lets no error fade. float16 inputs run as float32:
+operands of bfloat16 would change which keys are alike. A gate's gradient is the flow through it, as in
+`kernels.linear_attention`.
 """
 
 import dataclasses
@@ -134,20 +135,20 @@ def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=F
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
   arrays = _arrays(q, k, beta, log_decay, normalize_qk, config)
-  output, final_state = _scan(arrays, v, initial_state, scale, config, save=False)
+  output, final_state, _ = _scan(arrays, v, initial_state, scale, config, save=False)
   return output, final_state
 
 
 def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
   arrays = _arrays(q, k, beta, log_decay, normalize_qk, config)
-  output, errors, states, final_state = _scan(arrays, v, initial_state, scale, config)
-  return (output, final_state), (arrays, errors, states)
+  output, errors, states, final_state, kept = _scan(arrays, v, initial_state, scale, config)
+  return (output, final_state), (arrays, errors, states, kept)
 
 
 def _backward(scale, normalize_qk, config, residuals, cotangents):
-  arrays, errors, states = residuals
+  arrays, errors, states, kept = residuals
   do, dfinal_state = cotangents
-  f, dstates, dinitial_state = _scan(arrays, do, dfinal_state, scale, config, reverse=True)
+  f, dstates, dinitial_state, _ = _scan(arrays, do, dfinal_state, scale, config, reverse=True, kept=kept)
   dq, dk, dv, dbeta, dlog_decay = _gradients(arrays, errors, do, f, states, dstates, scale, config)
   return dq, dk, dv, dbeta, dlog_decay, dinitial_state
 
@@ -226,16 +227,18 @@ def _add_product(total, a, b, dot, dtype):
 
 def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save, reverse, scale, chunk, span, depth,
                  dot):
-  """Output and exit state; or, with `values`, only the exit states of pieces, whose last K columns stand for a map."""
+  """Output and exit state; or, with `values`, only exit states of pieces, whose columns after them stand for a map."""
   sums_ref, row_refs, refs = _take_rows(refs, vectors, gated)
   C, dtype, (T, K), block, every = chunk, operand(k_ref.dtype), k_ref.shape, v_ref.shape[1], span // chunk
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
+  # A map's columns are scanned forward alone: the first column of this program in the identity.
+  first = None if values is None or reverse else pl.program_id(0) * block - values
   if values is None:
     initial_ref, o_ref = refs.pop(0), refs.pop(0)
     initial = tuple(initial_ref[tile, :].T for tile in tiles)
   else:
-    first = pl.program_id(0) * block - values  # the first column of this program in the identity
-    initial = tuple(_identity(first, i * depth, (block, depth)) for i in range(K // depth))
+    initial = tuple(jnp.zeros((block, depth), jnp.float32) if reverse else _identity(first, i * depth, (block, depth))
+                    for i in range(K // depth))
   *saved_refs, final_ref = refs
   outputs = values is None and not reverse
   # The queries' part waits until e needs no registers: always in float32, and beside gates if it is one product.
@@ -249,7 +252,7 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
     beta, q_norm, k_norm = _rows(row_refs, rows)
     y = [_load_lower(y_ref.at[n, jnp.int32(i)]) for i in range(y_ref.shape[1])]
     v, y = v_ref[rows, :].T, y if reverse else [part.T for part in y]
-    if values is not None:
+    if first is not None:
       v = jnp.where(first < 0, v, jnp.zeros_like(v))
     save_now = save and ((every == 1) | (jax.lax.rem(n, every) == (every - 1 if reverse else 0)))
     load = lambda ref, tile: ref[rows, tile].astype(dtype)
@@ -415,15 +418,17 @@ def _through_norm(x, norm, dx):
 # Launches. A scan has one program a (V tile, head, row of the batch), gradients one a (K tile, chunk, head, row).
 
 
-def _scan(arrays, z, initial_state, scale, config, *, save=True, reverse=False):
-  """Output (-f), if `save` the errors (not in reverse) and the states at the spans' ends, and the final state."""
+def _scan(arrays, z, initial_state, scale, config, *, save=True, reverse=False, kept=None):
+  """Output (-f), if `save` the errors (not in reverse) and the states at the spans' ends, the final state, and `kept`,
+  the map Phi of each piece if there are several: found forward, given in reverse."""
   run = functools.partial(_launch_scan, arrays, z, scale=scale, config=config, reverse=reverse)
   B, V = initial_state.shape[0], z.shape[3]
   if z.shape[0] > B:
     (final,) = run(None, save=False)
-    initial_state = _entry_states(initial_state, final[..., V:], final[..., :V], reverse)
+    update, kept = final[..., :V], jnp.swapaxes(kept, -1, -2) if reverse else final[..., V:]
+    initial_state = _entry_states(initial_state, kept, update, reverse)
   *found, final = run(initial_state, save=save)
-  return *found, split.exit_state(final, B, reverse)
+  return *found, split.exit_state(final, B, reverse), kept
 
 
 def _entry_states(initial_state, kept, update, reverse):
@@ -441,7 +446,7 @@ def _launch_scan(arrays, z, initial_state, *, scale, config, reverse, save):
   tile = config.reverse_scan if reverse else config.scan
   block, C, N, dtype = min(tile.block, V), config.chunk, T // config.span, operand(arrays.k.dtype)
   piece = initial_state is None
-  columns, last = V + K * piece, V // block - 1
+  columns, last = V + K * (piece and not reverse), V // block - 1
   keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
   values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, jnp.minimum(t, last) if piece else t))
   whole = pl.BlockSpec((None, None, *arrays.y.shape[2:]), lambda t, h, b: (b, h, 0, 0, 0, 0))
