@@ -255,39 +255,39 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
     if first is not None:
       v = jnp.where(first < 0, v, jnp.zeros_like(v))
     save_now = save and ((every == 1) | (jax.lax.rem(n, every) == (every - 1 if reverse else 0)))
-    load = lambda ref, tile: ref[rows, tile].astype(dtype)
+    load = lambda name, j: (q_ref if name == "q" else k_ref)[rows, pl.ds(j * depth, depth)].astype(dtype)
+    # Read once a step. Wider keys, and beside gates those of narrower products, spill when they are held.
+    if dtype != jnp.float32 and K <= 128 and (not gated or depth == 128):
+      load = functools.cache(load)
 
-    def scores(a_ref, b_ref):
-      def add(i, found):
-        tile = pl.ds(i * depth, depth)
-        return found + dot(load(a_ref, tile), load(b_ref, tile).T)
-
+    def scores(a, b):
+      product = lambda j: dot(load(a, j), load(b, j).T)
       if dtype == jnp.float32:  # unrolled, its addresses take the registers that the operands' pieces need
-        return jax.lax.fori_loop(0, len(tiles), add, jnp.zeros((C, C), jnp.float32))
-      return functools.reduce(lambda found, i: add(i, found), range(len(tiles)), 0.0)
+        return jax.lax.fori_loop(0, len(tiles), lambda j, found: found + product(j), jnp.zeros((C, C), jnp.float32))
+      return sum(map(product, range(len(tiles))))
 
     # P comes before the products with the state, beside which there are no registers for it.
     if reverse:
-      p = scale * _weights(between(decay, C, transposed=False) * scores(q_ref, k_ref), q_norm, k_norm)
+      p = scale * _weights(between(decay, C, transposed=False) * scores("q", "k"), q_norm, k_norm)
       p = _parts(p, dtype)
     elif outputs:
-      p = scale * _weights(between(decay, C, transposed=True) * scores(k_ref, q_ref), k_norm, q_norm)
+      p = scale * _weights(between(decay, C, transposed=True) * scores("k", "q"), k_norm, q_norm)
       p = p.astype(dtype)
     k_held, q_held = 0.0, 0.0
-    for tile, s in zip(tiles, state):
+    for j, s in enumerate(state):
       dot.barrier(dtype)
       s = s.astype(dtype)
-      k_held += dot(s, load(k_ref, tile).T)
+      k_held += dot(s, load("k", j).T)
       if early:
-        q_held += dot(s, load(q_ref, tile).T)
+        q_held += dot(s, load("q", j).T)
     if reverse:
       new = _columns(k_held, decay.after, k_norm)
       new = sum((dot(v.astype(dtype), part) for part in p), start=new)
       new = _add_product(-new, _columns(new, beta), y, dot, dtype)
       if values is None:
         o_ref[rows, :] = new.astype(o_ref.dtype).T
-      keys = [(q_ref, _columns(v.astype(jnp.float32), decay.upto, scale, q_norm)),
-              (k_ref, _columns(new, beta, decay.upto, k_norm))]
+      keys = [("q", _columns(v.astype(jnp.float32), decay.upto, scale, q_norm)),
+              ("k", _columns(new, beta, decay.upto, k_norm))]
     else:
       new = v.astype(jnp.float32) - _columns(k_held, decay.upto, k_norm)
       new = _add_product(new, _columns(-new, beta), y, dot, dtype)
@@ -295,22 +295,22 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
         saved_refs[0][rows, :] = new.astype(saved_refs[0].dtype).T
       new = _columns(new, beta)
       if outputs:
-        for tile, s in zip(tiles, () if early else state):
+        for j, s in enumerate(() if early else state):
           dot.barrier(dtype)
-          q_held += dot(s.astype(dtype), load(q_ref, tile).T)
+          q_held += dot(s.astype(dtype), load("q", j).T)
         o = _columns(q_held, decay.upto, scale, q_norm) + dot(new.astype(dtype), p)
         if gated:
           o_ref[rows, :] = o.astype(o_ref.dtype).T
       decay = decays()  # read again: kept since the beginning of the step, it spills
-      keys = [(k_ref, _columns(new, decay.after, k_norm))]
+      keys = [("k", _columns(new, decay.after, k_norm))]
     # The state is what every later token reads: what is added to it takes 16 bits too.
-    keys = [(ref, part) for ref, x in keys for part in _parts(x, dtype)]
+    keys = [(name, part) for name, x in keys for part in _parts(x, dtype)]
     left = []
-    for tile, s in zip(tiles, state):
+    for j, s in enumerate(state):
       dot.barrier(dtype)
       if save:
-        pl.when(save_now)(functools.partial(_store, saved_refs[-1], (jax.lax.div(n, every), slice(None), tile), s))
-      left.append(sum((dot(x, load(ref, tile)) for ref, x in keys), start=_columns(s, decay.total)))
+        pl.when(save_now)(functools.partial(_store, saved_refs[-1], (jax.lax.div(n, every), slice(None), tiles[j]), s))
+      left.append(sum((dot(x, load(name, j)) for name, x in keys), start=_columns(s, decay.total)))
     if outputs and not gated:  # the next state need not wait for the output's way through shared memory
       o_ref[rows, :] = o.astype(o_ref.dtype).T
     return tuple(left)
