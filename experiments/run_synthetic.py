@@ -5,14 +5,16 @@
   python experiments/run_synthetic.py --sweep=mqar --until_solved --limit_seconds=540 \
       --out=experiments/results/synthetic.jsonl
 
-Each run appends one JSON line to --out when it has ended. A sweep skips the runs that have a line there; with it,
---task and --mixer select, --set and --mixer_set do not apply, and every other option of a run replaces the sweep's
-value. When --limit_seconds are over, or at SIGTERM, the run under way is saved in a folder beside --out, and the same
-command goes on with it. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
+Each run appends one JSON line to --out when it has ended. The learning rates of a sweep are trained side by side. A
+sweep skips the runs that have a line there; with it, --task, --mixer and --set select, --mixer_set does not apply, and
+every other option of a run replaces the sweep's value. When --limit_seconds are over, or at SIGTERM, the runs under way
+are saved in a folder beside --out, and the same command goes on with them. Exit codes: 0 done, or the time is over; 1 a
+run failed; 2 a user's error.
 """
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 import sys
 
@@ -31,13 +33,14 @@ from synthetic.training import train
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 _OPTIONS = {field.name: _DEFINE[field.type](field.name, field.default, field.metadata["help"])
             for field in dataclasses.fields(Run) if "help" in field.metadata}
-_SET = flags.DEFINE_string("set", "", "Fields of the task: name=value,...")
+_SET = flags.DEFINE_string("set", "", "Fields of the task: name=value,...; with --sweep, those of the runs to make.")
 _MIXER_SET = flags.DEFINE_string("mixer_set", "", "Fields of the mixer: name=value,...")
 _SWEEP = flags.DEFINE_string("sweep", "", f"One of {', '.join(SWEEPS)}, in place of one run.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
 _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Stop after this time, with the run under way saved; 0 for no limit.",
                             lower_bound=0)
-_UNTIL_SOLVED = flags.DEFINE_bool("until_solved", False, "Leave out the learning rates that follow one that solved it.")
+_UNTIL_SOLVED = flags.DEFINE_bool("until_solved", False,
+                                  "End a setting once one learning rate has solved it, and leave out the others.")
 
 
 def main(_):
@@ -60,31 +63,39 @@ def _execute(runs, path):
   found = records.load(path, "setting", "solved") if path else []
   done = {records.key(record["setting"]) for record in found} if _SWEEP.value else set()
   solved = {records.key(without_rate(record["setting"])) for record in found if record["solved"]}
-  common, failed, counts = records.provenance(), [], {"run": 0, "skipped": 0, "left": 0}
+  groups, common, failed = {}, records.provenance(), []
+  for run in runs:
+    groups.setdefault(records.key(without_rate(run.setting())), []).append(run)
+  counts = {"run": 0, "skipped": 0, "left": 0}
   with deadline(_LIMIT.value) as over:
-    for number, run in enumerate(runs, 1):
-      setting = run.setting()
-      if records.key(setting) in done or (_UNTIL_SOLVED.value and records.key(without_rate(setting)) in solved):
-        counts["skipped"] += 1
+    for number, (key, group) in enumerate(groups.items(), 1):
+      needed = [run for run in group if records.key(run.setting()) not in done]
+      if not needed or (_UNTIL_SOLVED.value and key in solved):
+        counts["skipped"] += len(group)
         continue
+      counts["skipped"] += len(group) - len(needed)
       if over():
-        counts["left"] += 1
+        counts["left"] += len(needed)
         continue
-      print(f"[{number}/{len(runs)}] {_title(run)}", flush=True)
-      unfinished = path and _unfinished(path, setting)
+      print(f"[{number}/{len(groups)}] {_title(needed)}", flush=True)
+      unfinished = path and _unfinished(path, needed)
       try:
-        result = train(run, lambda line: print(" ", line, flush=True), over, unfinished)
-      except Exception as e:  # one run that cannot be made must not cost the others of a sweep their record
+        results = train(needed, lambda line: print(" ", line, flush=True), over, unfinished,
+                        until_solved=_UNTIL_SOLVED.value)
+      except Exception as e:  # runs that cannot be made must not cost the others of a sweep their record
         if not _SWEEP.value:
           raise
-        failed.append(f"{_title(run)}: {type(e).__name__}: {e}".splitlines()[0])
+        failed.append(f"{_title(needed)}: {type(e).__name__}: {e}".splitlines()[0])
         continue
-      counts["run" if result else "left"] += 1
-      if result and path:
-        records.append(path, {"run": records.now(), **common, "setting": setting, **result})
+      if results is None:
+        counts["left"] += len(needed)
+        continue
+      for run, result in zip(needed, results, strict=True):
+        counts["run" if result else "skipped"] += 1
+        if result and path:
+          records.append(path, {"run": records.now(), **common, "setting": run.setting(), **result})
+      if path:
         unfinished.unlink(missing_ok=True)
-      if result and result["solved"]:
-        solved.add(records.key(without_rate(setting)))
   return counts, failed
 
 
@@ -102,27 +113,34 @@ def _sweep(path):
     raise ValueError(f"--sweep={_SWEEP.value}: must be one of {', '.join(SWEEPS)}")
   if path is None:
     raise ValueError("--sweep needs --out, the file that says which runs are done")
-  for flag in (_SET, _MIXER_SET):
-    if flag.value:
-      raise ValueError(f"--{flag.name}={flag.value}: not with --sweep, whose runs name their fields")
+  if _MIXER_SET.value:
+    raise ValueError(f"--mixer_set={_MIXER_SET.value}: not with --sweep, whose runs name their fields")
   given = {name: flag.value for name, flag in _OPTIONS.items() if flag.present}
   task, mixer = given.pop("task", None), given.pop("mixer", None)
   runs = [dataclasses.replace(run, **given) for run in SWEEPS[_SWEEP.value]()
-          if task in (None, run.task) and mixer in (None, run.mixer)]
+          if task in (None, run.task) and mixer in (None, run.mixer) and _selects(run)]
   if not runs:
-    raise ValueError(f"--sweep={_SWEEP.value}: has no run of task {task or 'any'} and mixer {mixer or 'any'}")
+    raise ValueError(f"--sweep={_SWEEP.value}: has no run of task {task or 'any'} and mixer {mixer or 'any'}"
+                     + (f" with {_SET.value}" if _SET.value else ""))
   return list({records.key(run.setting()): run for run in runs}.values())
 
 
-def _unfinished(path, setting):
-  """The file that keeps a run of this setting until it has ended."""
-  digest = hashlib.sha256(records.key(setting).encode()).hexdigest()
+def _selects(run):
+  """Whether the run's task has the fields of --set."""
+  built = run.build_task()
+  return all(getattr(built, name) == value for name, value in parse_fields(type(built), _SET.value).items())
+
+
+def _unfinished(path, runs):
+  """The file that keeps these runs until they have ended."""
+  digest = hashlib.sha256(json.dumps([run.setting() for run in runs], sort_keys=True).encode()).hexdigest()
   return path.with_suffix(".unfinished") / f"{digest[:16]}.npz"
 
 
-def _title(run):
+def _title(runs):
+  run, rates = runs[0], " ".join(f"{run.learning_rate:g}" for run in runs)
   fields = "".join(f" {name}={value}" for name, value in run.task_fields.items())
-  return f"{run.task}{fields}, {run.mixer}, width {run.width}, learning rate {run.learning_rate:g}, seed {run.seed}"
+  return f"{run.task}{fields}, {run.mixer}, width {run.width}, learning rate {rates}, seed {run.seed}"
 
 
 if __name__ == "__main__":

@@ -89,9 +89,9 @@ def _command(sweep):
 
 
 def claims() -> list[Claim]:
-  mqar_setting = "two blocks without MLP, best of 4 learning rates, 16 epochs of 100,000"
-  mad_setting = "baseline and hardest change of a task, width 128, best of 3 learning rates, 50 epochs"
-  regbench_setting = "width 128, 4 blocks, best of 3 learning rates, 50 epochs; legal next symbols"
+  mqar_setting = "two blocks without MLP, best of 3 learning rates, 16 epochs of 100,000, bfloat16"
+  mad_setting = "baseline and hardest change of a task, width 128, best of 3 learning rates, 50 epochs, bfloat16"
+  regbench_setting = "width 128, 4 blocks, best of 3 learning rates, 50 epochs, bfloat16; legal next symbols"
   return [
       Claim(_GLA, "figure 4", "Softmax attention solves MQAR at every setting.", "100", mqar_setting, _command("mqar"),
             _mqar_solved("attention", MQAR_SETTINGS)),

@@ -1,9 +1,10 @@
-"""Trains a `Run` and scores it on held-out sequences.
+"""Trains a `Run`, or several that differ in the learning rate alone, and scores them on held-out sequences.
 
 The papers' loop, reduced to what a task needs: AdamW with a cosine, no clipping, a set of examples in a new order every
 epoch (or new examples at every step), a test every so many steps, an end when the task is solved. Only the positions
-that count reach the head. All steps between two tests are one call of a compiled loop over examples that lie on the
-device, and runs that differ in seed, learning rate or weight decay share the compiled program.
+that count reach the head. Models this small leave a GPU waiting for its next kernel, so the learning rates of a sweep
+are trained side by side, as one program over a leading axis of models that all read the same batches. All steps
+between two tests are one call of it, over examples that lie on the device.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from lin_jax.metrics import Throughput, progress
 from lin_jax.model import LanguageModel
 
 from .batch import Batch
-from .runs import Run
+from .runs import Run, without_rate
 
 
 class Answerer(nnx.Module):
@@ -56,53 +57,82 @@ class Answerer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """Jitted: `create(seed)`, `advance(state, data, rows, count, rate, decay)`, `answer(params, data)`."""
+  """Jitted, with R models in the leading axis of every state and R peaks and ends of their learning rates:
+  `create(seed, peaks, ends)` a state, `advance(state, data, rows, peaks, ends)` it and the mean losses [R] over a step
+  for each of `rows` [steps, batch_size], `answer(state, data, rows)` what the models say, [R, *rows.shape, M].
+  """
 
   create: Callable
   advance: Callable
   answer: Callable
 
 
-def train(run: Run, report: Callable[[str], None] = lambda line: None, over: Callable[[], bool] = lambda: False,
-          unfinished: pathlib.Path | None = None) -> dict | None:
-  """Trains; returns `accuracy` and `class_accuracy` of the last test, `solved`, `curve` [step, loss, accuracy], ...
+@dataclasses.dataclass
+class Course:
+  """What a run has come to: its curve of [step, loss, accuracy], and once it has ended its result."""
+
+  curve: list[list] = dataclasses.field(default_factory=list)
+  result: dict | None = None
+
+
+def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None,
+          over: Callable[[], bool] = lambda: False, unfinished: pathlib.Path | None = None, *,
+          until_solved: bool = False) -> list[dict | None] | None:
+  """Trains runs that differ in the learning rate alone; what they score does not depend on which are together.
+
+  Returns for each `accuracy` and `class_accuracy` of its last test, `solved`, `curve` [step, loss, accuracy], ... With
+  `until_solved` all end at the test at which the first of them has solved the task; the others are then None.
 
   Once `over()` after a test, it returns None, with what it has reached in the file `unfinished`, from which the next
-  call goes on to the same end.
+  call goes on to the same end. Raises ValueError for runs that differ in more.
   """
-  start = time.monotonic()
-  run.train_config()
+  start, run = time.monotonic(), runs[0]
+  if any(without_rate(other.setting()) != without_rate(run.setting()) for other in runs):
+    raise ValueError("runs that are trained side by side may differ in the learning rate and its end alone")
+  peaks, ends = (np.array([getattr(other.train_config().optim, field) for other in runs], np.float32)
+                 for field in ("learning_rate", "final_learning_rate"))
   programs, throughput = _programs(_shared(run)), Throughput()
   test = run.build_task().draw(np.random.default_rng([run.seed, 1]), run.test_examples)
   held_out = _compact(test)
-  state, curve = programs.create(run.seed), []
+  state, courses, step = programs.create(run.seed, peaks, ends), [Course() for _ in runs], 0
   if unfinished and unfinished.exists():
-    state, curve, seconds = _restore(unfinished, state)
+    state, courses, step, seconds = _restore(unfinished, state)
     start -= seconds
-  step = curve[-1][0] if curve else 0
+  tokens = run.batch_size * test.tokens.shape[1]
   for data, rows in _batches(run, step // run.evaluate_every):
-    state, loss = programs.advance(state, data, rows, min(len(rows), run.steps - step),
-                                   np.float32(run.learning_rate), np.float32(run.weight_decay))
-    step, loss = min(step + len(rows), run.steps), float(loss)
-    finite = math.isfinite(loss)
-    said = np.zeros(test.targets.shape, np.int32)
-    np.put_along_axis(said, held_out["positions"], np.asarray(programs.answer(state[0], held_out)), axis=1)
-    accuracy = score(said, test)
-    curve.append([step, round(loss, 5) if finite else None, round(accuracy, 5)])
-    tokens = run.batch_size * test.tokens.shape[1]
+    rows = rows[:run.steps - step]
+    state, losses = programs.advance(state, data, rows, peaks, ends)
+    step += len(rows)
+    answers = _answers(programs, state, held_out, test.targets.shape, run.batch_size)
+    for course, loss, said in zip(courses, map(float, losses), answers, strict=True):
+      if course.result is None:
+        _judge(course, run, step, loss, said, test)
     throughput.count(tokens * len(rows))
-    report(f"{progress(step, run.steps, loss, throughput.read(), None, tokens)}  accuracy {accuracy:.3f}")
-    if step >= run.steps or accuracy >= run.stop_accuracy or not finite:
+    report(f"{progress(step, run.steps, float(min(losses)), throughput.read(), None, tokens)}  "
+           f"accuracy {' '.join(f'{course.curve[-1][2]:.3f}' for course in courses)}")
+    results = [course.result for course in courses]
+    if all(results) or until_solved and any(result and result["solved"] for result in results):
       break
     if over():
       if unfinished:
-        _save(unfinished, state, curve, time.monotonic() - start)
+        _save(unfinished, state, courses, step, time.monotonic() - start)
       return None
-  kept = sorted({round(i * (len(curve) - 1) / 19) for i in range(20)})
-  return {"accuracy": accuracy, "class_accuracy": None if test.allowed is not None else class_accuracy(said, test),
-          "solved": accuracy >= run.stop_accuracy, "diverged": not finite, "steps": step,
-          "parameters": sum(leaf.size for leaf in jax.tree.leaves(state[0])),
-          "seconds": round(time.monotonic() - start, 2), "curve": [curve[i] for i in kept]}
+  together = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state[0])) // len(runs),
+              "side_by_side": len(runs), "seconds": round(time.monotonic() - start, 2)}
+  return [result and result | together for result in results]
+
+
+def _judge(course, run, step, loss, said, test):
+  """Adds a test to the course, and the result if it is the run's last."""
+  accuracy, finite = score(said, test), math.isfinite(loss)
+  course.curve.append([step, round(loss, 5) if finite else None, round(accuracy, 5)])
+  if step < run.steps and accuracy < run.stop_accuracy and finite:
+    return
+  kept = sorted({round(i * (len(course.curve) - 1) / 19) for i in range(20)})
+  course.result = {
+      "accuracy": accuracy, "class_accuracy": None if test.allowed is not None else class_accuracy(said, test),
+      "solved": accuracy >= run.stop_accuracy, "diverged": not finite, "steps": step,
+      "curve": [course.curve[i] for i in kept]}
 
 
 def score(said: np.ndarray, batch: Batch) -> float:
@@ -133,13 +163,12 @@ def _programs(shared: str) -> Programs:
   decodes_last = getattr(task, "decodes_last", False)
   graph = nnx.graphdef(jax.eval_shape(lambda: Answerer(config.model, decodes_last, rngs=nnx.Rngs(0))))
 
-  def optimizer(rate, decay):
-    return optim.make_optimizer(dataclasses.replace(
-        config.optim, learning_rate=rate, final_learning_rate=run.final_fraction * rate, weight_decay=decay))
+  def optimizer(peak, end):
+    return optim.make_optimizer(dataclasses.replace(config.optim, learning_rate=peak, final_learning_rate=end))
 
-  def create(seed):
+  def create(seed, peaks, ends):
     params = nnx.state(Answerer(config.model, decodes_last, rngs=nnx.Rngs(jax.random.key(seed))))
-    return params, optimizer(1e-3, 0.0).init(params)
+    return jax.vmap(lambda peak, end: (params, optimizer(peak, end).init(params)))(peaks, ends)
 
   def loss(params, batch):
     answerer = nnx.merge(graph, params)
@@ -147,47 +176,64 @@ def _programs(shared: str) -> Programs:
     total, _ = next_token_loss(hidden, answerer.model.unembedding(), batch["targets"], batch["weights"])
     return total / batch["weights"].sum()
 
-  def advance(state, data, rows, count, rate, decay):
-    def step(i, carry):
-      params, moments, total = carry
-      value, grads = jax.value_and_grad(loss)(params, {name: array[rows[i]] for name, array in data.items()})
-      updates, moments = optimizer(rate, decay).update(grads, moments, params)
-      return optax.apply_updates(params, updates), moments, total + value
+  def update(state, peak, end, batch):
+    params, moments = state
+    value, grads = jax.value_and_grad(loss)(params, batch)
+    updates, moments = optimizer(peak, end).update(grads, moments, params)
+    return (optax.apply_updates(params, updates), moments), value
 
-    *state, total = jax.lax.fori_loop(0, count, step, (*state, jnp.float32(0)))
-    return tuple(state), total / count.astype(jnp.float32)
+  def advance(state, data, rows, peaks, ends):
+    step = lambda state, batch_rows: jax.vmap(update, in_axes=(0, 0, 0, None))(
+        state, peaks, ends, {name: array[batch_rows] for name, array in data.items()})
+    state, losses = jax.lax.scan(step, state, rows)
+    return state, losses.mean(axis=0)
 
-  def answer(params, data):
-    def one(batch):
+  def answer(state, data, rows):
+    def say(params, batch):
       answerer = nnx.merge(graph, params)
-      x = answerer(batch["tokens"][None], batch["positions"][None])[0]
-      logits = jnp.einsum("md,dv->mv", x, answerer.model.unembedding().astype(x.dtype),
+      x = answerer(batch["tokens"], batch["positions"])
+      logits = jnp.einsum("bmd,dv->bmv", x, answerer.model.unembedding().astype(x.dtype),
                           preferred_element_type=jnp.float32)
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    return jax.lax.map(one, data, batch_size=run.batch_size)
+    said = jax.lax.map(lambda batch_rows: jax.vmap(say, in_axes=(0, None))(
+        state[0], {name: array[batch_rows] for name, array in data.items()}), rows)
+    return jnp.moveaxis(said, 1, 0)
 
   return Programs(jax.jit(create), jax.jit(advance), jax.jit(answer))
 
 
 def _shared(run):
   """The run as JSON, without what its compiled program does not depend on."""
-  return json.dumps(dataclasses.asdict(run) | dict(seed=0, learning_rate=1e-3, weight_decay=0.0))
+  return json.dumps(dataclasses.asdict(run) | dict(seed=0, learning_rate=1e-3, final_fraction=0.0))
 
 
-def _save(path, state, curve, seconds):
+def _answers(programs, state, held_out, shape, batch_size):
+  """What each model says at the positions that count, and 0 elsewhere, [R, *shape]."""
+  count = shape[0]
+  rows = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32) % count  # the last batch is filled up
+  said = np.asarray(programs.answer(state, held_out, rows.reshape(-1, batch_size)))
+  said = said.reshape(len(said), -1, said.shape[-1])[:, :count]
+  whole = np.zeros((len(said), *shape), np.int32)
+  np.put_along_axis(whole, np.asarray(held_out["positions"])[None], said, axis=2)
+  return whole
+
+
+def _save(path, state, courses, step, seconds):
   path.parent.mkdir(parents=True, exist_ok=True)
   whole = path.with_suffix(".new")
+  reached = json.dumps([list(map(dataclasses.asdict, courses)), step, seconds])
   with whole.open("wb") as file:
-    np.savez(file, *jax.tree.leaves(state), progress=json.dumps([curve, seconds]))
+    np.savez(file, *jax.tree.leaves(state), progress=reached)
   whole.replace(path)
 
 
 def _restore(path, like):
-  """State, curve and seconds that `_save` wrote; `like` has the structure of the state."""
+  """State, courses, step and seconds that `_save` wrote; `like` has the structure of the state."""
   with np.load(path) as file:
     leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(file.files) - 1)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), *json.loads(str(file["progress"]))
+    courses, step, seconds = json.loads(str(file["progress"]))
+  return jax.tree.unflatten(jax.tree.structure(like), leaves), [Course(**course) for course in courses], step, seconds
 
 
 def _batches(run: Run, first: int = 0) -> Iterator[tuple[dict, np.ndarray]]:

@@ -24,18 +24,21 @@ def finish(process):
 
 def test_sweep_resumes(tmp_path):
   path = tmp_path / "results" / "synthetic.jsonl"
-  sweep = ["--sweep=mqar", "--mixer=linear_attention", "--until_solved", "--examples=8", "--stop_accuracy=0", *TINY,
-           f"--out={path}"]
-  assert "0 run, 0 skipped, 8 left" in finish(start(*sweep, "--limit_seconds=1e-6"))
-  assert "2 run, 6 skipped, 0 left" in finish(start(*sweep))  # one learning rate of four solves each
-  first, second = path.read_text().splitlines()
-  assert [json.loads(line)["setting"]["task_fields"]["pairs"] for line in (first, second)] == [16, 64]
-  path.write_text(f"{first}\n{second[:40]}")  # a kill has cut the last line
-  assert "1 run, 7 skipped, 0 left" in finish(start(*sweep))
+  sweep = ["--sweep=mqar", "--mixer=linear_attention", "--examples=8", "--stop_accuracy=0", *TINY, f"--out={path}"]
+  assert "0 run, 0 skipped, 6 left" in finish(start(*sweep, "--limit_seconds=1e-6"))
+  assert "3 run, 0 skipped, 0 left" in finish(start(*sweep, "--set=pairs=16"))  # the learning rates of one setting
+  assert "3 run, 3 skipped, 0 left" in finish(start(*sweep))
+  *kept, cut, last = path.read_text().splitlines(keepends=True)
+  path.write_text("".join(kept) + cut[:40])  # a kill has cut a line, and the next one was not written
+  assert "0 run, 6 skipped, 0 left" in finish(start(*sweep, "--until_solved"))
+  assert "2 run, 4 skipped, 0 left" in finish(start(*sweep))
   again = [json.loads(line) for line in path.read_text().splitlines()]
-  assert again[0] == json.loads(first) and again[1]["setting"] == json.loads(second)["setting"]
-  assert again[1]["curve"] == json.loads(second)["curve"]  # the same run on the same device
-  assert again[1]["device"] == "cpu" and again[1]["versions"]["jax"] and "--sweep=mqar" in again[1]["command"]
+  assert again[:4] == [json.loads(line) for line in kept]
+  assert [record["setting"] for record in again[4:]] == [json.loads(line)["setting"] for line in (cut, last)]
+  assert again[5]["curve"] == json.loads(last)["curve"]  # the same run on the same device
+  assert [record["setting"]["task_fields"]["pairs"] for record in again] == [16] * 3 + [64] * 3
+  assert [record["side_by_side"] for record in again] == [3] * 4 + [2] * 2
+  assert again[5]["device"] == "cpu" and again[5]["versions"]["jax"] and "--sweep=mqar" in again[5]["command"]
 
 
 def test_mistakes(tmp_path):
@@ -43,6 +46,8 @@ def test_mistakes(tmp_path):
   mistakes = [(["--task=foo"], "--task=foo: must be one of "),
               (["--task=mqar", "--mixer=gla", "--mixer_set=heads=3"], "not divisible by heads=3"),
               (["--sweep=mqar"], "--sweep needs --out"),
+              (["--sweep=mqar", "--set=pairs=3", f"--out={tmp_path}/new.jsonl"], "has no run of task any and mixer any "
+                                                                                 "with pairs=3"),
               (["--task=mqar", "--mixer=gla", "--limit_seconds=9"], "--limit_seconds=9 needs --out"),
               (["--sweep=mqar", f"--out={tmp_path}/other.jsonl"], "not a file of this command's records")]
   for first in range(0, len(mistakes), 2):

@@ -28,7 +28,7 @@ def test_delta_net_recalls():
   run = Run("mqar", "delta_net", RECALL, width=32, batch_size=64, steps=500, evaluate_every=50, learning_rate=1e-2,
             stop_accuracy=0.95, test_examples=256)
   lines = []
-  result = train(run, lines.append)
+  [result] = train([run], lines.append)
   assert result["solved"] and result["accuracy"] >= 0.95 and not result["diverged"]
   assert result["steps"] < 500  # the run ends when the task is solved
   assert result["curve"][0][2] < 0.7 and result["curve"][-1] == [result["steps"], pytest.approx(
@@ -36,15 +36,60 @@ def test_delta_net_recalls():
   assert f"step {result['steps']}/500" in lines[-1] and "accuracy 0.9" in lines[-1]
 
 
+@pytest.fixture(scope="module")
+def side_by_side():
+  run = Run("mqar", "delta_net", RECALL, width=16, depth=1, batch_size=16, steps=6, evaluate_every=2, test_examples=32,
+            examples=40)
+  runs = [dataclasses.replace(run, learning_rate=rate, final_fraction=end) for rate, end in ((1e-2, 0.0), (1e-3, 0.1))]
+  return runs, train(runs)
+
+
+def test_runs_side_by_side_are_those_alone(side_by_side):
+  for run, together in zip(*side_by_side, strict=True):
+    [alone] = train([run])
+    assert alone["side_by_side"] == 1 and together["side_by_side"] == 2
+    assert alone["parameters"] == together["parameters"] and alone["steps"] == together["steps"] == 6
+    for (step, loss, _), (same, other, _) in zip(alone["curve"], together["curve"], strict=True):
+      assert step == same and loss == pytest.approx(other, rel=1e-4)
+  first, second = (result["curve"] for result in side_by_side[1])
+  assert first[-1][1] < second[-1][1]  # a higher rate goes faster
+
+
+def test_a_run_that_ends_keeps_its_result(side_by_side):
+  runs, _ = side_by_side
+  wild = dataclasses.replace(runs[0], learning_rate=1e30)
+  diverged, other = train([wild, runs[1]])
+  assert diverged["diverged"] and diverged["steps"] < 6 and diverged["curve"][-1][1] is None
+  assert not other["diverged"] and other["steps"] == 6
+  easy = [dataclasses.replace(run, stop_accuracy=0.0) for run in runs]
+  assert [result["steps"] for result in train(easy)] == [2, 2]
+  assert not any(result is None for result in train(easy, until_solved=True))  # both solved it at the same test
+
+
+def test_until_solved_leaves_out_the_others():
+  run = Run("mqar", "delta_net", RECALL, width=32, batch_size=64, steps=500, evaluate_every=50, stop_accuracy=0.6,
+            test_examples=256)
+  slow, solved = train([dataclasses.replace(run, learning_rate=rate) for rate in (1e-6, 1e-2)], until_solved=True)
+  assert slow is None and solved["solved"] and solved["steps"] < 500
+
+
+def test_only_learning_rates_may_differ(side_by_side):
+  [run, _], _ = side_by_side
+  with pytest.raises(ValueError, match="may differ in the learning rate"):
+    train([run, dataclasses.replace(run, seed=1)])
+
+
 @pytest.mark.parametrize("examples", [0, 40])
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, examples):
   run = Run("mqar", "attention", RECALL, width=16, depth=1, batch_size=16, steps=7, evaluate_every=2, test_examples=32,
             examples=examples)
-  whole, unfinished, stops = train(run), tmp_path / "folder" / "run.npz", 0
-  while (result := train(run, over=lambda: True, unfinished=unfinished)) is None:
+  runs = [run, dataclasses.replace(run, learning_rate=1e-2)]
+  whole, unfinished, stops = train(runs), tmp_path / "folder" / "run.npz", 0
+  while (results := train(runs, over=lambda: True, unfinished=unfinished)) is None:
     stops += 1
   assert stops == 3  # after each test but the last
-  assert result["seconds"] > 0 and result | {"seconds": 0} == whole | {"seconds": 0}
+  for result, expected in zip(results, whole, strict=True):
+    assert result["seconds"] > 0 and result | {"seconds": 0} == expected | {"seconds": 0}
 
 
 def test_every_task_has_a_small_setting():
@@ -55,7 +100,7 @@ def test_every_task_has_a_small_setting():
 def test_every_task_trains(task):
   run = Run(task, "attention", SMALL[task], {"heads": 2}, width=32, depth=1, learning_rate=1e-2, batch_size=64,
             steps=90, evaluate_every=15, test_examples=128)
-  result = train(run)
+  [result] = train([run])
   # The first loss is already an average over 15 steps, the logarithm of the vocabulary that of an untrained model.
   assert result["curve"][-1][1] < 0.95 * math.log(run.build_task().vocab_size) and not result["diverged"]
   if task == "memorization":
@@ -63,7 +108,7 @@ def test_every_task_trains(task):
   assert (result["class_accuracy"] is None) == (task == "regbench")
 
 
-@pytest.mark.parametrize(("name", "rates"), [("mqar", 4), ("mad", 3), ("regbench", 3)])
+@pytest.mark.parametrize(("name", "rates"), [("mqar", 3), ("mad", 3), ("regbench", 3)])
 def test_a_sweep_tries_its_rates_for_one_setting(name, rates):
   settings = [json.dumps(without_rate(run.setting()), sort_keys=True) for run in SWEEPS[name]()]
   assert set(collections.Counter(settings).values()) == {rates}
@@ -128,6 +173,6 @@ def test_settings():
 
 def test_mqar_sweep_is_the_papers_grid():
   runs = SWEEPS["mqar"]()
-  assert len({json.dumps(run.setting()) for run in runs}) == len(runs) == 2 * 3 * len(MIXERS) * 4
+  assert len({json.dumps(run.setting()) for run in runs}) == len(runs) == 2 * 3 * len(MIXERS) * 3
   for run in runs:
     run.train_config()
