@@ -70,7 +70,7 @@ def _tables(results):
                     ["", *(task.replace("_", " ") for task in tasks), "average"], rows)
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.regbench(results, mixer, examples))
                                      for examples in synthetic.EXAMPLES)] for mixer in synthetic.NAMES]
-  parts += _section("RegBench: legal next symbols, in percent, by training sequences",
+  parts += _section("RegBench: legal next symbols at the best test of a run, in percent, by training sequences",
                     ["", *(f"{examples:,}" for examples in synthetic.EXAMPLES)], rows)
   return parts
 

@@ -72,7 +72,7 @@ def _mqar(results):
 
 
 def _regbench(results):
-  return {"legal next symbols": _lines(
+  return {"legal next symbols at the best test": _lines(
       {mixer: {examples: synthetic.regbench(results, mixer, examples) for examples in synthetic.EXAMPLES}
        for mixer in synthetic.NAMES})}
 
