@@ -63,6 +63,11 @@ def _tables(results):
           for mixer in synthetic.NAMES]
   parts += _section("MQAR, tokens/pairs and width: accuracy, in percent",
                     ["", *(f"{length}/{pairs} d{width}" for (length, pairs), width in points)], rows)
+  not_begun, tried = synthetic.mqar_not_begun(results)
+  if not_begun:
+    length, pairs = synthetic.MQAR_SETTINGS[-1]
+    parts.append(f"{not_begun} of {tried} models recall less than 2% of {pairs} pairs in {length} tokens: a quarter of "
+                 "the papers' epochs ends before they begin to learn, and which of two such is ahead says nothing.")
   tasks = list(dict.fromkeys(run.task for run in synthetic.sweeps.mad()))
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mad(results, mixer, task)) for task in tasks),
            _cell(synthetic.mad_average(results, mixer))] for mixer in synthetic.NAMES]

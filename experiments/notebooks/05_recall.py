@@ -225,11 +225,12 @@ class AddingNet(DeltaNet):
 def learn(case):
   task, mixer = case
   fields = {"heads": 2, "conv_width": 2, "chunk_size": 16}
-  run = Run(task, mixer, setting, fields, width=32, depth=1, learning_rate=0.03, batch_size=64, steps=125,
-            evaluate_every=25, test_examples=256)
-  return [train([dataclasses.replace(run, seed=seed)])[0] for seed in (0, 1)]
+  runs = [Run(task, mixer, setting, fields, width=32, depth=1, learning_rate=0.03, batch_size=64,
+              steps=125, evaluate_every=25, test_examples=256, seed=seed) for seed in (0, 1)]
+  return [result for run in runs for result in train([run])]
 
 
+# %%
 cases = [(task, mixer) for task in ("mqar", "rewritten") for mixer in ("adding_net", "delta_net")]
 with ThreadPoolExecutor(2) as pool:
   results = dict(zip(cases, pool.map(learn, cases), strict=True))
