@@ -26,7 +26,7 @@ from deadline import deadline
 from lin_jax import mixers
 from lin_jax.model import abstract_model
 from synthetic import TASKS
-from synthetic.runs import Run, parse_fields, without_rate
+from synthetic.runs import Run, parse_fields, whole, without_rate
 from synthetic.sweeps import SWEEPS
 from synthetic.training import train
 
@@ -61,8 +61,8 @@ def main(_):
 def _execute(runs, path):
   """Makes the runs; how many of them it has made, skipped as done or needless, and left; and why others have failed."""
   found = records.load(path, "setting", "solved") if path else []
-  done = {records.key(record["setting"]) for record in found} if _SWEEP.value else set()
-  solved = {records.key(without_rate(record["setting"])) for record in found if record["solved"]}
+  done = {records.key(whole(record["setting"])) for record in found} if _SWEEP.value else set()
+  solved = {records.key(without_rate(whole(record["setting"]))) for record in found if record["solved"]}
   groups, common, failed = {}, records.provenance(), []
   for run in runs:
     groups.setdefault(records.key(without_rate(run.setting())), []).append(run)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 
 from synthetic import sweeps
-from synthetic.runs import Run
+from synthetic.runs import Run, whole
 
 from .claim import Claim, Finding, Results, compared, percent
 
@@ -24,7 +24,7 @@ _GLA, _DELTA = "2312.06635", "2406.06484"
 def of_sweep(results: Results, name: str) -> list[tuple[Run, dict]]:
   """The records of the sweep's runs, with any seed; what was run with another setting is left out."""
   planned = {_identity(run.setting()): run for run in sweeps.SWEEPS[name]()}
-  found = [(planned.get(_identity(record["setting"])), record) for record in results.lines(FILE)]
+  found = [(planned.get(_identity(whole(record["setting"]))), record) for record in results.lines(FILE)]
   return [(run, record) for run, record in found if run]
 
 

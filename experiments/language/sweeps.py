@@ -7,6 +7,7 @@ tokens a second on average (Mamba a third of that), 10 to 20 seconds to compile 
   gates    16 runs of 29.5M tokens, 1.2e17 FLOPs: 11 minutes, and 4; 3 of them fewer after main, whose GLA it shares
   norms    24 runs of 19.7M tokens, 1.2e17 FLOPs: 12 minutes, and 5
   lengths  14 runs of 29.5M tokens, 1.1e17 FLOPs: 10 minutes, and 3
+  long     9 runs of 118M tokens, 2.8e17 FLOPs: 33 minutes, and 3
 """
 
 import dataclasses
@@ -49,7 +50,12 @@ def lengths() -> Sweep:
                + [Run(model, RATES[0], sequence_length=512, carried_windows=12) for model in CARRIED], further_seeds=1)
 
 
-SWEEPS = {function.__name__: function for function in (main, gates, norms, lengths)}
+def long() -> Sweep:
+  """`main` at four times the tokens and one learning rate: whether its order lasts when models have seen more text."""
+  return Sweep([Run(model, RATES[0], steps=3600) for model in COMPARED], further_seeds=0)
+
+
+SWEEPS = {function.__name__: function for function in (main, gates, norms, lengths, long)}
 
 
 def further(sweep: Sweep, bits_per_byte: Callable[[Run], float | None]) -> list[Run]:

@@ -13,6 +13,10 @@ from . import TASKS
 HEADS = {"attention": 1, "linear_attention": 2, "retention": 2, "gla": 2, "delta_net": 2, "gated_delta_net": 2}
 
 
+# How kernels start: with the layers' own standard deviation (None), or one for all from the number of their inputs.
+STARTS = {"layers": None, "normal": lambda inputs: 0.02, "fan_in": lambda inputs: (3 * inputs) ** -0.5}
+
+
 def _option(default, text):
   return dataclasses.field(default=default, metadata={"help": text})
 
@@ -29,6 +33,8 @@ class Run:
   depth: int = _option(2, "Blocks.")
   mlp_width: int = _option(0, "Of each block's SwiGLU; 0 for blocks of the mixer alone.")
   dtype: str = _option("float32", "Of activations.")
+  start: str = _option("layers", "Of kernels: each layer's own, or for all of them normal, N(0, 0.02^2), or fan_in, "
+                                 "N(0, 1 / (3 inputs)), which suits narrow models.")
   learning_rate: float = _option(1e-3, "Peak, of AdamW; falls as a cosine.")
   final_fraction: float = _option(0.0, "Of the learning rate, at the last step.")
   warmup_steps: int = _option(0, "Steps of linear warmup.")
@@ -65,6 +71,8 @@ class Run:
       raise ValueError(f"batch_size={self.batch_size}: there are only {self.training_examples()} training examples")
     if not 0 <= self.final_fraction <= 1:
       raise ValueError(f"final_fraction={self.final_fraction}: must lie in [0, 1]")
+    if self.start not in STARTS:
+      raise ValueError(f"start={self.start!r}: must be one of {', '.join(STARTS)}")
     task = self.build_task()
     model = ModelConfig(mixer=self._mixer_config(), vocab_size=task.vocab_size, width=self.width, depth=self.depth,
                         mlp_width=self.mlp_width, dtype=self.dtype)
@@ -85,6 +93,11 @@ class Run:
     if self.mixer == "gated_delta_net":  # its heads have a size of their own; those of the others divide the width
       fields |= {"head_dim": self.width // int(self.mixer_fields.get("heads", 2)), "expand_v": 1.0}
     return _build(mixers.config_class(self.mixer), self.mixer, fields | self.mixer_fields)
+
+
+def whole(setting: dict) -> dict:
+  """A record's setting with the fields that `Run` did not have when it was made, which had their defaults."""
+  return Run(**setting).setting()
 
 
 def without_rate(setting: dict) -> dict:

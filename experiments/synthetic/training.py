@@ -2,9 +2,9 @@
 
 The papers' loop, reduced to what a task needs: AdamW with a cosine, no clipping, a set of examples in a new order every
 epoch (or new examples at every step), a test every so many steps, an end when the task is solved. Only the positions
-that count reach the head. Models this small leave a GPU waiting for its next kernel, so the learning rates of a sweep
-are trained side by side, as one program over a leading axis of models that all read the same batches. All steps
-between two tests are one call of it, over examples that lie on the device.
+that count reach the head. One model this small does not fill a GPU, so the learning rates of a sweep are trained side
+by side, as one program over a leading axis of models that all read the same batches. All steps between two tests are
+one call of it, over examples that lie on the device.
 """
 
 import dataclasses
@@ -30,20 +30,25 @@ from lin_jax.metrics import Throughput, progress
 from lin_jax.model import LanguageModel
 
 from .batch import Batch
-from .runs import Run, without_rate
+from .runs import STARTS, Run, without_rate
 
 
 class Answerer(nnx.Module):
   """A language model that answers at given positions, from its output there.
 
   With `decodes_last` its last output answers for all positions: sines of the position are added, and a two-layer GELU
-  MLP of the same width decodes the sum (MAD, arXiv:2403.17844, compression).
+  MLP of the same width decodes the sum (MAD, arXiv:2403.17844, compression). `start` is one of `runs.STARTS`.
   """
 
-  def __init__(self, config: ModelConfig, decodes_last: bool, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, decodes_last: bool, start: str, *, rngs: nnx.Rngs):
     self.model = LanguageModel(config, rngs=rngs, unroll=config.depth)
     linear = lambda: Linear(config.width, config.width, ("embed", None), dtype=config.dtype, rngs=rngs, bias=True)
     self.decoder = nnx.List([linear(), linear()]) if decodes_last else None
+    deviation = STARTS[start]
+    for _, layer in nnx.iter_modules(self):
+      if deviation and isinstance(layer, Linear):
+        shape = layer.kernel[...].shape  # the layers of a stack have one kernel
+        layer.kernel[...] = deviation(shape[-2]) * jax.random.normal(rngs.params(), shape)
 
   def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """Activations before the head [B, M, D] for tokens [B, T] and positions [B, M]."""
@@ -161,13 +166,14 @@ def _programs(shared: str) -> Programs:
   run = Run(**json.loads(shared))
   config, task = run.train_config(), run.build_task()
   decodes_last = getattr(task, "decodes_last", False)
-  graph = nnx.graphdef(jax.eval_shape(lambda: Answerer(config.model, decodes_last, rngs=nnx.Rngs(0))))
+  build = lambda seed: Answerer(config.model, decodes_last, run.start, rngs=nnx.Rngs(seed))
+  graph = nnx.graphdef(jax.eval_shape(lambda: build(0)))
 
   def optimizer(peak, end):
     return optim.make_optimizer(dataclasses.replace(config.optim, learning_rate=peak, final_learning_rate=end))
 
   def create(seed, peaks, ends):
-    params = nnx.state(Answerer(config.model, decodes_last, rngs=nnx.Rngs(jax.random.key(seed))))
+    params = nnx.state(build(jax.random.key(seed)))
     return jax.vmap(lambda peak, end: (params, optimizer(peak, end).init(params)))(peaks, ends)
 
   def loss(params, batch):

@@ -45,7 +45,7 @@ def test_sizes_are_matched():
 
 
 def test_sweeps_hold_each_claims_runs(data):
-  main, gates, norms, lengths = (SWEEPS[name]().runs for name in ("main", "gates", "norms", "lengths"))
+  main, gates, norms, lengths, long = (SWEEPS[name]().runs for name in ("main", "gates", "norms", "lengths", "long"))
   assert {run.model for run in main} == set(COMPARED) and len(main) == 27
   assert {run.model for run in gates} == {"no_decay", "constant_decay", "scalar_decay", "gla"} and len(gates) == 12
   assert {(c.qk_norm, c.qk_activation) for c in (MODELS[run.model]().mixer for run in norms)} == {
@@ -54,13 +54,14 @@ def test_sweeps_hold_each_claims_runs(data):
   assert carried == dict.fromkeys(("gla", "retnet", "tnl", "transformer", "deltanet"), 1) | dict.fromkeys(CARRIED, 12)
   assert CARRIED == {"gla_carried": "gla", "retnet_carried": "retnet"}
   assert {run.sequence_length for run in lengths} == {512}
-  for runs in (main, gates, norms, lengths):
+  assert {run.model for run in long} == set(COMPARED) and {run.steps for run in long} == {4 * main[0].steps}
+  for runs in (main, gates, norms, lengths, long):
     sizes = {(c.optim.steps, c.data.batch_size * c.data.sequence_length) for c in (r.train_config(data) for r in runs)}
     assert len(sizes) == 1  # matched tokens
     assert len({records.key(setting(validate(run.train_config(data)))) for run in runs}) == len(runs)
   for runs, models in ((main, COMPARED), (gates, [*GATES, "gla"])):
     assert all(len({run.learning_rate for run in runs if run.model == model}) == 3 for model in models)
-  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1]
+  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 0]
 
 
 def test_gates_differ_in_the_decay_alone():

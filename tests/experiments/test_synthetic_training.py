@@ -13,7 +13,7 @@ from flax import nnx
 from synthetic import TASKS
 from synthetic.batch import Batch
 from synthetic.mqar import MQAR
-from synthetic.runs import HEADS, Run, parse_fields, without_rate
+from synthetic.runs import HEADS, Run, parse_fields, whole, without_rate
 from synthetic.sweeps import MIXERS, SWEEPS
 from synthetic.training import Answerer, _batches, _compact, class_accuracy, score, train
 
@@ -147,7 +147,7 @@ def test_epochs_take_every_example_once():
 
 def test_decoder_reads_the_last_output_alone():
   model = Run("mqar", "attention", RECALL, width=16).train_config().model
-  answerer = Answerer(model, True, rngs=nnx.Rngs(0))
+  answerer = Answerer(model, True, "layers", rngs=nnx.Rngs(0))
   tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, 32)
   positions = np.arange(6, dtype=np.int32)[None]
   answer = jax.jit(lambda tokens: answerer(tokens, positions))
@@ -157,11 +157,25 @@ def test_decoder_reads_the_last_output_alone():
   assert np.abs(before - answer(tokens.at[0, 5].add(1))).max(axis=-1).min() > 1e-4
 
 
+@pytest.mark.parametrize(("start", "deviation"), [("normal", 0.02), ("fan_in", (3 * 64) ** -0.5)])
+@pytest.mark.parametrize("mixer", ["gla", "retention"])
+def test_all_kernels_start_alike(start, deviation, mixer):
+  model = Run("mqar", mixer, RECALL).train_config().model
+  own, other = (Answerer(model, False, rule, rngs=nnx.Rngs(0)).model for rule in ("layers", start))
+  assert (own.embedding[...] == other.embedding[...]).all()
+  mixer = other.runs[0][0].mixer
+  for layer in (mixer.query, mixer.value, mixer.gate):
+    assert layer.kernel.shape[-2] == 64 and layer.kernel[...].std() == pytest.approx(deviation, rel=0.05)
+  # No two layers of the stack start with the same numbers.
+  assert (mixer.query.kernel[0] != mixer.query.kernel[1]).all()
+
+
 def test_settings():
   for mixer in MIXERS:
     setting = Run("mqar", mixer, width=128).setting()
     assert setting["mixer_fields"].get("heads") == HEADS.get(mixer)
-    assert setting == json.loads(json.dumps(setting))
+    assert setting == json.loads(json.dumps(setting)) == whole(setting)
+    assert whole({name: value for name, value in setting.items() if name != "start"}) == setting
   assert Run("mqar", "gated_delta_net", width=128).setting()["mixer_fields"]["head_dim"] == 64
   assert parse_fields(MQAR, "pairs=3,power=0.5,random_filler=true") == {
       "pairs": 3, "power": 0.5, "random_filler": True}
