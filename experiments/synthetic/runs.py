@@ -96,8 +96,14 @@ class Run:
 
 
 def whole(setting: dict) -> dict:
-  """A record's setting with the fields that `Run` did not have when it was made, which had their defaults."""
-  return Run(**setting).setting()
+  """A record's setting with the fields that `Run` did not have when it was made, which had their defaults.
+
+  Raises ValueError for fields that it does not have.
+  """
+  try:
+    return Run(**setting).setting()
+  except TypeError as e:
+    raise ValueError(f"not the setting of a run on a synthetic task: {e}") from e
 
 
 def without_rate(setting: dict) -> dict:

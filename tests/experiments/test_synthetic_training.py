@@ -171,6 +171,8 @@ def test_settings():
     assert setting == json.loads(json.dumps(setting)) == whole(setting)
     assert whole({name: value for name, value in setting.items() if name != "start"}) == setting
   assert Run("mqar", "gated_delta_net", width=128).setting()["mixer_fields"]["head_dim"] == 64
+  with pytest.raises(ValueError, match="unexpected keyword argument 'speed'"):
+    whole(setting | {"speed": 3})
   assert parse_fields(MQAR, "pairs=3,power=0.5,random_filler=true") == {
       "pairs": 3, "power": 0.5, "random_filler": True}
   for text, message in (("pears=3", "MQAR has no field 'pears'"), ("pairs=x", "pairs must be of type int"),
