@@ -79,9 +79,8 @@ def test_a_single_row_runs_on_eight_devices(mesh, mixer):
   with jax.set_mesh(mesh):
     lm = jax.device_put(lm, sharding.param_shardings(lm, mesh))
     actual = jit(decode)(lm, ids)
-  for name, *values in zip(("prefill", "step"), actual, expected, rounded, strict=True):
-    actual, expected, rounded = values
-    assert_close(name, actual, expected, max(1e-6, relative_error(rounded, expected)))
+  for name, found, one, near in zip(("prefill", "step"), actual, expected, rounded, strict=True):
+    assert_close(name, found, one, max(1e-6, relative_error(near, one)))
 
 
 def moved_by_rounding(lm):
