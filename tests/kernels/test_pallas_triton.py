@@ -128,6 +128,51 @@ def test_compiled_kernels_match_the_scan(op, case, record_property, monkeypatch)
   check(op, case, record_property, monkeypatch)
 
 
+def side_by_side(op, case, record_property):
+  """Asserts every error of three models under one vmap, each with inputs of its own."""
+  models = [cases.make_inputs(case, seed) for seed in range(3)]
+  stacked = [jax.tree.map(lambda *x: jnp.stack(x), *values)
+             for values in zip(*((inputs.arrays, inputs.cotangents) for inputs in models))]
+  actual = jax.vmap(lambda arrays, cotangents: cases.results(PALLAS[op], arrays, None, cotangents, case.chunk_size))(
+      *stacked)
+  errors = {}
+  for i, inputs in enumerate(models):
+    for name, x in cases.expected(inputs).items():
+      errors[name] = max(errors.get(name, 0.0), relative_error(actual[name][i], x))
+  record_property("errors", errors)
+  bad = {name: f"{error:.1e}" for name, error in errors.items() if not error <= tolerance(name, case.dtype, split=True)}
+  assert not bad, f"{op} {case}: {bad}"
+
+
+def narrow_grid():
+  """Heads of a few channels, which models for synthetic tasks have, alone and side by side."""
+  widths = (8, 8), (8, 16), (16, 16), (16, 32), (32, 32)
+  return [(op, Case(B=4, T=T, H=8, K=K, V=V, dtype="bfloat16", initial_state=False, decay=decay, beta=BETA.get(op)))
+          for op in OPS for decay in DECAYS[op] for K, V in widths for T in (32, 127, 512)]
+
+
+@pytest.mark.parametrize("op, case", [
+    ("gla", Case(T=40, K=8, V=16, dtype="bfloat16", initial_state=False, chunk_size=16)),
+    ("delta_rule", Case(T=40, K=16, V=16, dtype="bfloat16", decay="none", beta="unit", chunk_size=16)),
+], ids=str)
+def test_interpreted_models_side_by_side_match_the_scan(op, case, record_property):
+  side_by_side(op, case, record_property)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op, case", narrow_grid(), ids=str)
+def test_models_side_by_side_match_the_scan(op, case, record_property):
+  assert jax.default_backend() == "gpu"
+  side_by_side(op, case, record_property)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op, case", narrow_grid(), ids=str)
+def test_narrow_heads_match_the_scan(op, case, record_property, monkeypatch):
+  assert jax.default_backend() == "gpu"
+  check(op, case, record_property, monkeypatch)
+
+
 def _served(op, dtype):
   """Input dtypes that an entry for `dtype` serves; the delta rule runs float16 as float32."""
   return ("bfloat16", "float16") if dtype == "bfloat16" and op != "delta_rule" else (dtype,)
