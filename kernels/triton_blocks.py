@@ -30,7 +30,8 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
   """`pallas_call` of `kernel`: compiled by Triton when lowered for CUDA, interpreted on every other platform.
 
   `kernel` becomes the CUDA kernel's name in a profile; `name` marks the call in the lowered program.
-  `aliases` maps inputs to the outputs that share their memory.
+  `aliases` maps inputs to the outputs that share their memory. Blocks have to divide their arrays: compiled, nothing
+  masks what is behind an array's end, where the interpreter pads.
   """
 
   def call(interpret):
@@ -41,7 +42,13 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
         input_output_aliases=aliases or {},
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages))
 
-  return lambda *args: jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
+  def run(*args):
+    for spec, x in zip(jax.tree.leaves((in_specs, out_specs)), (*args, *jax.tree.leaves(out_shape)), strict=True):
+      if any(block and size % block for block, size in zip(spec.block_shape, x.shape, strict=True)):
+        raise AssertionError(f"{name}: blocks {spec.block_shape} do not divide an array {x.shape}")
+    return jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
+
+  return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -272,7 +272,7 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
       p = _parts(p, dtype)
     elif outputs:
       p = scale * _weights(between(decay, C, transposed=True) * scores("k", "q"), k_norm, q_norm)
-      p = p.astype(dtype)
+      p = _parts(p, dtype) if K <= 16 else [p.astype(dtype)]  # over few channels the output's two terms cancel more
     k_held, q_held = 0.0, 0.0
     for j, s in enumerate(state):
       dot.barrier(dtype)
@@ -298,7 +298,7 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
         for j, s in enumerate(() if early else state):
           dot.barrier(dtype)
           q_held += dot(s.astype(dtype), load("q", j).T)
-        o = _columns(q_held, decay.upto, scale, q_norm) + dot(new.astype(dtype), p)
+        o = sum((dot(new.astype(dtype), part) for part in p), start=_columns(q_held, decay.upto, scale, q_norm))
         if gated:
           o_ref[rows, :] = o.astype(o_ref.dtype).T
       decay = decays()  # read again: kept since the beginning of the step, it spills
@@ -425,7 +425,7 @@ def _scan(arrays, z, initial_state, scale, config, *, save=True, reverse=False, 
   B, V = initial_state.shape[0], z.shape[3]
   if z.shape[0] > B:
     (final,) = run(None, save=False)
-    update, kept = final[..., :V], jnp.swapaxes(kept, -1, -2) if reverse else final[..., V:]
+    update, kept = final[..., :V], jnp.swapaxes(kept, -1, -2) if reverse else final[..., V:V + initial_state.shape[2]]
     initial_state = _entry_states(initial_state, kept, update, reverse)
   *found, final = run(initial_state, save=save)
   return *found, split.exit_state(final, B, reverse), kept
@@ -446,7 +446,7 @@ def _launch_scan(arrays, z, initial_state, *, scale, config, reverse, save):
   tile = config.reverse_scan if reverse else config.scan
   block, C, N, dtype = min(tile.block, V), config.chunk, T // config.span, operand(arrays.k.dtype)
   piece = initial_state is None
-  columns, last = V + K * (piece and not reverse), V // block - 1
+  columns, last = pl.cdiv(V + K * (piece and not reverse), block) * block, V // block - 1  # tiles are not masked
   keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
   values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, jnp.minimum(t, last) if piece else t))
   whole = pl.BlockSpec((None, None, *arrays.y.shape[2:]), lambda t, h, b: (b, h, 0, 0, 0, 0))
@@ -458,7 +458,7 @@ def _launch_scan(arrays, z, initial_state, *, scale, config, reverse, save):
       functools.partial(_scan_kernel, vectors=len(vectors), gated=arrays.log_decay is not None,
                         values=V if piece else None, save=save, reverse=reverse, scale=scale, chunk=C,
                         span=config.span, depth=min(config.depth, K)),
-      name=f"delta_rule_{name}", grid=(-(-columns // block), H, B),
+      name=f"delta_rule_{name}", grid=(columns // block, H, B),
       in_specs=[keys, keys, values, whole, *[gate_block(x, T, chunked=False)[1][0] for x in vectors],
                 *[state] * (not piece)],
       out_specs=[*[values] * (not piece), *[values] * errors, *[states] * save, state],

@@ -7,9 +7,11 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import kernels
+from kernels import triton_blocks
 
 # No configuration is listed for it, so the heuristics answer.
 A100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA A100-SXM4-80GB", 108, "gpu"))
@@ -62,8 +64,19 @@ def test_forward_alone(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_few_long_sequences_are_split(op):
-  assert kernel_counts(gradient, op, B=1, T=4096) == collections.Counter(FORWARD[op] + BACKWARD[op] + 2 * PIECES[op])
+@pytest.mark.parametrize("K, V", [(64, 64), (16, 128)])  # the second's tiles of V are wider than K
+def test_few_long_sequences_are_split(K, V, op):
+  counts = kernel_counts(gradient, op, K, V, B=1, T=4096)
+  assert counts == collections.Counter(FORWARD[op] + BACKWARD[op] + 2 * PIECES[op])
+
+
+def test_blocks_divide_their_arrays():
+  copy = triton_blocks.launch(
+      lambda x_ref, y_ref, dot: y_ref.__setitem__(..., x_ref[...]), name="copy", grid=(2,), num_warps=4, num_stages=1,
+      in_specs=[pl.BlockSpec((32,), lambda i: (i,))], out_specs=[pl.BlockSpec((32,), lambda i: (i,))],
+      out_shape=[jax.ShapeDtypeStruct((48,), "float32")])
+  with pytest.raises(AssertionError, match=r"copy: blocks \(32,\) do not divide an array \(48,\)"):
+    copy(jnp.zeros(64))
 
 
 def test_no_decay_has_no_gradient_of_it():
