@@ -1,5 +1,6 @@
 """Claims on language modelling at matched size and tokens, from the records of run_language.py."""
 
+import functools
 from collections.abc import Sequence
 
 from language import sweeps
@@ -63,42 +64,49 @@ def bits(row: dict) -> str:
 
 
 def claims() -> list[Claim]:
-  size = "42M parameters, 29.5M tokens of English, bits per byte at the best of the learning rates tried (table below)"
-  norms = "42M parameters, 19.7M tokens of English, bits per byte at the best of the learning rates tried (table below)"
-  main, gates = "main", "gates"
-  claim = lambda paper, place, text, printed, sweep, judge: Claim(
-      paper, place, text, printed, norms if sweep == "norms" else size,
+  best = "bits per byte at the best of the learning rates tried (table below)"
+  settings = {
+      "main": f"42M parameters, 29.5M tokens of English, {best}", "gates": f"42M parameters, 29.5M tokens, {best}",
+      "norms": f"42M parameters, 19.7M tokens, {best}",
+      "long": "42M parameters, 118M tokens (2.5 epochs) of English, bits per byte, one learning rate and one seed"}
+  claim = lambda sweep, paper, place, text, printed, judge: Claim(
+      paper, place, text, printed, settings[sweep],
       f"python experiments/run_language.py --sweep={sweep} --out=experiments/results/{FILE}", judge)
+  # A claim of a main table is tried at both numbers of tokens.
+  both = lambda *words, judge: [claim(sweep, *words, judge(sweep)) for sweep in ("main", "long")]
+  below = lambda pairs, factor=1.0: lambda sweep: _below(sweep, pairs, factor)
   l2_l1 = [(_normed("l2", activation), _normed("l1", activation)) for activation in ACTIVATIONS]
   return [
-      claim(_GLA, "main table", "GLA models text better than RetNet.", "28.65 and 32.33 (340M, WikiText perplexity)",
-            main, _below(main, [("gla", "retnet")])),
-      claim(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
-            "28.65, 28.39, 28.39", main, _below(main, [("gla", "transformer"), ("gla", "mamba")], _LEVEL)),
-      claim(_GLA, "ablation of the gate", "The finer the decay the better: none, constant, one a token, one a channel.",
-            "23.21, 16.55, 15.56, 14.77 (340M, training perplexity)", gates,
-            _below(gates, [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay"),
-                           ("gla", "scalar_decay")])),
-      claim(_TNL, "table of baselines", "TransNormerLLM models text better than the Transformer.",
-            "2.248 and 2.362 (385M, loss in bits)", main, _below(main, [("tnl", "transformer")])),
-      claim(_DELTA, "main table", "DeltaNet models text better than RetNet and GLA, and is level with Mamba and "
-            "Transformer++ (here: at most 1% more bits).", "28.24; 32.33, 28.65; 28.39, 28.39 (340M)", main, _deltanet),
-      claim(_DELTA, "main table", "Both hybrids are better than DeltaNet and Transformer++.",
-            "27.06 and 27.51; 28.24, 28.39 (340M)", main,
-            _below(main, [(hybrid, other) for hybrid in ("deltanet_swa", "deltanet_global")
-                          for other in ("deltanet", "transformer")])),
-      claim(_DELTA, "ablation", "Keys of L2 norm are better than keys of L1 norm, whatever the activation.",
-            "28.03 and 31.12 (340M, 1+elu)", "norms", _below("norms", l2_l1)),
-      claim(_GATED, "main table", "Gated DeltaNet models text better than DeltaNet.", "16.42 and 17.71 (1.3B)", main,
-            _below(main, [("gated_deltanet", "deltanet")]))]
+      *both(_GLA, "main table", "GLA models text better than RetNet.", "28.65 and 32.33 (340M, WikiText perplexity)",
+            judge=below([("gla", "retnet")])),
+      *both(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
+            "28.65, 28.39, 28.39", judge=below([("gla", "transformer"), ("gla", "mamba")], _LEVEL)),
+      claim("gates", _GLA, "ablation of the gate",
+            "The finer the decay the better: none, constant, one a token, one a channel.",
+            "23.21, 16.55, 15.56, 14.77 (340M, training perplexity)",
+            _below("gates", [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay"),
+                             ("gla", "scalar_decay")])),
+      *both(_TNL, "table of baselines", "TransNormerLLM models text better than the Transformer.",
+            "2.248 and 2.362 (385M, loss in bits)", judge=below([("tnl", "transformer")])),
+      *both(_DELTA, "main table", "DeltaNet models text better than RetNet and GLA, and is level with Mamba and "
+            "Transformer++ (here: at most 1% more bits).", "28.24; 32.33, 28.65; 28.39, 28.39 (340M)",
+            judge=lambda sweep: functools.partial(_deltanet, sweep)),
+      *both(_DELTA, "main table", "Both hybrids are better than DeltaNet and Transformer++.",
+            "27.06 and 27.51; 28.24, 28.39 (340M)",
+            judge=below([(hybrid, other) for hybrid in ("deltanet_swa", "deltanet_global")
+                         for other in ("deltanet", "transformer")])),
+      claim("norms", _DELTA, "ablation", "Keys of L2 norm are better than keys of L1 norm, whatever the activation.",
+            "28.03 and 31.12 (340M, 1+elu)", _below("norms", l2_l1)),
+      *both(_GATED, "main table", "Gated DeltaNet models text better than DeltaNet.", "16.42 and 17.71 (1.3B)",
+            judge=below([("gated_deltanet", "deltanet")]))]
 
 
 def _normed(norm, activation):
   return "deltanet" if (norm, activation) == ("l2", "silu") else f"deltanet_{norm}_{activation}"
 
 
-def _deltanet(results):
-  better = _below("main", [("deltanet", "retnet"), ("deltanet", "gla")])(results)
-  level = _below("main", [("deltanet", "mamba"), ("deltanet", "transformer")], _LEVEL)(results)
+def _deltanet(sweep, results):
+  better = _below(sweep, [("deltanet", "retnet"), ("deltanet", "gla")])(results)
+  level = _below(sweep, [("deltanet", "mamba"), ("deltanet", "transformer")], _LEVEL)(results)
   texts = dict.fromkeys(text for finding in (better, level) for text in finding.text.split("; ") if text)
   return Finding("; ".join(texts), better.points + level.points)

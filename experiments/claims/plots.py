@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -31,7 +32,8 @@ class Plot:
   logarithmic: bool = False  # the vertical axis; the horizontal one always is
 
   def drawn(self, results: Results) -> bool:
-    return any(len(points) > 1 for lines in self.panels(results).values() for points in lines.values())
+    return any(sum(not math.isnan(y) for _, y in points) > 1
+               for lines in self.panels(results).values() for points in lines.values())
 
   def draw(self, results: Results, folder: pathlib.Path) -> pathlib.Path:
     from matplotlib.figure import Figure  # a second of import that the page alone does not pay
@@ -60,9 +62,9 @@ class Plot:
 
 
 def _lines(values):
-  """mixer -> points out of mixer -> {x: share or None}, without what was not run."""
-  kept = {mixer: [(x, 100 * y) for x, y in points.items() if y is not None] for mixer, points in values.items()}
-  return {mixer: points for mixer, points in kept.items() if points}
+  """mixer -> points out of mixer -> {x: share or None}; a line has a gap where it was not run."""
+  return {mixer: [(x, math.nan if y is None else 100 * y) for x, y in points.items()]
+          for mixer, points in values.items() if any(y is not None for y in points.values())}
 
 
 def _mqar(results):

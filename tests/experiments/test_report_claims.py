@@ -36,8 +36,8 @@ def swept(run, accuracy):
   return [trained(other, accuracy) for other in sweeps.SWEEPS.get(run.task, sweeps.mad)() if kind(other) == kind(run)]
 
 
-def finding(results, text):
-  claim, = (claim for claim in CLAIMS if claim.text == text)
+def finding(results, text, sweep=""):
+  claim, = (claim for claim in CLAIMS if claim.text == text and sweep in claim.command)
   return claim.judge(results)
 
 
@@ -116,10 +116,12 @@ def test_language_models_are_compared_at_their_best_rates(tmp_path):
   rows += [modelled(dataclasses.replace(runs["gla", 1e-3], seed=1), 1.31),
            modelled(dataclasses.replace(runs["mamba", 1e-3], steps=7), 1.0)]  # no run of the sweep
   write(tmp_path, language.FILE, rows)
-  better = finding(Results(tmp_path), "GLA models text better than RetNet.")
+  better = finding(Results(tmp_path), "GLA models text better than RetNet.", "main")
   assert better.points == (True,) and better.text == "GLA 1.3050 ± 0.0071; RetNet 1.3200"
-  level = finding(Results(tmp_path), "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).")
+  level = finding(Results(tmp_path), "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
+                  "main")
   assert level.points == (False, None)
+  assert finding(Results(tmp_path), "GLA models text better than RetNet.", "long").verdict == "not run"
   page = render(Results(tmp_path))
   assert "| GLA | 42.0M | 0.001 | 0.001, 0.002 | 2 | 1.3050 ± 0.0071 |" in page
   assert "Seeds of one model are up to 0.010 bits per byte apart" in page
