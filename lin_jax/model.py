@@ -115,7 +115,11 @@ class LanguageModel(nnx.Module):
       state: of `init_state` or of an earlier call; continues that sequence.
       segment_ids: documents packed in a row; nothing passes where the id changes. The first segment continues `state`.
     """
-    x = self._embed(tokens)
+    return self.read(self.embed(tokens), state, segment_ids)
+
+  def read(self, x: Float[Array, "B T D"], state: Any = None, segment_ids: Int[Array, "B T"] | None = None,
+           ) -> tuple[Float[Array, "B T D"], Any]:
+    """`hidden` of embedded tokens, for what changes embeddings in between, such as dropout."""
     states = []
     for run, run_state in zip(self._runs(), [None] * len(self.runs) if state is None else state, strict=True):
 
@@ -138,7 +142,7 @@ class LanguageModel(nnx.Module):
 
   def step(self, tokens: Int[Array, "B"], state: Any) -> tuple[Float[Array, "B V"], Any]:
     """Float32 logits after one more token per row, and the state."""
-    x, states = self._embed(tokens), []
+    x, states = self.embed(tokens), []
     for run, run_state in zip(self._runs(), state, strict=True):
 
       def body(x, pattern):
@@ -173,18 +177,19 @@ class LanguageModel(nnx.Module):
     """The stacked blocks of `runs`, each with the numbers of its layers."""
     return [pair for run, layers in zip(runs, self.layers, strict=True) for pair in zip(run, layers, strict=True)]
 
+  def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    """What the first layer reads of each token."""
+    with jax.named_scope("embed"):
+      # Rows are cast after the look-up: its gradient then sums repeated tokens in float32.
+      rows = self.embedding[...][tokens]
+      return shard_batch((rows * self.embedding_scale if self.embedding_scale else rows).astype(self.dtype))
+
   def _runs(self):
     """Copies of the stacked blocks, whose mixers know their layers."""
     runs = jax.tree.map(lambda leaf: leaf, self.runs)
     blocks, layers = zip(*self._stacks(runs), strict=True)
     mixers.set_layers([block.mixer for block in blocks], layers, sum(map(len, layers)))
     return runs
-
-  def _embed(self, tokens):
-    with jax.named_scope("embed"):
-      # Rows are cast after the look-up: its gradient then sums repeated tokens in float32.
-      rows = self.embedding[...][tokens]
-      return shard_batch((rows * self.embedding_scale if self.embedding_scale else rows).astype(self.dtype))
 
   def _logits(self, x):
     with jax.named_scope("head"):

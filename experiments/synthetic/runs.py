@@ -35,6 +35,7 @@ class Run:
   dtype: str = _option("float32", "Of activations.")
   start: str = _option("layers", "Of kernels: each layer's own, or for all of them normal, N(0, 0.02^2), or fan_in, "
                                  "N(0, 1 / (3 inputs)), which suits narrow models.")
+  embedding_dropout: float = _option(0.0, "Share of the entries of embeddings that a training step drops.")
   learning_rate: float = _option(1e-3, "Peak, of AdamW; falls as a cosine.")
   final_fraction: float = _option(0.0, "Of the learning rate, at the last step.")
   warmup_steps: int = _option(0, "Steps of linear warmup.")
@@ -71,6 +72,8 @@ class Run:
       raise ValueError(f"batch_size={self.batch_size}: there are only {self.training_examples()} training examples")
     if not 0 <= self.final_fraction <= 1:
       raise ValueError(f"final_fraction={self.final_fraction}: must lie in [0, 1]")
+    if not 0 <= self.embedding_dropout < 1:
+      raise ValueError(f"embedding_dropout={self.embedding_dropout}: must lie in [0, 1)")
     if self.start not in STARTS:
       raise ValueError(f"start={self.start!r}: must be one of {', '.join(STARTS)}")
     task = self.build_task()

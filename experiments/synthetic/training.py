@@ -37,10 +37,12 @@ class Answerer(nnx.Module):
   """A language model that answers at given positions, from its output there.
 
   With `decodes_last` its last output answers for all positions: sines of the position are added, and a two-layer GELU
-  MLP of the same width decodes the sum (MAD, arXiv:2403.17844, compression). `start` is one of `runs.STARTS`.
+  MLP of the same width decodes the sum (MAD, arXiv:2403.17844, compression). `start` is one of `runs.STARTS`. With a
+  key, each entry of the embeddings is zero with probability `dropout`, and the others make up for it.
   """
 
-  def __init__(self, config: ModelConfig, decodes_last: bool, start: str, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, decodes_last: bool, start: str, dropout: float = 0.0, *, rngs: nnx.Rngs):
+    self.dropout = dropout
     self.model = LanguageModel(config, rngs=rngs, unroll=config.depth)
     linear = lambda: Linear(config.width, config.width, ("embed", None), dtype=config.dtype, rngs=rngs, bias=True)
     self.decoder = nnx.List([linear(), linear()]) if decodes_last else None
@@ -50,9 +52,13 @@ class Answerer(nnx.Module):
         shape = layer.kernel[...].shape  # the layers of a stack have one kernel
         layer.kernel[...] = deviation(shape[-2]) * jax.random.normal(rngs.params(), shape)
 
-  def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+  def __call__(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """Activations before the head [B, M, D] for tokens [B, T] and positions [B, M]."""
-    hidden, _ = self.model.hidden(tokens)
+    embedded = self.model.embed(tokens)
+    if key is not None and self.dropout:
+      kept = jax.random.bernoulli(key, 1 - self.dropout, embedded.shape)
+      embedded = jnp.where(kept, embedded / (1 - self.dropout), 0)
+    hidden, _ = self.model.read(embedded)
     if self.decoder is None:
       return jnp.take_along_axis(hidden, positions[..., None], axis=1)
     encoding = _sines(positions, hidden.shape[-1]).astype(hidden.dtype)
@@ -63,8 +69,9 @@ class Answerer(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Programs:
   """Jitted, with R models in the leading axis of every state and R peaks and ends of their learning rates:
-  `create(seed, peaks, ends)` a state, `advance(state, data, rows, peaks, ends)` it and the mean losses [R] over a step
-  for each of `rows` [steps, batch_size], `answer(state, data, rows)` what the models say, [R, *rows.shape, M].
+  `create(seed, peaks, ends)` a state, `advance(state, data, rows, keys, peaks, ends)` it and the mean losses [R] over a
+  step for each of `rows` [steps, batch_size] and `keys` [steps], `answer(state, data, rows)` what the models say, [R,
+  *rows.shape, M], and of tasks with several right answers how far their distribution is from the true one, or None.
   """
 
   create: Callable
@@ -74,9 +81,11 @@ class Programs:
 
 @dataclasses.dataclass
 class Course:
-  """What a run has come to: its curve of [step, loss, accuracy], and once it has ended its result."""
+  """What a run has come to: its curve of [step, loss, accuracy], the distance from the true distribution at each of its
+  tests, and once it has ended its result."""
 
   curve: list[list] = dataclasses.field(default_factory=list)
+  distances: list[float | None] = dataclasses.field(default_factory=list)
   result: dict | None = None
 
 
@@ -85,8 +94,10 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
           until_solved: bool = False) -> list[dict | None] | None:
   """Trains runs that differ in the learning rate alone; what they score does not depend on which are together.
 
-  Returns for each `accuracy` and `class_accuracy` of its last test, `solved`, `curve` [step, loss, accuracy], ... With
-  `until_solved` all end at the test at which the first of them has solved the task; the others are then None.
+  Returns for each `accuracy` and `class_accuracy` of its last test, `solved`, `curve` [step, loss, accuracy],
+  `total_variation` of the answer's distribution from the true one at the curve's tests (None where only one answer is
+  right), ... With `until_solved` all end at the test at which the first of them has solved the task; the others are
+  then None.
 
   Once `over()` after a test, it returns None, with what it has reached in the file `unfinished`, from which the next
   call goes on to the same end. Raises ValueError for runs that differ in more.
@@ -106,12 +117,13 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
   tokens = run.batch_size * test.tokens.shape[1]
   for data, rows in _batches(run, step // run.evaluate_every):
     rows = rows[:run.steps - step]
-    state, losses = programs.advance(state, data, rows, peaks, ends)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(run.seed), step), len(rows))
+    state, losses = programs.advance(state, data, rows, keys, peaks, ends)
     step += len(rows)
     answers = _answers(programs, state, held_out, test.targets.shape, run.batch_size)
-    for course, loss, said in zip(courses, map(float, losses), answers, strict=True):
+    for course, loss, said, distance in zip(courses, map(float, losses), *answers, strict=True):
       if course.result is None:
-        _judge(course, run, step, loss, said, test)
+        _judge(course, run, step, loss, said, distance, test)
     throughput.count(tokens * len(rows))
     report(f"{progress(step, run.steps, float(min(losses)), throughput.read(), None, tokens)}  "
            f"accuracy {' '.join(f'{course.curve[-1][2]:.3f}' for course in courses)}")
@@ -127,17 +139,19 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
   return [result and result | together for result in results]
 
 
-def _judge(course, run, step, loss, said, test):
+def _judge(course, run, step, loss, said, distance, test):
   """Adds a test to the course, and the result if it is the run's last."""
   accuracy, finite = score(said, test), math.isfinite(loss)
   course.curve.append([step, round(loss, 5) if finite else None, round(accuracy, 5)])
+  course.distances.append(distance)
   if step < run.steps and accuracy < run.stop_accuracy and finite:
     return
   kept = sorted({round(i * (len(course.curve) - 1) / 19) for i in range(20)})
   course.result = {
       "accuracy": accuracy, "class_accuracy": None if test.allowed is not None else class_accuracy(said, test),
       "solved": accuracy >= run.stop_accuracy, "diverged": not finite, "steps": step,
-      "curve": [course.curve[i] for i in kept]}
+      "curve": [course.curve[i] for i in kept],
+      "total_variation": None if test.allowed is None else [round(course.distances[i], 5) for i in kept]}
 
 
 def score(said: np.ndarray, batch: Batch) -> float:
@@ -166,7 +180,7 @@ def _programs(shared: str) -> Programs:
   run = Run(**json.loads(shared))
   config, task = run.train_config(), run.build_task()
   decodes_last = getattr(task, "decodes_last", False)
-  build = lambda seed: Answerer(config.model, decodes_last, run.start, rngs=nnx.Rngs(seed))
+  build = lambda seed: Answerer(config.model, decodes_last, run.start, run.embedding_dropout, rngs=nnx.Rngs(seed))
   graph = nnx.graphdef(jax.eval_shape(lambda: build(0)))
 
   def optimizer(peak, end):
@@ -176,22 +190,22 @@ def _programs(shared: str) -> Programs:
     params = nnx.state(build(jax.random.key(seed)))
     return jax.vmap(lambda peak, end: (params, optimizer(peak, end).init(params)))(peaks, ends)
 
-  def loss(params, batch):
+  def loss(params, batch, key):
     answerer = nnx.merge(graph, params)
-    hidden = answerer(batch["tokens"], batch["positions"])
+    hidden = answerer(batch["tokens"], batch["positions"], key)
     total, _ = next_token_loss(hidden, answerer.model.unembedding(), batch["targets"], batch["weights"])
     return total / batch["weights"].sum()
 
-  def update(state, peak, end, batch):
+  def update(state, peak, end, batch, key):
     params, moments = state
-    value, grads = jax.value_and_grad(loss)(params, batch)
+    value, grads = jax.value_and_grad(loss)(params, batch, key)
     updates, moments = optimizer(peak, end).update(grads, moments, params)
     return (optax.apply_updates(params, updates), moments), value
 
-  def advance(state, data, rows, peaks, ends):
-    step = lambda state, batch_rows: jax.vmap(update, in_axes=(0, 0, 0, None))(
-        state, peaks, ends, {name: array[batch_rows] for name, array in data.items()})
-    state, losses = jax.lax.scan(step, state, rows)
+  def advance(state, data, rows, keys, peaks, ends):
+    step = lambda state, now: jax.vmap(update, in_axes=(0, 0, 0, None, None))(
+        state, peaks, ends, {name: array[now[0]] for name, array in data.items()}, now[1])
+    state, losses = jax.lax.scan(step, state, (rows, keys))
     return state, losses.mean(axis=0)
 
   def answer(state, data, rows):
@@ -200,11 +214,12 @@ def _programs(shared: str) -> Programs:
       x = answerer(batch["tokens"], batch["positions"])
       logits = jnp.einsum("bmd,dv->bmv", x, answerer.model.unembedding().astype(x.dtype),
                           preferred_element_type=jnp.float32)
-      return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      distance = _total_variation(logits, batch["allowed"]) if "allowed" in batch else None
+      return jnp.argmax(logits, axis=-1).astype(jnp.int32), distance
 
-    said = jax.lax.map(lambda batch_rows: jax.vmap(say, in_axes=(0, None))(
+    found = jax.lax.map(lambda batch_rows: jax.vmap(say, in_axes=(0, None))(
         state[0], {name: array[batch_rows] for name, array in data.items()}), rows)
-    return jnp.moveaxis(said, 1, 0)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), found)
 
   return Programs(jax.jit(create), jax.jit(advance), jax.jit(answer))
 
@@ -214,15 +229,25 @@ def _shared(run):
   return json.dumps(dataclasses.asdict(run) | dict(seed=0, learning_rate=1e-3, final_fraction=0.0))
 
 
+def _total_variation(logits, allowed):
+  """Half the sum of differences between softmax(logits) and equal shares of what is `allowed`: [B, M] of [B, M, V]."""
+  allowed = allowed.astype(jnp.float32)
+  shares = allowed / jnp.maximum(allowed.sum(axis=-1, keepdims=True), 1)
+  return 0.5 * jnp.abs(jax.nn.softmax(logits) - shares).sum(axis=-1)
+
+
 def _answers(programs, state, held_out, shape, batch_size):
-  """What each model says at the positions that count, and 0 elsewhere, [R, *shape]."""
+  """What each model says at the positions that count, and 0 elsewhere, [R, *shape]; and its mean total variation [R]
+  from the true distribution, Nones where every position has one answer."""
   count = shape[0]
   rows = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32) % count  # the last batch is filled up
-  said = np.asarray(programs.answer(state, held_out, rows.reshape(-1, batch_size)))
-  said = said.reshape(len(said), -1, said.shape[-1])[:, :count]
+  said, distance = jax.tree.map(lambda x: np.asarray(x).reshape(len(x), -1, x.shape[-1])[:, :count],
+                                programs.answer(state, held_out, rows.reshape(-1, batch_size)))
   whole = np.zeros((len(said), *shape), np.int32)
   np.put_along_axis(whole, np.asarray(held_out["positions"])[None], said, axis=2)
-  return whole
+  if distance is None:
+    return whole, [None] * len(said)
+  return whole, [float(np.average(x, weights=held_out["weights"])) for x in distance]
 
 
 def _save(path, state, courses, step, seconds):
@@ -273,7 +298,10 @@ def _compact(batch: Batch) -> dict[str, np.ndarray]:
   kept = counts[0] if counts.min() == counts.max() else batch.mask.shape[1]
   positions = np.argsort(batch.mask == 0, axis=1, kind="stable")[:, :kept].astype(np.int32)
   targets, weights = (np.take_along_axis(a, positions, axis=1) for a in (batch.targets, batch.mask))
-  return {"tokens": batch.tokens, "positions": positions, "targets": targets, "weights": weights}
+  compact = {"tokens": batch.tokens, "positions": positions, "targets": targets, "weights": weights}
+  if batch.allowed is not None:
+    compact["allowed"] = np.take_along_axis(batch.allowed, positions[..., None], axis=1)
+  return compact
 
 
 def _sines(positions, width):

@@ -15,7 +15,7 @@ from synthetic.batch import Batch
 from synthetic.mqar import MQAR
 from synthetic.runs import HEADS, Run, parse_fields, whole, without_rate
 from synthetic.sweeps import MIXERS, SWEEPS
-from synthetic.training import Answerer, _batches, _compact, class_accuracy, score, train
+from synthetic.training import Answerer, _batches, _compact, _total_variation, class_accuracy, score, train
 
 RECALL = {"sequence_length": 32, "pairs": 4, "vocab_size": 32}
 SMALL = {"in_context_recall": {"sequence_length": 16}, "noisy_recall": {"sequence_length": 16},
@@ -73,10 +73,10 @@ def test_only_learning_rates_may_differ(side_by_side):
     train([run, dataclasses.replace(run, seed=1)])
 
 
-@pytest.mark.parametrize("examples", [0, 40])
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, examples):
+@pytest.mark.parametrize(("examples", "dropout"), [(0, 0.0), (40, 0.1)])
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, examples, dropout):
   run = Run("mqar", "attention", RECALL, width=16, depth=1, batch_size=16, steps=7, evaluate_every=2, test_examples=32,
-            examples=examples)
+            examples=examples, embedding_dropout=dropout)
   runs = [run, dataclasses.replace(run, learning_rate=1e-2)]
   whole, unfinished, stops = train(runs), tmp_path / "folder" / "run.npz", 0
   while (results := train(runs, over=lambda: True, unfinished=unfinished)) is None:
@@ -100,6 +100,11 @@ def test_every_task_trains(task):
   if task == "memorization":
     assert result["solved"]
   assert (result["class_accuracy"] is None) == (task == "regbench")
+  if task == "regbench":
+    assert len(result["total_variation"]) == len(result["curve"])
+    assert 1 > result["total_variation"][0] > result["total_variation"][-1] > 0
+  else:
+    assert result["total_variation"] is None
 
 
 @pytest.mark.parametrize(("name", "rates"), [("mqar", 3), ("mad", 3), ("regbench", 3)])
@@ -117,6 +122,30 @@ def test_scores():
   allowed = np.zeros((2, 3, 6), bool)
   allowed[0, :, 0] = allowed[1, :, 1] = True
   assert score(said, dataclasses.replace(batch, allowed=allowed)) == pytest.approx(2 / 4)
+
+
+def test_total_variation():
+  allowed = np.array([[[True, True, False, False], [True, False, False, False]]])
+  share = lambda *p: np.log(np.array(p, np.float32))
+  logits = np.stack([share(0.5, 0.25, 0.125, 0.125), share(0.1, 0.2, 0.3, 0.4)])[None]
+  assert np.asarray(_total_variation(logits, allowed)) == pytest.approx(np.array([[0.25, 0.9]]))
+
+
+def test_dropout():
+  model = Run("mqar", "attention", RECALL, width=16, depth=1).train_config().model
+  plain, dropping = (Answerer(model, False, "layers", rate, rngs=nnx.Rngs(0)) for rate in (0.0, 0.5))
+  tokens, positions = np.zeros((1, 2000), np.int32), np.zeros((1, 1), np.int32)
+  seen = []
+  for answerer in (plain, dropping):
+    answerer.model.read = lambda x: (seen.append(np.asarray(x)), (x, None))[1]
+    answerer(tokens, positions, jax.random.key(0))
+    answerer(tokens, positions)
+  embedded, _, dropped, tested = seen
+  assert (tested == embedded).all()  # a test drops nothing
+  kept = dropped != 0
+  assert kept.mean() == pytest.approx(0.5, abs=0.02) and dropped[kept] == pytest.approx(2 * embedded[kept])
+  with pytest.raises(ValueError, match=r"embedding_dropout=1.0: must lie in \[0, 1\)"):
+    Run("mqar", "attention", embedding_dropout=1.0).train_config()
 
 
 def test_positions_that_count():

@@ -132,7 +132,7 @@ def test_bfloat16_is_close_to_float32():
 def test_embedding_gradient_sums_in_float32():
   # 4096 times the same token: a bfloat16 sum would stop growing at 256 of them.
   lm = build(config(GLAConfig(heads=2), depth=1, dtype="bfloat16"))
-  gradient = jit(jax.grad(lambda lm: lm._embed(jnp.zeros((1, 4096), jnp.int32)).sum(dtype=jnp.float32)))(lm)
+  gradient = jit(jax.grad(lambda lm: lm.embed(jnp.zeros((1, 4096), jnp.int32)).sum(dtype=jnp.float32)))(lm)
   np.testing.assert_array_equal(gradient.embedding[...][0], 4096)
 
 
