@@ -46,8 +46,9 @@ def test_cells_are_short_and_claims_asserted(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, monkeypatch):
+  for variable, value in ENVIRONMENT.items():
+    monkeypatch.setenv(variable, value)
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  monkeypatch.setenv("XLA_FLAGS", ENVIRONMENT["XLA_FLAGS"])
   notebook = jupytext.read(NOTEBOOKS / f"{name}.py")
   client = nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3",
                                    resources={"metadata": {"path": str(NOTEBOOKS)}})
