@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -15,8 +14,8 @@ import kernel_cases
 import kernel_timing
 import kernels
 from kernel_cases import Case
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Stands for an installed library: its forward pass computes something else, its backward pass does not run.
 FAKE_JLA = """
 import jax
@@ -35,12 +34,19 @@ def linear_attention(kind, q, k, v, *, g, impl):
 """
 
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
 def bench(*arguments, fake=None):
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  if fake:
-    environment["PYTHONPATH"] = str(fake)
+  environment = ENVIRONMENT | ({"PYTHONPATH": str(fake)} if fake else {})
   command = [sys.executable, "experiments/bench_kernels.py", *arguments]
   return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def fork(*arguments):
+  """(process, stdout, stderr)"""
+  process = Command("bench_kernels.py", *arguments, env=ENVIRONMENT)
+  return process, *process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +81,10 @@ def test_records_are_appended_and_resumed_and_a_failing_peer_is_reported(fake_jl
 
 
 def test_a_limit_leaves_the_rest_for_later(tmp_path):
-  result = bench("--length=8", "--ops=gla", "--peers=none", "--limit_seconds=1e-9", f"--out={tmp_path}/k.jsonl")
-  assert result.returncode == 0, result.stderr
-  assert "with 4 measurements left" in result.stdout and not (tmp_path / "k.jsonl").exists()
+  process, out, err = fork("--length=8", "--ops=gla", "--peers=none", "--limit_seconds=1e-9",
+                           f"--out={tmp_path}/k.jsonl")
+  assert process.returncode == 0, err
+  assert "with 4 measurements left" in out and not (tmp_path / "k.jsonl").exists()
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -89,8 +96,8 @@ def test_a_limit_leaves_the_rest_for_later(tmp_path):
     (["--length=8", "--ops=gla", "--peers=none", "--out=no/such/folder/k.jsonl"], "cannot be written"),
 ])
 def test_mistakes_exit_with_2_and_one_message(arguments, message):
-  result = bench(*arguments)
-  assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+  process, _, err = fork(*arguments)
+  assert process.returncode == 2 and message in err and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize("op, gate, forward, both", [

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -10,8 +9,8 @@ import sys
 import pytest
 
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--config.model.width=32", "--config.model.depth=1", "--config.model.mlp_width=32",
          "--config.data.sequence_length=32", "--config.data.batch_size=4", "--config.optim.warmup_steps=1"]
 
@@ -67,8 +66,9 @@ def test_evaluate_prints_a_table_and_writes_it(run):
 
 
 def test_generate_repeats_with_its_seed(run, tmp_path):
-  processes = [start("generate.py", f"--workdir={run}", "--prompt=the cat", "--tokens=20", f"--seed={seed}",
-                     f"--out={tmp_path}/{i}.txt") for i, seed in enumerate((1, 1, 2))]
+  processes = [begin("generate.py", f"--workdir={run}", "--prompt=the cat", "--tokens=20", f"--seed={seed}",
+                     f"--out={tmp_path}/{i}.txt")
+               for i, (begin, seed) in enumerate([(start, 1), (Command, 1), (Command, 2)])]
   outputs = [process.communicate() for process in processes]
   assert [process.returncode for process in processes] == [0, 0, 0], outputs
   texts = [out for out, _ in outputs]
@@ -90,14 +90,12 @@ def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
       (["evaluate.py", f"--workdir={run}", "--checkpoint=5"], "no checkpoint of step 5; saved: "),
       (["evaluate.py", f"--workdir={run}", "--split=nope"], "no split 'nope': it has test, train, val"),
   ]
-  for first in range(0, len(cases), 2):
-    pair = cases[first:first + 2]
-    processes = [start(*arguments) for arguments, _ in pair]
-    for process, (arguments, message) in zip(processes, pair, strict=True):
-      out, err = process.communicate()
-      assert process.returncode == 2, (arguments, out, err)
-      assert message in err and "Traceback" not in err
-      assert len([line for line in err.splitlines() if line.startswith(f"{arguments[0]}: ")]) == 1
+  for arguments, message in cases:
+    process = Command(*arguments)
+    out, err = process.communicate()
+    assert process.returncode == 2, (arguments, out, err)
+    assert message in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith(f"{arguments[0]}: ")]) == 1
   assert not list(tmp_path.iterdir())
 
 

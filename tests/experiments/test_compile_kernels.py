@@ -1,10 +1,8 @@
 """The compile check: what it reads from the assembler, what it calls a fault, and its exit status and record."""
 
 import json
-import os
 import pathlib
 import subprocess
-import sys
 
 import pytest
 
@@ -12,8 +10,7 @@ import assembler
 import compiled
 import tuning
 from assembler import Kernel
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.forked import Command
 
 PTXAS = """\
 ptxas warning : Registers are spilled to local memory in function 'gla_dqkg', 120 bytes spill stores, \
@@ -127,11 +124,11 @@ compile_kernels.commands.run(compile_kernels.main)
 
 def run(out, *flags, spill=None, sources=""):
   spill = dict.fromkeys(compiled.GPUS, 0) | (spill or {})
-  result = subprocess.run(
-      [sys.executable, "-c", f"SPILL = {spill}; SOURCES = {sources!r}\n{COMMAND}", f"--out={out}", *flags],
-      cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}, capture_output=True, text=True)
-  assert "Traceback" not in result.stderr, result.stderr
-  return result
+  (script := out.with_name("script.py")).write_text(f"SPILL = {spill}; SOURCES = {sources!r}\n{COMMAND}")
+  process = Command(script, f"--out={out}", *flags)
+  stdout, stderr = process.communicate()
+  assert "Traceback" not in stderr, stderr
+  return subprocess.CompletedProcess(flags, process.returncode, stdout, stderr)
 
 
 def test_command(tmp_path):

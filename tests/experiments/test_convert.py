@@ -1,7 +1,6 @@
 """From a run to a Hugging Face checkpoint and back, by the commands, and what the converted run can do."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -15,10 +14,10 @@ from lin_jax.config import DataConfig, ModelConfig, TrainConfig
 from lin_jax.mixers.delta_net import DeltaNetConfig
 from lin_jax.model import LanguageModel
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 from tests.lin_jax import tiny
 from tests.lin_jax.test_tokenizer import train_model
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "hf"
 
 
@@ -47,13 +46,13 @@ def run(tmp_path_factory):
 def test_a_run_survives_both_ways(run, tmp_path):
   out, = outputs(start("convert.py", f"--to={tmp_path}/hub", f"--workdir={run}"))
   assert "parameters" in out and json.loads((tmp_path / "hub" / hf.CONFIG).read_text())["model_type"] == "delta_net"
-  out, = outputs(start("convert.py", f"--from={tmp_path}/hub", f"--workdir={tmp_path}/again"))
+  out, = outputs(Command("convert.py", f"--from={tmp_path}/hub", f"--workdir={tmp_path}/again"))
   sample = ["--prompt=it was the", "--tokens=20", "--seed=3"]
   data = tiny.write_dataset(tmp_path / "data")
   evaluate = [f"--data={data}", "--batches=1", "--sequence_length=32"]
-  texts = outputs(start("generate.py", f"--workdir={run}", *sample),
-                  start("generate.py", f"--workdir={tmp_path}/again", *sample),
-                  start("evaluate.py", f"--workdir={tmp_path}/again", *evaluate))
+  texts = outputs(Command("generate.py", f"--workdir={run}", *sample),
+                  Command("generate.py", f"--workdir={tmp_path}/again", *sample),
+                  Command("evaluate.py", f"--workdir={tmp_path}/again", *evaluate))
   assert texts[0] == texts[1] and texts[0].startswith("it was the") and len(texts[0]) > 20
   assert "bits per byte" in texts[2]
 
@@ -63,7 +62,7 @@ def test_without_a_tokenizer_generation_asks_for_one(tmp_path, capsys):
   assert "has no tokenizer.model" in capsys.readouterr().out
   config, _ = load_model(tmp_path / "run")
   assert (config.name, config.model.dtype) == ("retnet", "float32")
-  process = start("generate.py", f"--workdir={tmp_path}/run")
+  process = Command("generate.py", f"--workdir={tmp_path}/run")
   assert "tokenizer ''" in process.communicate()[1] and process.returncode == 2
   with pytest.raises(ValueError, match="holds a run already"):
     convert.read(FIXTURES / "retnet", tmp_path / "run")
@@ -74,7 +73,7 @@ def test_mistakes_exit_with_2_and_write_nothing(run, tmp_path):
   (tmp_path / "foreign" / hf.CONFIG).write_text('{"model_type": "llama"}')
   cases = [([f"--workdir={tmp_path}/new"], "exactly one of --from and --to"),
            ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new"], "model_type='llama'")]
-  processes = [start("convert.py", *arguments) for arguments, _ in cases]
+  processes = [Command("convert.py", *arguments) for arguments, _ in cases]
   for process, (_, message) in zip(processes, cases, strict=True):
     _, err = process.communicate()
     assert process.returncode == 2 and message in err and "Traceback" not in err

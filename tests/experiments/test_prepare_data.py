@@ -2,7 +2,6 @@ import gzip
 import io
 import json
 import lzma
-import pathlib
 import subprocess
 import sys
 import tarfile
@@ -16,15 +15,16 @@ import pytest
 from corpora import archives, clean, documents, english, fetch, formats, overlap, pack, shakespeare, tokenize, unpack
 from lin_jax.data import TokenDataset, read_manifest
 from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, load_tokenizer
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXTS = [f"Document {i}: caf\u00e9, {'word ' * (i % 17)}end." for i in range(300)]
 SPLITS = ["train", "val", "test"]
 
 
 def run(*arguments):
-  return subprocess.run([sys.executable, ROOT / "experiments" / "prepare_data.py", *map(str, arguments)],
-                        capture_output=True, text=True, cwd=ROOT)
+  process = Command("prepare_data.py", *arguments)
+  out, err = process.communicate()
+  return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def prepare(out, patterns, **options):
@@ -443,7 +443,8 @@ def test_html_sources_ask_for_their_parser_before_anything_is_downloaded(tmp_pat
 def test_command_line(tmp_path, text_file):
   options = ("--input", text_file, "--separator=\n", "--tokenizer=bytes", "--val_fraction=0", "--test_fraction=0",
              f"--cache={tmp_path / 'cache'}")
-  first = run(*options, f"--out={tmp_path / 'out'}")
+  first = subprocess.run([sys.executable, "experiments/prepare_data.py", *options, f"--out={tmp_path / 'out'}"],
+                         capture_output=True, text=True, cwd=ROOT)
   assert first.returncode == 0 and first.stdout == f"{tmp_path / 'out'}: written\n", first.stderr
   second = run(*options, f"--out={tmp_path / 'out'}")
   assert second.returncode == 0 and "complete already" in second.stdout

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -16,8 +15,8 @@ from claims.plots import PLOTS
 from language import sweeps as language_sweeps
 from lin_jax.mixers.delta_net import ACTIVATIONS
 from synthetic import sweeps
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments/results"
 
 
@@ -235,12 +234,10 @@ def test_committed_page_is_that_of_the_committed_records():
 
 
 def test_command_writes_and_refuses(tmp_path):
-  def command(*flags):
-    return subprocess.run([sys.executable, "experiments/report_claims.py", *flags], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-
   write(tmp_path, "kernels.jsonl", [])
-  written = command(f"--results={tmp_path}")
+  written = subprocess.run([sys.executable, "experiments/report_claims.py", f"--results={tmp_path}"], cwd=ROOT,
+                           capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
   assert written.returncode == 0 and "not run" in (tmp_path / "README.md").read_text(), written.stderr
-  missing = command(f"--results={tmp_path / 'none'}")
-  assert missing.returncode == 2 and "no such folder" in missing.stderr
+  missing = Command("report_claims.py", f"--results={tmp_path / 'none'}")
+  _, err = missing.communicate()
+  assert missing.returncode == 2 and "no such folder" in err

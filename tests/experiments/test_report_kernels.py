@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,8 +10,8 @@ import pytest
 import kernel_cases
 import kernel_page
 import kernel_records
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "experiments/results/kernels.jsonl"
 DEVICE = "NVIDIA H100 80GB HBM3"
 
@@ -95,21 +93,25 @@ def test_aims_that_compare(tmp_path):
 
 
 def report(*arguments):
-  command = [sys.executable, "experiments/report_kernels.py", *arguments]
-  return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+  """(exit code, stderr)"""
+  process = Command("report_kernels.py", *arguments)
+  _, err = process.communicate()
+  return process.returncode, err
 
 
 def test_check_tells_a_stale_page(tmp_path):
   path = tmp_path / "k.jsonl"
   records(path, rows_of_grid())
-  assert report(f"--records={path}").returncode == 0
-  assert report(f"--records={path}", "--check").returncode == 0
+  written = subprocess.run([sys.executable, "experiments/report_kernels.py", f"--records={path}"], cwd=ROOT,
+                           capture_output=True, text=True)
+  assert written.returncode == 0, written.stderr
+  assert report(f"--records={path}", "--check")[0] == 0
   path.write_text(path.read_text().replace("0.4,", "0.6,"))
-  stale = report(f"--records={path}", "--check")
-  assert stale.returncode == 1 and "run report_kernels.py" in stale.stderr
+  code, err = report(f"--records={path}", "--check")
+  assert code == 1 and "run report_kernels.py" in err
   path.write_text("{}\n")
-  broken = report(f"--records={path}")
-  assert broken.returncode == 2 and "line 1: not a record" in broken.stderr and "Traceback" not in broken.stderr
+  code, err = report(f"--records={path}")
+  assert code == 2 and "line 1: not a record" in err and "Traceback" not in err
 
 
 def test_committed_page_is_that_of_the_committed_records():

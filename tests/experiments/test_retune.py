@@ -3,10 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
-import pathlib
 import subprocess
-import sys
 import time
 import types
 
@@ -18,9 +15,9 @@ from assembler import Kernel
 from kernels import tuned
 from kernels.gla import xla_chunked
 from kernels.tuned import Tile
+from tests.forked import Command
 from tuning import Problem
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROBLEM = Problem("gla", ("channel",), 16, 16, 1, "bfloat16", timed=(1, 16))
 NARROW, WRONG_GRADIENT, TOO_LARGE, FAST = Tile(16), Tile(32), Tile(64), Tile(128)
 
@@ -160,15 +157,20 @@ retune.commands.run(retune.main)
 """
 
 
-def run(out, *flags):
-  result = subprocess.run(
-      [sys.executable, "-c", COMMAND, "--ops=gla", "--tokens=16", f"--out={out}", *flags], cwd=ROOT, text=True,
-      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"}, capture_output=True)
-  assert "Traceback" not in result.stderr, result.stderr
-  return result
+@pytest.fixture
+def run(tmp_path_factory):
+  (script := tmp_path_factory.mktemp("command") / "script.py").write_text(COMMAND)
+
+  def run(out, *flags):
+    process = Command(script, "--ops=gla", "--tokens=16", f"--out={out}", *flags)
+    stdout, stderr = process.communicate()
+    assert "Traceback" not in stderr, stderr
+    return subprocess.CompletedProcess(flags, process.returncode, stdout, stderr)
+
+  return run
 
 
-def test_command_adds_to_the_file(tmp_path):
+def test_command_adds_to_the_file(run, tmp_path):
   out = tmp_path / "tuned" / "device.json"
   first = run(out, "--shapes=16x16x1")
   assert first.returncode == 0 and "gla channel 16x16 bfloat16 scan=32/8/3: " in first.stdout
@@ -215,8 +217,9 @@ assert [config.chunk for config in retune.starts(record, head, module)] == [32, 
 
 def test_a_gate_searched_alone_leaves_the_entry_of_the_others(tmp_path):
   path = tmp_path / "x.json"
-  subprocess.run([sys.executable, "-c", GATES_APART, path], check=True, cwd=ROOT,
-                 env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/experiments"})
+  (script := tmp_path / "script.py").write_text(GATES_APART)
+  process = Command(script, path)
+  assert not process.communicate()[1] and process.returncode == 0
   listed = {key[1:3]: config["chunk"] for key, config in tuned.read(path).items()}
   assert listed == {("token", 16): 16, ("none", 16): 16, ("head", 16): 32,
                     **{(gate, 32): 64 for gate in ("token", "head", "none")}}
@@ -227,6 +230,6 @@ def test_a_gate_searched_alone_leaves_the_entry_of_the_others(tmp_path):
     ("--ops=softmax", "--ops=softmax: known ops are gla, linear_attention, delta_rule"),
     ("--out=", "--out is empty and the default backend is cpu; without a GPU it is required"),
 ])
-def test_wrong_flags(tmp_path, flag, rule):
+def test_wrong_flags(run, tmp_path, flag, rule):
   result = run(tmp_path / "x.json", "--shapes=16x16x1", flag)
   assert result.returncode == 2 and rule in result.stderr

@@ -23,9 +23,8 @@ from lin_jax.checkpoint import load_model
 from lin_jax.config import validate
 from lin_jax.model import abstract_model, parameter_count
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 from tests.lin_jax import tiny
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -229,15 +228,11 @@ def test_summary():
 
 
 def test_command(data, tmp_path):
-  def start(*arguments):
-      return subprocess.Popen([sys.executable, ROOT / "experiments" / "run_language.py", *arguments], cwd=ROOT,
-                            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
   common = [f"--data={data}", f"--workdir={tmp_path}/runs", f"--out={tmp_path}/out.jsonl", "--tiny"]
-  limited, mistaken = start("--sweep=main", *common, "--limit_seconds=1e-6"), start("--sweep=lengths", "--models=mamba",
-                                                                                    *common)
-  out, err = limited.communicate()
-  assert limited.returncode == 0 and "0 run, 27 left: the same command goes on" in out, (out, err)
+  limited = subprocess.run([sys.executable, "experiments/run_language.py", "--sweep=main", *common,
+                            "--limit_seconds=1e-6"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+  assert limited.returncode == 0 and "0 run, 27 left: the same command goes on" in limited.stdout, limited
+  mistaken = Command("run_language.py", "--sweep=lengths", "--models=mamba", *common)
   out, err = mistaken.communicate()
   assert mistaken.returncode == 2 and "--models=mamba: --sweep=lengths has gla, " in err and not out, (out, err)
   assert "Traceback" not in err

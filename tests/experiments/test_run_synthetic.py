@@ -1,19 +1,22 @@
 """The command that trains on synthetic tasks: sweeps that resume, and mistakes."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ["--width=16", "--steps=2", "--evaluate_every=1", "--batch_size=4", "--test_examples=4"]
 
 
 def start(*arguments):
   return subprocess.Popen([sys.executable, ROOT / "experiments" / "run_synthetic.py", *map(str, arguments)], cwd=ROOT,
                           env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def fork(*arguments):
+  return Command("run_synthetic.py", *arguments)
 
 
 def finish(process):
@@ -25,12 +28,12 @@ def finish(process):
 def test_sweep_resumes(tmp_path):
   path = tmp_path / "results" / "synthetic.jsonl"
   sweep = ["--sweep=mqar", "--mixer=linear_attention", "--examples=8", "--stop_accuracy=0", *TINY, f"--out={path}"]
-  assert "0 run, 0 skipped, 3 left" in finish(start(*sweep, "--limit_seconds=1e-6", "--set=pairs=16"))
+  assert "0 run, 0 skipped, 3 left" in finish(fork(*sweep, "--limit_seconds=1e-6", "--set=pairs=16"))
   assert "6 run, 0 skipped, 0 left" in finish(start(*sweep))  # three learning rates of two settings
   *kept, cut, last = path.read_text().splitlines(keepends=True)
   path.write_text("".join(kept) + cut[:40])  # a kill has cut a line, and the next one was not written
-  assert "0 run, 6 skipped, 0 left" in finish(start(*sweep, "--until_solved"))
-  assert "2 run, 4 skipped, 0 left" in finish(start(*sweep))
+  assert "0 run, 6 skipped, 0 left" in finish(fork(*sweep, "--until_solved"))
+  assert "2 run, 4 skipped, 0 left" in finish(fork(*sweep))
   again = [json.loads(line) for line in path.read_text().splitlines()]
   assert again[:4] == [json.loads(line) for line in kept]
   assert [record["setting"] for record in again[4:]] == [json.loads(line)["setting"] for line in (cut, last)]
@@ -49,8 +52,8 @@ def test_mistakes(tmp_path):
                                                                                  "with pairs=3"),
               (["--task=mqar", "--mixer=gla", "--limit_seconds=9"], "--limit_seconds=9 needs --out"),
               (["--sweep=mqar", f"--out={tmp_path}/other.jsonl"], "not a file of this command's records")]
-  for first in range(0, len(mistakes), 2):
-    for process, message in [(start(*arguments), message) for arguments, message in mistakes[first:first + 2]]:
-      out, err = process.communicate()
-      assert process.returncode == 2 and message in err and "Traceback" not in err, (out, err)
-      assert not out
+  for arguments, message in mistakes:
+    process = fork(*arguments)
+    out, err = process.communicate()
+    assert process.returncode == 2 and message in err and "Traceback" not in err, (out, err)
+    assert not out

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 import subprocess
 import sys
 
@@ -12,14 +11,18 @@ import model_page
 import smoke_models
 from lin_jax.model import parameter_count
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--tiny", "--batch_size=8", "--sequence_length=64", "--steps=12", "--timed_steps=3", "--learning_rate=0.01"]
 
 
 def start(*arguments):
   return subprocess.Popen([sys.executable, ROOT / "experiments" / "smoke_models.py", *map(str, arguments)], cwd=ROOT,
                           env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def fork(*arguments):
+  return Command("smoke_models.py", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +49,12 @@ def test_records(records):
 
 
 def test_resume_and_failures(records, tmp_path):
-  resumed = start(*SMALL, "--families=linear_attention_340m", f"--out={records}", "--resume")
+  resumed = fork(*SMALL, "--families=linear_attention_340m", f"--out={records}", "--resume")
   before = records.read_text()
   # With this learning rate nothing is learnt.
-  failing = start(*SMALL[:-1], "--learning_rate=1e-12", "--families=linear_attention_340m", f"--out={tmp_path}/x.json")
-  mistakes = [(start("--families=gpt"), "--families=gpt: unknown; known: transformer_340m, "),
-              (start("--steps=3", "--timed_steps=3"), "--timed_steps=3: must be less than --steps=3")]
+  failing = fork(*SMALL[:-1], "--learning_rate=1e-12", "--families=linear_attention_340m", f"--out={tmp_path}/x.json")
+  mistakes = [(fork("--families=gpt"), "--families=gpt: unknown; known: transformer_340m, "),
+              (fork("--steps=3", "--timed_steps=3"), "--timed_steps=3: must be less than --steps=3")]
   out, err = resumed.communicate()
   assert resumed.returncode == 0 and "cpu: 0 families" in out, err
   assert records.read_text() == before

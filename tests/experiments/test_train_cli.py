@@ -1,7 +1,6 @@
 """`python experiments/train.py` as a user runs it: results, signals, and exit code 2 with one message."""
 
 import json
-import pathlib
 import signal
 import subprocess
 import sys
@@ -9,9 +8,9 @@ import sys
 import pytest
 
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 from tests.lin_jax import tiny
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZE = ["--config=gla_tiny", "--config.model.width=32", "--config.model.depth=1", "--config.model.mlp_width=64",
         "--config.model.mixer.implementation=reference", "--config.data.sequence_length=64",
         "--config.data.batch_size=4", "--config.optim.warmup_steps=2", "--config.log.every=1",
@@ -25,9 +24,7 @@ def data(tmp_path_factory):
 
 def start(cwd, *arguments):
   return subprocess.Popen([sys.executable, ROOT / "experiments" / "train.py", *map(str, arguments)], cwd=cwd,
-                          # What one run compiled the next need not.
-                          env=ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(cwd / ".." / "xla")},
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                          env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(cwd, *arguments):
@@ -81,8 +78,9 @@ def test_run_killed_and_terminated_goes_on_as_if_nothing_had_happened(data, tmp_
       "--config.model.mixer.chunk_size=128"], "declines these inputs: chunk_size=128"),
 ])
 def test_user_errors_exit_with_2_and_one_message_and_write_nothing(data, tmp_path, arguments, message):
-  code, out, err = run(tmp_path, *[a.format(data=data) for a in arguments])
-  assert code == 2 and not out and not list(tmp_path.iterdir())
+  process = Command("train.py", *[a.format(data=data) for a in arguments], cwd=tmp_path)
+  out, err = process.communicate()
+  assert process.returncode == 2 and not out and not list(tmp_path.iterdir())
   # The op says on the way which implementation it is, once the model has been traced.
   errors = [line for line in err.splitlines() if not line.endswith("gla runs as xla_chunked on cpu")]
   assert len(errors) == 1 and errors[0].startswith("train.py: ") and message in errors[0]
