@@ -25,7 +25,8 @@ train: $(INSTALLED) $(CORPUS)/manifest.json ## train gla_tiny on Shakespeare, th
 # Tests compile far more than they compute: without the compiler's optimisations the suite takes two thirds of the time.
 # They start Python often, so its bytecode is kept, also where the environment says otherwise.
 test: $(INSTALLED) ## run the CPU tests
-	PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
+	PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu \
+	  XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
 	  $(PYTHON) -m pytest -n 2 --dist=worksteal -m "not gpu"
 
 bench: $(INSTALLED) ## time the kernels on this machine
