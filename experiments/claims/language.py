@@ -12,7 +12,8 @@ from .claim import Claim, Finding, Results
 FILE = "language.jsonl"
 NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormerLLM", "gla": "GLA", "mamba": "Mamba",
          "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "deltanet_swa": "DeltaNet with sliding windows",
-         "deltanet_global": "DeltaNet with two attention layers",
+         "deltanet_global": "DeltaNet with two attention layers", "gla_conv": "GLA with convolutions",
+         "deltanet_no_conv": "DeltaNet without convolutions",
          "gla_carried": "GLA with carried state", "retnet_carried": "RetNet with carried state", "no_decay": "no decay",
          "constant_decay": "constant decay", "scalar_decay": "decay per token"}
 _GLA, _TNL, _DELTA, _GATED = "2312.06635", "2405.17381", "2406.06484", "2412.06464"
@@ -67,7 +68,7 @@ def claims() -> list[Claim]:
   best = "bits per byte at the best of the learning rates tried (table below)"
   settings = {
       "main": f"42M parameters, 29.5M tokens of English, {best}", "gates": f"42M parameters, 29.5M tokens, {best}",
-      "norms": f"42M parameters, 19.7M tokens, {best}",
+      "norms": f"42M parameters, 19.7M tokens, {best}", "convolutions": f"42M parameters, 29.5M tokens, {best}",
       "long": "42M parameters, 118M tokens (2.5 epochs) of English, bits per byte, one learning rate and one seed"}
   claim = lambda sweep, paper, place, text, printed, judge: Claim(
       paper, place, text, printed, settings[sweep],
@@ -97,6 +98,8 @@ def claims() -> list[Claim]:
                          for other in ("deltanet", "transformer")])),
       claim("norms", _DELTA, "ablation", "Keys of L2 norm are better than keys of L1 norm, whatever the activation.",
             "28.03 and 31.12 (340M, 1+elu)", _below("norms", l2_l1)),
+      claim("convolutions", _DELTA, "main table", "Short convolutions make DeltaNet better.", "28.24 and 29.08 (340M)",
+            _below("convolutions", [("deltanet", "deltanet_no_conv")])),
       *both(_GATED, "main table", "Gated DeltaNet models text better than DeltaNet.", "16.42 and 17.71 (1.3B)",
             judge=below([("gated_deltanet", "deltanet")]))]
 

@@ -49,6 +49,10 @@ COMPARED = tuple(MODELS)
 GATES = {"no_decay": "none", "constant_decay": "constant", "scalar_decay": "token"}
 MODELS |= {name: _model(SimpleGLAConfig(heads=2, decay=decay)) for name, decay in GATES.items()}
 
+# With and without the short convolutions that DeltaNet has and GLA has not.
+CONVOLUTIONS = {"deltanet_no_conv": DeltaNetConfig(heads=4, conv_width=0), "gla_conv": GLAConfig(heads=2, conv_width=4)}
+MODELS |= {name: _model(mixer) for name, mixer in CONVOLUTIONS.items()}
+
 NORM_AND_ACTIVATION = {
     "deltanet" if (norm, activation) == ("l2", "silu") else f"deltanet_{norm}_{activation}":
         DeltaNetConfig(heads=4, qk_norm=norm, qk_activation=activation) for norm in NORMS for activation in ACTIVATIONS}

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 import records
 from language import execution
-from language.models import CARRIED, COMPARED, GATES, MODELS
+from language.models import CARRIED, COMPARED, CONVOLUTIONS, GATES, MODELS
 from language.report import summary
 from language.runs import Run, finish, setting
 from language.sweeps import SWEEPS, Sweep, further
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 
 def test_sizes_are_matched():
-  counts = {name: parameter_count(MODELS[name]()) for name in (*COMPARED, *GATES, "deltanet_l1_elu1")}
+  counts = {name: parameter_count(MODELS[name]()) for name in (*COMPARED, *GATES, *CONVOLUTIONS, "deltanet_l1_elu1")}
   assert max(counts.values()) / min(counts.values()) <= 1.02 and 38e6 < min(counts.values())
   assert {make().vocab_size * make().width for make in MODELS.values()} == {32000 * 512}
   # The state that a layer hands on is the same for those that the papers compare at one size.
@@ -44,7 +44,7 @@ def test_sizes_are_matched():
 
 
 def test_sweeps_hold_each_claims_runs(data):
-  main, gates, norms, lengths, long = (SWEEPS[name]().runs for name in ("main", "gates", "norms", "lengths", "long"))
+  main, gates, norms, convolutions, lengths, long = (sweep().runs for sweep in SWEEPS.values())
   assert {run.model for run in main} == set(COMPARED) and len(main) == 27
   assert {run.model for run in gates} == {"no_decay", "constant_decay", "scalar_decay", "gla"} and len(gates) == 12
   assert {(c.qk_norm, c.qk_activation) for c in (MODELS[run.model]().mixer for run in norms)} == {
@@ -54,13 +54,15 @@ def test_sweeps_hold_each_claims_runs(data):
   assert CARRIED == {"gla_carried": "gla", "retnet_carried": "retnet"}
   assert {run.sequence_length for run in lengths} == {512}
   assert {run.model for run in long} == set(COMPARED) and {run.steps for run in long} == {4 * main[0].steps}
-  for runs in (main, gates, norms, lengths, long):
+  widths = {run.model: MODELS[run.model]().mixer.conv_width for run in convolutions}
+  assert widths == {"deltanet": 4, "deltanet_no_conv": 0, "gla": 0, "gla_conv": 4}
+  for runs in (main, gates, norms, convolutions, lengths, long):
     sizes = {(c.optim.steps, c.data.batch_size * c.data.sequence_length) for c in (r.train_config(data) for r in runs)}
     assert len(sizes) == 1  # matched tokens
     assert len({records.key(setting(validate(run.train_config(data)))) for run in runs}) == len(runs)
-  for runs, models in ((main, COMPARED), (gates, [*GATES, "gla"])):
+  for runs, models in ((main, COMPARED), (gates, [*GATES, "gla"]), (convolutions, widths)):
     assert all(len({run.learning_rate for run in runs if run.model == model}) == 3 for model in models)
-  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 0]
+  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 1, 0]
 
 
 def test_gates_differ_in_the_decay_alone():
