@@ -173,6 +173,20 @@ def test_narrow_heads_match_the_scan(op, case, record_property, monkeypatch):
   check(op, case, record_property, monkeypatch)
 
 
+def cut_grid():
+  """Few long sequences, which are cut into pieces, at widths of which K or V is the wider, in both formats."""
+  widths = (16, 32), (16, 128), (32, 256), (60, 100), (64, 128), (128, 64), (256, 256), (256, 512)
+  return [(op, Case(B=1, T=1024, H=2, K=K, V=V, dtype=dtype, gate="near_zero", decay=decay, beta=BETA.get(op)))
+          for op in OPS for decay in DECAYS[op] for K, V in widths for dtype in ("bfloat16", "float32")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op, case", cut_grid(), ids=str)
+def test_pieces_match_the_scan(op, case, record_property, monkeypatch):
+  assert jax.default_backend() == "gpu"
+  check(op, case, record_property, monkeypatch)
+
+
 def _served(op, dtype):
   """Input dtypes that an entry for `dtype` serves; the delta rule runs float16 as float32."""
   return ("bfloat16", "float16") if dtype == "bfloat16" and op != "delta_rule" else (dtype,)
