@@ -161,6 +161,13 @@ class LanguageModel(nnx.Module):
     empty = jax.vmap(lambda block: block.mixer.init_state(batch, max_length))
     return [[empty(blocks) for blocks in run] for run in self.runs]
 
+  def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    """What the first layer reads of each token."""
+    with jax.named_scope("embed"):
+      # Rows are cast after the look-up: its gradient then sums repeated tokens in float32.
+      rows = self.embedding[...][tokens]
+      return shard_batch((rows * self.embedding_scale if self.embedding_scale else rows).astype(self.dtype))
+
   def unembedding(self) -> Float[Array, "D V"]:
     """The float32 output matrix: the transposed embedding if they are tied."""
     return self.embedding[...].T if self.head is None else self.head[...]
@@ -176,13 +183,6 @@ class LanguageModel(nnx.Module):
   def _stacks(self, runs):
     """The stacked blocks of `runs`, each with the numbers of its layers."""
     return [pair for run, layers in zip(runs, self.layers, strict=True) for pair in zip(run, layers, strict=True)]
-
-  def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-    """What the first layer reads of each token."""
-    with jax.named_scope("embed"):
-      # Rows are cast after the look-up: its gradient then sums repeated tokens in float32.
-      rows = self.embedding[...][tokens]
-      return shard_batch((rows * self.embedding_scale if self.embedding_scale else rows).astype(self.dtype))
 
   def _runs(self):
     """Copies of the stacked blocks, whose mixers know their layers."""

@@ -65,10 +65,9 @@ def bits(row: dict) -> str:
 
 
 def claims() -> list[Claim]:
-  best = "bits per byte at the best of the learning rates tried (table below)"
-  settings = {
-      "main": f"42M parameters, 29.5M tokens of English, {best}", "gates": f"42M parameters, 29.5M tokens, {best}",
-      "norms": f"42M parameters, 19.7M tokens, {best}", "convolutions": f"42M parameters, 29.5M tokens, {best}",
+  size = "42M parameters, {} tokens of English, bits per byte at the best of the learning rates tried (table below)"
+  settings = dict.fromkeys(("main", "gates", "convolutions"), size.format("29.5M")) | {
+      "norms": size.format("19.7M"),
       "long": "42M parameters, 118M tokens (2.5 epochs) of English, bits per byte, one learning rate and one seed"}
   claim = lambda sweep, paper, place, text, printed, judge: Claim(
       paper, place, text, printed, settings[sweep],

@@ -34,9 +34,9 @@ states follow exactly. Backward a piece's map is Phi^T, so that only the columns
 Residuals: q, k, e, beta, the gates, D * Y (4 C bytes a token-head) and the states (2 K V / span): 128 + 512 bytes at K
 = V = 128; of each piece Phi. bfloat16 inputs use bfloat16 operands and states; float32 inputs keep float32. Where keys
 are alike, what Y and its transpose multiply all but cancels, so the products with Y, and P^T dO, take 16 bits of their
-operands; so does what is added to a state, because a beta near 2 lets no error fade. float16 inputs run as float32:
-operands of bfloat16 would change which keys are alike. A gate's gradient is the flow through it, as in
-`kernels.linear_attention`.
+operands (of P in P V' too, where K is at most 16); so does what is added to a state, because a beta near 2 lets no
+error fade. float16 inputs run as float32: operands of bfloat16 would change which keys are alike. A gate's gradient is
+the flow through it, as in `kernels.linear_attention`.
 """
 
 import dataclasses

@@ -33,12 +33,16 @@ def check(op, case, record_property, monkeypatch):
   record_property("config", tuning.describe(config))
   actual = cases.results(PALLAS[op], inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size,
                          case.normalize_qk)
-  errors = {name: relative_error(actual[name], x) for name, x in cases.expected(inputs).items()}
+  assert_bounds(op, case, {name: relative_error(actual[name], x) for name, x in cases.expected(inputs).items()},
+                record_property)
+  return config
+
+
+def assert_bounds(op, case, errors, record_property):
   record_property("errors", errors)
   bad = {name: f"{error:.1e} > {bound:.0e}" for name, error in errors.items()
          if not error <= (bound := tolerance(name, case.dtype, split=True))}
   assert not bad, f"{op} {case}: {bad}"
-  return config
 
 
 def configuration(op, inputs, chunk_size, monkeypatch):
@@ -139,9 +143,7 @@ def side_by_side(op, case, record_property):
   for i, inputs in enumerate(models):
     for name, x in cases.expected(inputs).items():
       errors[name] = max(errors.get(name, 0.0), relative_error(actual[name][i], x))
-  record_property("errors", errors)
-  bad = {name: f"{error:.1e}" for name, error in errors.items() if not error <= tolerance(name, case.dtype, split=True)}
-  assert not bad, f"{op} {case}: {bad}"
+  assert_bounds(op, case, errors, record_property)
 
 
 def narrow_grid():
