@@ -80,6 +80,7 @@ INTERPRETED = {
         Case(T=70, H=1, K=32, V=16, dtype="float32", decay="none", segments=(1, 30, 39)),
         Case(T=128, H=2, K=32, V=32, dtype="float16", decay="token", gate="logit_-20", segments=(1, 15, 70, 1, 41)),
         Case(T=64, H=1, K=256, V=32, dtype="bfloat16", decay="token"),
+        Case(T=64, H=2, K=256, V=32, dtype="bfloat16", decay="head"),
         Case(T=50, H=4, K=32, V=32, dtype="float32", decay="token", key_heads=2, chunk_size=16),
     ],
     "delta_rule": [
@@ -146,11 +147,13 @@ def side_by_side(op, case, record_property):
   assert_bounds(op, case, errors, record_property)
 
 
-def narrow_grid():
-  """Heads of a few channels, which models for synthetic tasks have, alone and side by side."""
-  widths = (8, 8), (8, 16), (16, 16), (16, 32), (32, 32)
+NARROW = (8, 8), (8, 16), (16, 16), (16, 32), (32, 32)
+
+
+def synthetic_grid(widths, lengths):
+  """Heads of models for synthetic tasks."""
   return [(op, Case(B=4, T=T, H=8, K=K, V=V, dtype="bfloat16", initial_state=False, decay=decay, beta=BETA.get(op)))
-          for op in OPS for decay in DECAYS[op] for K, V in widths for T in (32, 127, 512)]
+          for op in OPS for decay in DECAYS[op] for K, V in widths for T in lengths]
 
 
 @pytest.mark.parametrize("op, case", [
@@ -162,14 +165,17 @@ def test_interpreted_models_side_by_side_match_the_scan(op, case, record_propert
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op, case", narrow_grid(), ids=str)
+@pytest.mark.parametrize("op, case", [
+    *synthetic_grid(NARROW, (32, 127, 512)),
+    *synthetic_grid(((32, 64), (64, 64), (64, 128), (128, 128), (128, 256)), (127, 512)),
+], ids=str)
 def test_models_side_by_side_match_the_scan(op, case, record_property):
   assert jax.default_backend() == "gpu"
   side_by_side(op, case, record_property)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op, case", narrow_grid(), ids=str)
+@pytest.mark.parametrize("op, case", synthetic_grid(NARROW, (32, 127, 512)), ids=str)
 def test_narrow_heads_match_the_scan(op, case, record_property, monkeypatch):
   assert jax.default_backend() == "gpu"
   check(op, case, record_property, monkeypatch)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels import selective_scan
 from kernels.selective_scan import step
-from tests.close import assert_close, tolerance
+from tests.close import assert_close, relative_error, tolerance
 from tests.kernels.cases import segment_ids
 
 CHUNKED = functools.partial(selective_scan, implementation="xla_chunked")
@@ -271,6 +271,38 @@ GPU_CASES = [
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_compiled_kernels_equal_scan(case):
   check(case, PALLAS, split=True)
+
+
+def side_by_side(case, record_property):
+  """Asserts every error of three models under one vmap, each with inputs, and an `a`, of its own."""
+  models = [make_inputs(case, seed) for seed in range(3)]
+  stacked = [jax.tree.map(lambda *x: jnp.stack(x), *values)
+             for values in zip(*((arrays, cotangents) for arrays, _, cotangents in models))]
+  unjitted = results.__wrapped__  # compiler options belong to the outermost program
+  actual = jit(jax.vmap(lambda arrays, cotangents: unjitted(PALLAS, arrays, None, cotangents)))(*stacked)
+  errors = {}
+  for i, (arrays, _, cotangents) in enumerate(models):
+    wide = jax.tree.map(lambda x: x.astype("float32"), (arrays, cotangents))
+    for name, x in results(definition, wide[0], None, wide[1]).items():
+      errors[name] = max(errors.get(name, 0.0), relative_error(actual[name][i].astype("float32"), x))
+  record_property("errors", errors)
+  bad = {name: f"{error:.1e} > {bound:.0e}" for name, error in errors.items()
+         if not error <= (bound := tolerance(name, case.dtype, split=True))}
+  assert not bad, f"{case}: {bad}"
+
+
+@pytest.mark.parametrize("case", [Case(T=20, D=16, N=4, dtype="bfloat16", initial_state=False)], ids=str)
+def test_interpreted_models_side_by_side_equal_scan(case, record_property):
+  side_by_side(case, record_property)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [
+    Case(B=B, T=T, D=D, N=N, dtype="bfloat16", initial_state=False)
+    for D, N in ((128, 16), (256, 4), (256, 16), (512, 16)) for B, T in ((32, 127), (32, 512), (2, 960))], ids=str)
+def test_models_side_by_side_equal_scan(case, record_property):
+  assert jax.default_backend() == "gpu"
+  side_by_side(case, record_property)
 
 
 BAD = {
