@@ -55,9 +55,11 @@ def _tables(results):
             for model, row in sorted(found.items(), key=lambda x: x[1]["bits_per_byte"])]
     parts += _section(f"Language models, sweep `{sweep}`: held-out text",
                       ["", "parameters", "best learning rate", "tried", "seeds", "bits per byte", "perplexity"], rows)
-    if ranges := [row["range"] for row in found.values() if row["seeds"] > 1]:
-      apart = max(high - low for low, high in ranges)
+    if apart := _apart(found):
       parts.append(f"Seeds of one model are up to {apart:.3f} bits per byte apart: a smaller difference says little.")
+    elif rows and (apart := _apart(language.rows(results, "main"))):
+      parts.append(f"One seed a model. Those of sweep `main` are up to {apart:.3f} bits per byte apart: a smaller "
+                   "difference says little.")
   points = [(setting, width) for setting in synthetic.MQAR_SETTINGS for width in synthetic.WIDTHS]
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mqar(results, mixer, *point)) for point in points)]
           for mixer in synthetic.NAMES]
@@ -73,19 +75,31 @@ def _tables(results):
            _cell(synthetic.mad_average(results, mixer))] for mixer in synthetic.NAMES]
   parts += _section("MAD: mean of baseline and hardest change, in percent",
                     ["", *(task.replace("_", " ") for task in tasks), "average"], rows)
-  rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.regbench(results, mixer, examples))
-                                     for examples in synthetic.EXAMPLES)] for mixer in synthetic.NAMES]
-  parts += _section("RegBench: legal next symbols at the best test of a run, in percent, by training sequences",
-                    ["", *(f"{examples:,}" for examples in synthetic.EXAMPLES)], rows)
+  sizes = [f"{examples:,}" for examples in synthetic.EXAMPLES]
+  for title, score, form in (
+      ("RegBench: legal next symbols at the best test of a run, in percent, by training sequences",
+       synthetic.regbench, percent),
+      ("RegBench: least total variation from the true distribution of the next symbol, by training sequences",
+       synthetic.regbench_distance, "{:.3f}".format)):
+    rows = [[synthetic.NAMES[mixer], *(_cell(score(results, mixer, examples), form) for examples in synthetic.EXAMPLES)]
+            for mixer in synthetic.NAMES]
+    parts += _section(title, ["", *sizes], rows)
   return parts
 
 
+def _apart(found):
+  """The largest difference between seeds of one model, 0 where none has two."""
+  return max((row["range"][1] - row["range"][0] for row in found.values() if row["seeds"] > 1), default=0.0)
+
+
 def _section(title, head, rows):
-  return [f"### {title}", _table(head, rows)] if any(any(row[1:]) for row in rows) else []
+  """A table of the rows of which something is known; nothing if that is none."""
+  known = [row for row in rows if any(row[1:])]
+  return [f"### {title}", _table(head, known)] if known else []
 
 
-def _cell(share):
-  return "" if share is None else percent(share)
+def _cell(share, form=percent):
+  return "" if share is None else form(share)
 
 
 def _table(head, rows):

@@ -40,10 +40,11 @@ class Plot:
 
     panels = {title: lines for title, lines in self.panels(results).items() if lines}
     styles = dict(zip(self.names, _STYLES))
-    figure = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(2.2 + 4.8 * len(panels), 4), layout="constrained")
+    legend = {}
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
       for mixer, points in lines.items():
-        axes.plot(*zip(*points), styles[mixer], markersize=6, label=self.names[mixer])
+        legend[self.names[mixer]], = axes.plot(*zip(*points), styles[mixer], markersize=6)
       ticks = sorted({x for points in lines.values() for x, _ in points})
       axes.set_xscale("log", base=2)
       axes.set_yscale("log" if self.logarithmic else "linear")
@@ -55,7 +56,7 @@ class Plot:
       axes.set(xlabel=self.axis, ylabel=self.label, ylim=(low, high))
       axes.set_title(title)
       axes.grid(alpha=0.3)
-      axes.legend(fontsize=8)
+    figure.legend(legend.values(), legend, loc="outside right center", fontsize=8)  # where it hides no point
     figure.suptitle(self.title)
     figure.savefig(folder / self.file, dpi=120)
     return folder / self.file

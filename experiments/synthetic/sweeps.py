@@ -2,8 +2,8 @@
 
 They are the papers' grids, cut to what one GPU does in hours: three learning rates each, and a quarter of the epochs.
 MQAR: all seven mixers, 16 epochs. MAD: baselines and the hardest change of each task, one weight decay, 50 epochs.
-RegBench: training sets of 1,000 to 10,000 sequences, 50 epochs, one size of model. Activations are bfloat16: MAD's
-protocol says so, and the delta rule's published kernel takes nothing wider.
+RegBench: training sets of 1,000 to 10,000 sequences, 50 epochs, one size of model, a tenth of the embeddings dropped.
+Activations are bfloat16: MAD's protocol says so, and the delta rule's published kernel takes nothing wider.
 """
 
 from .runs import Run
@@ -42,7 +42,7 @@ def regbench() -> list[Run]:
   return [Run("regbench", mixer, {"train_examples": examples}, {} if mixer == "mamba" else {"heads": 2}, width=128,
               depth=4, mlp_width=344, dtype="bfloat16", learning_rate=rate, warmup_steps=examples // 32 * 5,
               final_fraction=0.1, batch_size=32, steps=examples // 32 * 50, test_examples=500,
-              evaluate_every=examples // 32, stop_accuracy=1.0)
+              evaluate_every=examples // 32, stop_accuracy=1.0, embedding_dropout=0.1)
           for examples in (1000, 2500, 5000, 10_000) for mixer in MIXERS for rate in (5e-4, 2.5e-4, 1e-3)]
 
 

@@ -91,12 +91,15 @@ def test_regbench_is_level_within_a_point(tmp_path):
   runs = {run.mixer: run for run in sweeps.regbench() if run.task_fields["train_examples"] == 1000}
   rows = [row for mixer, score in scores.items() for row in swept(runs[mixer], score)]
   for row in rows:  # the best test counts, not the last
-    row |= {"accuracy": 0.05, "curve": [*row["curve"], [3, 0.1, 0.05]]}
+    row |= {"accuracy": 0.05, "curve": [*row["curve"], [3, 0.1, 0.05]], "total_variation": [0.6, 0.25, 0.3]}
   write(tmp_path, synthetic.FILE, rows)
   found = finding(Results(tmp_path),
                   "DeltaNet learns regular languages in context as well as Transformer++, GLA and Mamba.")
   assert found.points[:4] == (True, False, True, None)
   assert found.text == "1,000: DeltaNet 80.0, Transformer++ 80.9, GLA 81.1, Mamba 10.0"
+  page = render(Results(tmp_path))
+  assert "| DeltaNet | 80.0 |  |  |  |" in page and "| DeltaNet | 0.250 |  |  |  |" in page
+  assert "| RetNet |" not in page  # of which nothing was run
 
 
 def modelled(run, bits_per_byte):
@@ -124,6 +127,17 @@ def test_language_models_are_compared_at_their_best_rates(tmp_path):
   page = render(Results(tmp_path))
   assert "| GLA | 42.0M | 0.001 | 0.001, 0.002 | 2 | 1.3050 ± 0.0071 |" in page
   assert "Seeds of one model are up to 0.010 bits per byte apart" in page
+
+
+def test_models_with_one_seed_are_taken_to_vary_as_in_the_main_sweep(tmp_path):
+  (gla, *_), (retnet, *_) = ([run for run in language_sweeps.main().runs if run.model == model]
+                             for model in ("gla", "retnet"))
+  rows = [modelled(dataclasses.replace(gla, seed=seed), bits) for seed, bits in enumerate((1.3, 1.34))]
+  rows += [modelled(dataclasses.replace(run, steps=3600), bits) for run, bits in ((gla, 1.2), (retnet, 1.22))]
+  write(tmp_path, language.FILE, rows)
+  found = finding(Results(tmp_path), "GLA models text better than RetNet.", "long")
+  assert found.points == (True,) and "GLA and RetNet are closer than their seeds" in found.text
+  assert "One seed a model. Those of sweep `main` are up to 0.040 bits per byte apart" in render(Results(tmp_path))
 
 
 def test_claims_name_runs_of_the_sweeps():
