@@ -80,7 +80,7 @@ INTERPRETED = {
         Case(T=70, H=1, K=32, V=16, dtype="float32", decay="none", segments=(1, 30, 39)),
         Case(T=128, H=2, K=32, V=32, dtype="float16", decay="token", gate="logit_-20", segments=(1, 15, 70, 1, 41)),
         Case(T=64, H=1, K=256, V=32, dtype="bfloat16", decay="token"),
-        Case(T=64, H=2, K=256, V=32, dtype="bfloat16", decay="head"),
+        Case(T=32, H=1, K=256, V=16, dtype="bfloat16", decay="head"),
         Case(T=50, H=4, K=32, V=32, dtype="float32", decay="token", key_heads=2, chunk_size=16),
     ],
     "delta_rule": [
