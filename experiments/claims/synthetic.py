@@ -76,9 +76,9 @@ def regbench(results: Results, mixer: str, examples: int) -> float | None:
 
 def regbench_distance(results: Results, mixer: str, examples: int) -> float | None:
   """The least total variation from the true distribution, of any test and learning rate."""
-  found = [min(record["total_variation"]) for run, record in of_sweep(results, "regbench")
-           if (run.mixer, run.task_fields["train_examples"]) == (mixer, examples)]
-  return min(found, default=None)
+  found = best(results, "regbench", lambda run: (run.mixer, run.task_fields["train_examples"]) == (mixer, examples),
+               lambda record: -min(record["total_variation"]))
+  return None if found is None else -found
 
 
 def _identity(setting):

@@ -124,7 +124,7 @@ def configured(q, k, v, log_decay, initial_state, *, scale, config):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _linear_attention(q, k, v, log_decay, initial_state, real, scale, config):
-  """`real` [B, T, 1] says which tokens are no filling, None if all are."""
+  """`real` [B, T, 1] says which tokens are no filling, and makes a constant decay one per token; None if all are."""
   output, _, final_state = _scan(q, k, v, _filled(log_decay, real), initial_state, scale, config, save=False)
   return output, final_state
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels import selective_scan
 from kernels.selective_scan import step
-from tests.close import assert_close, relative_error, tolerance
+from tests.close import assert_bounds, assert_close, relative_error, tolerance
 from tests.kernels.cases import segment_ids
 
 CHUNKED = functools.partial(selective_scan, implementation="xla_chunked")
@@ -285,10 +285,7 @@ def side_by_side(case, record_property):
     wide = jax.tree.map(lambda x: x.astype("float32"), (arrays, cotangents))
     for name, x in results(definition, wide[0], None, wide[1]).items():
       errors[name] = max(errors.get(name, 0.0), relative_error(actual[name][i].astype("float32"), x))
-  record_property("errors", errors)
-  bad = {name: f"{error:.1e} > {bound:.0e}" for name, error in errors.items()
-         if not error <= (bound := tolerance(name, case.dtype, split=True))}
-  assert not bad, f"{case}: {bad}"
+  assert_bounds(str(case), case.dtype, errors, record_property)
 
 
 @pytest.mark.parametrize("case", [Case(T=20, D=16, N=4, dtype="bfloat16", initial_state=False)], ids=str)
