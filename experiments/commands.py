@@ -10,6 +10,8 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from kernels import cpu_compiler
+
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SOURCES = tuple(_ROOT / name for name in ("experiments", "lin_jax", "kernels"))
 
@@ -21,6 +23,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
   mend: the message goes to stderr and the exit code is 2. One from inside a dependency is a defect and keeps its
   traceback.
   """
+  cpu_compiler.switch_off()
   # JAX otherwise cuts its own frames out, and with them the difference between its errors and ours.
   jax.config.update("jax_traceback_filtering", "off")
 

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import cpu_compiler
+
 SIZES = (16, 32, 64, 128)
 # The gate of a segment's first token: exp of it is 0 in float32, and sums of it stay finite.
 RESET = -1e4
@@ -78,12 +80,13 @@ def product(dtype):
   """einsum with float32 accumulation; its operands are float32 for float32 inputs and bfloat16 for 16-bit ones."""
   # States and cotangents may leave the range of float16.
   operand = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+  return lambda subscripts, a, b: einsum(subscripts, a.astype(operand), b.astype(operand))
 
-  def dot(subscripts, a, b):
-    return jnp.einsum(
-        subscripts, a.astype(operand), b.astype(operand), precision="highest", preferred_element_type=jnp.float32)
 
-  return dot
+def einsum(subscripts, a, b):
+  """A product of two arrays with float32 accumulation, which no compiler merges with what computes its operands."""
+  a, b = cpu_compiler.materialize(a, b)
+  return jnp.einsum(subscripts, a, b, precision="highest", preferred_element_type=jnp.float32)
 
 
 @functools.cache
@@ -107,7 +110,7 @@ def level_masks(size: int):
 def decays(g):
   """exp of the exponents of every level, of `upto` and of `after`: `[B, H, C, K]` to `[B, H, L + 2, C, K]`."""
   terms, _, _ = level_masks(g.shape[2])
-  return jnp.exp(jnp.einsum("lij,bhjk->bhlik", terms, g, precision="highest"))
+  return jnp.exp(einsum("lij,bhjk->bhlik", terms, g))
 
 
 def sum_exponent_cotangents(de):
@@ -116,7 +119,7 @@ def sum_exponent_cotangents(de):
   terms, _, _ = level_masks(C)
   # A batched product: XLA on a CPU would otherwise move the batch of the large operand to the end and back.
   terms = jnp.broadcast_to(terms.reshape(-1, C).T, (B, H, C, terms.shape[0] * C))
-  return jnp.einsum("bhjr,bhrk->bhjk", terms, de.reshape(B, H, -1, K), precision="highest")
+  return einsum("bhjr,bhrk->bhjk", terms, de.reshape(B, H, -1, K))
 
 
 def exponents(g):
@@ -129,7 +132,7 @@ def exponents(g):
   """
   row, column = np.indices((g.shape[2], g.shape[2]))
   below, upto = np.float32(row > column), np.float32(row >= column)
-  sums = lambda terms, g: jnp.einsum("ir,bhrj->bhij", terms, g, precision="highest")
+  sums = functools.partial(einsum, "ir,bhrj->bhij")
   return sums(upto, below[None, None] * g), sums(upto, g), sums(below.T, g), jnp.sum(g, axis=2, keepdims=True)
 
 
@@ -153,7 +156,7 @@ def unit_lower_inverse(lower):
   inverse = jax.lax.fori_loop(0, size - 1, eliminate, identity)
   while size < C:
     top, bottom = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
-    corner = -jnp.matmul(jnp.matmul(bottom, blocks(size, size), precision="highest"), top, precision="highest")
+    corner = -einsum("...ij,...jk->...ik", einsum("...ij,...jk->...ik", bottom, blocks(size, size)), top)
     inverse = jnp.concatenate([
         jnp.concatenate([top, jnp.zeros_like(top)], axis=-1), jnp.concatenate([corner, bottom], axis=-1)], axis=-2)
     size *= 2

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import jax
 
+from kernels import cpu_compiler
+
 TABLE = {
     "delta_rule": ("pallas_triton", "xla_chunked", "reference"),
     "gla": ("pallas_triton", "xla_chunked", "reference"),
@@ -20,7 +22,7 @@ TABLE = {
 }
 # Platforms where an implementation is worth choosing. A named one runs elsewhere too: interpreted, or lowered for
 # another platform than the host's.
-PLATFORMS = {"pallas_triton": ("gpu",)}
+PLATFORMS = {"pallas_triton": ("cuda",)}
 
 
 def choose(op: str, implementation: str | None, *arrays, chunk_size: int | None = None) -> Callable:
@@ -33,11 +35,13 @@ def choose(op: str, implementation: str | None, *arrays, chunk_size: int | None 
   if implementation is None:
     reasons = _reasons(op, arrays, chunk_size)
     implementation = next(name for name, reason in reasons.items() if reason is None)
-    _log_once(op, implementation, jax.default_backend())
+    _log_once(op, implementation, platform())
   elif implementation not in TABLE[op]:
     raise ValueError(f"{op}: implementation={implementation!r} is unknown; known: {', '.join(TABLE[op])}")
   elif reason := _module(op, implementation).supports(*arrays, chunk_size=chunk_size):
     raise NotImplementedError(f"{op}: implementation={implementation!r} declines these inputs: {reason}")
+  if platform() == "cpu":
+    cpu_compiler.probe()
   return getattr(_module(op, implementation), op)
 
 
@@ -53,22 +57,30 @@ def explain(op: str, *arrays, chunk_size: int | None = None) -> str:
     raise ValueError(f"op={op!r} is unknown; known: {', '.join(TABLE)}")
   reasons = _reasons(op, arrays, chunk_size)
   chosen = next(name for name, reason in reasons.items() if reason is None)
-  lines = [f"{op} runs as {chosen} on {jax.default_backend()}"]
+  lines = [f"{op} runs as {chosen} on {platform()}"]
   lines += [f"  {name}: {reason or f'can run, {chosen} comes first'}"
             for name, reason in reasons.items() if name != chosen]
   return "\n".join(lines)
 
 
+def platform() -> str:
+  """The default backend: cpu, tpu, or a GPU's own name, cuda, rocm or oneapi, which JAX calls gpu alike."""
+  backend = jax.default_backend()
+  if backend != "gpu":
+    return backend
+  version = jax.devices()[0].client.platform_version
+  return next((name for name in ("cuda", "rocm", "oneapi") if name in version), backend)
+
+
 def _reasons(op, arrays, chunk_size):
   """Why each implementation declines, None for those that do not; `reference` never does."""
-  platform = jax.default_backend()
-  reasons = {}
+  present, reasons = platform(), {}
   for name in TABLE[op]:
-    wanted = PLATFORMS.get(name, (platform,))
-    if platform in wanted:
+    wanted = PLATFORMS.get(name, (present,))
+    if present in wanted:
       reasons[name] = _module(op, name).supports(*arrays, chunk_size=chunk_size)
     else:
-      reasons[name] = f"the default backend is {platform}, it needs {' or '.join(wanted)}"
+      reasons[name] = f"the default backend is {present}, it needs {' or '.join(wanted)}"
   return reasons
 
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels import cpu_compiler
+
 LOG2E = 1.4426950408889634  # kernels use exp2 of logarithms in base 2
 CHUNKS = (16, 32, 64)
 MOST_KEYS = 256  # more do not leave room for a tile of the state in registers
@@ -61,7 +63,7 @@ class Dot:
     if self.interpret:
       # XLA's CPU backend lacks some products of bfloat16; what was rounded to it stays rounded.
       a, b = (x if x.dtype == jnp.float32 else jax.lax.reduce_precision(x.astype(jnp.float32), 8, 7) for x in (a, b))
-      return jax.lax.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+      return jax.lax.dot(*cpu_compiler.materialize(a, b), precision=jax.lax.Precision.HIGHEST)
     precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if a.dtype == jnp.float32 else None
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 

@@ -13,6 +13,9 @@ import jax  # noqa: E402
 import jaxlib  # noqa: E402
 import pytest  # noqa: E402
 
+from kernels import cpu_compiler  # noqa: E402
+
+cpu_compiler.switch_off()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

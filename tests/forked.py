@@ -13,8 +13,8 @@ from tests.environment import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Imports alone, no device and no thread, so that a fork finds what a new process would.
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["lin_jax.evaluate", "lin_jax.generate", "lin_jax.training", "tests.forked"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["lin_jax.evaluate", "lin_jax.generate", "lin_jax.training", "tests.forked"])
 
 
 class Command:
@@ -27,7 +27,7 @@ class Command:
   def __init__(self, script, *arguments, cwd=ROOT, env=ENVIRONMENT):
     self._folder = tempfile.TemporaryDirectory()
     words = [str(ROOT / "experiments" / script), *map(str, arguments)]
-    self._process = _SERVER.Process(target=_run, args=(words, str(cwd), dict(env), self._folder.name))
+    self._process = SERVER.Process(target=_run, args=(words, str(cwd), dict(env), self._folder.name))
     self._process.start()
 
   @property

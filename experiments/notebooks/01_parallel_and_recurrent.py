@@ -38,9 +38,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 
-from kernels import gla
+from kernels import cpu_compiler, gla
 from kernels.gla import step as library_step
 
+# %%
+cpu_compiler.switch_off()  # of a fault in jaxlib: it has to come before JAX starts a device
 jax.config.update("jax_enable_x64", True)
 
 

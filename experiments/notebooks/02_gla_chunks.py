@@ -30,9 +30,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from kernels import gla
+from kernels import cpu_compiler, gla
 from kernels.gla import exact_chunks
 
+# %%
+cpu_compiler.switch_off()  # of a fault in jaxlib: it has to come before JAX starts a device
 jax.config.update("jax_enable_x64", True)
 T, C, c, K, V = 256, 64, 16, 32, 32
 

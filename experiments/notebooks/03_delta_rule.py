@@ -42,8 +42,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from kernels import chunks, delta_rule
+from kernels import chunks, cpu_compiler, delta_rule
 
+# %%
+cpu_compiler.switch_off()  # of a fault in jaxlib: it has to come before JAX starts a device
 jax.config.update("jax_enable_x64", True)
 
 

@@ -34,10 +34,13 @@ import numpy as np
 # %%
 from flax import nnx
 
+from kernels import cpu_compiler
 from lin_jax import sharding, training
 from lin_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from lin_jax.mixers.gla import GLAConfig
 
+# %%
+cpu_compiler.switch_off()  # of a fault in jaxlib: it has to come before JAX starts a device
 jax.config.update("jax_num_cpu_devices", 8)
 # Each program runs once or twice: it is to compile fast, not to run fast.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -437,7 +437,7 @@ def _entry_states(initial_state, kept, update, reverse):
   kept, update = (x.reshape(B, -1, *x.shape[1:]) for x in (kept, update))
   states, count = [initial_state], kept.shape[1]
   for p in reversed(range(1, count)) if reverse else range(count - 1):
-    states.append(jnp.einsum("bhij,bhjv->bhiv", kept[:, p], states[-1], precision="highest") + update[:, p])
+    states.append(chunks.einsum("bhij,bhjv->bhiv", kept[:, p], states[-1]) + update[:, p])
   return jnp.stack(states[::-1] if reverse else states, axis=1).reshape(-1, *initial_state.shape[1:])
 
 

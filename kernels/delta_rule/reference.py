@@ -16,9 +16,9 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
     q, k = chunks.normalize(q), chunks.normalize(k)
   if log_decay is not None:
     state = jnp.exp(log_decay.astype(jnp.float32))[..., None, None] * state
-  error = v - jnp.einsum("bhk,bhkv->bhv", k, state, precision="highest")
+  error = v - chunks.einsum("bhk,bhkv->bhv", k, state)
   state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
-  return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
+  return state, chunks.einsum("bhk,bhkv->bhv", q, state)
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):

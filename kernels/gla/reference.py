@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import chunks
+
 
 def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Array, "B H K"],
          v: Float[Array, "B H V"], log_decay: Float[Array, "B H K"],
@@ -11,7 +13,7 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
   """One token: S' = diag(exp(log_decay)) S + k^T v and the unscaled output q S', both float32."""
   q, k, v, log_decay = (x.astype(jnp.float32) for x in (q, k, v, log_decay))
   state = jnp.exp(log_decay)[..., None] * state + k[..., None] * v[..., None, :]
-  return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
+  return state, chunks.einsum("bhk,bhkv->bhv", q, state)
 
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):

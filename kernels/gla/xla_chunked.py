@@ -77,7 +77,7 @@ def _forward_chunk(scale, state, x):
 def _state_chunk(state, x):
   k, v, g = chunks.heads_first(x)
   after_terms = chunks.level_masks(g.shape[2])[0][-1]
-  after = jnp.exp(jnp.einsum("ij,bhjk->bhik", after_terms, g, precision="highest"))
+  after = jnp.exp(chunks.einsum("ij,bhjk->bhik", after_terms, g))
   total = jnp.exp(jnp.sum(g, axis=2))
   return _next_state(state, total, chunks.wide(k) * after, v, chunks.product(k.dtype)), state
 

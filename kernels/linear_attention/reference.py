@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import chunks
+
 
 def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Array, "B H K"], v: Float[Array, "B H V"],
          log_decay: Float[Array, "H"] | Float[Array, "B H"] | None = None,
@@ -14,7 +16,7 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
     decay = jnp.broadcast_to(jnp.exp(log_decay.astype(jnp.float32)), state.shape[:2])
     state = decay[..., None, None] * state
   state = state + k[..., None] * v[..., None, :]
-  return state, jnp.einsum("bhk,bhkv->bhv", q, state, precision="highest")
+  return state, chunks.einsum("bhk,bhkv->bhv", q, state)
 
 
 def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):

@@ -149,7 +149,7 @@ def _exponents(constant, gate, size):
     return (constant * (np.float32(row - column) * below)[None, None], constant * (rows + 1),
             constant * jnp.maximum(gate - 1 - rows, 0), constant * gate)
   g = jnp.swapaxes(gate, 1, 2)
-  sums = lambda terms, g: jnp.einsum("ir,bhrj->bhij", terms, g, precision="highest")
+  sums = functools.partial(chunks.einsum, "ir,bhrj->bhij")
   upto = np.float32(row >= column)
   return sums(upto, below[None, None] * g), sums(upto, g), sums(below.T, g), jnp.sum(g, axis=2, keepdims=True)
 

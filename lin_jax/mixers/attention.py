@@ -16,6 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
+from kernels import dispatch
 from lin_jax.layers import Linear, rotary, segment_runs
 from lin_jax.mixers import register, require
 from lin_jax.sharding import shard_heads
@@ -148,7 +149,7 @@ def _write(state, k, v, positions, labels):
 
 def _attention(q, k, v, mask, *, flash=True, **options):
   (_, time, _, head_dim), keys = q.shape, k.shape[1]
-  flash &= jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
+  flash &= dispatch.platform() == "cuda" and q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
   flash &= mask is None or (time % 2 == 0 and keys % 2 == 0)
   # JAX's XLA form mixes dtypes, which callers under strict promotion would be refused.
   with jax.numpy_dtype_promotion("standard"):

@@ -46,6 +46,14 @@ def run(data, tmp_path_factory):
   return workdir
 
 
+def test_commands_switch_the_faulty_fusions_off():
+  code = "import os, commands; commands.run(lambda _: print(os.environ['XLA_FLAGS']))"
+  environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true"}
+  out = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "experiments", env=environment, check=True,
+                       capture_output=True, text=True).stdout
+  assert out == "--xla_cpu_multi_thread_eigen=true --xla_cpu_experimental_ynn_fusion_type=\n"
+
+
 def test_train_leaves_curve_config_and_metrics(run):
   assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
   assert json.loads((run / "config.json").read_text())["optim"]["steps"] == 6

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +23,33 @@ def test_every_entry_of_the_table_keeps_the_contract():
 
 
 def test_none_takes_the_first_that_the_platform_allows(monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  monkeypatch.setattr(dispatch, "platform", lambda: "cpu")
   assert dispatch.choose("gla", None, X, X, X, X).__module__ == "kernels.gla.xla_chunked"
   assert kernels.explain("gla", X, X, X, X).splitlines() == [
       "gla runs as xla_chunked on cpu",
-      "  pallas_triton: the default backend is cpu, it needs gpu",
+      "  pallas_triton: the default backend is cpu, it needs cuda",
       "  reference: can run, xla_chunked comes first",
   ]
 
 
 def test_on_a_gpu_the_reasons_of_an_implementation_count(monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
   assert dispatch.choose("gla", None, X, X, X, X).__module__ == "kernels.gla.pallas_triton"
   assert dispatch.choose("gla", None, X, X, X, X, chunk_size=128).__module__ == "kernels.gla.xla_chunked"
   assert "pallas_triton: chunk_size=128 is not one of" in kernels.explain("gla", X, X, X, X, chunk_size=128)
+
+
+@pytest.mark.parametrize("version, name", [("PJRT C API\ncuda 13000", "cuda"), ("PJRT C API\nrocm 60300", "rocm"),
+                                           ("something new", "gpu")])
+def test_only_a_gpu_of_cuda_takes_the_triton_kernels(monkeypatch, version, name):
+  """JAX calls every maker's GPU "gpu", and interprets there what is not lowered for CUDA."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  client = types.SimpleNamespace(platform_version=version)
+  monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(client=client, device_kind="")])
+  chosen = "pallas_triton" if name == "cuda" else "xla_chunked"
+  assert dispatch.choose("gla", None, X, X, X, X).__module__ == f"kernels.gla.{chosen}"
+  assert kernels.explain("gla", X, X, X, X).startswith(f"gla runs as {chosen} on {name}")
+  assert name == "cuda" or f"the default backend is {name}, it needs cuda" in kernels.explain("gla", X, X, X, X)
 
 
 def test_a_named_implementation_runs_or_raises():

@@ -153,7 +153,9 @@ def test_packed_documents_equal_documents_one_by_one(decay):
       # The gate of a later document's first token acts on nothing: on a zero state, or on one that is reset.
       assert n == 0 or not np.any(compared["dlog_decay"][:, 0])
     else:
-      dlog_decay += alone["dlog_decay"]
+      # Most of the documents' parts cancels in their sum, and with it the digits that float32 leaves them.
+      exact = cases.expected(cases.Inputs(arrays, None, (inputs.cotangents[0][:, rows], dstate)))
+      dlog_decay += np.asarray(exact["dlog_decay"])
     for name, x in compared.items():
       assert_close(name, x, alone[name], tolerance(name, "float32"))
   if decay == "head":
