@@ -1,21 +1,31 @@
-"""What the CUDA assembler says of every kernel of a compilation: registers, spilled bytes, shared memory.
+"""What the CUDA assembler makes of every kernel of a compilation: registers, spilled bytes, shared memory, products.
 
 XLA takes ptxas from the folder of its option xla_gpu_cuda_data_dir. `watch` makes one: links to the installed
-toolchain, with a script in the place of ptxas that adds -v and keeps what it prints.
+toolchain, with a script in the place of ptxas that adds -v and keeps what it prints, its input and its output.
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import re
 import shutil
 import stat
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import machine_code
 
 _SCRIPT = """#!/bin/sh
-exec '{ptxas}' -v "$@" 2> '{logs}'/$$.log
+'{ptxas}' -v "$@" 2> '{logs}'/$$.log || exit
+if test "$2" = -o; then
+  cp "$1" '{logs}'/$$.ptx
+  cp "$3" '{logs}'/$$.cubin
+  shift 3
+  echo "$@" > '{logs}'/$$.options
+fi
 """
 _PTXAS = re.compile(r"Compiling entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, "
                     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)", re.DOTALL)
@@ -29,12 +39,14 @@ cost is in the measurement; a heuristic's answer, which nobody times, may spill 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """Resources of one program of a kernel: registers a thread, bytes spilled and filled a thread, bytes shared."""
+  """One program of a kernel: registers per thread, bytes spilled and filled per thread, bytes shared, threads, and
+  tensor-core products in its PTX."""
 
   registers: int
   spill_bytes: int
   shared_bytes: int
   threads: int
+  products: int = 0
 
 
 class Watch:
@@ -57,6 +69,25 @@ class Watch:
   def used(self) -> bool:
     """Whether XLA assembled anything with these options; it does not when it finds the program in a cache."""
     return any("Compiling entry function" in path.read_text() for path in self._logs.glob("*.log"))
+
+  def lost_products(self, assemblers: Sequence[str]) -> list[str]:
+    """What of each kernel's products is missing from what XLA's assembler made, and from what `assemblers` make."""
+    found = []
+    for ptx in sorted(self._logs.glob("*.ptx")):
+      options = ptx.with_suffix(".options").read_text().split()
+      for path in (None, *assemblers):
+        cubin = ptx.with_suffix(".cubin")
+        if path is not None:
+          cubin = ptx.with_suffix(".other")
+          subprocess.run([path, ptx, "-o", cubin, *options], check=True, capture_output=True)
+        code = subprocess.run([_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True).stdout
+        if lost := machine_code.lost(ptx.read_text(), code):
+          found.append(f"{path or 'ptxas'} loses products: {lost}")
+    return found
+
+  def products(self) -> int:
+    """Tensor-core products in the PTX of all kernels."""
+    return sum(sum(machine_code.loops(path.read_text())) for path in self._logs.glob("*.ptx"))
 
   def kernels(self, prefix: str) -> dict[str, Kernel]:
     """Resources by name of each kernel named `prefix`...; a second call of one is listed, as __1, where it differs."""
@@ -92,13 +123,30 @@ def parse(ptxas: str, launches: str) -> dict[str, Kernel]:
   return kernels
 
 
+def version(ptxas: str | pathlib.Path | None = None) -> str:
+  """The version of an assembler, of the one that XLA uses by default. Raises ValueError when it does not run."""
+  path = ptxas or _toolchain() / "bin" / "ptxas"
+  try:
+    text = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout
+    return re.search(r"V([\d.]+)", text)[1]
+  except (OSError, subprocess.CalledProcessError, TypeError) as e:
+    raise ValueError(f"{path}: is not a ptxas that runs: {e}") from e
+
+
 def _toolchain():
-  """The folder whose bin/ptxas XLA would use: the installed packages' before the system's. Raises ValueError."""
+  """The folder whose bin/ptxas XLA would use."""
+  return _tool("ptxas").parents[1]
+
+
+@functools.cache
+def _tool(name):
+  """A program of CUDA: the installed packages' before the system's. Raises ValueError."""
   packages = importlib.util.find_spec("nvidia")
   found = [path for location in (packages.submodule_search_locations if packages else ())
-           for path in sorted(pathlib.Path(location).glob("*/bin/ptxas"))]
-  found += [pathlib.Path(path) for path in (shutil.which("ptxas"), "/usr/local/cuda/bin/ptxas")
+           for path in sorted(pathlib.Path(location).glob(f"*/bin/{name}"))]
+  found += [pathlib.Path(path) for path in (shutil.which(name), f"/usr/local/cuda/bin/{name}")
             if path and pathlib.Path(path).exists()]
   if not found:
-    raise ValueError("no ptxas was found: install nvidia-cuda-nvcc and nvidia-nvvm, or put CUDA's bin on the PATH")
-  return found[0].resolve().parents[1]
+    raise ValueError(f"no {name} was found: install nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-nvdisasm, or put "
+                     "CUDA's bin on the PATH")
+  return found[0].resolve()

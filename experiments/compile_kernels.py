@@ -1,18 +1,24 @@
 """Compiles every configuration of the GPU kernels for a list of GPUs, without having one: do they fit, do they spill?
 
   pip install -e .[compile]
-  python experiments/compile_kernels.py
+  pip install --target=cuda130 --no-deps nvidia-cuda-nvcc==13.0.88
+  python experiments/compile_kernels.py --assemblers=cuda130/nvidia/cu13/bin/ptxas
   python experiments/compile_kernels.py --gpus=sm_90a --ops=gla --match='256x512 bfloat16'
 
 A program is the forward and backward pass under the heuristic's answer, at every point of a grid of widths, dtypes and
 gates, or under an entry of `kernels/tuned`. Exit status 1 when a kernel spills registers (for an entry more than
-four), wants more shared memory than a block may have, or does not compile. The record keeps registers, spills and
-shared memory of every kernel: a run with --gpus or --ops replaces its part of it, one with --match only prints.
+four), wants more shared memory than a block may have, does not compile, or when its machine code lacks a tensor-core
+product of its PTX, as the installed assembler makes it or one of --assemblers. The record keeps registers, spills,
+shared memory and products of every kernel: a run with --gpus or --ops replaces its part of it, one with --match only
+prints.
 """
 
 import concurrent.futures
+import functools
 import importlib.metadata
+import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -22,12 +28,14 @@ import time
 import jax
 from absl import flags
 
+import assembler
 import commands
 import compiled
 
 _OPS = flags.DEFINE_list("ops", list(compiled.OPS), "Ops, comma-separated.")
 _GPUS = flags.DEFINE_list("gpus", list(compiled.GPUS), "Architectures, comma-separated.")
 _MATCH = flags.DEFINE_string("match", "", "Compiles only the programs whose line contains this regular expression.")
+_ASSEMBLERS = flags.DEFINE_list("assemblers", [], "Further ptxas programs that have to keep every product.")
 _OUT = flags.DEFINE_string("out", "experiments/results/compiled_kernels.json", "The record.")
 _PACKAGES = "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"
 
@@ -39,6 +47,7 @@ def main(_):
         raise ValueError(f"--{flag.name}={value}: known are {', '.join(known)}")
   jax.config.update("jax_platforms", "cpu")
   record = load(pathlib.Path(_OUT.value), {"columns": compiled.COLUMNS, "versions": versions(),
+                                           "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)],
                                            "sources": {op: compiled.sources(op) for op in compiled.OPS}})
   faulty = 0
   for op in _OPS.value:
@@ -53,20 +62,28 @@ def main(_):
 
 def compile_all(programs):
   """Record entries of `programs` for one GPU, each printed on a line when it is there."""
-  start, entries, futures = time.perf_counter(), [], {}
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for program in programs:
-      calls = compiled.calls(program)
-      for call in calls.values():
-        if call.key not in futures:
-          futures[call.key] = pool.submit(compiled.compile_call, program.gpu, call)
-      entries.append((program, calls))
-    for i, (program, calls) in enumerate(entries):
-      entry = program.row() | compiled.outcome({name: futures[call.key].result() for name, call in calls.items()})
-      print(f"{program}: {'; '.join(compiled.faults(entry)) or 'ok'} | {summary(entry)}", flush=True)
-      entries[i] = entry
-  print(f"{len(programs)} programs of {len(futures)} kernels in {time.perf_counter() - start:.0f} s", flush=True)
+  start, entries = time.perf_counter(), []
+  # Gates of one width share kernels, and tracing takes as long as compiling: a process does both, for one width.
+  groups = [list(group) for _, group in itertools.groupby(programs, lambda p: (p.K, p.V, p.dtype, p.source, p.tokens))]
+  with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+    for found in pool.map(functools.partial(compile_group, _ASSEMBLERS.value), groups):
+      for program, entry in found:
+        print(f"{program}: {'; '.join(compiled.faults(entry)) or 'ok'} | {summary(entry)}", flush=True)
+        entries.append(entry)
+  print(f"{len(programs)} programs in {time.perf_counter() - start:.0f} s", flush=True)
   return entries
+
+
+def compile_group(assemblers, programs):
+  """Pairs of program and record entry, each kernel that several programs launch compiled once."""
+  kernels, found = {}, []
+  for program in programs:
+    calls = compiled.calls(program)
+    for call in calls.values():
+      if call.key not in kernels:
+        kernels[call.key] = compiled.compile_call(program.gpu, call, assemblers)
+    found.append((program, program.row() | compiled.outcome({name: kernels[call.key] for name, call in calls.items()})))
+  return found
 
 
 def summary(entry: dict) -> str:
@@ -86,8 +103,9 @@ def versions() -> dict:
 def load(path: pathlib.Path, head: dict) -> dict:
   """`head` with those `programs` of the record at `path` that were made by the same versions from the same sources."""
   old = json.loads(path.read_text()) if path.exists() else {}
+  made = "columns", "versions", "assemblers"
   same = [op for op, digest in old.get("sources", {}).items()
-          if digest == head["sources"].get(op) and all(old[name] == head[name] for name in ("columns", "versions"))]
+          if digest == head["sources"].get(op) and all(old.get(name) == head[name] for name in made)]
   return head | {"programs": [entry for entry in old.get("programs", []) if entry["op"] in same]}
 
 

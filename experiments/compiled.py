@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import itertools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,13 @@ WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float32")
 OPS = (*tuning.GATES, "selective_scan")
 COLUMNS = [field.name for field in dataclasses.fields(assembler.Kernel)]
-# Long enough that no compiler unrolls the loop over chunks; strides of few heads are as good as of many.
-B, T, H, D = 1, 2048, 2, 128
+# Tokens of a long program, which is cut into pieces of 8 chunks and more, and of a short one, of 4 to 16 chunks.
+# Strides of few heads are as good as of many.
+LONG, SHORT = 2048, 256
+B, H, D = 1, 2, 128
+SHORT_GPUS = ("sm_90a",)
+# Heads that no tile divides, for the same GPUs.
+ODD_WIDTHS = (1, 7), (3, 1), (7, 33), (33, 96), (96, 160), (160, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Program:
   gate: str
   source: str
   config: object
+  tokens: int = LONG
 
   def row(self) -> dict:
     """The program as JSON; its configuration on one line."""
@@ -96,18 +102,22 @@ class Program:
     return fields | {"config": tuning.describe(self.config)}
 
   def __str__(self):
-    return f"{self.gpu} {self.op} {self.K}x{self.V} {self.dtype} {self.gate} {self.source}"
+    return f"{self.gpu} {self.op} {self.K}x{self.V} {self.dtype} {self.gate} {self.source} {self.tokens} tokens"
 
 
 def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
   """The heuristic's answer at every point of the grid, and every configuration in a device's file."""
   for op, gpu in itertools.product(ops, gpus):
-    yield from _selective_scans(gpu) if op == "selective_scan" else _of_heads(op, gpu)
+    found = list(_selective_scans(gpu) if op == "selective_scan" else _of_heads(op, gpu))
+    yield from found
+    if gpu in SHORT_GPUS:
+      yield from (dataclasses.replace(program, tokens=SHORT) for program in found)
 
 
 def _of_heads(op, gpu):
   module = _module(op)
-  for dtype, K, V in itertools.product(DTYPES, WIDTHS, (*WIDTHS, 512)):
+  widths = [*itertools.product(WIDTHS, (*WIDTHS, 512)), *(ODD_WIDTHS if gpu in SHORT_GPUS else ())]
+  for dtype, (K, V) in itertools.product(DTYPES, widths):
     with use_abstract_mesh(GPUS[gpu].abstract):
       config = module.heuristic(K, V, jnp.dtype(dtype), None)
     for gate in itertools.chain(*tuning.GATES[op]):
@@ -135,18 +145,19 @@ class Call:
 
 
 def calls(program: Program) -> dict[str, Call]:
-  """The different kernels of the forward pass alone and of forward and backward; the second of one name ends in __1."""
+  """The different kernels of the forward pass and of both passes; the second of one name ends in __1."""
   found = {}
-  for call in dict.fromkeys(_calls(program.op, program.K, program.V, program.dtype, program.gate, program.config)):
+  names = "op", "K", "V", "dtype", "gate", "config", "tokens"
+  for call in dict.fromkeys(_calls(*(getattr(program, name) for name in names))):
     before = sum(other.name == call.name for other in found.values())
     found[f"{call.name}__{before}" if before else call.name] = call
   return found
 
 
 @functools.cache
-def _calls(op, K, V, dtype, gate, config):
+def _calls(op, K, V, dtype, gate, config, T):
   if op == "selective_scan":
-    function, inputs = _selective_scan(K, dtype, gate, config)
+    function, inputs = _selective_scan(K, dtype, gate, config, T)
   else:
     problem = tuning.Problem(op, (gate,), K, V, H, dtype, (B, T))
     inputs = jax.eval_shape(lambda: tuning.draw(problem, gate, B=B, T=T, H=H))
@@ -155,7 +166,7 @@ def _calls(op, K, V, dtype, gate, config):
   return [_call(eqn) for eqn in _launches(jax.make_jaxpr(both)(*inputs).jaxpr)]
 
 
-def _selective_scan(N, dtype, gate, block):
+def _selective_scan(N, dtype, gate, block, T):
   """The op on a sequence in two pieces, which launches every kernel, and the shapes of its arrays and cotangents."""
   array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
   wide = functools.partial(array, dtype="float32")
@@ -187,8 +198,8 @@ def _call(eqn):
               lambda *args: eqn.primitive.bind(*args, **eqn.params), arguments)
 
 
-def compile_call(gpu: str, call: Call) -> assembler.Kernel | str:
-  """The kernel's resources on `gpu`, or the compiler's error."""
+def compile_call(gpu: str, call: Call, assemblers: Sequence[str] = ()) -> assembler.Kernel | str:
+  """The kernel's resources on `gpu`, or the compiler's error; one is that it, or an assembler, loses a product."""
   sharding = jax.NamedSharding(_mesh(gpu), jax.P())
   arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in call.arguments]
   with use_abstract_mesh(GPUS[gpu].abstract), assembler.watch() as watch:
@@ -196,7 +207,9 @@ def compile_call(gpu: str, call: Call) -> assembler.Kernel | str:
       jax.jit(call.function).lower(*arguments).compile(compiler_options=watch.options)
     except jax.errors.JaxRuntimeError as e:
       return str(e).splitlines()[0]
-    return watch.kernels(call.name)[call.name]
+    if lost := watch.lost_products(assemblers):
+      return "; ".join(lost)
+    return dataclasses.replace(watch.kernels(call.name)[call.name], products=watch.products())
 
 
 def outcome(kernels: dict) -> dict:

@@ -115,8 +115,9 @@ compiled._module = lambda op: types.SimpleNamespace(Config=Config, heuristic=heu
                                                     block_size=lambda N, dtype: N // 4)
 compiled.sources = lambda op: op + SOURCES
 compiled.calls = lambda program: {"gla_scan": compiled.Call(str(program.K), "gla_scan", None, ())}
-compiled.compile_call = lambda gpu, call: Kernel(255, SPILL[gpu], 1024, 128)
+compiled.compile_call = lambda gpu, call, assemblers: Kernel(255, SPILL[gpu], 1024, 128, 8)
 import compile_kernels
+compile_kernels.assembler.version = lambda path=None: "13"
 compile_kernels.versions = lambda: {"jax": "0"}
 compile_kernels.commands.run(compile_kernels.main)
 """
@@ -135,19 +136,23 @@ def test_command(tmp_path):
   out = tmp_path / "record.json"
   clean = run(out)
   assert clean.returncode == 0 and clean.stdout.endswith("0 programs with a fault\n")
-  assert "180 programs of 5 kernels" in clean.stdout  # linear_attention on one GPU, where K decides
+  assert "180 programs in" in clean.stdout  # linear_attention on one GPU
   record = json.loads(out.read_text())
   grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
   gates = sum(len(group) for groups in tuning.GATES.values() for group in groups)
-  assert len(record["programs"]) == len(compiled.GPUS) * (grid * gates + 8)
+  odd = len(compiled.ODD_WIDTHS) * len(compiled.DTYPES)
+  short = {entry["gpu"]: entry["tokens"] for entry in record["programs"] if entry["tokens"] != compiled.LONG}
+  assert short == dict.fromkeys(compiled.SHORT_GPUS, compiled.SHORT)
+  assert len(record["programs"]) == 3 * (grid * gates + 8) + 2 * ((grid + odd) * gates + 8)
   assert [(entry["K"], entry["V"], entry["config"]) for entry in record["programs"][-8::2]] == 2 * [
       (16, 1, "4"), (32, 1, "8")]
   assert record["programs"][0] == {
       "op": "gla", "gpu": "sm_80", "K": 16, "V": 16, "dtype": "bfloat16", "gate": "channel", "source": "heuristic",
-      "config": "chunk=64 scan=16/4/2", "kernels": {"gla_scan": [255, 0, 1024, 128]}}
+      "config": "chunk=64 scan=16/4/2", "tokens": 2048, "kernels": {"gla_scan": [255, 0, 1024, 128, 8]}}
 
   one = run(out, "--gpus=sm_89", "--match=128x64 bfloat16", spill={"sm_89": 8})
-  assert one.returncode == 1 and "sm_89 gla 128x64 bfloat16 channel heuristic: gla_scan spills 8 bytes" in one.stdout
+  fault = "sm_89 gla 128x64 bfloat16 channel heuristic 2048 tokens: gla_scan spills 8 bytes"
+  assert one.returncode == 1 and fault in one.stdout
   assert json.loads(out.read_text()) == record
 
   part = run(out, "--gpus=sm_89", "--ops=gla", spill={"sm_89": 8})

@@ -110,22 +110,6 @@ def test_scores_from_a_kernel_of_their_own(op, case, record_property, monkeypatc
   assert check(op, case, record_property, monkeypatch).scores
 
 
-@pytest.mark.parametrize("K, dtype, per_token", [(256, "bfloat16", True), (256, "float32", False),
-                                                 (128, "bfloat16", False)])
-def test_a_constant_decay_of_wide_heads_is_one_per_token(K, dtype, per_token, monkeypatch):
-  """Where no chunk is filled up; the kernels of a constant decay were wrong there once."""
-  module, found = importlib.import_module("kernels.linear_attention.pallas_triton"), []
-
-  def spy(q, k, v, log_decay, initial_state, real, *_):
-    found.append(real is not None)
-    return v, initial_state
-
-  monkeypatch.setattr(module, "_linear_attention", spy)
-  inputs = cases.make_inputs(Case(B=1, T=64, H=1, K=K, V=32, dtype=dtype, decay="head")).arrays
-  jax.eval_shape(lambda: PALLAS["linear_attention"](**inputs))
-  assert found == [per_token]
-
-
 def gpu_grid(op):
   """All cases for the first form of decay, and fewer widths for the others. A kernel of 128 tokens a chunk does not
   fit: the implementation says so, see test_declines."""

@@ -1,0 +1,48 @@
+"""Tensor-core products in a kernel's PTX and in the machine code that an assembler makes of it: is any lost?
+
+ptxas 13.0 to 13.5 lost one of a short loop whose length it knew: it left `HGMMA ... RZ, gdesc[URZ]`, which multiplies
+nothing, in its place. A product of the PTX is one instruction of the machine code, or as many as copies of its loop.
+"""
+
+import itertools
+import re
+
+_PTX = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", re.MULTILINE)
+_MACHINE = re.compile(r"\b(?:[HQI]G?MMA|UTC\w*MMA)\b[^;]*;")
+_EMPTY = re.compile(r"\bRZ, gdesc\[URZ\]")
+_LABEL, _BRANCH = re.compile(r"^(\$\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)\s*;")
+MOST_COPIES = 64  # of a loop's body that an assembler makes
+
+
+def loops(ptx: str) -> list[int]:
+  """How many products of one kernel stand in no loop, and then in each innermost loop that has any."""
+  lines, start, ends = ptx.splitlines(), {}, []
+  for i, line in enumerate(lines):
+    if label := _LABEL.match(line):
+      start[label[1]] = i
+    if (branch := _BRANCH.search(line)) and branch[1] in start:
+      ends.append((start[branch[1]], i))
+  found = {None: 0}
+  for i, line in enumerate(lines):
+    if _PTX.match(line):
+      around = [(last - first, first) for first, last in ends if first <= i <= last]
+      key = min(around, default=None)
+      found[key] = found.get(key, 0) + 1
+  return list(found.values())
+
+
+def machine_products(code: str) -> int:
+  """Products in disassembled machine code, but for those that multiply nothing."""
+  return sum(not _EMPTY.search(line) for line in _MACHINE.findall(code))
+
+
+def lost(ptx: str, code: str) -> str | None:
+  """What contradicts that each product outside of loops is there once, and each loop's in whole copies; or None."""
+  (outside, *inside), found = loops(ptx), machine_products(code)
+  if _EMPTY.search(code):
+    return f"{found} products and an empty one for {outside} and in loops {inside}"
+  possible = {outside}
+  for products in inside:
+    possible = {n + copies * products for n, copies in itertools.product(possible, range(1, MOST_COPIES + 1))
+                if n + copies * products <= found}
+  return None if found in possible else f"{found} products for {outside} and in loops {inside}"

@@ -1,0 +1,51 @@
+"""Products in PTX and in machine code, on what ptxas 13.0.88 made of a loop of eight chunks, cut to the essential."""
+
+import pytest
+
+import machine_code
+
+WGMMA = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, %rd1, %rd2, %p1, 1, 1, 1, 1;"
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2}, {%r3}, {%f1, %f2};"
+PTX = f"""
+	{MMA}
+$L__BB0_1:
+	{WGMMA}
+	@%p3 {WGMMA}
+$L__BB0_2:
+	{MMA}
+	@%p4 bra 	$L__BB0_2;
+	wgmma.wait_group.sync.aligned 0;
+	@%p5 bra 	$L__BB0_1;
+	bra.uni 	$L__BB0_9;
+"""
+HMMA = "        /*0a40*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;"
+HGMMA = "        /*0ce0*/                   HGMMA.64x8x16.F32.BF16 R32, gdesc[UR12].tnspA.tnspB, R32, gsb0 ;"
+EMPTY = "        /*0c40*/                   HGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0 ;"
+OTHER = "        /*0c50*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;"
+
+
+def code(hmma, hgmma, *more):
+  return "\n".join([HMMA] * hmma + [OTHER] + [HGMMA] * hgmma + list(more))
+
+
+def test_products_by_loop():
+  assert sorted(machine_code.loops(PTX)) == [1, 1, 2] and machine_code.loops(PTX)[0] == 1
+
+
+def test_machine_products():
+  assert machine_code.machine_products(code(3, 2, EMPTY)) == 5
+  others = "QGMMA.64x8x32 R1, gdesc[UR1], R2 ;", "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;"
+  assert machine_code.machine_products("\n".join(others)) == 2
+
+
+@pytest.mark.parametrize("found", [(2, 2), (5, 4), (9, 16)])
+def test_whole_copies_of_loops_lose_nothing(found):
+  assert machine_code.lost(PTX, code(*found)) is None
+
+
+def test_what_is_missing_is_said():
+  assert machine_code.lost(PTX, code(2, 1)) == "3 products for 1 and in loops [2, 1]"
+  alone = f"$L__BB0_1:\n\t{WGMMA}\n" + f"\t{WGMMA}\n" * 7 + "\t@%p5 bra \t$L__BB0_1;\n"
+  assert machine_code.lost(alone, code(0, 64)) is None
+  assert machine_code.lost(alone, code(0, 62)) == "62 products for 0 and in loops [8]"
+  assert "and an empty one" in machine_code.lost(alone, code(0, 64, EMPTY))
