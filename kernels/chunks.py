@@ -29,6 +29,14 @@ SIZES = (16, 32, 64, 128)
 RESET = -1e4
 
 
+def bounded(log_decay):
+  """`log_decay` with every gate below RESET, -inf too, as RESET: the same decay of 0, but its sums stay finite.
+
+  The gradient of such a gate is 0, as it is in a scan over tokens. NaN stays NaN.
+  """
+  return jnp.where(log_decay < RESET, RESET, log_decay)
+
+
 def segment_starts(segment_ids):
   """True at each token `[B, T]` whose id differs from the previous one's; never at the first, which has none."""
   return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))

@@ -24,7 +24,8 @@ def delta_rule(
     q, k: key heads G divide the value heads H; value head h reads key head h // (H / G).
     beta: in [0, 2] for keys of norm 1, where beyond 1 the state may change sign along the key; no check at run time. A
       longer key needs a smaller one: the state grows without bound where beta_t |k_t|^2 stays above 2.
-    log_decay: natural log of a_t, <= 0. None: no decay (DeltaNet); per token: Gated DeltaNet.
+    log_decay: natural log of a_t, <= 0. None: no decay (DeltaNet); per token: Gated DeltaNet. Where it is -inf the
+      state is forgotten, and its gradient is 0.
     normalize_qk: divides q and k by their norm in each head, x * rsqrt(sum(x^2) + 1e-6) in float32.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
@@ -57,7 +58,7 @@ def delta_rule(
   (B, T, H, V), K = v.shape, q.shape[-1]
   beta = beta.astype(jnp.float32)
   if log_decay is not None:
-    log_decay = log_decay.astype(jnp.float32)
+    log_decay = chunks.bounded(log_decay.astype(jnp.float32))
   if segment_ids is not None:
     log_decay = jnp.zeros((B, T, H), jnp.float32) if log_decay is None else log_decay
     log_decay = jnp.where(chunks.segment_starts(segment_ids)[:, :, None], chunks.RESET, log_decay)

@@ -17,7 +17,8 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
 
   Args:
     q, k: key heads G divide the value heads H; value head h reads key head h // (H / G).
-    log_decay: natural log of the forget gate, <= 0, one a key channel; accumulated in float32.
+    log_decay: natural log of the forget gate, <= 0, one a key channel; accumulated in float32. A gate of -inf forgets
+      its channel; its gradient is 0.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
     scale: K**-0.5 if None.
@@ -32,7 +33,7 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
   Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32
     (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference": at most 5e-3 for
     16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32. `pallas_triton` takes gates below -40 (a decay of 4e-18) as
-    -40.
+    -40, -inf too; their gradient is then not 0 but the rounding error of what passes the other gates.
   Memory: the backward pass keeps the inputs, 2 (2 K + V) + 4 K bytes a token-head for 16-bit inputs, and in
     `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 1280 + 512 bytes.
   Source: Yang et al., arXiv:2312.06635, sections 4.2 and 4.3.

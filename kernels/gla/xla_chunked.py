@@ -39,7 +39,7 @@ def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _gla(q, k, v, log_decay, initial_state, scale, chunk_size):
-  xs = [chunks.split(x, chunk_size) for x in (q, k, v, log_decay)]
+  xs = [chunks.split(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay))]
   final_state, output = jax.lax.scan(functools.partial(_forward_chunk, scale), initial_state, xs)
   return chunks.merge(output, q.shape[1]), final_state
 
@@ -49,13 +49,13 @@ def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
 
 
 def _backward(scale, chunk_size, residuals, cotangents):
-  *inputs, initial_state = residuals
+  q, k, v, log_decay, initial_state = residuals
   doutput, dfinal_state = cotangents
-  q, k, v, g, do = (chunks.split(x, chunk_size) for x in (*inputs, doutput))
+  q, k, v, g, do = (chunks.split(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay), doutput))
   _, states = jax.lax.scan(_state_chunk, initial_state, (k, v, g))
   dinitial_state, gradients = jax.lax.scan(
       functools.partial(_backward_chunk, scale), dfinal_state, (q, k, v, g, do, states), reverse=True)
-  return *(chunks.merge(x, inputs[0].shape[1]) for x in gradients), dinitial_state
+  return *(chunks.merge(x, doutput.shape[1]) for x in gradients), dinitial_state
 
 
 _gla.defvjp(_forward, _backward, optimize_remat=True)

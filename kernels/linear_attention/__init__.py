@@ -20,7 +20,8 @@ def linear_attention(
   Args:
     q, k: key heads G divide the value heads H; value head h reads key head h // (H / G).
     log_decay: natural log of the decay, <= 0, accumulated in float32. None: plain linear attention. `[H]`: constant in
-      time (RetNet, Lightning Attention). `[B, T, H]`: per token (simple GLA, Mamba-2).
+      time (RetNet, Lightning Attention). `[B, T, H]`: per token (simple GLA, Mamba-2). Where it is -inf the state is
+      forgotten, and its gradient is 0.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
     scale: K**-0.5 if None.
@@ -48,7 +49,7 @@ def linear_attention(
                      f"heads] {v.shape[:3]}, or None")
   (B, T, H, V), K = v.shape, q.shape[-1]
   if log_decay is not None:
-    log_decay = log_decay.astype(jnp.float32)
+    log_decay = chunks.bounded(log_decay.astype(jnp.float32))
   if segment_ids is not None:
     # Where segments start differs between rows, so a decay shared by tokens becomes one per token.
     log_decay = jnp.broadcast_to(0.0 if log_decay is None else log_decay, (B, T, H)).astype(jnp.float32)

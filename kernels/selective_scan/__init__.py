@@ -8,6 +8,9 @@ from kernels.selective_scan.reference import step
 
 __all__ = ["selective_scan", "step"]
 
+# Faster rates count as this one. Kernels multiply rates by log2(e), so half of the largest float32 stays finite.
+FASTEST = -0.5 * float(jnp.finfo(jnp.float32).max)
+
 
 def selective_scan(
     x: Float[Array, "B T D"], step_size: Float[Array, "B T D"], a: Float[Array, "D N"], b: Float[Array, "B T N"],
@@ -17,8 +20,10 @@ def selective_scan(
   """Selective scan: h_t = exp(step_size_t a) h_{t-1} + step_size_t x_t b_t and y_t = sum of c_t h_t, per channel.
 
   Args:
-    step_size: float32, >= 0; the layer's softplus is not part of the op, nor are its skip term, gate and convolution.
-    a: float32, <= 0: N rates of decay for each of D channels.
+    step_size: float32, >= 0 and finite, because it also multiplies the input; the layer's softplus is not part of the
+      op, nor are its skip term, gate and convolution.
+    a: float32, <= 0: N rates of decay for each of D channels. Where it is -inf, a step above 0 forgets the state, a
+      step of 0 keeps it, and the gradient of a is 0.
     b, c: what all channels write with and read with, in x's dtype.
     initial_state: h_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
@@ -36,6 +41,8 @@ def selective_scan(
   Source: Gu and Dao, arXiv:2312.00752, section 3.2, with exp(step_size a) for the decay and step_size b for the input.
   """
   _check(x, step_size, a, b, c, initial_state, segment_ids)
+  # A step size of 0 times -inf would be NaN; sequences are filled up with such steps, too.
+  a = jnp.where(a < FASTEST, FASTEST, a)
   if initial_state is None:
     initial_state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
   resets = None if segment_ids is None else jnp.where(chunks.segment_starts(segment_ids), chunks.RESET, 0.0)

@@ -1,5 +1,6 @@
 """What every op keeps in every form of its decay, and under JAX's transformations."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import kernels
 from tests.close import assert_close, tolerance
-from tests.kernels.cases import Case, make_inputs, results
+from tests.kernels.cases import Case, expected, make_inputs, results
 
 # Ops over heads of queries, keys and values; selective_scan has tests of its own.
 FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "head"), ("linear_attention", "none"),
@@ -19,6 +20,14 @@ CHUNKED = {op: functools.partial(getattr(kernels, op), implementation="xla_chunk
 every_form = pytest.mark.parametrize("op, decay", FORMS)
 # Those whose gates a token has for itself.
 every_gate = pytest.mark.parametrize("op, decay", [form for form in FORMS if form[1] in ("channel", "token")])
+
+
+@functools.cache
+def implementations(op):
+  """The op under every implementation, by name; always the same objects, so that what was compiled serves again."""
+  others = {name: functools.partial(getattr(kernels, op), implementation=name)
+            for name in ("reference", "pallas_triton")}
+  return {"xla_chunked": CHUNKED[op]} | others
 
 
 @functools.cache
@@ -169,10 +178,10 @@ def test_grouped_heads_equal_repeated_ones(op, decay):
   grouped = inputs(op, decay, B=2, T=20, H=4, V=8, key_heads=2)
   shared = ("q", "k", "log_decay") if decay == "channel" else ("q", "k")
   arrays = grouped.arrays | {name: jnp.repeat(grouped.arrays[name], 2, axis=2) for name in shared}
-  actual, expected = (results(CHUNKED[op], x, None, grouped.cotangents) for x in (grouped.arrays, arrays))
+  actual, repeated = (results(CHUNKED[op], x, None, grouped.cotangents) for x in (grouped.arrays, arrays))
   for name in shared:
-    expected[f"d{name}"] = expected[f"d{name}"].reshape(2, 20, 2, 2, 8).sum(axis=3)
-  assert_equal_results(actual, expected)
+    repeated[f"d{name}"] = repeated[f"d{name}"].reshape(2, 20, 2, 2, 8).sum(axis=3)
+  assert_equal_results(actual, repeated)
 
 
 @every_form
@@ -213,3 +222,51 @@ def test_memory_is_linear_in_time_and_small(op, decay):
   print(f"scratch / inputs: {long / arguments:.2f}")
   assert long <= 4.1 * short
   assert long <= (4 if op == "gla" else 6) * arguments
+
+
+# Where gates of -inf stand in T = 50 tokens: the first, neighbours, the last, and in one head (of gla: in half of the
+# channels).
+CLOSED = {"at some tokens": (slice(None), [0, 5, 6, 49]), "in half": (slice(None), slice(20, 40), 0),
+          "everywhere": (slice(None),)}
+
+
+def closed(op, decay, where):
+  """Inputs with gates of -inf."""
+  x = inputs(op, decay)
+  gates = x.arrays["log_decay"]
+  if decay == "head":
+    gates = gates.at[slice(1, None) if where == "in half" else slice(None)].set(-jnp.inf)
+  elif where == "in half" and decay == "channel":
+    gates = gates.at[:, 20:40, :, ::2].set(-jnp.inf)
+  else:
+    gates = gates.at[CLOSED[where]].set(-jnp.inf)
+  return dataclasses.replace(x, arrays=x.arrays | {"log_decay": gates})
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla_chunked"])
+@pytest.mark.parametrize("op, decay", [form for form in FORMS if form[1] != "none"])
+def test_gates_of_minus_infinity_forget(op, decay, implementation):
+  """A decay of exactly 0 is as good as any other, and its own gradient is 0, as in the scan."""
+  for where in CLOSED:
+    x = closed(op, decay, where)
+    actual = results(implementations(op)[implementation], x.arrays, None, x.cotangents)
+    assert_equal_results(actual, expected(x))
+    assert not np.any(actual["dlog_decay"][np.isneginf(x.arrays["log_decay"])]), where
+
+
+@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "head")])
+def test_gates_of_minus_infinity_forget_in_kernels(op, decay):
+  x = inputs(op, decay, B=1, T=20, H=1, V=8)
+  for row in ([0, 5, 6, 19], range(20)):
+    at = 0 if decay == "head" else (slice(None), np.asarray(row))
+    gates = x.arrays["log_decay"].at[at].set(-jnp.inf)
+    x = dataclasses.replace(x, arrays=x.arrays | {"log_decay": gates})
+    actual, wanted = results(implementations(op)["pallas_triton"], x.arrays, None, x.cotangents), expected(x)
+    # The kernels of gla take such a gate as -40: 4e-18 of a state is left, and the flows through the gate cancel to
+    # rounding.
+    np.testing.assert_allclose(actual["dlog_decay"][np.isneginf(gates)], 0.0, atol=1e-5 if op == "gla" else 0)
+    for name, value in wanted.items():
+      if np.any(value):
+        assert_close(name, actual[name], value, tolerance(name, "float32", split=True))
+      elif name != "dlog_decay":
+        np.testing.assert_allclose(actual[name], 0.0, atol=1e-15 if op == "gla" else 0)

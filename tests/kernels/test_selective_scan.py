@@ -193,6 +193,19 @@ def test_memory_is_linear_in_time():
   assert not any(f"tensor<{shape}xf32>" in program for shape in ("1024x1x8x16", "16x64x1x8x16", "1x1024x8x16"))
 
 
+@pytest.mark.parametrize("fn", [CHUNKED, REFERENCE], ids=["xla_chunked", "reference"])
+def test_rates_of_minus_infinity_forget(fn):
+  """In as many tokens as fill no chunk: -inf times the step size of what fills it up is NaN."""
+  arrays, _, cotangents = make_inputs(Case())
+  infinite, fast = ({**arrays, "a": arrays["a"].at[:, 1].set(rate)} for rate in (-jnp.inf, -1e30))
+  actual = results(fn, infinite, None, cotangents)
+  for name, x in results(definition, fast, None, cotangents).items():
+    assert_close(name, actual[name], x, tolerance(name, "float32"))
+  assert not np.any(actual["da"][:, 1])
+  infinite["step_size"] = jnp.zeros_like(arrays["step_size"])
+  np.testing.assert_array_equal(fn(**infinite)[1], arrays["initial_state"])
+
+
 INTERPRETED = [
     Case(T=1),
     Case(B=1, T=65, D=20, N=5, segments=(1, 30, 34)),
