@@ -1,6 +1,7 @@
 """The delta rule, gated or not: the op's contract, its checks, and what every implementation may rely on."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels import chunks, contract, dispatch
@@ -13,7 +14,8 @@ def delta_rule(
     q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"], beta: Float[Array, "B T H"],
     log_decay: Float[Array, "B T H"] | None = None, *, normalize_qk: bool = False,
     initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
-    scale: float | None = None, chunk_size: int | None = None, implementation: str | None = None,
+    scale: float | Float[Array, ""] | None = None, chunk_size: int | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """The delta rule: S_t = a_t S_{t-1} + beta_t k_t^T (v_t - a_t k_t S_{t-1}) and o_t = scale * q_t S_t, per head.
 
@@ -29,14 +31,14 @@ def delta_rule(
     normalize_qk: divides q and k by their norm in each head, x * rsqrt(sum(x^2) + 1e-6) in float32.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
-    scale: K**-0.5 if None.
+    scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
     implementation: "xla_chunked", "pallas_triton" (K up to 256) or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
-    ValueError: shapes, dtypes, chunk_size or implementation break a rule; the message names both.
+    ValueError: shapes, dtypes, numbers or implementation break a rule; the message names both.
     NotImplementedError: the named implementation cannot run these inputs.
   Precision: "xla_chunked" multiplies in float32 for inputs of any dtype, "pallas_triton" for all but bfloat16. Relative
     RMS error of the output against "reference": at most 5e-3 for 16-bit inputs, 1e-5 for float32. Not where nearly
@@ -48,7 +50,11 @@ def delta_rule(
   Source: Yang et al., arXiv:2406.06484, section 3 (delta rule, chunks); arXiv:2412.06464, section 3 (with decay);
     Grazzi et al., arXiv:2411.12537, section 4 (beta in [0, 2]).
   """
-  contract.check("delta_rule", q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  contract.check("delta_rule", q, k, v, log_decay, initial_state, segment_ids)
+  chunk_size = contract.chunk_size_of("delta_rule", chunk_size)
+  contract.require_arrays("delta_rule", beta=beta)
+  contract.require("delta_rule", isinstance(normalize_qk, bool | np.bool_),
+                   f"normalize_qk={normalize_qk!r}; it must be True or False")
   for name, x, rest in (("beta", beta, ""), ("log_decay", log_decay, ", or None")):
     if x is not None:
       contract.require("delta_rule", x.shape == v.shape[:3],
@@ -65,6 +71,8 @@ def delta_rule(
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   q, k = (chunks.repeat_heads(x, H) for x in (q, k))
+  scale, factor = contract.scale_of("delta_rule", scale, K)
   run = dispatch.choose("delta_rule", implementation, q, k, v, beta, log_decay, chunk_size=chunk_size)
-  return run(q, k, v, beta, log_decay, initial_state, scale=K**-0.5 if scale is None else scale,
-             normalize_qk=normalize_qk, chunk_size=chunk_size)
+  output, final_state = run(q, k, v, beta, log_decay, initial_state, scale=scale, normalize_qk=bool(normalize_qk),
+                            chunk_size=chunk_size)
+  return contract.scaled(output, factor), final_state

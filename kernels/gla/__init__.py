@@ -11,8 +11,9 @@ __all__ = ["gla", "step"]
 
 def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"],
         log_decay: Float[Array, "B T G K"], *, initial_state: Float[Array, "B H K V"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None, scale: float | None = None, chunk_size: int | None = None,
-        implementation: str | None = None) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+        segment_ids: Int[Array, "B T"] | None = None, scale: float | Float[Array, ""] | None = None,
+        chunk_size: int | None = None, implementation: str | None = None,
+        ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Gated linear attention: S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, per head.
 
   Args:
@@ -21,14 +22,14 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
       its channel; its gradient is 0.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
-    scale: K**-0.5 if None.
+    scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
     implementation: "pallas_triton", "xla_chunked" or "reference"; None takes the first that supports the inputs and
       the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
-    ValueError: shapes, dtypes, chunk_size or implementation break a rule; the message names both.
+    ValueError: shapes, dtypes, numbers or implementation break a rule; the message names both.
     NotImplementedError: the named implementation cannot run these inputs.
   Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32
     (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference": at most 5e-3 for
@@ -38,7 +39,8 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 1280 + 512 bytes.
   Source: Yang et al., arXiv:2312.06635, sections 4.2 and 4.3.
   """
-  contract.check("gla", q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  contract.check("gla", q, k, v, log_decay, initial_state, segment_ids)
+  chunk_size = contract.chunk_size_of("gla", chunk_size)
   contract.require("gla", log_decay.shape == q.shape,
                    f"log_decay has shape {log_decay.shape}; it must equal q's {q.shape}")
   (B, _, H, V), K = v.shape, q.shape[-1]
@@ -49,5 +51,7 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   q, k, log_decay = (chunks.repeat_heads(x, H) for x in (q, k, log_decay))
+  scale, factor = contract.scale_of("gla", scale, K)
   run = dispatch.choose("gla", implementation, q, k, v, log_decay, chunk_size=chunk_size)
-  return run(q, k, v, log_decay, initial_state, scale=K**-0.5 if scale is None else scale, chunk_size=chunk_size)
+  output, final_state = run(q, k, v, log_decay, initial_state, scale=scale, chunk_size=chunk_size)
+  return contract.scaled(output, factor), final_state

@@ -13,7 +13,8 @@ def linear_attention(
     q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"],
     log_decay: Float[Array, "H"] | Float[Array, "B T H"] | None = None, *,
     initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
-    scale: float | None = None, chunk_size: int | None = None, implementation: str | None = None,
+    scale: float | Float[Array, ""] | None = None, chunk_size: int | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Linear attention: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, per head.
 
@@ -24,14 +25,14 @@ def linear_attention(
       forgotten, and its gradient is 0.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the one before it.
-    scale: K**-0.5 if None.
+    scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
     implementation: "pallas_triton" (K up to 256), "xla_chunked" or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
-    ValueError: shapes, dtypes, chunk_size or implementation break a rule; the message names both.
+    ValueError: shapes, dtypes, numbers or implementation break a rule; the message names both.
     NotImplementedError: the named implementation cannot run these inputs.
   Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32.
     (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference": at most 5e-3 for
@@ -42,7 +43,8 @@ def linear_attention(
   Source: Sun et al., arXiv:2307.08621, section 2 (constant); Qin et al., arXiv:2405.17381, section 3 (chunks); Dao and
     Gu, arXiv:2405.21060, section 6 (per token).
   """
-  contract.check("linear_attention", q, k, v, log_decay, initial_state, segment_ids, chunk_size)
+  contract.check("linear_attention", q, k, v, log_decay, initial_state, segment_ids)
+  chunk_size = contract.chunk_size_of("linear_attention", chunk_size)
   if log_decay is not None:
     contract.require("linear_attention", log_decay.shape in (v.shape[2:3], v.shape[:3]),
                      f"log_decay has shape {log_decay.shape}; it must be [heads] {v.shape[2:3]} or [batch, time, "
@@ -57,5 +59,7 @@ def linear_attention(
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   q, k = (chunks.repeat_heads(x, H) for x in (q, k))
+  scale, factor = contract.scale_of("linear_attention", scale, K)
   run = dispatch.choose("linear_attention", implementation, q, k, v, log_decay, chunk_size=chunk_size)
-  return run(q, k, v, log_decay, initial_state, scale=K**-0.5 if scale is None else scale, chunk_size=chunk_size)
+  output, final_state = run(q, k, v, log_decay, initial_state, scale=scale, chunk_size=chunk_size)
+  return contract.scaled(output, factor), final_state

@@ -56,6 +56,8 @@ def _check(x, step_size, a, b, c, initial_state, segment_ids):
   def rule(ok, message):
     contract.require("selective_scan", ok, message)
 
+  contract.require_arrays("selective_scan", x=x, step_size=step_size, a=a, b=b, c=c, initial_state=initial_state,
+                          segment_ids=segment_ids)
   rule(x.ndim == 3 and min(x.shape) >= 1, f"x has shape {x.shape}; it must be [batch, time, channels], none of them 0")
   rule(step_size.shape == x.shape, f"step_size has shape {step_size.shape}; it must equal x's {x.shape}")
   rule(a.ndim == 2 and a.shape[0] == x.shape[2] and a.shape[1] >= 1,
