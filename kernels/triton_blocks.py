@@ -56,7 +56,9 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
     for spec, x in zip(jax.tree.leaves((in_specs, out_specs)), (*args, *jax.tree.leaves(out_shape)), strict=True):
       if any(block and size % block for block, size in zip(spec.block_shape, x.shape, strict=True)):
         raise AssertionError(f"{name}: blocks {spec.block_shape} do not divide an array {x.shape}")
-    return jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
+    # Kernels are 32-bit code, whatever type JAX gives to Python's numbers around them.
+    with jax.enable_x64(False):
+      return jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
 
   return run
 

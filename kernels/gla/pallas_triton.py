@@ -324,7 +324,8 @@ def _scan(factors, z, initial_state, config, *, save=True, reverse=False):
   run = functools.partial(_launch_scan, config=config, tile=tile, reverse=reverse)
   B = initial_state.shape[0]
   if z.shape[0] > B:
-    (update,) = run([x, y, decays], z, jnp.zeros((z.shape[0], *initial_state.shape[1:])), outputs=False, save=False)
+    empty = jnp.zeros((z.shape[0], *initial_state.shape[1:]), jnp.float32)
+    (update,) = run([x, y, decays], z, empty, outputs=False, save=False)
     kept = jnp.prod(decays, axis=(2, 3))[..., None]
     initial_state = split.entry_states(initial_state, kept, update, reverse)
   output, *states, final = run([x, y, decays, bounded, p], z, initial_state, outputs=True, save=save)

@@ -289,8 +289,8 @@ def _scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, sav
   run = functools.partial(_launch_scan, q, k, v, log_decay, scale=scale, config=config, reverse=reverse)
   B, T = initial_state.shape[0], v.shape[1]
   if v.shape[0] > B:
-    (update,) = run(jnp.zeros((v.shape[0], *initial_state.shape[1:])), outputs=False, save=False)
-    kept = jnp.ones((v.shape[0], v.shape[2]))
+    (update,) = run(jnp.zeros((v.shape[0], *initial_state.shape[1:]), jnp.float32), outputs=False, save=False)
+    kept = jnp.ones((v.shape[0], v.shape[2]), jnp.float32)
     if log_decay is not None:
       kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay[None])
     initial_state = split.entry_states(initial_state, kept[..., None, None], update, reverse)

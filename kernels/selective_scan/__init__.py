@@ -45,7 +45,9 @@ def selective_scan(
   a = jnp.where(a < FASTEST, FASTEST, a)
   if initial_state is None:
     initial_state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
-  resets = None if segment_ids is None else jnp.where(chunks.segment_starts(segment_ids), chunks.RESET, 0.0)
+  resets = None
+  if segment_ids is not None:
+    resets = jnp.where(chunks.segment_starts(segment_ids), jnp.float32(chunks.RESET), 0.0)
   run = dispatch.choose("selective_scan", implementation, x, step_size, a, b, c)
   return run(x, step_size, a, b, c, resets, initial_state)
 

@@ -101,3 +101,28 @@ def test_numbers_in_the_place_of_arrays_are_named():
     kernels.selective_scan(X[0], 0.1, X[0, 0], X[0], X[0])
   with pytest.raises(ValueError, match="linear_attention: log_decay is a float; it must be an array or None"):
     kernels.linear_attention(X, X, X, -0.1)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla_chunked"])
+@pytest.mark.parametrize("op", [*OPS, "selective_scan"])
+def test_x64_changes_no_type(op, implementation):
+  ids = jnp.asarray([[1, 1, 2]])
+  rows = X[:, :, 0]
+  arguments = ARGUMENTS.get(op, (rows, rows, -jnp.ones((4, 4)), rows, rows))
+  call = lambda *x: getattr(kernels, op)(*x, segment_ids=ids, implementation=implementation)
+  pullback = lambda *x: jax.vjp(call, *x)[1](call(*x))
+  with jax.enable_x64(True):
+    found = jax.eval_shape(lambda *x: (call(*x), pullback(*x)), *arguments)
+  assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+
+
+@every_op
+def test_float64_is_named(op):
+  with jax.enable_x64(True):
+    wide = [x.astype("float64") for x in ARGUMENTS[op]]
+    with pytest.raises(ValueError, match="q has dtype float64; it must be bfloat16, float16 or float32"):
+      getattr(kernels, op)(*wide)
+    with pytest.raises(ValueError, match=f"{'beta' if op == 'delta_rule' else 'log_decay'} has dtype float64; it must"):
+      getattr(kernels, op)(*ARGUMENTS[op][:3], wide[3])
+    with pytest.raises(ValueError, match=r"initial_state is float64\(1, 2, 4, 4\); it must be float32"):
+      getattr(kernels, op)(*ARGUMENTS[op], initial_state=jnp.zeros((1, 2, 4, 4), "float64"))

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+import compiled
 import kernels
 from kernels import triton_blocks
 
@@ -68,6 +69,37 @@ def test_forward_alone(op):
 def test_few_long_sequences_are_split(K, V, op):
   counts = kernel_counts(gradient, op, K, V, B=1, T=4096)
   assert counts == collections.Counter(FORWARD[op] + BACKWARD[op] + 2 * PIECES[op])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("op, gate", [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "head"),
+                                      ("linear_attention", "none"), ("delta_rule", "token"), ("delta_rule", "none"),
+                                      ("selective_scan", "token")])
+def test_kernels_are_the_same_under_x64(op, gate, dtype):
+  """Forward and backward of one long sequence, which is cut into pieces: that launches every kernel."""
+  array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, dtype)
+  if op == "selective_scan":
+    wide, narrow = array(1, 2048, 16), array(1, 2048, 16, dtype=dtype)
+    arrays = dict(x=narrow, step_size=wide, a=array(16, 16), b=narrow, c=narrow)
+    options = dict(segment_ids=jnp.zeros((1, 2048), jnp.int32))
+  else:
+    rows = array(1, 2048, 2, 32, dtype=dtype)
+    gates = {"token": array(1, 2048, 2), "head": array(2), "none": None, "channel": array(1, 2048, 2, 32)}
+    arrays = dict(q=rows, k=rows, v=rows, log_decay=gates[gate])
+    arrays |= dict(beta=array(1, 2048, 2)) if op == "delta_rule" else {}
+    options = dict(normalize_qk=True) if op == "delta_rule" else {}
+
+  def loss(arrays):
+    output, final_state = getattr(kernels, op)(**arrays, **options, implementation="pallas_triton")
+    return jnp.sum(output.astype(jnp.float32)) + jnp.sum(final_state)
+
+  def launches(x64):
+    with jax.enable_x64(x64), use_abstract_mesh(A100):
+      jaxpr = jax.make_jaxpr(jax.grad(loss))(arrays).jaxpr
+      return [compiled._call(eqn).key for eqn in compiled._launches(jaxpr)]
+
+  found = launches(x64=True)
+  assert found == launches(x64=False) and len(found) >= 4
 
 
 def test_blocks_divide_their_arrays():
