@@ -51,6 +51,7 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
         input_output_aliases=aliases or {},
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages))
 
+  @jax.custom_jvp
   def run(*args):
     args = args if count is None else (jnp.full((1,), count, jnp.int32), *args)
     for spec, x in zip(jax.tree.leaves((in_specs, out_specs)), (*args, *jax.tree.leaves(out_shape)), strict=True):
@@ -59,6 +60,12 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
     # Kernels are 32-bit code, whatever type JAX gives to Python's numbers around them.
     with jax.enable_x64(False):
       return jax.lax.platform_dependent(*args, cuda=call(False), default=call(True))
+
+  @run.defjvp
+  def refuse(primals, tangents):
+    # The ops have a `custom_vjp` of their own, so that only a derivative of its parts comes here.
+    raise NotImplementedError(f"{name}: the GPU kernels of implementation='pallas_triton' have first derivatives only, "
+                              "in reverse mode; implementation='xla_chunked' has second ones")
 
   return run
 

@@ -47,6 +47,9 @@ def delta_rule(
   Memory: the backward pass keeps the inputs, per token and value head 2 (2 K + V) bytes for 16-bit ones, 4 for beta and
     4 for a decay. "pallas_triton" keeps what each token corrects in the place of v, and for bfloat16 4 C bytes of
     inverses in chunks of C tokens (C = 32) and 2 K V / 64 of states.
+  Derivatives: "xla_chunked" has second ones, in both of JAX's modes over the first, which is in reverse mode: jax.grad
+    and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
+    alone takes jax.jvp of the op itself.
   Source: Yang et al., arXiv:2406.06484, section 3 (delta rule, chunks); arXiv:2412.06464, section 3 (with decay);
     Grazzi et al., arXiv:2411.12537, section 4 (beta in [0, 2]).
   """

@@ -54,15 +54,19 @@ def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
-  xs = _split(chunk_size, q, k, v, beta, log_decay)
-  body = functools.partial(_forward_chunk, scale, rows)
-  final_state, output = jax.lax.scan(body, initial_state, xs)
-  return chunks.merge(output, q.shape[1]), final_state
+  return _output(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size)
 
 
 def _forward(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
   residuals = q, k, v, beta, log_decay, initial_state
-  return _delta_rule(*residuals, scale, rows, chunk_size), residuals
+  return _output(*residuals, scale, rows, chunk_size), residuals
+
+
+def _output(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
+  xs = _split(chunk_size, q, k, v, beta, log_decay)
+  body = functools.partial(_forward_chunk, scale, rows)
+  final_state, output = jax.lax.scan(body, initial_state, xs)
+  return chunks.merge(output, q.shape[1]), final_state
 
 
 def _backward(scale, rows, chunk_size, residuals, cotangents):
@@ -76,7 +80,7 @@ def _backward(scale, rows, chunk_size, residuals, cotangents):
   return *arrays, *jax.tree.map(lambda x: x[..., 0], (dbeta, dlog_decay)), dinitial_state
 
 
-_delta_rule.defvjp(_forward, _backward, optimize_remat=True)
+_delta_rule.defvjp(_forward, _backward)
 
 
 def _split(size, q, k, v, beta, log_decay):

@@ -37,6 +37,9 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     -40, -inf too; their gradient is then not 0 but the rounding error of what passes the other gates.
   Memory: the backward pass keeps the inputs, 2 (2 K + V) + 4 K bytes a token-head for 16-bit inputs, and in
     `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 1280 + 512 bytes.
+  Derivatives: "xla_chunked" has second ones, in both of JAX's modes over the first, which is in reverse mode: jax.grad
+    and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
+    alone takes jax.jvp of the op itself.
   Source: Yang et al., arXiv:2312.06635, sections 4.2 and 4.3.
   """
   contract.check("gla", q, k, v, log_decay, initial_state, segment_ids)

@@ -39,13 +39,17 @@ def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _gla(q, k, v, log_decay, initial_state, scale, chunk_size):
-  xs = [chunks.split(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay))]
-  final_state, output = jax.lax.scan(functools.partial(_forward_chunk, scale), initial_state, xs)
-  return chunks.merge(output, q.shape[1]), final_state
+  return _output(q, k, v, log_decay, initial_state, scale, chunk_size)
 
 
 def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
-  return _gla(q, k, v, log_decay, initial_state, scale, chunk_size), (q, k, v, log_decay, initial_state)
+  return _output(q, k, v, log_decay, initial_state, scale, chunk_size), (q, k, v, log_decay, initial_state)
+
+
+def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
+  xs = [chunks.split(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay))]
+  final_state, output = jax.lax.scan(functools.partial(_forward_chunk, scale), initial_state, xs)
+  return chunks.merge(output, q.shape[1]), final_state
 
 
 def _backward(scale, chunk_size, residuals, cotangents):
@@ -58,7 +62,7 @@ def _backward(scale, chunk_size, residuals, cotangents):
   return *(chunks.merge(x, doutput.shape[1]) for x in gradients), dinitial_state
 
 
-_gla.defvjp(_forward, _backward, optimize_remat=True)
+_gla.defvjp(_forward, _backward)
 
 
 # Bodies of the scans over chunks: x holds one chunk `[B, C, H, .]` of each array. Heads move before time here and not

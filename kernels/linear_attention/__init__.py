@@ -40,6 +40,9 @@ def linear_attention(
   Memory: the backward pass keeps the inputs, 2 (2 K + V) bytes a token-head for 16-bit inputs and 4 for a decay per
     token, and in `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 768 +
     512 bytes.
+  Derivatives: "xla_chunked" has second ones, in both of JAX's modes over the first, which is in reverse mode: jax.grad
+    and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
+    alone takes jax.jvp of the op itself.
   Source: Sun et al., arXiv:2307.08621, section 2 (constant); Qin et al., arXiv:2405.17381, section 3 (chunks); Dao and
     Gu, arXiv:2405.21060, section 6 (per token).
   """

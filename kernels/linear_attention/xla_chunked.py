@@ -48,16 +48,19 @@ def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=Non
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _linear_attention(q, k, v, log_decay, initial_state, scale, chunk_size):
+  return _output(q, k, v, log_decay, initial_state, scale, chunk_size)
+
+
+def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
+  return _output(q, k, v, log_decay, initial_state, scale, chunk_size), (q, k, v, log_decay, initial_state)
+
+
+def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
   xs = [chunks.split(x, chunk_size) for x in (q, k, v)]
   constant, gates = _gates(log_decay, q.shape[1], chunk_size)
   body = functools.partial(_forward_chunk, scale, constant)
   final_state, output = jax.lax.scan(body, initial_state, (xs, gates), unroll=UNROLL)
   return chunks.merge(output, q.shape[1]), final_state
-
-
-def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
-  residuals = q, k, v, log_decay, initial_state
-  return _linear_attention(*residuals, scale, chunk_size), residuals
 
 
 def _backward(scale, chunk_size, residuals, cotangents):
@@ -79,7 +82,7 @@ def _backward(scale, chunk_size, residuals, cotangents):
   return *(chunks.merge(x, T) for x in gradients), dlog_decay, dinitial_state
 
 
-_linear_attention.defvjp(_forward, _backward, optimize_remat=True)
+_linear_attention.defvjp(_forward, _backward)
 
 
 def _gates(log_decay, T, size):

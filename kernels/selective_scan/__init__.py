@@ -38,6 +38,9 @@ def selective_scan(
     at most 5e-3 for 16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32.
   Memory: for the backward pass, a token-channel keeps its inputs, 6 bytes for 16-bit x, and 4 N / 64 bytes of states,
     one every 64 tokens: 7 bytes for N = 16. `pallas_triton` keeps a bfloat16 state every 8 tokens: 10 bytes.
+  Derivatives: "xla_chunked" has second ones, in both of JAX's modes over the first, which is in reverse mode: jax.grad
+    and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
+    alone takes jax.jvp of the op itself.
   Source: Gu and Dao, arXiv:2312.00752, section 3.2, with exp(step_size a) for the decay and step_size b for the input.
   """
   _check(x, step_size, a, b, c, initial_state, segment_ids)

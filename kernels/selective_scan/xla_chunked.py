@@ -86,7 +86,7 @@ def _backward(residuals, cotangents):
   return dx, dstep_size, da, db, dc, None, dinitial_state
 
 
-selective_scan.defvjp(_forward, _backward, optimize_remat=True)
+selective_scan.defvjp(_forward, _backward)
 
 
 def _decay(step, a, reset):

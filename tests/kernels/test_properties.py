@@ -77,6 +77,39 @@ def test_remat(op, decay):
   assert_equal_results(transformed(remat, op, decay), plain(op, decay))
 
 
+def hessian_vector_products(fn, arrays):
+  """Products with one vector: forward over reverse, and reverse over reverse, not run yet."""
+  arrays = {name: x for name, x in arrays.items() if x is not None}
+  vector = {name: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for name, x in arrays.items()}
+  gradient = jax.grad(lambda x: sum(jnp.sum(jnp.sin(y)) for y in fn(**x)))
+  along = lambda x: sum(jnp.vdot(dx, v) for dx, v in zip(*map(jax.tree.leaves, (gradient(x), vector))))
+  forward = jax.jit(lambda x: jax.jvp(gradient, (x,), (vector,))[1])
+  return (lambda: forward(arrays)), (lambda: jax.jit(jax.grad(along))(arrays))
+
+
+@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "token"), ("delta_rule", "none")])
+def test_second_derivatives_equal_those_of_the_scan(op, decay):
+  arrays = inputs(op, decay, B=1, T=20, H=1, K=4, V=6).arrays
+  fns = [functools.partial(fn, chunk_size=16) for fn in implementations(op).values()]
+  (forward, reverse), (wanted, _) = (hessian_vector_products(fn, arrays) for fn in fns[:2])
+  wanted = wanted()
+  for name, x in forward().items():
+    assert_close(name, x, wanted[name], 1e-5)
+  # What takes seconds to compile is only traced.
+  found = reverse() if op == "linear_attention" else jax.eval_shape(reverse)
+  assert found.keys() == wanted.keys()
+  for name, x in found.items() if op == "linear_attention" else ():
+    assert_close(name, x, wanted[name], 1e-5)
+
+
+@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "token"), ("delta_rule", "none")])
+def test_kernels_refuse_second_derivatives(op, decay):
+  arrays = inputs(op, decay, B=1, T=20, H=1, K=4, V=6).arrays
+  for product in hessian_vector_products(implementations(op)["pallas_triton"], arrays):
+    with pytest.raises(NotImplementedError, match="first derivatives only.*implementation='xla_chunked' has second"):
+      jax.eval_shape(product)
+
+
 @every_form
 def test_vmap_over_the_batch(op, decay):
   def mapped(segment_ids, chunk_size, **arrays):

@@ -193,6 +193,23 @@ def test_memory_is_linear_in_time():
   assert not any(f"tensor<{shape}xf32>" in program for shape in ("1024x1x8x16", "16x64x1x8x16", "1x1024x8x16"))
 
 
+def test_second_derivatives_equal_those_of_the_scan():
+  arrays, _, _ = make_inputs(Case(D=3))
+  vector = {name: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for name, x in arrays.items()}
+
+  def product(fn):
+    gradient = jax.grad(lambda x: sum(jnp.sum(jnp.sin(y)) for y in fn(**x)))
+    return lambda arrays: jax.jvp(gradient, (arrays,), (vector,))[1]
+
+  expected, actual = (jit(product(fn))(arrays) for fn in (REFERENCE, CHUNKED))
+  for name, x in expected.items():
+    assert_close(name, actual[name], x, tolerance(f"d{name}", "float32"))
+  gradient = jax.grad(lambda x: jnp.sum(CHUNKED(**x)[0]**2))
+  jax.eval_shape(jax.grad(lambda x: sum(map(jnp.sum, gradient(x).values()))), arrays)
+  with pytest.raises(NotImplementedError, match="first derivatives only.*implementation='xla_chunked' has second"):
+    jax.eval_shape(product(PALLAS), arrays)
+
+
 @pytest.mark.parametrize("fn", [CHUNKED, REFERENCE], ids=["xla_chunked", "reference"])
 def test_rates_of_minus_infinity_forget(fn):
   """In as many tokens as fill no chunk: -inf times the step size of what fills it up is NaN."""
