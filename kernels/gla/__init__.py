@@ -32,8 +32,9 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     ValueError: shapes, dtypes, numbers or implementation break a rule; the message names both.
     NotImplementedError: the named implementation cannot run these inputs.
   Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32
-    (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference": at most 5e-3 for
-    16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32. `pallas_triton` takes gates below -40 (a decay of 4e-18) as
+    (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference", over at least 64
+    tokens and heads (`kernels.accuracy` says what holds for one): at most 5e-3 for 16-bit inputs, 1e-5
+    (`pallas_triton`: 1e-4) for float32. `pallas_triton` takes gates below -40 (a decay of 4e-18) as
     -40, -inf too; their gradient is then not 0 but the rounding error of what passes the other gates.
   Memory: the backward pass keeps the inputs, 2 (2 K + V) + 4 K bytes a token-head for 16-bit inputs, and in
     `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 1280 + 512 bytes.

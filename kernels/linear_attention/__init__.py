@@ -34,9 +34,10 @@ def linear_attention(
   Raises:
     ValueError: shapes, dtypes, numbers or implementation break a rule; the message names both.
     NotImplementedError: the named implementation cannot run these inputs.
-  Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32.
-    (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference": at most 5e-3 for
-    16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32.
+  Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32
+    (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference", over at least 64
+    tokens and heads (`kernels.accuracy` says what holds for one): at most 5e-3 for 16-bit inputs, 1e-5
+    (`pallas_triton`: 1e-4) for float32.
   Memory: the backward pass keeps the inputs, 2 (2 K + V) bytes a token-head for 16-bit inputs and 4 for a decay per
     token, and in `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 768 +
     512 bytes.

@@ -1,13 +1,13 @@
 """Linear attention with scalar decay chunk by chunk in plain jnp, for every device; forward and backward.
 
-With q scaled, S the state entering and S' the one leaving a chunk, the decays between its tokens are exp of
+With S the state entering and S' the one leaving a chunk, the decays between its tokens are exp of
 
   between_ij = sum of log_decay over (j, i], for i >= j         upto_i = the sum up to and including i
   after_j = the sum over the tokens after j                     total = the sum over the chunk
 
-and with D = exp(between) below and on the diagonal, 0 above, and P = D * (Q K^T) (arXiv:2405.17381, section 3)
+and with D = exp(between) below and on the diagonal, 0 above, q scaled, P = D * (Q K^T) (arXiv:2405.17381, section 3)
 
-  O = P V + (Q * exp(upto)) S                  S' = exp(total) S + (K * exp(after))^T V
+  O = P V + exp(upto) * (Q S)                  S' = exp(total) S + (K * exp(after))^T V
 
 Given dO and dS', with dA = D * (dO V^T):
 
@@ -100,10 +100,11 @@ def _gates(log_decay, T, size):
 
 def _forward_chunk(scale, constant, state, x):
   (q, k, v), gate = chunks.heads_first(x[0]), x[1]
-  dot, q, k = chunks.product(q.dtype), scale * chunks.wide(q), chunks.wide(k)
+  dot, k = chunks.product(q.dtype), chunks.wide(k)
   between, upto, after, total = _decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
-  scores = between * dot("bhik,bhjk->bhij", q, k)
-  output = dot("bhij,bhjv->bhiv", scores, v) + dot("bhik,bhkv->bhiv", q * upto, state)
+  # Weights after the products: what they would round before it, a sum over channels that cancels would magnify.
+  scores = scale * between * dot("bhik,bhjk->bhij", q, k)
+  output = dot("bhij,bhjv->bhiv", scores, v) + scale * upto * dot("bhik,bhkv->bhiv", q, state)
   return _next_state(state, total, k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
 
 
@@ -115,11 +116,12 @@ def _state_chunk(constant, state, x):
 
 def _backward_chunk(scale, constant, dstate, x):
   (q, k, v, do), gate, state = chunks.heads_first(x[0]), x[1], x[2]
-  dtype, dot, q, k = q.dtype, chunks.product(q.dtype), scale * chunks.wide(q), chunks.wide(k)
+  dtype, dot, k = q.dtype, chunks.product(q.dtype), chunks.wide(k)
   exponents, transpose = jax.vjp(lambda *x: _exponents(*x, v.shape[2]), constant, gate)
   between, upto, after, total = _decays(exponents, v.shape[2])
 
-  scores = between * dot("bhik,bhjk->bhij", q, k)
+  scores = scale * between * dot("bhik,bhjk->bhij", q, k)
+  q = scale * chunks.wide(q)
   dweights = dot("bhiv,bhjv->bhij", do, v)
   dproducts = between * dweights
   dq_state = upto * dot("bhiv,bhkv->bhik", do, state)

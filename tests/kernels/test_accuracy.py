@@ -1,0 +1,35 @@
+"""The bounds of 16-bit inputs, for one token and for many, over random draws."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels
+from kernels.accuracy import ENTRY
+from tests.close import relative_error, tolerance
+from tests.kernels.cases import Case, make_inputs
+
+FORMS = {"gla": {}, "linear_attention": {"decay": "token"}, "delta_rule": {"decay": "token", "beta": "unit"}}
+
+
+@pytest.mark.parametrize("implementation", ["xla_chunked", "pallas_triton"])
+@pytest.mark.parametrize("op", FORMS)
+def test_one_token_keeps_the_bound_of_an_entry_and_many_that_of_an_rms(op, implementation):
+  """Each of 300 draws is a row of the batch, of one token and one head."""
+  arrays = make_inputs(Case(B=300, T=1, H=1, dtype="bfloat16", initial_state=False, **FORMS[op]), seed=1).arrays
+  wide = jax.tree.map(lambda x: x.astype("float32"), arrays)
+  run = lambda implementation, arrays: np.asarray(
+      jax.jit(functools.partial(getattr(kernels, op), implementation=implementation))(**arrays)[0][:, 0, 0], np.float64)
+  output, expected = run(implementation, arrays), run("reference", wide)
+  terms = run("reference", wide | {name: jnp.abs(wide[name]) for name in "qkv"})
+  share = np.max(np.abs(output - expected) / terms)
+  rows = [relative_error(*row) for row in zip(output, expected)]
+  bound = tolerance("output", "bfloat16")
+  print(f"of the terms {share:.1e}; rows above the bound {np.mean(np.array(rows) > bound):.2f}, worst {max(rows):.1e}")
+  assert share <= ENTRY
+  assert max(relative_error(*pair) for pair in zip(np.split(output, 4), np.split(expected, 4))) <= bound
+  # Only the kernels of gla round what a sum over channels can cancel.
+  assert max(rows) <= bound or (op, implementation) == ("gla", "pallas_triton")
