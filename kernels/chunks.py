@@ -37,6 +37,11 @@ def bounded(log_decay):
   return jnp.where(log_decay < RESET, RESET, log_decay)
 
 
+def decayed(decay, state):
+  """`decay * state`, but 0 where the decay is 0, whatever the state holds: a reset forgets NaN and infinities too."""
+  return decay * jnp.where(decay == 0, 0.0, state)
+
+
 def segment_starts(segment_ids):
   """True at each token `[B, T]` whose id differs from the previous one's; never at the first, which has none."""
   return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, contract, dispatch
+from kernels import chunks, containment, contract, dispatch
+from kernels.delta_rule import reference
 from kernels.delta_rule.reference import step
 
 __all__ = ["delta_rule", "step"]
@@ -30,7 +31,9 @@ def delta_rule(
       state is forgotten, and its gradient is 0.
     normalize_qk: divides q and k by their norm in each head, x * rsqrt(sum(x^2) + 1e-6) in float32.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
-    segment_ids: the state restarts from zero at each token whose id differs from the one before it.
+    segment_ids: the state restarts from zero at each token whose id differs from the one before it. What is not finite
+      in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
+      reaches the tokens before it in its chunk, but with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
     implementation: "xla_chunked", "pallas_triton" (K up to 256) or "reference"; None takes the first that supports the
@@ -69,14 +72,17 @@ def delta_rule(
   beta = beta.astype(jnp.float32)
   if log_decay is not None:
     log_decay = chunks.bounded(log_decay.astype(jnp.float32))
-  if segment_ids is not None:
+  starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
+  if starts is not None:
     log_decay = jnp.zeros((B, T, H), jnp.float32) if log_decay is None else log_decay
-    log_decay = jnp.where(chunks.segment_starts(segment_ids)[:, :, None], chunks.RESET, log_decay)
+    log_decay = jnp.where(starts[:, :, None], chunks.RESET, log_decay)
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   q, k = (chunks.repeat_heads(x, H) for x in (q, k))
   scale, factor = contract.scale_of("delta_rule", scale, K)
   run = dispatch.choose("delta_rule", implementation, q, k, v, beta, log_decay, chunk_size=chunk_size)
-  output, final_state = run(q, k, v, beta, log_decay, initial_state, scale=scale, normalize_qk=bool(normalize_qk),
-                            chunk_size=chunk_size)
+  options = dict(scale=scale, normalize_qk=bool(normalize_qk), chunk_size=chunk_size)
+  output, final_state = containment.contain(
+      lambda tokens, state, _: run(*tokens, state, **options), None if run is reference.delta_rule else starts,
+      (q, k, v, beta, log_decay), initial_state, lead=3)
   return contract.scaled(output, factor), final_state

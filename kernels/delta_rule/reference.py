@@ -15,7 +15,7 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
   if normalize_qk:
     q, k = chunks.normalize(q), chunks.normalize(k)
   if log_decay is not None:
-    state = jnp.exp(log_decay.astype(jnp.float32))[..., None, None] * state
+    state = chunks.decayed(jnp.exp(log_decay.astype(jnp.float32))[..., None, None], state)
   error = v - chunks.einsum("bhk,bhkv->bhv", k, state)
   state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
   return state, chunks.einsum("bhk,bhkv->bhv", q, state)

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, contract, dispatch
+from kernels import chunks, containment, contract, dispatch
+from kernels.gla import reference
 from kernels.gla.reference import step
 
 __all__ = ["gla", "step"]
@@ -21,7 +22,9 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     log_decay: natural log of the forget gate, <= 0, one a key channel; accumulated in float32. A gate of -inf forgets
       its channel; its gradient is 0.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
-    segment_ids: the state restarts from zero at each token whose id differs from the one before it.
+    segment_ids: the state restarts from zero at each token whose id differs from the one before it. What is not finite
+      in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
+      reaches the tokens before it in its chunk, but with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
     implementation: "pallas_triton", "xla_chunked" or "reference"; None takes the first that supports the inputs and
@@ -49,13 +52,15 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
                    f"log_decay has shape {log_decay.shape}; it must equal q's {q.shape}")
   (B, _, H, V), K = v.shape, q.shape[-1]
   log_decay = log_decay.astype(jnp.float32)
-  if segment_ids is not None:
-    starts = chunks.segment_starts(segment_ids)
-    log_decay = jnp.where(starts[:, :, None, None], chunks.RESET, log_decay)
+  starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
+  if starts is not None:
+    log_decay = jnp.where(starts[:, :, None, None], chunks.RESET, chunks.bounded(log_decay))
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   q, k, log_decay = (chunks.repeat_heads(x, H) for x in (q, k, log_decay))
   scale, factor = contract.scale_of("gla", scale, K)
   run = dispatch.choose("gla", implementation, q, k, v, log_decay, chunk_size=chunk_size)
-  output, final_state = run(q, k, v, log_decay, initial_state, scale=scale, chunk_size=chunk_size)
+  output, final_state = containment.contain(
+      lambda tokens, state, _: run(*tokens, state, scale=scale, chunk_size=chunk_size),
+      None if run is reference.gla else starts, (q, k, v, log_decay), initial_state, lead=3)
   return contract.scaled(output, factor), final_state

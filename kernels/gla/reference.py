@@ -12,7 +12,7 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
          ) -> tuple[Float[Array, "B H K V"], Float[Array, "B H V"]]:
   """One token: S' = diag(exp(log_decay)) S + k^T v and the unscaled output q S', both float32."""
   q, k, v, log_decay = (x.astype(jnp.float32) for x in (q, k, v, log_decay))
-  state = jnp.exp(log_decay)[..., None] * state + k[..., None] * v[..., None, :]
+  state = chunks.decayed(jnp.exp(log_decay)[..., None], state) + k[..., None] * v[..., None, :]
   return state, chunks.einsum("bhk,bhkv->bhv", q, state)
 
 

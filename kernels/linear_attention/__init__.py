@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, contract, dispatch
+from kernels import chunks, containment, contract, dispatch
+from kernels.linear_attention import reference
 from kernels.linear_attention.reference import step
 
 __all__ = ["linear_attention", "step"]
@@ -24,7 +25,9 @@ def linear_attention(
       time (RetNet, Lightning Attention). `[B, T, H]`: per token (simple GLA, Mamba-2). Where it is -inf the state is
       forgotten, and its gradient is 0.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
-    segment_ids: the state restarts from zero at each token whose id differs from the one before it.
+    segment_ids: the state restarts from zero at each token whose id differs from the one before it. What is not finite
+      in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
+      reaches the tokens before it in its chunk, but with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
     implementation: "pallas_triton" (K up to 256), "xla_chunked" or "reference"; None takes the first that supports the
@@ -56,14 +59,17 @@ def linear_attention(
   (B, T, H, V), K = v.shape, q.shape[-1]
   if log_decay is not None:
     log_decay = chunks.bounded(log_decay.astype(jnp.float32))
-  if segment_ids is not None:
+  starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
+  if starts is not None:
     # Where segments start differs between rows, so a decay shared by tokens becomes one per token.
     log_decay = jnp.broadcast_to(0.0 if log_decay is None else log_decay, (B, T, H)).astype(jnp.float32)
-    log_decay = jnp.where(chunks.segment_starts(segment_ids)[:, :, None], chunks.RESET, log_decay)
+    log_decay = jnp.where(starts[:, :, None], chunks.RESET, log_decay)
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   q, k = (chunks.repeat_heads(x, H) for x in (q, k))
   scale, factor = contract.scale_of("linear_attention", scale, K)
   run = dispatch.choose("linear_attention", implementation, q, k, v, log_decay, chunk_size=chunk_size)
-  output, final_state = run(q, k, v, log_decay, initial_state, scale=scale, chunk_size=chunk_size)
+  output, final_state = containment.contain(
+      lambda tokens, state, _: run(*tokens, state, scale=scale, chunk_size=chunk_size),
+      None if run is reference.linear_attention else starts, (q, k, v, log_decay), initial_state, lead=3)
   return contract.scaled(output, factor), final_state

@@ -14,7 +14,7 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   if log_decay is not None:
     decay = jnp.broadcast_to(jnp.exp(log_decay.astype(jnp.float32)), state.shape[:2])
-    state = decay[..., None, None] * state
+    state = chunks.decayed(decay[..., None, None], state)
   state = state + k[..., None] * v[..., None, :]
   return state, chunks.einsum("bhk,bhkv->bhv", q, state)
 

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import chunks, contract, dispatch
+from kernels import chunks, containment, contract, dispatch
+from kernels.selective_scan import reference, xla_chunked
 from kernels.selective_scan.reference import step
 
 __all__ = ["selective_scan", "step"]
@@ -26,7 +27,8 @@ def selective_scan(
       step of 0 keeps it, and the gradient of a is 0.
     b, c: what all channels write with and read with, in x's dtype.
     initial_state: h_0 in float32, zeros if None; it feeds the first segment of each row.
-    segment_ids: the state restarts from zero at each token whose id differs from the one before it.
+    segment_ids: the state restarts from zero at each token whose id differs from the one before it. What is not finite
+      in one segment reaches no other; "pallas_triton" then makes NaN of all channels (`kernels.containment`).
     implementation: "pallas_triton" (N up to 32), "xla_chunked" or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
@@ -48,11 +50,17 @@ def selective_scan(
   a = jnp.where(a < FASTEST, FASTEST, a)
   if initial_state is None:
     initial_state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
-  resets = None
-  if segment_ids is not None:
-    resets = jnp.where(chunks.segment_starts(segment_ids), jnp.float32(chunks.RESET), 0.0)
+  starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
+  resets = None if starts is None else jnp.where(starts, jnp.float32(chunks.RESET), 0.0)
   run = dispatch.choose("selective_scan", implementation, x, step_size, a, b, c)
-  return run(x, step_size, a, b, c, resets, initial_state)
+  # The others go from token to token, where a reset selects.
+  kept = None if run in (reference.selective_scan, xla_chunked.selective_scan) else starts
+
+  def call(tokens, state, shared):
+    (c, x, step_size, b), (a, resets) = tokens, shared
+    return run(x, step_size, a, b, c, resets, state)
+
+  return containment.contain(call, kept, (c, x, step_size, b), initial_state, (a, resets), lead=2)
 
 
 def _check(x, step_size, a, b, c, initial_state, segment_ids):

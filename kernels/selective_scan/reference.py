@@ -4,21 +4,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import chunks
+
 
 def step(state: Float[Array, "B D N"], x: Float[Array, "B D"], step_size: Float[Array, "B D"], a: Float[Array, "D N"],
          b: Float[Array, "B N"], c: Float[Array, "B N"], reset: Float[Array, "B"] | None = None,
          ) -> tuple[Float[Array, "B D N"], Float[Array, "B D"]]:
-  """One token: h' = exp(step_size a + reset) h + step_size x b and the output h' c, both float32."""
+  """One token: h' = exp(step_size a) h + step_size x b and the output h' c, both float32; a `reset` < 0 forgets h."""
   x, step_size, b, c = (array.astype(jnp.float32) for array in (x, step_size, b, c))
-  exponent = step_size[:, :, None] * a[None]
+  decay = jnp.exp(step_size[:, :, None] * a[None])
   if reset is not None:
-    exponent += reset[:, None, None]
-  state = jnp.exp(exponent) * state + (step_size * x)[:, :, None] * b[:, None]
+    decay = jnp.where(reset[:, None, None] < 0, 0.0, decay)
+  state = chunks.decayed(decay, state) + (step_size * x)[:, :, None] * b[:, None]
   return state, jnp.sum(state * c[:, None], axis=-1)
 
 
 def selective_scan(x, step_size, a, b, c, resets, initial_state):
-  """See `kernels.selective_scan`: the scan of `step`. `resets` [B, T], if any, are added to the logs of the decays."""
+  """See `kernels.selective_scan`: the scan of `step`. `resets` [B, T], if any, are below 0 where the state restarts."""
   by_time = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (x, step_size, b, c, resets))
   body = lambda state, now: step(state, *now[:2], a, *now[2:])
   final_state, output = jax.lax.scan(body, initial_state, by_time)

@@ -1,8 +1,8 @@
 """Selective scan in plain jnp, for every device: forward and backward with one state kept for each chunk of tokens.
 
 Every entry of the state has a decay of its own, so pairs of tokens share no weights and a chunk has no form as matrix
-products: inside a chunk the tokens follow one another. With E_t = exp(s_t a + reset_t), u_t = s_t x_t for the step size
-s_t, W_t = E_t H_{t-1} and G_t the cotangent of H_t,
+products: inside a chunk the tokens follow one another. With E_t = exp(s_t a), or 0 at a reset, u_t = s_t x_t for the
+step size s_t, W_t = E_t H_{t-1} and G_t the cotangent of H_t,
 
   H_t = W_t + u_t b_t^T        y_t = H_t c_t                G_t = dy_t c_t^T + E_{t+1} G_{t+1}
   dc_t = H_t^T dy_t            db_t = G_t^T u_t             du_t = G_t b_t
@@ -16,6 +16,8 @@ states of one again, and walks back through it.
 import jax
 import jax.numpy as jnp
 
+from kernels import chunks
+
 CHUNK = 64
 
 
@@ -26,7 +28,7 @@ def supports(*arrays, chunk_size=None) -> str | None:
 
 @jax.custom_vjp
 def selective_scan(x, step_size, a, b, c, resets, initial_state):
-  """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are added to the logs of the decays."""
+  """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are below 0 where the state restarts."""
   output, _, final_state = _scan(x, step_size, a, b, c, resets, initial_state)
   return output, final_state
 
@@ -41,7 +43,7 @@ def _scan(x, step_size, a, b, c, resets, initial_state):
 
   def token(state, now):
     x, step, b, c, reset = now
-    state = _decay(step, a, reset) * state + _outer(step * _wide(x), _wide(b))
+    state = chunks.decayed(_decay(step, a, reset), state) + _outer(step * _wide(x), _wide(b))
     return state, jnp.sum(state * _wide(c)[:, None], axis=-1).astype(x.dtype)
 
   def chunk(state, arrays):
@@ -58,7 +60,7 @@ def _backward(residuals, cotangents):
 
   def token(state, now):
     x, step, b, _, reset, _ = now
-    kept = _decay(step, a, reset) * state
+    kept = chunks.decayed(_decay(step, a, reset), state)
     return kept + _outer(step * _wide(x), _wide(b)), kept
 
   def token_back(carry, now):
@@ -71,7 +73,7 @@ def _backward(residuals, cotangents):
     du = jnp.sum(dstate * b[:, None], axis=-1)
     dstep = x * du + jnp.sum(through * a[None], axis=-1)
     da = da + jnp.sum(step[:, :, None] * through, axis=0)
-    return (_decay(step, a, reset) * dstate, da), (step * du, dstep, db, dc)
+    return (chunks.decayed(_decay(step, a, reset), dstate), da), (step * du, dstep, db, dc)
 
   def chunk(carry, arrays):
     arrays, state = arrays
@@ -90,9 +92,9 @@ selective_scan.defvjp(_forward, _backward)
 
 
 def _decay(step, a, reset):
-  """exp(step a + reset): `[B, D, N]`."""
-  exponent = step[:, :, None] * a[None]
-  return jnp.exp(exponent if reset is None else exponent + reset[:, None, None])
+  """exp(step a), or 0 where there is a reset: `[B, D, N]`."""
+  decay = jnp.exp(step[:, :, None] * a[None])
+  return decay if reset is None else jnp.where(reset[:, None, None] < 0, 0.0, decay)
 
 
 def _outer(u, b):
