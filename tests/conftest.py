@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import pathlib
+import platform
+import re
 import sys
 
 # Read once, when JAX starts its CPU backend.
@@ -13,6 +15,7 @@ import jax  # noqa: E402
 import jaxlib  # noqa: E402
 import pytest  # noqa: E402
 
+import assembler  # noqa: E402
 from kernels import cpu_compiler  # noqa: E402
 
 cpu_compiler.switch_off()
@@ -52,6 +55,12 @@ def pytest_configure(config):
     config.pluginmanager.register(Record(config.getoption("--record")))
 
 
+def cpu_name():
+  """The processor's model, as Linux names it."""
+  models = re.findall(r"^model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+  return models[0] if models else platform.machine()
+
+
 class Record:
   """Collects what tests pass to `record_property`, errors and configurations, from all workers, and writes it."""
 
@@ -63,11 +72,14 @@ class Record:
       found = dict(report.user_properties)
       errors = {name: float(f"{e:.1e}") for name, e in found.pop("errors", {}).items()}
       self.tests[report.nodeid] = {"outcome": report.outcome, **found, **errors}
+      self.write()  # a time limit may end the run before its end
 
-  def pytest_sessionfinish(self):
+  def write(self):
     outcomes = [test["outcome"] for test in self.tests.values()]
     head = {"command": " ".join(["pytest", *(x for x in sys.argv[1:] if not x.startswith("--record"))]),
             "device": jax.devices()[0].device_kind, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+            "ptxas": assembler.version() if jax.default_backend() == "gpu" else None, "cpu": cpu_name(),
+            "xla_flags": os.environ["XLA_FLAGS"],
             "passed": outcomes.count("passed"), "failed": outcomes.count("failed")}
     tests = ",\n".join(f"  {json.dumps(name)}: {json.dumps(test)}" for name, test in sorted(self.tests.items()))
     self.path.write_text(f'{json.dumps(head)[:-1]}, "tests": {{\n{tests}\n}}}}\n')

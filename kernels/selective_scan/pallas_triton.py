@@ -237,7 +237,7 @@ def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
   blocks = pl.BlockSpec((None, T // block, CHANNELS, N), lambda d, p: (p, 0, d, 0))
   y, *saved, final = _launch(
       functools.partial(_forward_kernel, resets=resets is not None, save=save, block=block),
-      name="selective_scan_forward", grid=grid,
+      name="selective_scan_forward", grid=grid, count=T // block,
       in_specs=[tokens, tokens, rates, shared, shared, state, *reset[:resets is not None]],
       out_specs=[tokens, *[blocks] * save, state],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype),
