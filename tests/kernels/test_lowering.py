@@ -71,10 +71,10 @@ def test_few_long_sequences_are_split(K, V, op):
   assert counts == collections.Counter(FORWARD[op] + BACKWARD[op] + 2 * PIECES[op])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("op, gate", [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "head"),
-                                      ("linear_attention", "none"), ("delta_rule", "token"), ("delta_rule", "none"),
-                                      ("selective_scan", "token")])
+@pytest.mark.parametrize("op, gate, dtype", [
+    ("gla", "channel", "bfloat16"), ("gla", "channel", "float32"), ("linear_attention", "token", "float32"),
+    ("linear_attention", "head", "bfloat16"), ("delta_rule", "token", "bfloat16"), ("delta_rule", "none", "float32"),
+    ("selective_scan", "token", "bfloat16")])
 def test_kernels_are_the_same_under_x64(op, gate, dtype):
   """Forward and backward of one long sequence, which is cut into pieces: that launches every kernel."""
   array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, dtype)
