@@ -28,18 +28,19 @@ def declines(q, chunk_size: int | None) -> str | None:
   return None
 
 
-def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num_stages, aliases=None, count=None):
+def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num_stages, aliases=None, loop=False):
   """`pallas_call` of `kernel`: compiled by Triton when lowered for CUDA, interpreted on every other platform.
 
   `kernel` becomes the CUDA kernel's name in a profile; `name` marks the call in the lowered program.
   `aliases` maps inputs to the outputs that share their memory. Blocks have to divide their arrays: compiled, nothing
   masks what is behind an array's end, where the interpreter pads.
 
-  `count`: how many chunks the kernel loops over, which it gets as a number read from memory, in the keyword `count`.
-  Of a loop whose length it knows, ptxas 13.0 to 13.5 unrolled up to 17 iterations and lost a product.
+  `loop`: whether the kernel loops over chunks. It gets the index of the first one in the keyword `start`: a 0 that is
+  read from memory, so that no compiler knows how long the loop is. ptxas 13.0 to 13.5 unrolled loops of up to 17
+  iterations and lost a product. A bound from memory would stay in a register, which kernels that have none left spill.
   """
-  if count is not None:
-    kernel = functools.partial(_with_count, kernel)
+  if loop:
+    kernel = functools.partial(_with_start, kernel)
     in_specs = [pl.BlockSpec((None,), lambda *_: (0,)), *in_specs]
     aliases = {i + 1: output for i, output in (aliases or {}).items()}
 
@@ -53,7 +54,7 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
 
   @jax.custom_jvp
   def run(*args):
-    args = args if count is None else (jnp.full((1,), count, jnp.int32), *args)
+    args = (jnp.zeros((1,), jnp.int32), *args) if loop else args
     for spec, x in zip(jax.tree.leaves((in_specs, out_specs)), (*args, *jax.tree.leaves(out_shape)), strict=True):
       if any(block and size % block for block, size in zip(spec.block_shape, x.shape, strict=True)):
         raise AssertionError(f"{name}: blocks {spec.block_shape} do not divide an array {x.shape}")
@@ -70,8 +71,8 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
   return run
 
 
-def _with_count(kernel, count_ref, *refs, **options):
-  kernel(*refs, count=count_ref[...], **options)
+def _with_start(kernel, start_ref, *refs, **options):
+  kernel(*refs, start=start_ref[...], **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -226,10 +226,10 @@ def _add_product(total, a, b, dot, dtype):
 
 
 def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save, reverse, scale, chunk, span, depth,
-                 count, dot):
+                 start, dot):
   """Output and exit state; or, with `values`, only exit states of pieces, whose columns after them stand for a map."""
   sums_ref, row_refs, refs = _take_rows(refs, vectors, gated)
-  C, dtype, K, block, every = chunk, operand(k_ref.dtype), k_ref.shape[1], v_ref.shape[1], span // chunk
+  C, dtype, (T, K), block, every = chunk, operand(k_ref.dtype), k_ref.shape, v_ref.shape[1], span // chunk
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
   # A map's columns are scanned forward alone: the first column of this program in the identity.
   first = None if values is None or reverse else pl.program_id(0) * block - values
@@ -245,7 +245,7 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
   early = outputs and dtype != jnp.float32 and (len(tiles) > 1 or not gated)
 
   def step(i, state):
-    n = count - 1 - i if reverse else i
+    n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
     decays = lambda: decay_of_sums(sums_ref[rows], sums_ref[n * C + C - 1]) if gated else decay_of(None, C)
     decay = decays()
@@ -315,7 +315,7 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
       o_ref[rows, :] = o.astype(o_ref.dtype).T
     return tuple(left)
 
-  state = jax.lax.fori_loop(0, count, step, initial)
+  state = jax.lax.fori_loop(start, T // C, step, initial)
   for tile, s in zip(tiles, state):
     final_ref[tile, :] = s.T
 
@@ -458,7 +458,7 @@ def _launch_scan(arrays, z, initial_state, *, scale, config, reverse, save):
       functools.partial(_scan_kernel, vectors=len(vectors), gated=arrays.log_decay is not None,
                         values=V if piece else None, save=save, reverse=reverse, scale=scale, chunk=C,
                         span=config.span, depth=min(config.depth, K)),
-      name=f"delta_rule_{name}", grid=(columns // block, H, B), count=T // C,
+      name=f"delta_rule_{name}", grid=(columns // block, H, B), loop=True,
       in_specs=[keys, keys, values, whole, *[gate_block(x, T, chunked=False)[1][0] for x in vectors],
                 *[state] * (not piece)],
       out_specs=[*[values] * (not piece), *[values] * errors, *[states] * save, state],

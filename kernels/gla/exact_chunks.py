@@ -84,8 +84,8 @@ def _is_second(half, row):
 # Kernel bodies. A ref holds a group of chunks of one head.
 
 
-def _each_unbounded(bounded_ref, count, run):
-  """Calls `run` with the index of each of `count` chunks whose flag is 0."""
+def _each_unbounded(bounded_ref, start, run):
+  """Calls `run` with the index of each chunk, from `start` on, whose flag is 0."""
 
   def visit(n, _):
     @pl.when(bounded_ref[n] == 0)
@@ -94,10 +94,10 @@ def _each_unbounded(bounded_ref, count, run):
 
   @pl.when(jnp.min(bounded_ref[...]) == 0)
   def _():
-    jax.lax.fori_loop(0, count, visit, None)
+    jax.lax.fori_loop(start, bounded_ref.shape[0], visit, None)
 
 
-def _scores_kernel(bounded_ref, masks_ref, q_ref, k_ref, g_ref, p_ref, *, scale, block, count, dot):
+def _scores_kernel(bounded_ref, masks_ref, q_ref, k_ref, g_ref, p_ref, *, scale, block, start, dot):
   C, K, dtype, sums = p_ref.shape[1], q_ref.shape[1], operand(q_ref.dtype), exact_sums(q_ref.dtype, dot)
   row, column = rows_and_columns(C)
 
@@ -118,10 +118,10 @@ def _scores_kernel(bounded_ref, masks_ref, q_ref, k_ref, g_ref, p_ref, *, scale,
 
     p_ref[n] = jax.lax.fori_loop(0, K // block, add_tile, jnp.zeros((C, C), jnp.float32)).astype(dtype)
 
-  _each_unbounded(bounded_ref, count, run)
+  _each_unbounded(bounded_ref, start, run)
 
 
-def _dscores_kernel(bounded_ref, v_ref, do_ref, dp_ref, *, block, count, dot):
+def _dscores_kernel(bounded_ref, v_ref, do_ref, dp_ref, *, block, start, dot):
   C, V, dtype = dp_ref.shape[1], v_ref.shape[1], dp_ref.dtype
   row, column = rows_and_columns(C)
 
@@ -135,11 +135,11 @@ def _dscores_kernel(bounded_ref, v_ref, do_ref, dp_ref, *, block, count, dot):
 
     dp_ref[n] = jax.lax.fori_loop(0, V // block, add_tile, jnp.zeros((C, C), jnp.float32)).astype(dtype)
 
-  _each_unbounded(bounded_ref, count, run)
+  _each_unbounded(bounded_ref, start, run)
 
 
 def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref, v_ref, do_ref, states_ref,
-                 dstates_ref, *refs, scale, block_v, count, dot):
+                 dstates_ref, *refs, scale, block_v, start, dot):
   C, K, dtype, sums = dp_ref.shape[1], q_ref.shape[1], dp_ref.dtype, exact_sums(q_ref.dtype, dot)
   dq_ref, dk_ref, dg_ref = refs[3:]  # the first three are the same arrays as they come in
   row, column = rows_and_columns(C)
@@ -183,7 +183,7 @@ def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref
     dq_ref[rows, :] = ((dq + diagonal * k()) * scale).astype(dq_ref.dtype)
     dk_ref[rows, :] = (dk + diagonal * q()).astype(dk_ref.dtype)
 
-  _each_unbounded(bounded_ref, count, run)
+  _each_unbounded(bounded_ref, start, run)
 
 
 # Launches: one program a (K tile, group of chunks, head, row of the batch).
@@ -226,7 +226,7 @@ def dscores(bounded, v, do, chunk):
 def _launch_square(kernel, name, bounded, inputs, C, masks=()):
   B, H, N = bounded.shape
   return triton_blocks.launch(
-      kernel, name=name, grid=(1, N // _group(N), H, B), count=_group(N),
+      kernel, name=name, grid=(1, N // _group(N), H, B), loop=True,
       in_specs=[_flags(N), *[_whole(x) for x in masks], *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]],
       out_specs=_squares(N, C),
       out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(inputs[0].dtype)), num_warps=8, num_stages=1)(
@@ -242,7 +242,7 @@ def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chu
   rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, h, n, 0, t))
   return triton_blocks.launch(
       functools.partial(_dqkg_kernel, scale=scale, block_v=16), name="gla_exact_dqkg",
-      grid=(K // block, N // _group(N), H, B), count=_group(N),
+      grid=(K // block, N // _group(N), H, B), loop=True,
       in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state,
                 keys, keys, keys],
       out_specs=[keys] * 3,

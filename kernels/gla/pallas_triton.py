@@ -183,11 +183,11 @@ def _scores_kernel(bounded_ref, x_ref, y_ref, _, p_ref, *, depth, dot):
     p_ref[...] = sum(dot(x_ref[:, tile], y_ref[:, tile].T) for tile in tiles).astype(p_ref.dtype)
 
 
-def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse, chunk, depth, count, dot):
+def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse, chunk, depth, start, dot):
   if outputs:
     bounded_ref, p_ref, *refs = refs
   z_ref, initial_ref, *refs, final_ref = refs
-  C, dtype, K = chunk, y_ref.dtype, y_ref.shape[1]
+  C, dtype, (T, K) = chunk, y_ref.dtype, y_ref.shape
   row, column = rows_and_columns(C)
   causal = column >= row if reverse else row >= column
   enter, keep, exit = (2, 1, 0) if reverse else (0, 1, 2)
@@ -195,7 +195,7 @@ def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
 
   def step(i, states):
-    n = count - 1 - i if reverse else i
+    n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
     z = z_ref[rows, :].astype(dtype)
     # Beside the pieces of float32 products, loads that are not right before their use do not fit the registers.
@@ -231,7 +231,7 @@ def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse
       left.append(decay(n, exit, tile) * (decay(n, keep, tile) * state + dot(y.T, z)))
     return tuple(left)
 
-  states = jax.lax.fori_loop(0, count, step, tuple(initial_ref[tile, :] for tile in tiles))
+  states = jax.lax.fori_loop(start, T // C, step, tuple(initial_ref[tile, :] for tile in tiles))
   for tile, state in zip(tiles, states):
     final_ref[tile, :] = state
 
@@ -346,7 +346,7 @@ def _launch_scan(factors, z, initial_state, *, config, tile, reverse, outputs, s
   return triton_blocks.launch(
       functools.partial(_scan_kernel, scores=bool(config.scores), outputs=outputs, save=save, reverse=reverse,
                         chunk=C, depth=min(config.depth, K)),
-      name="gla_scan" if outputs else "gla_piece", grid=(V // block, H, B), count=N,
+      name="gla_scan" if outputs else "gla_piece", grid=(V // block, H, B), loop=True,
       in_specs=[keys, keys, all_chunks(3, K), *[all_chunks(), all_chunks(C, C)] * outputs, values, state],
       out_specs=[*[values] * outputs, *[states] * save, state], out_shape=out_shape, num_warps=tile.num_warps,
       num_stages=tile.num_stages)(*factors, z, initial_state)

@@ -176,19 +176,19 @@ def _scores_kernel(*refs, gated, transposed, scale, depth, dot):
   p_ref[...] = (between(decay, C, transposed) * (scale * p)).astype(dtype)
 
 
-def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, depth, count, dot):
+def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, depth, start, dot):
   q_ref, k_ref, v_ref, *refs = refs
   g_ref = refs.pop(0) if gated else None
   p_ref = refs.pop(0) if scores else None
   initial_ref, *refs, final_ref = refs
-  C, dtype, K = chunk, operand(k_ref.dtype), k_ref.shape[1]
+  C, dtype, (T, K) = chunk, operand(k_ref.dtype), k_ref.shape
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
   # What is added to a state of several K tiles is read when it is needed: held from the start it spills. With P to
   # compute, k is there anyway.
   late = len(tiles) > 1 and (bool(scores) or (dtype == jnp.float32 and not outputs))
 
   def step(i, states):
-    n = count - 1 - i if reverse else i
+    n = T // C - 1 - i if reverse else i
     rows = pl.ds(n * C, C)
     decay = decay_of(g_ref[rows if g_ref.shape else ...] if gated else None, C)
     query_weights, key_weights = (decay.upto, scale), (decay.after,)
@@ -230,7 +230,7 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
       add_late()
     return tuple(next_states)
 
-  states = jax.lax.fori_loop(0, count, step, tuple(initial_ref[tile, :] for tile in tiles))
+  states = jax.lax.fori_loop(start, T // C, step, tuple(initial_ref[tile, :] for tile in tiles))
   for tile, state in zip(tiles, states):
     final_ref[tile, :] = state
 
@@ -314,7 +314,7 @@ def _launch_scan(q, k, v, log_decay, initial_state, *, scale, config, reverse, o
   return triton_blocks.launch(
       functools.partial(_scan_kernel, gated=bool(gate), scores=bool(p), outputs=outputs, save=save, reverse=reverse,
                         scale=scale, chunk=config.chunk, depth=min(config.depth, K)),
-      name="linear_attention_scan" if outputs else "linear_attention_piece", grid=(V // block, H, B), count=N,
+      name="linear_attention_scan" if outputs else "linear_attention_piece", grid=(V // block, H, B), loop=True,
       in_specs=[keys, keys, values, *gate_spec, *p_spec, state],
       out_specs=[*[values] * outputs, *[states] * save, state],
       out_shape=[*[jax.ShapeDtypeStruct(v.shape, v.dtype)] * outputs,

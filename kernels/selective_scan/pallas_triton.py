@@ -94,7 +94,7 @@ def _backward(block, residuals, cotangents):
   sums = pl.BlockSpec((None, None, T // block, ROWS, N), lambda d, p: (d, p, 0, 0, 0))
   dx, ds, dbc, da, dstates = _launch(
       functools.partial(_backward_kernel, resets=resets is not None, block=block), name="selective_scan_backward",
-      grid=grid, count=T // block,
+      grid=grid, loop=True,
       in_specs=[tokens, tokens, rates, shared, shared, tokens, blocks, state, *reset[:resets is not None]],
       out_specs=[tokens, tokens, sums, state, state],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape, jnp.float32),
@@ -113,7 +113,7 @@ _selective_scan.defvjp(_forward, _backward, optimize_remat=True)
 # Kernel bodies. A ref holds all T tokens of one piece for the program's channels; `a` and the resets are in base 2.
 
 
-def _piece_kernel(*refs, resets, reverse, block, count, dot):
+def _piece_kernel(*refs, resets, reverse, block, start, dot):
   """The final state from an empty one: of the recurrence, or if `reverse` of that of the cotangents, x and b being dy
   and c."""
   x_ref, s_ref, a_ref, b_ref, *r_ref, final_ref = refs
@@ -130,10 +130,10 @@ def _piece_kernel(*refs, resets, reverse, block, count, dot):
         state = fma(decay, state, (s * x)[:, None] * b[None])
     return state
 
-  final_ref[...] = jax.lax.fori_loop(0, count, step, jnp.zeros(a.shape, jnp.float32))
+  final_ref[...] = jax.lax.fori_loop(start, T // block, step, jnp.zeros(a.shape, jnp.float32))
 
 
-def _forward_kernel(*refs, resets, save, block, count, dot):
+def _forward_kernel(*refs, resets, save, block, start, dot):
   x_ref, s_ref, a_ref, b_ref, c_ref, initial_ref, *refs = refs
   r_ref = [refs.pop(0)] if resets else []
   y_ref, *states_ref, final_ref = refs
@@ -150,14 +150,14 @@ def _forward_kernel(*refs, resets, save, block, count, dot):
       y_ref[t, :] = jnp.sum(state * c_ref[t, :][None], axis=1).astype(y_ref.dtype)
     return state
 
-  final_ref[...] = jax.lax.fori_loop(0, count, step, initial_ref[...])
+  final_ref[...] = jax.lax.fori_loop(start, x_ref.shape[0] // block, step, initial_ref[...])
 
 
-def _backward_kernel(*refs, resets, block, count, dot):
+def _backward_kernel(*refs, resets, block, start, dot):
   x_ref, s_ref, a_ref, b_ref, c_ref, dy_ref, states_ref, dstate_ref, *refs = refs
   r_ref = [refs.pop(0)] if resets else []
   dx_ref, ds_ref, sums_ref, da_ref, dinitial_ref = refs
-  a, (fma, exp2) = a_ref[...], _arithmetic(dot)
+  a, (fma, exp2), blocks = a_ref[...], _arithmetic(dot), states_ref.shape[0]
   # Rows of the products are tokens, for dc in the first half and for db in the second.
   row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, CHANNELS), 0)
   first, second = (row < ROWS // 2).astype(jnp.int32), (row >= ROWS // 2).astype(jnp.int32)
@@ -175,7 +175,7 @@ def _backward_kernel(*refs, resets, block, count, dot):
 
   def step(i, carry):
     dstate, da = carry
-    i = count - 1 - i
+    i = blocks - 1 - i
     # Adding nothing of `dstate` ties the states to it: the compiler would else compute all of them, from the loads on,
     # a second time in the layout of the products' operands.
     state = fma(dstate, jnp.zeros_like(dstate), states_ref[i].astype(jnp.float32))
@@ -200,7 +200,7 @@ def _backward_kernel(*refs, resets, block, count, dot):
     sums_ref[i] = sums.astype(sums_ref.dtype)
     return dstate, da
 
-  dstate, da = jax.lax.fori_loop(0, count, step, (dstate_ref[...], jnp.zeros(a.shape, jnp.float32)))
+  dstate, da = jax.lax.fori_loop(start, blocks, step, (dstate_ref[...], jnp.zeros(a.shape, jnp.float32)))
   dinitial_ref[...] = dstate
   da_ref[...] = da
 
@@ -237,7 +237,7 @@ def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
   blocks = pl.BlockSpec((None, T // block, CHANNELS, N), lambda d, p: (p, 0, d, 0))
   y, *saved, final = _launch(
       functools.partial(_forward_kernel, resets=resets is not None, save=save, block=block),
-      name="selective_scan_forward", grid=grid, count=T // block,
+      name="selective_scan_forward", grid=grid, loop=True,
       in_specs=[tokens, tokens, rates, shared, shared, state, *reset[:resets is not None]],
       out_specs=[tokens, *[blocks] * save, state],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -255,7 +255,7 @@ def _entry_states(x, step_size, a, b, resets, initial_state, block, *, reverse):
   grid, tokens, shared, rates, state, reset = _specs(P, T, D, N)
   update = _launch(
       functools.partial(_piece_kernel, resets=resets is not None, reverse=reverse, block=block),
-      name="selective_scan_piece", grid=grid, count=T // block,
+      name="selective_scan_piece", grid=grid, loop=True,
       in_specs=[tokens, tokens, rates, shared, *reset[:resets is not None]],
       out_specs=state, out_shape=jax.ShapeDtypeStruct((P, D, N), jnp.float32))(
           x, step_size, LOG2E * a, *_wide(b), *_scaled(resets))

@@ -71,8 +71,8 @@ def test_faults(gpu, shared):
   assert compiled.faults(entry(255, 0, shared, 128)) == []
   assert compiled.faults(entry(255, 8, shared, 128)) == ["gla_scan spills 8 bytes"]
   assert len(compiled.faults(entry(255, 8, shared + 1, 128))) == 2
-  assert compiled.faults(entry(255, 16, shared, 128, source="tuned")) == []
-  assert compiled.faults(entry(255, 20, shared, 128, source="tuned")) == ["gla_scan spills 20 bytes"]
+  assert compiled.faults(entry(255, 36, shared, 128, source="tuned")) == []
+  assert compiled.faults(entry(255, 40, shared, 128, source="tuned")) == ["gla_scan spills 40 bytes"]
   refused = {"gpu": gpu, "source": "tuned"}
   refused |= compiled.outcome({"gla_scan": "RESOURCE_EXHAUSTED", "gla_dv": Kernel(255, 0, shared, 128)})
   assert compiled.faults(refused) == ["gla_scan: RESOURCE_EXHAUSTED"] and list(refused["kernels"]) == ["gla_dv"]

@@ -1,5 +1,7 @@
 """Products in PTX and in machine code, on what ptxas 13.0.88 made of a loop of eight chunks, cut to the essential."""
 
+import functools
+
 import pytest
 
 import machine_code
@@ -40,12 +42,20 @@ def test_machine_products():
 
 @pytest.mark.parametrize("found", [(2, 2), (5, 4), (9, 16)])
 def test_whole_copies_of_loops_lose_nothing(found):
-  assert machine_code.lost(PTX, code(*found)) is None
+  assert machine_code.lost(PTX, code(*found), plain=pytest.fail) is None
 
 
 def test_what_is_missing_is_said():
-  assert machine_code.lost(PTX, code(2, 1)) == "3 products for 1 and in loops [2, 1]"
+  whole = functools.partial(code, 2, 2)
+  assert machine_code.lost(PTX, code(2, 1), whole) == "3 products for 1 and in loops [2, 1]"
   alone = f"$L__BB0_1:\n\t{WGMMA}\n" + f"\t{WGMMA}\n" * 7 + "\t@%p5 bra \t$L__BB0_1;\n"
-  assert machine_code.lost(alone, code(0, 64)) is None
-  assert machine_code.lost(alone, code(0, 62)) == "62 products for 0 and in loops [8]"
-  assert "and an empty one" in machine_code.lost(alone, code(0, 64, EMPTY))
+  whole = functools.partial(code, 0, 8)
+  assert machine_code.lost(alone, code(0, 64), whole) is None
+  assert machine_code.lost(alone, code(0, 62), whole) == "62 products for 0 and in loops [8]"
+  assert "and an empty one" in machine_code.lost(alone, code(0, 64, EMPTY), whole)
+
+
+def test_products_that_nobody_reads_are_not_missed():
+  straight = "\n".join(["\t" + MMA] * 88)
+  assert machine_code.lost(straight, code(72, 0), plain=lambda: code(72, 0)) is None
+  assert machine_code.lost(straight, code(70, 0), plain=lambda: code(72, 0)) == "70 products for 88 and in loops []"
