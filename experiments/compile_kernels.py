@@ -9,12 +9,13 @@ A program is the forward and backward pass under the heuristic's answer, at ever
 gates, or under an entry of `kernels/tuned`. Exit status 1 when a kernel spills registers (for an entry more than
 four), wants more shared memory than a block may have, does not compile, or when its machine code lacks a tensor-core
 product of its PTX, as the installed assembler makes it or one of --assemblers. The record keeps registers, spills,
-shared memory and products of every kernel: a run with --gpus or --ops replaces its part of it, one with --match only
-prints.
+shared memory and products of every kernel, and how it was built. A run adds what the record lacks of its kernels,
+measured configurations first, and goes on where a limit of time or a signal stopped it; `pending` counts what is not
+compiled since the kernels changed. One with --match only prints.
 """
 
 import concurrent.futures
-import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -31,12 +32,15 @@ from absl import flags
 import assembler
 import commands
 import compiled
+import deadline
 
 _OPS = flags.DEFINE_list("ops", list(compiled.OPS), "Ops, comma-separated.")
 _GPUS = flags.DEFINE_list("gpus", list(compiled.GPUS), "Architectures, comma-separated.")
 _MATCH = flags.DEFINE_string("match", "", "Compiles only the programs whose line contains this regular expression.")
 _ASSEMBLERS = flags.DEFINE_list("assemblers", [], "Further ptxas programs that have to keep every product.")
 _OUT = flags.DEFINE_string("out", "experiments/results/compiled_kernels.json", "The record.")
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no program after this time; 0 for no limit.", lower_bound=0)
+SAVE_SECONDS = 30
 _PACKAGES = "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"
 
 
@@ -46,32 +50,41 @@ def main(_):
       if value not in known:
         raise ValueError(f"--{flag.name}={value}: known are {', '.join(known)}")
   jax.config.update("jax_platforms", "cpu")
-  record = load(pathlib.Path(_OUT.value), {"columns": compiled.COLUMNS, "versions": versions(),
-                                           "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)],
-                                           "sources": {op: compiled.sources(op) for op in compiled.OPS}})
-  faulty = 0
-  for op in _OPS.value:
-    for gpu in _GPUS.value:
-      entries = compile_all([p for p in compiled.programs([op], [gpu]) if re.search(_MATCH.value, str(p))])
-      faulty += sum(bool(compiled.faults(entry)) for entry in entries)
-      if not _MATCH.value:
-        save(pathlib.Path(_OUT.value), record, op, gpu, entries)
-  print(f"{faulty} programs with a fault")
+  record = Record(pathlib.Path(_OUT.value))
+  wanted = [program for program in compiled.programs(_OPS.value, _GPUS.value) if re.search(_MATCH.value, str(program))]
+  wanted = [program for program in wanted if _MATCH.value or not record.has(program)]
+  wanted.sort(key=lambda program: program.source != "tuned")
+  faulty, start = 0, time.perf_counter()
+  saved = start
+  with deadline.deadline(_LIMIT.value) as over:
+    for program, entry in compile_all(wanted, over):
+      faults = compiled.faults(entry)
+      faulty += bool(faults)
+      print(f"{program}: {'; '.join(faults) or 'ok'} | {summary(entry)}", flush=True)
+      record.add(program, entry)
+      if not _MATCH.value and time.perf_counter() - saved > SAVE_SECONDS:
+        record.save()
+        saved = time.perf_counter()
+  if not _MATCH.value:
+    record.save()
+  print(f"{len(wanted)} programs wanted, {time.perf_counter() - start:.0f} s; {faulty} programs with a fault")
   sys.exit(1 if faulty else 0)
 
 
-def compile_all(programs):
-  """Record entries of `programs` for one GPU, each printed on a line when it is there."""
-  start, entries = time.perf_counter(), []
+def compile_all(programs, over):
+  """Pairs of program and record entry, as they are there; none is begun after `over()`."""
   # Gates of one width share kernels, and tracing takes as long as compiling: a process does both, for one width.
-  groups = [list(group) for _, group in itertools.groupby(programs, lambda p: (p.K, p.V, p.dtype, p.source, p.tokens))]
+  key = lambda p: (p.op, p.gpu, p.K, p.V, p.dtype, p.source, p.tokens)
+  groups = (list(group) for _, group in itertools.groupby(programs, key))
   with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
-    for found in pool.map(functools.partial(compile_group, _ASSEMBLERS.value), groups):
-      for program, entry in found:
-        print(f"{program}: {'; '.join(compiled.faults(entry)) or 'ok'} | {summary(entry)}", flush=True)
-        entries.append(entry)
-  print(f"{len(programs)} programs in {time.perf_counter() - start:.0f} s", flush=True)
-  return entries
+    running = set()
+    for group in itertools.chain(groups, [None] * os.cpu_count()):
+      if group and not over():
+        running.add(pool.submit(compile_group, _ASSEMBLERS.value, group))
+      while running and (len(running) >= os.cpu_count() or not group):
+        done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+          yield from future.result()
 
 
 def compile_group(assemblers, programs):
@@ -100,21 +113,35 @@ def versions() -> dict:
     raise ValueError(f"package {e.name} is not installed; this command needs the extra 'compile'") from e
 
 
-def load(path: pathlib.Path, head: dict) -> dict:
-  """`head` with those `programs` of the record at `path` that were made by the same versions from the same sources."""
-  old = json.loads(path.read_text()) if path.exists() else {}
-  made = "columns", "versions", "assemblers"
-  same = [op for op, digest in old.get("sources", {}).items()
-          if digest == head["sources"].get(op) and all(old.get(name) == head[name] for name in made)]
-  return head | {"programs": [entry for entry in old.get("programs", []) if entry["op"] in same]}
+class Record:
+  """Programs by what identifies them, with the build that each comes from: sources, versions and assemblers."""
 
+  def __init__(self, path: pathlib.Path):
+    old = json.loads(path.read_text()) if path.exists() else {"programs": [], "builds": {}}
+    self._path, self._builds = path, dict(old["builds"])
+    self._entries = {compiled.identity(entry): entry for entry in old["programs"]}
+    made_by = {"versions": versions(), "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)]}
+    self._current = {op: {"sources": compiled.sources(op)} | made_by for op in compiled.OPS}
 
-def save(path, record, op, gpu, entries):
-  """Puts the programs of one op and GPU into the record, in the place of older ones, and writes it: one a line."""
-  record["programs"] = [old for old in record["programs"] if (old["op"], old["gpu"]) != (op, gpu)] + entries
-  head = json.dumps({name: x for name, x in record.items() if name != "programs"})
-  lines = ",\n".join(f"  {json.dumps(entry)}" for entry in record["programs"])
-  commands.write(path, f'{head[:-1]}, "programs": [\n{lines}\n]}}\n')
+  def has(self, program: compiled.Program) -> bool:
+    """Whether the program was compiled from these sources by these versions."""
+    entry = self._entries.get(compiled.identity(program.row()))
+    return entry is not None and self._builds[entry["build"]] == self._current[program.op]
+
+  def add(self, program: compiled.Program, entry: dict) -> None:
+    build = self._current[program.op]
+    name = hashlib.sha256(json.dumps(build).encode()).hexdigest()[:12]
+    self._builds[name] = build
+    self._entries[compiled.identity(entry)] = entry | {"build": name}
+
+  def save(self) -> None:
+    """Writes the programs that are still wanted, one on a line, and the builds that they come from."""
+    wanted = [compiled.identity(program.row()) for program in compiled.programs()]
+    entries = [self._entries[key] for key in wanted if key in self._entries]
+    builds = {name: self._builds[name] for name in dict.fromkeys(entry["build"] for entry in entries)}
+    head = json.dumps({"columns": compiled.COLUMNS, "builds": builds, "pending": compiled.pending(entries, builds)})
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+    commands.write(self._path, f'{head[:-1]}, "programs": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Which programs the compile check covers, for which GPUs, and how one is compiled without a GPU."""
 
 import ast
+import collections
 import dataclasses
 import functools
 import hashlib
 import importlib
 import itertools
+import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -210,6 +212,19 @@ def compile_call(gpu: str, call: Call, assemblers: Sequence[str] = ()) -> assemb
     if lost := watch.lost_products(assemblers):
       return "; ".join(lost)
     return dataclasses.replace(watch.kernels(call.name)[call.name], products=watch.products())
+
+
+def identity(entry: dict) -> str:
+  """What tells a program of the record from the others."""
+  return json.dumps({name: entry[name] for name in (field.name for field in dataclasses.fields(Program))})
+
+
+def pending(entries: list[dict], builds: dict) -> dict[str, int]:
+  """How many programs of each op and GPU the record lacks, or has from other sources than today's."""
+  digest = {op: sources(op) for op in OPS}
+  fresh = {identity(entry) for entry in entries if builds[entry["build"]]["sources"] == digest[entry["op"]]}
+  left = [f"{program.op} {program.gpu}" for program in programs() if identity(program.row()) not in fresh]
+  return dict(sorted(collections.Counter(left).items()))
 
 
 def outcome(kernels: dict) -> dict:

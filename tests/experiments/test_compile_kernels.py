@@ -134,34 +134,43 @@ def run(out, *flags, spill=None, sources=""):
 
 def test_command(tmp_path):
   out = tmp_path / "record.json"
-  clean = run(out)
-  assert clean.returncode == 0 and clean.stdout.endswith("0 programs with a fault\n")
-  assert "180 programs in" in clean.stdout  # linear_attention on one GPU
-  record = json.loads(out.read_text())
   grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
   gates = sum(len(group) for groups in tuning.GATES.values() for group in groups)
   odd = len(compiled.ODD_WIDTHS) * len(compiled.DTYPES)
+  total = 3 * (grid * gates + 8) + 2 * ((grid + odd) * gates + 8)
+  clean = run(out)
+  assert clean.returncode == 0 and clean.stdout.endswith("; 0 programs with a fault\n")
+  assert f"{total} programs wanted" in clean.stdout
+  record = json.loads(out.read_text())
   short = {entry["gpu"]: entry["tokens"] for entry in record["programs"] if entry["tokens"] != compiled.LONG}
   assert short == dict.fromkeys(compiled.SHORT_GPUS, compiled.SHORT)
-  assert len(record["programs"]) == 3 * (grid * gates + 8) + 2 * ((grid + odd) * gates + 8)
+  assert len(record["programs"]) == total and record["pending"] == {}
   assert [(entry["K"], entry["V"], entry["config"]) for entry in record["programs"][-8::2]] == 2 * [
       (16, 1, "4"), (32, 1, "8")]
-  assert record["programs"][0] == {
+  first = dict(record["programs"][0])
+  assert record["builds"][first.pop("build")] == {"sources": "gla", "versions": {"jax": "0"}, "assemblers": ["13"]}
+  assert first == {
       "op": "gla", "gpu": "sm_80", "K": 16, "V": 16, "dtype": "bfloat16", "gate": "channel", "source": "heuristic",
       "config": "chunk=64 scan=16/4/2", "tokens": 2048, "kernels": {"gla_scan": [255, 0, 1024, 128, 8]}}
+
+  again = run(out)
+  assert "0 programs wanted" in again.stdout and json.loads(out.read_text()) == record
 
   one = run(out, "--gpus=sm_89", "--match=128x64 bfloat16", spill={"sm_89": 8})
   fault = "sm_89 gla 128x64 bfloat16 channel heuristic 2048 tokens: gla_scan spills 8 bytes"
   assert one.returncode == 1 and fault in one.stdout
   assert json.loads(out.read_text()) == record
 
-  part = run(out, "--gpus=sm_89", "--ops=gla", spill={"sm_89": 8})
-  assert part.returncode == 1 and part.stdout.endswith(f"{grid} programs with a fault\n")
-  faulty = [entry for entry in json.loads(out.read_text())["programs"] if compiled.faults(entry)]
-  assert {(entry["op"], entry["gpu"]) for entry in faulty} == {("gla", "sm_89")}
+  late = run(out, "--gpus=sm_89", "--ops=gla", "--limit_seconds=1e-9", sources="changed")
+  assert late.returncode == 0 and json.loads(out.read_text())["pending"]["gla sm_89"] == grid
 
-  run(out, "--gpus=sm_80", "--ops=gla", sources="changed")
-  assert len(json.loads(out.read_text())["programs"]) == grid
+  part = run(out, "--gpus=sm_89", "--ops=gla", spill={"sm_89": 8}, sources="changed")
+  assert part.returncode == 1 and part.stdout.endswith(f"{grid} programs with a fault\n")
+  record = json.loads(out.read_text())
+  faulty = [entry for entry in record["programs"] if compiled.faults(entry)]
+  assert {(entry["op"], entry["gpu"]) for entry in faulty} == {("gla", "sm_89")}
+  assert len(record["programs"]) == total
+  assert "gla sm_89" not in record["pending"] and record["pending"]["gla sm_80"] == grid
 
   wrong = run(out, "--gpus=sm_70")
   assert wrong.returncode == 2 and "--gpus=sm_70: known are sm_80, sm_89, sm_90a, sm_100a" in wrong.stderr
