@@ -1,7 +1,7 @@
 """Kernels in loops of 1 to 24 chunks, where an assembler once lost a product, against the scan and against themselves.
 
-On a GPU: `XLA_PYTHON_CLIENT_PREALLOCATE=false pytest tests/kernels/test_chunk_counts.py -m gpu -n 8 --record=FILE`. More processes
-side by side do not leave the scan of 512 value channels its memory.
+On a GPU: `XLA_PYTHON_CLIENT_PREALLOCATE=false pytest tests/kernels/test_chunk_counts.py -m gpu -n 8 --record=FILE`.
+More processes side by side do not leave the scan of 512 value channels its memory.
 """
 
 import functools
