@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+from lin_jax import files
+
 MODEL_FILE = "tokenizer.model"
 MANIFEST_FILE = "manifest.json"
 
@@ -137,7 +139,7 @@ def _decode(tokenizer, ids):
 def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
   """The tokenizer called `bytes`, of a SentencePiece `.model` file, or of a prepared dataset directory.
 
-  Raises ValueError when it is none of these.
+  Raises ValueError when it is none of these, and when the dataset's file is not the one that its manifest describes.
   """
   if str(name_or_path) == ByteTokenizer.name:
     return ByteTokenizer()
@@ -145,12 +147,15 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
   if path.is_file():
     return MistralTokenizer(path)
   try:
-    name = json.loads((path / MANIFEST_FILE).read_text())["tokenizer"]["name"]
-  except (OSError, ValueError, KeyError, TypeError) as e:
+    described = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["tokenizer"]
+    name, sha256 = described["name"], described.get("sha256")
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"tokenizer {str(name_or_path)!r}: must be 'bytes', a .model file, or a dataset directory written "
                      "by experiments/prepare_data.py") from e
   if name == ByteTokenizer.name:
     return ByteTokenizer()
   if name == MistralTokenizer.name:
+    if sha256:
+      files.require_sha256(path / MODEL_FILE, sha256)
     return MistralTokenizer(path / MODEL_FILE)
   raise ValueError(f"{path / MANIFEST_FILE}: tokenizer {name!r}: known ones are 'bytes' and 'mistral'")

@@ -4,7 +4,6 @@ Everything is written into `<out>.partial`, which becomes `<out>` by one rename 
 writer's progress is recorded there too, so that an interrupted run continues from its last checkpoint.
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -14,24 +13,12 @@ import numpy as np
 
 from corpora.unpack import SUFFIX
 from lin_jax.data import DTYPE, FORMAT, VERSION
+from lin_jax.files import sha256, write_json
 from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, Tokenizer
 
 SHARD_TOKENS = 2**25
 _RECIPE = "recipe.json"
 _PROGRESS = "progress.json"
-
-
-def sha256(path: pathlib.Path) -> str:
-  """Hexadecimal SHA-256 of a file."""
-  with open(path, "rb") as f:
-    return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_json(path: pathlib.Path, value) -> None:
-  """Writes `value` so that `path` always holds either its old or its new content."""
-  temporary = path.with_name(path.name + ".new")
-  temporary.write_text(json.dumps(value, indent=1) + "\n")
-  os.replace(temporary, path)
 
 
 def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
@@ -51,7 +38,7 @@ def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
     return None
   if any(work.iterdir()) and _read_json(work / _RECIPE) != recipe:
     raise ValueError(f"{work}: was begun from other inputs or options; choose another --out or delete it")
-  write_json(work / _RECIPE, recipe)
+  write_json(work / _RECIPE, recipe, indent=1)
   return work
 
 
@@ -172,7 +159,7 @@ class DatasetWriter:
     """Records that the first `done` input documents are on disk."""
     states = {split: writer.flush() for split, writer in self._writers.items()}
     self.done, self.notes = done, notes
-    write_json(self._work / _PROGRESS, dict(done=done, notes=notes, splits=states))
+    write_json(self._work / _PROGRESS, dict(done=done, notes=notes, splits=states), indent=1)
 
   def totals(self) -> dict[str, int]:
     """Tokens of each split so far."""
@@ -188,6 +175,6 @@ class DatasetWriter:
       described["sha256"] = sha256(tokenizer_file)
     manifest = dict(format=FORMAT, version=VERSION, dtype=DTYPE.str, tokenizer=described, **manifest, splits=splits,
                     recipe=recipe)
-    write_json(self._work / MANIFEST_FILE, manifest)
+    write_json(self._work / MANIFEST_FILE, manifest, indent=1)
     publish(self._work, out)
     return manifest

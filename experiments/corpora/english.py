@@ -21,6 +21,7 @@ import numpy as np
 from corpora import apt, archives, clean, dataset, fetch, formats, overlap
 from corpora.progress import Progress
 from lin_jax.data import DTYPE
+from lin_jax.files import sha256
 from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer
 
 SOURCES = pathlib.Path(__file__).with_name("sources.tsv")
@@ -214,7 +215,7 @@ def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tok
   package that never changes has another checksum, or `out` holds another dataset.
   """
   options = dict(corpus="english", tier=tier, seed=seed, rules=_RULES,
-                 tokenizer=dict(name=tokenizer.name, sha256=dataset.sha256(tokenizer_file) if tokenizer_file else None))
+                 tokenizer=dict(name=tokenizer.name, sha256=sha256(tokenizer_file) if tokenizer_file else None))
   if _same(out, options):
     return False
   wanted = sources(tier)

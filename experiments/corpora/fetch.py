@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 
-from corpora.dataset import sha256
+from lin_jax.files import sha256
 
 _TOKENIZER_PACKAGE = ("mistral-common", "1.13.1", "")
 _TOKENIZER_MEMBER = "mistral_common/data/tokenizer.model.v1"

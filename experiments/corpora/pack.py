@@ -12,6 +12,7 @@ from corpora import dataset
 from corpora.progress import Progress
 from corpora.unpack import SUFFIX
 from lin_jax.data import TokenDataset, read_manifest
+from lin_jax.files import write_json
 from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, load_tokenizer
 
 # Ids are two bytes each: one bit of position and of literal position tell the compressor which of them it sees.
@@ -47,7 +48,7 @@ def pack(source: pathlib.Path, out: pathlib.Path, train_tokens: int = 0) -> bool
   for path, _ in jobs:
     if path.parent == work:
       path.unlink()
-  dataset.write_json(work / MANIFEST_FILE, manifest | dict(splits=entries, recipe=recipe))
+  write_json(work / MANIFEST_FILE, manifest | dict(splits=entries, recipe=recipe), indent=1)
   dataset.publish(work, out)
   return True
 

@@ -1,3 +1,5 @@
+import hashlib
+import io
 import json
 import math
 import types
@@ -6,8 +8,9 @@ import numpy as np
 import pytest
 
 from corpora import dataset
+from lin_jax import files
 from lin_jax.config import DataConfig
-from lin_jax.data import TokenDataset, Windows, eval_batches, train_iterator
+from lin_jax.data import TokenDataset, Windows, describe, eval_batches, train_iterator, verify
 
 KEYS = ("tokens", "targets", "segment_ids", "mask")
 
@@ -179,9 +182,21 @@ def edit(path, change):
   (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def set_id(path):
-  shard = np.memmap(path / "train-00000.bin", "<u2", "r+")
-  shard[3] = 3999
+def set_id(path, file="train-00000.bin", offset=6, value=65):
+  """Changes one byte."""
+  with open(path / file, "r+b") as f:
+    f.seek(offset)
+    f.write(bytes([f.read(1)[0] ^ value]))
+
+
+def set_index(path, content):
+  (path / "train.idx.npy").write_bytes(content)
+  edit(path, lambda m: m["splits"]["train"]["index"].update(sha256=hashlib.sha256(content).hexdigest()))
+
+
+def npy(array):
+  np.save(file := io.BytesIO(), array)
+  return file.getvalue()
 
 
 DAMAGE = {
@@ -194,10 +209,13 @@ DAMAGE = {
     "other dtype": (lambda p: edit(p, lambda m: m.update(dtype="<u4")), "dtype '<u4'"),
     "shard truncated": (lambda p: (p / "train-00001.bin").write_bytes(b"\0" * 198), "198 bytes: .* says 200"),
     "shard missing": (lambda p: (p / "train-00001.bin").unlink(), "train-00001.bin: .*not readable"),
-    "index missing": (lambda p: (p / "train.idx.npy").unlink(), "train.idx.npy: not readable"),
-    "index foreign": (lambda p: np.save(p / "train.idx.npy", np.zeros(3, np.uint64)), "uint64.3.: must hold"),
-    "index truncated": (lambda p: (p / "train.idx.npy").write_bytes(b"\x93NUMPY"), "train.idx.npy: not readable"),
-    "id changed": (set_id, "holds token id 3999 after position 0"),
+    "index missing": (lambda p: (p / "train.idx.npy").unlink(), "train.idx.npy: .*not readable"),
+    "index foreign": (lambda p: set_index(p, np.zeros(3, np.uint64).tobytes()), "train.idx.npy: not readable as a doc"),
+    "index of others": (lambda p: set_index(p, npy(np.zeros(3, np.uint64))), "uint64.3.: must hold"),
+    "index truncated": (lambda p: (p / "train.idx.npy").write_bytes(b"\x93NUMPY"), "train.idx.npy: has SHA-256"),
+    "id changed": (set_id, "train-00000.bin: has SHA-256 .*: the manifest says .* so it was changed"),
+    "index changed": (lambda p: set_id(p, "train.idx.npy", 128 + 8), "train.idx.npy: has SHA-256"),
+    "checksum missing": (lambda p: edit(p, lambda m: m["splits"]["train"]["shards"][0].pop("sha256")), "incomplete"),
 }
 
 
@@ -207,6 +225,44 @@ def test_damaged_data_is_refused(tmp_path, damage, message):
   damage(path)
   with pytest.raises(ValueError, match=message):
     Windows(TokenDataset(path, "train"), 16)[0]
+
+
+def test_a_shard_that_is_cut_short_while_it_is_read_is_a_message_and_no_signal(tmp_path):
+  windows = Windows(TokenDataset(write(tmp_path / "set", make_documents(LENGTHS)), "train"), 16)
+  windows[0], windows[6]
+  for name in ("train-00000.bin", "train-00001.bin"):
+    with open(tmp_path / "set" / name, "r+b") as file:
+      file.truncate(20)
+  with pytest.raises(ValueError, match="train-00000.bin: ends before id 33: it was cut short after it was opened"):
+    windows[1]
+  (tmp_path / "set" / "train-00001.bin").unlink()
+  with pytest.raises(ValueError, match="train-00001.bin: no longer readable"):
+    windows[7]
+
+
+def test_a_file_is_read_once_for_its_checksum(path, monkeypatch):
+  read = []
+  monkeypatch.setattr(files, "sha256", lambda file: read.append(file) or hashlib.sha256(file.read_bytes()).hexdigest())
+  files._sha256.cache_clear()
+  for _ in range(2):
+    list(eval_batches(config(path), "train"))
+  assert len(read) == len(set(read)) == len(list(path.glob("train*")))
+
+
+def test_a_dataset_is_verified_whole_and_every_fault_named(tmp_path):
+  path = write(tmp_path / "set", make_documents(LENGTHS))
+  assert verify(path) == sum(file.stat().st_size for file in path.glob("train*"))
+  set_id(path)
+  (path / "train.idx.npy").unlink()
+  with pytest.raises(ValueError, match="train.idx.npy: .*not readable.*; .*train-00000.bin: has SHA-256"):
+    verify(path)
+
+
+def test_a_description_tells_datasets_apart(tmp_path):
+  one, same, other = (write(tmp_path / name, make_documents(LENGTHS, seed)) for name, seed in zip("abc", (0, 0, 1)))
+  first = describe(one)
+  assert first["train_tokens"] == sum(LENGTHS) + len(LENGTHS) and first["path"] == str(one)
+  assert first["sha256"] == describe(same)["sha256"] != describe(other)["sha256"]
 
 
 def test_an_unknown_split_is_refused(path):

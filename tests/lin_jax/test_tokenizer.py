@@ -1,3 +1,4 @@
+import hashlib
 import json
 import random
 
@@ -102,6 +103,12 @@ def test_a_dataset_directory_names_its_tokenizer(tmp_path, model):
   manifest.write_text(json.dumps({"tokenizer": {"name": "mistral"}}))
   (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
   assert load_tokenizer(tmp_path).encode("it was") == load_tokenizer(model).encode("it was")
+  digest = hashlib.sha256(model.read_bytes()).hexdigest()
+  manifest.write_text(json.dumps({"tokenizer": {"name": "mistral", "sha256": digest}}))
+  load_tokenizer(tmp_path)
+  manifest.write_text(json.dumps({"tokenizer": {"name": "mistral", "sha256": digest[::-1]}}))
+  with pytest.raises(ValueError, match=f"tokenizer.model: has SHA-256 {digest}: the manifest says {digest[::-1]}"):
+    load_tokenizer(tmp_path)
   manifest.write_text(json.dumps({"tokenizer": {"name": "other"}}))
   with pytest.raises(ValueError, match="'other'"):
     load_tokenizer(tmp_path)

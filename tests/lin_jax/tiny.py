@@ -24,13 +24,17 @@ def write_dataset(path: pathlib.Path, train_tokens: int = 3000, val_tokens: int 
     ids.tofile(path / f"{split}-00000.bin")
     np.save(path / f"{split}.idx.npy", starts)
     shard = {"file": f"{split}-00000.bin", "tokens": size, "max_id": int(ids.max()),
-             "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
+             "sha256": _sha256(path / f"{split}-00000.bin")}
     splits[split] = {"tokens": size, "documents": len(starts), "bytes": 2 * size, "shards": [shard],
-                     "index": {"file": f"{split}.idx.npy"}}
+                     "index": {"file": f"{split}.idx.npy", "sha256": _sha256(path / f"{split}.idx.npy")}}
   manifest = {"format": "lin_jax.tokens", "version": 1, "dtype": "<u2", "splits": splits,
-              "tokenizer": {"name": "bytes", "vocab_size": VOCAB}}
+              "tokenizer": {"name": "bytes", "vocab_size": VOCAB, "sha256": None}}
   (path / "manifest.json").write_text(json.dumps(manifest))
   return path
+
+
+def _sha256(file):
+  return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def config(data: pathlib.Path | str, **optim) -> TrainConfig:
