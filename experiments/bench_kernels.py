@@ -32,6 +32,7 @@ import kernel_cases
 import kernel_timing
 import peers
 from kernels import dispatch
+from lin_jax import files
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "versions")
@@ -200,11 +201,7 @@ def _report(case, row):
     print(f"{head} {row['ms']:9.3f} ms {row['gb_per_s']:7.1f} GB/s {row['peak_mib']:8.0f} MiB  {worst[0]} off by "
           f"{worst[1]:.1e}{'' if row['within_bounds'] else '  TOO MUCH'}", flush=True)
   if _OUT.value:
-    try:
-      with open(_OUT.value, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    except OSError as e:
-      raise ValueError(f"--out={_OUT.value}: cannot be written: {e.strerror}") from e
+    files.append(_OUT.value, json.dumps(row) + "\n")
 
 
 def _recorded():

@@ -1,8 +1,11 @@
-"""Runs a command's `main`: user errors end with exit code 2 and one message, everything else with its traceback."""
+"""Runs a command's `main`: what the user or the machine has to mend ends with exit code 2 and one message, Ctrl-C with
+130, and a defect with its traceback."""
 
 import logging
+import os
 import pathlib
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -20,10 +23,15 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
   """Parses the flags and calls `main(argv)`, as `absl.app.run` does.
 
   Unknown or malformed flags, and a ValueError or NotImplementedError that this repository raises, are the user's to
-  mend: the message goes to stderr and the exit code is 2. One from inside a dependency is a defect and keeps its
-  traceback.
+  mend: the message goes to stderr and the exit code is 2. So is what the operating system refuses, whoever asked: a
+  full disk, a folder that cannot be written, an output that nobody reads any more. Any other error from inside a
+  dependency is a defect and keeps its traceback.
   """
   cpu_compiler.switch_off()
+  # A character that the terminal's encoding lacks is written as its code, and does not end a run.
+  for stream in (sys.stdout, sys.stderr):
+    if stream is not None:
+      stream.reconfigure(errors="backslashreplace")
   # JAX otherwise cuts its own frames out, and with them the difference between its errors and ours.
   jax.config.update("jax_traceback_filtering", "off")
 
@@ -31,14 +39,21 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     # Below this level Orbax narrates every save and load; which implementation of an op runs is worth a line.
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("kernels").setLevel(logging.INFO)
+    # What goes wrong while a checkpoint is written is logged with its traceback, and then raised.
+    absl_logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+    threading.excepthook = _thread_error
     if len(argv) > 1:
       _exit(f"unexpected argument {argv[1]!r}: write options as --name=value")
     try:
       main(argv)
-    except (ValueError, NotImplementedError) as e:
-      if not _raised_here(e):
+      if sys.stdout is not None:
+        sys.stdout.flush()  # what fails later fails where no message can be made of it
+    except KeyboardInterrupt:
+      _exit("interrupted", code=130)
+    except Exception as e:
+      if not (_system_error(e) or isinstance(e, (ValueError, NotImplementedError)) and _raised_here(e)):
         raise
-      _exit(e)
+      _exit(_system_error(e) or e)
 
   app.run(guarded, flags_parser=_parse)
 
@@ -57,14 +72,6 @@ def checkpoint_step(value: str) -> int | str | None:
   return int(value)
 
 
-def write(path: str | pathlib.Path, text: str) -> None:
-  """Writes a result that has been printed already. Raises ValueError when `path` cannot be written."""
-  try:
-    pathlib.Path(path).write_text(text)
-  except OSError as e:
-    raise ValueError(f"{path}: cannot be written: {e.strerror}") from e
-
-
 def _parse(argv):
   try:
     return flags.FLAGS(argv)
@@ -79,6 +86,30 @@ def _raised_here(error):
   return any(file.is_relative_to(folder) for folder in _SOURCES)
 
 
-def _exit(message):
-  print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-  sys.exit(2)
+def _system_error(error):
+  """What the operating system has refused, as a message; None for any other error."""
+  if isinstance(error, BrokenPipeError):
+    return "standard output was closed before the command had ended"
+  if isinstance(error, OSError) and error.errno:
+    return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+  return None
+
+
+def _thread_error(args):
+  """One line of what the system refuses a thread: of the events for TensorBoard, which are written beside the run."""
+  message = _system_error(args.exc_value)
+  if message is None:
+    threading.__excepthook__(args)
+  else:
+    print(f"{pathlib.Path(sys.argv[0]).name}: {message}, in the background", file=sys.stderr, flush=True)
+
+
+def _exit(message, code=2):
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      if stream is not None:
+        stream.flush()
+    except OSError:  # what is left in it goes nowhere, or Python would try again, and fail, after the message
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+  print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+  sys.exit(code)

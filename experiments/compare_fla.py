@@ -26,7 +26,7 @@ import commands
 import fla_models
 import peers
 from kernels.accuracy import relative_error
-from lin_jax import hf
+from lin_jax import files, hf
 from lin_jax.generate import generate
 from lin_jax.model import LanguageModel
 
@@ -61,7 +61,7 @@ def main(_):
       head = {"device": jax.devices()[0].device_kind, "batch": BATCH, "tokens": TOKENS, "steps": STEPS, "bars": BARS,
               "versions": peers.versions(("jax", "torch", "triton", "transformers", "fla-core",
                                           "flash-linear-attention"))}
-      commands.write(_OUT.value, json.dumps(head | {"models": records}, indent=1) + "\n")
+      files.write(_OUT.value, json.dumps(head | {"models": records}, indent=1) + "\n")
   if not all(record["passed"] for record in records):
     sys.exit(1)
 

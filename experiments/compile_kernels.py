@@ -33,6 +33,7 @@ import assembler
 import commands
 import compiled
 import deadline
+from lin_jax import files
 
 _OPS = flags.DEFINE_list("ops", list(compiled.OPS), "Ops, comma-separated.")
 _GPUS = flags.DEFINE_list("gpus", list(compiled.GPUS), "Architectures, comma-separated.")
@@ -141,7 +142,7 @@ class Record:
     builds = {name: self._builds[name] for name in dict.fromkeys(entry["build"] for entry in entries)}
     head = json.dumps({"columns": compiled.COLUMNS, "builds": builds, "pending": compiled.pending(entries, builds)})
     lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
-    commands.write(self._path, f'{head[:-1]}, "programs": [\n{lines}\n]}}\n')
+    files.write(self._path, f'{head[:-1]}, "programs": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

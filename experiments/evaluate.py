@@ -13,6 +13,7 @@ from absl import flags
 
 import commands
 import records
+from lin_jax import files
 from lin_jax.checkpoint import load_model
 from lin_jax.data import TokenDataset, eval_batches
 from lin_jax.evaluate import evaluate
@@ -60,7 +61,7 @@ def _evaluate(workdir, config, model, length):
             "trained_length": config.data.sequence_length, "data": data.path, "split": _SPLIT.value,
             "checkpoint": _CHECKPOINT.value, "sequence_length": length, "piece": _PIECE.value,
             "reset_at_documents": data.reset_at_documents, **result}
-  commands.write(path, json.dumps(record, indent=2) + "\n")
+  files.write(path, json.dumps(record, indent=2) + "\n")
   print(f"written to {path}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 import commands
+from lin_jax import files
 from lin_jax.checkpoint import load_model
 from lin_jax.generate import Sampling, compile_generate, state_bytes
 from lin_jax.tokenizer import load_tokenizer
@@ -45,7 +46,7 @@ def main(_):
   text = _PROMPT.value + tokenizer.decode(tokens[:ends[0]] if ends.size else tokens)
   print(text)
   if _OUT.value:
-    commands.write(_OUT.value, text + "\n")
+    files.write(_OUT.value, text + "\n")
   print(f"\n{len(prompt)} tokens read and {len(tokens)} generated in {seconds:.2f} s "
         f"({len(tokens) / seconds:,.0f} tokens/s); decoding state {state_bytes(model, 1, len(prompt) + len(tokens)):,} "
         "bytes", file=sys.stderr)

@@ -9,6 +9,7 @@ import kernel_records
 import peers
 from kernel_records import Records
 from kernels import dispatch
+from lin_jax import files
 
 _HEAD = """# Kernel benchmarks
 
@@ -187,7 +188,8 @@ def draw(records: Records, device: str, folder: pathlib.Path) -> pathlib.Path | 
   for axis in axes[-1]:
     axis.set_xlabel("tokens per sequence, 131,072 a call")
   figure.suptitle(f"{device}, bfloat16, H16 K=V=128")
-  figure.savefig(folder / _plot_name(device), dpi=110)
+  with files.replacing(folder / _plot_name(device)) as file:
+    figure.savefig(file, format="png", dpi=110)
   return folder / _plot_name(device)
 
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 
-from lin_jax import metrics
+from lin_jax import files, metrics
 from lin_jax.workdir import environment
 
 
@@ -18,7 +18,7 @@ def load(path: pathlib.Path, *fields: str) -> list[dict]:
     path.parent.mkdir(parents=True, exist_ok=True)
     records = metrics.read(path)
     if path.exists() and not path.read_text().endswith("\n"):
-      path.write_text("".join(json.dumps(record) + "\n" for record in records))
+      files.write(path, "".join(json.dumps(record) + "\n" for record in records))
     path.touch()
     if missing := [field for record in records for field in fields if field not in record]:
       raise KeyError(missing[0])
@@ -31,8 +31,7 @@ def load(path: pathlib.Path, *fields: str) -> list[dict]:
 
 def append(path: pathlib.Path, record: dict) -> None:
   """Adds one line."""
-  with path.open("a") as file:
-    file.write(json.dumps(record) + "\n")
+  files.append(path, json.dumps(record) + "\n")
 
 
 def key(setting: dict) -> str:

@@ -12,6 +12,7 @@ import commands
 from claims import Results
 from claims.page import render
 from claims.plots import PLOTS
+from lin_jax import files
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _FOLDER = flags.DEFINE_string("results", str(_RESULTS), "Folder of the records; the page is written there.")
@@ -28,7 +29,7 @@ def main(_):
       print(f"{page} is not what the records give: run report_claims.py", file=sys.stderr)
       sys.exit(1)
     return
-  commands.write(page, text)
+  files.write(page, text)
   print(page)
   for plot in PLOTS:
     if plot.drawn(results):

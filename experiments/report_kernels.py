@@ -11,6 +11,7 @@ from absl import flags
 import commands
 import kernel_page
 import kernel_records
+from lin_jax import files
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _RECORDS = flags.DEFINE_string("records", str(_ROOT / "experiments/results/kernels.jsonl"), "What bench_kernels wrote.")
@@ -28,7 +29,7 @@ def main(_):
       print(f"{page} is not what {path} gives: run report_kernels.py", file=sys.stderr)
       sys.exit(1)
     return
-  commands.write(page, text)
+  files.write(page, text)
   print(page)
   for device in records.devices():
     if plot := kernel_page.draw(records, device, path.parent):

@@ -10,6 +10,7 @@ from absl import flags
 
 import commands
 import model_page
+from lin_jax import files
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _OUT = flags.DEFINE_string("out", str(_RESULTS / "models.md"), "The page.")
@@ -24,7 +25,7 @@ def main(_):
       print(f"{path} is not what the configs give: run report_models.py", file=sys.stderr)
       sys.exit(1)
     return
-  commands.write(path, text)
+  files.write(path, text)
   print(path)
 
 

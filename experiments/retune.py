@@ -22,6 +22,7 @@ from absl import flags
 import commands
 import tuning
 from kernels import tuned
+from lin_jax import files
 
 _OPS = flags.DEFINE_list("ops", list(tuning.GATES), "Ops, comma-separated.")
 _SHAPES = flags.DEFINE_list("shapes", ["64x64x16", "128x128x16", "128x256x4", "256x512x4"],
@@ -107,7 +108,7 @@ def save(path, record, problem, config, ms):
   head = json.dumps({name: x for name, x in record.items() if name != "configs"})
   lines = ",\n".join(f"  {json.dumps(entry)}" for entry in record["configs"])
   path.parent.mkdir(parents=True, exist_ok=True)
-  commands.write(path, f'{head[:-1]}, "configs": [\n{lines}\n]}}\n')
+  files.write(path, f'{head[:-1]}, "configs": [\n{lines}\n]}}\n')
 
 
 def _case(entry):

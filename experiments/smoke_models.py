@@ -24,6 +24,7 @@ import model_page
 import records
 import training_speed
 from configs.paper import at_340m
+from lin_jax import files
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
 from lin_jax.data import train_iterator
 from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
@@ -80,7 +81,7 @@ def main(_):
       failed.append(row["family"])
     rows = [record for record in rows if _identity(record) != _identity(row)] + [row]
     if path:
-      commands.write(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+      files.write(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
   if left:
     print(f"stopped after {_LIMIT.value:g} s with {left} families left; --resume goes on")
   if failed:

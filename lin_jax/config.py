@@ -9,6 +9,8 @@ import json
 import pathlib
 from typing import Any
 
+from lin_jax import files
+
 REMAT_POLICIES = ("none", "mixer", "dots", "full")
 NORMS = ("rms", "simple_rms")
 MLPS = ("swiglu", "sglu")
@@ -206,7 +208,7 @@ def from_dict(values: dict) -> TrainConfig:
 
 def save(config: TrainConfig, path: pathlib.Path) -> None:
   """Writes the resolved config as JSON."""
-  path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+  files.write_json(path, to_dict(config))
 
 
 def load(path: pathlib.Path) -> TrainConfig:

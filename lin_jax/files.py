@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 PARTIAL = ".making"
+_REFUSALS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 
 
 def write(path: pathlib.Path | str, text: str) -> None:
@@ -88,7 +89,8 @@ def whole_folder(path: pathlib.Path | str) -> Iterator[pathlib.Path]:
         shutil.rmtree(work)
       work.mkdir(parents=True)
     try:
-      yield work
+      with naming(path):
+        yield work
       with _refusing(path):
         os.replace(work, path)
     except BaseException:
@@ -177,6 +179,23 @@ def require_sha256(path: pathlib.Path, expected: str) -> None:
 @functools.cache
 def _sha256(path, size, changed):
   return sha256(path)
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path | str) -> Iterator[None]:
+  """Gives an OSError of the block that names no file the name `path`, and makes one of a library's error about it."""
+  try:
+    yield
+  except OSError as e:
+    if e.filename or e.errno in (None, errno.EPIPE):
+      raise
+    raise OSError(e.errno, e.strerror, str(path)) from e
+  except Exception as e:
+    # Checkpoints are written by a library that puts the system's words into an error of its own.
+    number = next((number for number in _REFUSALS if os.strerror(number) in str(e)), None)
+    if number is None or isinstance(e, ValueError) and "cannot be written" in str(e):
+      raise
+    raise OSError(number, os.strerror(number), str(path)) from e
 
 
 @contextlib.contextmanager

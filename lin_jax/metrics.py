@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from lin_jax import flops
+from lin_jax import files, flops
 from lin_jax.config import LogConfig, TrainConfig
 
 
@@ -102,8 +102,8 @@ class Writer:
   def __init__(self, workdir: pathlib.Path, config: LogConfig, resume_step: int = 0):
     path = workdir / "metrics.jsonl"
     kept = [record for record in read(path) if record["step"] <= resume_step] if resume_step else []
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    self._file = path.open("a")
+    files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
+    self._path = path
     self._board = None
     if config.tensorboard:
       import tensorboardX  # imported where used: it costs a second that runs without it need not pay
@@ -114,14 +114,12 @@ class Writer:
     """Writes one record; values of None are left out, and a non-finite number is written as a string."""
     scalars = {name: value for name, value in scalars.items() if value is not None}
     plain = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
-    self._file.write(json.dumps({"step": step, **plain}) + "\n")
-    self._file.flush()
+    files.append(self._path, json.dumps({"step": step, **plain}) + "\n")
     if self._board:
       for name, value in scalars.items():
         self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._file.close()
     if self._board:
       self._board.close()
 
@@ -214,5 +212,6 @@ def plot_loss(workdir: pathlib.Path, title: str, train_bytes_per_token: float) -
   axes.grid(alpha=0.3)
   axes.legend()
   path = workdir / "loss.png"
-  figure.savefig(path, dpi=150)
+  with files.replacing(path) as file:
+    figure.savefig(file, format="png", dpi=150)
   return path

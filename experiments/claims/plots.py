@@ -6,6 +6,7 @@ import math
 import pathlib
 from collections.abc import Callable
 
+from lin_jax import files
 from training_speed import SWEEPS
 
 from . import kernels, language, lengths, speed, synthetic
@@ -58,7 +59,8 @@ class Plot:
       axes.grid(alpha=0.3)
     figure.legend(legend.values(), legend, loc="outside right center", fontsize=8)  # where it hides no point
     figure.suptitle(self.title)
-    figure.savefig(folder / self.file, dpi=120)
+    with files.replacing(folder / self.file) as file:
+      figure.savefig(file, format="png", dpi=120)
     return folder / self.file
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from corpora import apt, archives, clean, dataset, fetch, formats, overlap
 from corpora.progress import Progress
 from lin_jax.data import DTYPE
-from lin_jax.files import sha256
+from lin_jax.files import replacing, sha256
 from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer
 
 SOURCES = pathlib.Path(__file__).with_name("sources.tsv")
@@ -113,11 +113,9 @@ def extract(source: Source, file: pathlib.Path) -> None:
   """Writes the cleaned documents of a source to `file`, as JSON lines of [name, text]."""
   members = archives.members(source.path, source.include, source.exclude)
   documents = clean.clean(formats.FORMATS[source.format](members))
-  temporary = file.with_suffix(".new")
-  with open(temporary, "w") as f:
+  with replacing(file) as f:
     for name, text in documents:
-      f.write(json.dumps([name, text]) + "\n")
-  os.replace(temporary, file)
+      f.write(json.dumps([name, text]).encode() + b"\n")
 
 
 def _extract_all(found, folder):
@@ -164,10 +162,8 @@ def _tokenize(found, files, folder, tokenizer):
 
 
 def _save(file, lists):
-  temporary = file.with_suffix(".new")
-  with open(temporary, "wb") as f:
+  with replacing(file) as f:
     np.save(f, np.concatenate([np.array(ids, DTYPE) for ids in lists] or [np.zeros(0, DTYPE)]))
-  os.replace(temporary, file)
 
 
 def split_of(document: Document, tier: str) -> str:

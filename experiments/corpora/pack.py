@@ -11,8 +11,8 @@ import numpy as np
 from corpora import dataset
 from corpora.progress import Progress
 from corpora.unpack import SUFFIX
+from lin_jax import files
 from lin_jax.data import TokenDataset, read_manifest
-from lin_jax.files import write_json
 from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, load_tokenizer
 
 # Ids are two bytes each: one bit of position and of literal position tell the compressor which of them it sees.
@@ -48,7 +48,7 @@ def pack(source: pathlib.Path, out: pathlib.Path, train_tokens: int = 0) -> bool
   for path, _ in jobs:
     if path.parent == work:
       path.unlink()
-  write_json(work / MANIFEST_FILE, manifest | dict(splits=entries, recipe=recipe), indent=1)
+  files.write_json(work / MANIFEST_FILE, manifest | dict(splits=entries, recipe=recipe), indent=1)
   dataset.publish(work, out)
   return True
 
@@ -70,7 +70,6 @@ def _cut(source, work, limit):
 
 def _compress(source, target):
   if not target.exists():
-    temporary = target.with_suffix(".new")
-    with open(source, "rb") as plain, lzma.open(temporary, "wb", filters=_FILTERS) as compressed:
-      shutil.copyfileobj(plain, compressed, 1 << 20)
-    os.replace(temporary, target)
+    with open(source, "rb") as plain, files.replacing(target) as file:
+      with lzma.open(file, "wb", filters=_FILTERS) as compressed:
+        shutil.copyfileobj(plain, compressed, 1 << 20)

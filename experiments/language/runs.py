@@ -10,7 +10,7 @@ import shutil
 import statistics
 
 import records
-from lin_jax import metrics
+from lin_jax import files, metrics
 from lin_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig, to_dict
 from lin_jax.data import TokenDataset, read_manifest
 from lin_jax.model import parameter_count
@@ -79,6 +79,8 @@ def finish(config: TrainConfig, workdir: pathlib.Path) -> dict | None:
   loss = bits = None
   try:
     result = train(config, workdir)
+    if result["preempted"] == "SIGINT":
+      raise KeyboardInterrupt  # of the sweep as well
     if result["preempted"]:
       return None
     loss, bits = result["eval_loss"], result["bits_per_byte"]
@@ -97,7 +99,7 @@ def finish(config: TrainConfig, workdir: pathlib.Path) -> dict | None:
       "perplexity": None if loss is None else math.exp(loss),
       "tokens_per_second": round(statistics.median(rates), 1) if rates else None,
       "run": records.now(), **records.provenance(), "setting": setting(config)}
-  file.write_text(json.dumps(record) + "\n")
+  files.write(file, json.dumps(record) + "\n")
   for item in ("optimizer", "data"):
     for path in workdir.glob(f"checkpoints/*/{item}"):
       shutil.rmtree(path)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lin_jax import optim
+from lin_jax import files, optim
 from lin_jax.config import ModelConfig
 from lin_jax.layers import Linear
 from lin_jax.loss import next_token_loss
@@ -252,11 +252,9 @@ def _answers(programs, state, held_out, shape, batch_size):
 
 def _save(path, state, courses, step, seconds):
   path.parent.mkdir(parents=True, exist_ok=True)
-  whole = path.with_suffix(".new")
   reached = json.dumps([list(map(dataclasses.asdict, courses)), step, seconds])
-  with whole.open("wb") as file:
+  with files.replacing(path) as file:
     np.savez(file, *jax.tree.leaves(state), progress=reached)
-  whole.replace(path)
 
 
 def _restore(path, like):
