@@ -3,7 +3,8 @@
   python experiments/train.py --config=gla_tiny
   python experiments/train.py --config=gla_1b3 --workdir=runs/long --config.optim.steps=20000 --config.mesh.fsdp=8
 
-Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 1 the loss was not finite; 2 a user's error.
+Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 130 stopped by Ctrl-C with a checkpoint saved; 1
+the loss was not finite; 2 a user's error, or one of the machine, such as a full disk.
 """
 
 import sys
@@ -41,10 +42,11 @@ def main(_):
     print(f"train.py: {e}", file=sys.stderr)
     sys.exit(1)
   if result["preempted"]:
-    print(f"stopped by SIGTERM after step {result['step']}, saved as {result['checkpoint']}: the same command resumes")
-  else:
-    print(f"done: step {result['step']}, held-out bits per byte {result['bits_per_byte']:.3f}, "
-          f"loss curve {workdir}/loss.png, checkpoint {result['checkpoint']}")
+    print(f"stopped by {result['preempted']} after step {result['step']}, saved as {result['checkpoint']}: the same "
+          "command resumes")
+    sys.exit(130 if result["preempted"] == "SIGINT" else 0)
+  print(f"done: step {result['step']}, held-out bits per byte {result['bits_per_byte']:.3f}, "
+        f"loss curve {workdir}/loss.png, checkpoint {result['checkpoint']}")
 
 
 if __name__ == "__main__":

@@ -4,28 +4,26 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lin_jax import config as configs
+from lin_jax import files, optim, sharding
 from lin_jax import metrics as reporting
-from lin_jax import optim, sharding
 from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import DataConfig, TrainConfig
-from lin_jax.data import TokenDataset, eval_batches, train_iterator
+from lin_jax.data import TokenDataset, describe, eval_batches, train_iterator
 from lin_jax.loss import next_token_loss
 from lin_jax.model import LanguageModel, keep_rows
+from lin_jax.preemption import stop_signals
 
 
 @functools.partial(jax.tree_util.register_dataclass,
@@ -44,11 +42,12 @@ class TrainState:
 def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
   """Trains `config` in `workdir` from scratch, or from its last checkpoint to the exact end of an unbroken run.
 
-  SIGTERM ends the run after the step under way, with a checkpoint. The config may differ from the interrupted run's in
-  the fields of `workdir.RESUMABLE` only.
+  SIGTERM and Ctrl-C end the run after the step under way, with a checkpoint. The config may differ from the interrupted
+  run's in the fields of `workdir.RESUMABLE` only.
 
   Returns:
-    The last value of each metric, `step`, `preempted` (ended by SIGTERM), and `checkpoint` (the folder of the last).
+    The last value of each metric, `step`, `preempted` (the name of the signal that has ended it, or ""), and
+    `checkpoint` (the folder of the last).
   Raises:
     ValueError, or NotImplementedError from an op's named implementation: the config, the data or the workdir breaks a
       rule; raised before anything is written.
@@ -66,11 +65,13 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
   with jax.set_mesh(mesh):
     # Ops refuse what they cannot run only when they are traced.
     jax.eval_shape(functools.partial(loss_sum, graph), abstract.params, held_out[0])
-  workdirs.prepare(workdir, config)
 
   with contextlib.ExitStack() as stack:
+    stack.enter_context(files.naming(workdir))
+    stack.enter_context(workdirs.locked(workdir))
+    workdirs.prepare(workdir, config, describe(config.data.path))
     stack.enter_context(jax.set_mesh(mesh))
-    terminated = stack.enter_context(sigterm())
+    terminated = stack.enter_context(stop_signals())
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint)))
     start = checkpoints.latest() or 0
     state = _restore(checkpoints, start, abstract, batches) if start else create()
@@ -95,7 +96,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
       report.step(step, metrics)
 
     report.start(sum(x.size for x in jax.tree.leaves(abstract.params)))
-    step, under_way, preempted = start, None, False
+    step, under_way, preempted = start, None, ""
     if start == 0 and config.eval.every:
       evaluate()
     while step < config.optim.steps and not preempted:
@@ -109,7 +110,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
         finish(*under_way)
       under_way = step, metrics
       last = step == config.optim.steps
-      preempted = terminated(step) and not last
+      preempted = "" if last else terminated(step)
       evaluation_due = last or (_due(step, config.eval.every) and not preempted)
       save_due = last or preempted or _due(step, config.checkpoint.every)
       if evaluation_due or save_due or step == profile.stop:
@@ -243,26 +244,6 @@ def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = N
   hidden, state = model.hidden(batch["tokens"], state, batch["segment_ids"])
   total, counts = next_token_loss(hidden, model.unembedding(), batch["targets"], batch["mask"])
   return total, ({name: counts[name] for name in ("targets", "correct")}, state)
-
-
-@contextlib.contextmanager
-def sigterm() -> Iterator[Callable[[int], bool]]:
-  """Yields a function of the step: whether SIGTERM has come, and every process is to stop after this step.
-
-  Only the main thread may handle signals; in another one the answer is always no.
-  """
-  came = threading.Event()
-  if jax.process_count() > 1:
-    # JAX's own handler makes the processes agree on the step.
-    yield multihost_utils.reached_preemption_sync_point
-  elif threading.current_thread() is not threading.main_thread():
-    yield lambda step: False
-  else:
-    previous = signal.signal(signal.SIGTERM, lambda *_: came.set())
-    try:
-      yield lambda step: came.is_set()
-    finally:
-      signal.signal(signal.SIGTERM, previous)
 
 
 def _microbatches(tree, count, axis=0):

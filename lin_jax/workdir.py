@@ -1,5 +1,6 @@
 """A run's directory: which run it belongs to, whether it can be written, and in what environment the run was made."""
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
@@ -7,10 +8,12 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import jax
 
 from lin_jax import config as configs
+from lin_jax import files
 from lin_jax.config import TrainConfig
 
 # What may change when a run is resumed: it alters how the run is computed, watched and kept, not what it computes.
@@ -19,17 +22,33 @@ RESUMABLE = ("remat", "mesh", "eval", "checkpoint", "log", "optim.accumulation",
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def prepare(workdir: pathlib.Path, config: TrainConfig) -> None:
-  """Creates `workdir` with `config.json` and `environment.json`, or checks that it belongs to this run.
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps `workdir` for this training run, whose first process holds the lock. Reading it needs no lock.
 
-  Raises:
-    ValueError: it holds a run whose config differs in a field outside `RESUMABLE`, or checkpoints of an unknown run, or
-      it cannot be written.
+  Raises ValueError, which names the process and its host, when another run has it, and when it cannot be written.
   """
-  saved = workdir / "config.json"
+  if jax.process_index():
+    yield
+    return
+  with files.lock(workdir / "lock", f"workdir {str(workdir)!r} is in use"):
+    yield
+
+
+def prepare(workdir: pathlib.Path, config: TrainConfig, data: dict | None = None) -> None:
+  """Creates `workdir` with `config.json`, `data.json` and `environment.json`, or checks that it belongs to this run.
+
+  Args:
+    data: what `lin_jax.data.describe` says of the run's dataset; a run that has not recorded it yet does so now.
+  Raises:
+    ValueError: it holds a run whose config differs in a field outside `RESUMABLE`, one on other data, or checkpoints of
+      an unknown run, or it cannot be written.
+  """
+  saved, data_file = workdir / "config.json", workdir / "data.json"
   try:
     if saved.exists():
       _require_same_run(workdir, configs.load(saved), config)
+      _require_same_data(data_file, data)
     elif any(workdir.glob("checkpoints/*")):
       raise ValueError(f"workdir {str(workdir)!r} holds checkpoints but no config.json that says of which run: choose "
                        "another workdir")
@@ -40,10 +59,10 @@ def prepare(workdir: pathlib.Path, config: TrainConfig) -> None:
     raise ValueError(f"workdir {str(workdir)!r} cannot be written: {e.strerror}") from e
   if jax.process_index():
     return
-  # Renamed into place: other processes, or a run after a kill, never read half a file.
-  configs.save(config, unfinished := workdir / "config.json.new")
-  unfinished.replace(saved)
-  (workdir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+  if data:  # before the config, which makes it a run: after a kill between them there is none without data
+    files.write_json(data_file, data)
+  configs.save(config, saved)
+  files.write_json(workdir / "environment.json", environment())
 
 
 def environment() -> dict:
@@ -67,6 +86,21 @@ def _require_same_run(workdir, saved, config):
     changes = ", ".join(f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in differing)
     raise ValueError(f"workdir {str(workdir)!r} holds a run of another config ({changes}): "
                      "choose another workdir, or the config it was started with")
+
+
+def _require_same_data(file, data):
+  if not data or not file.exists():
+    return
+  try:
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    same = saved["sha256"] == data["sha256"]
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ValueError(f"{file}: not a run's record of its data ({e!r})") from e
+  if not same:
+    was, now = (f"{d.get('path')!r} with digest {d['sha256']} and {d.get('train_tokens')} training tokens"
+                for d in (saved, data))
+    raise ValueError(f"workdir {str(file.parent)!r} holds a run on other data (it was {was}, it is now {now}): choose "
+                     "another workdir, or the data that the run was started with")
 
 
 def _fields(values, prefix=""):

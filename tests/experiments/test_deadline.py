@@ -5,7 +5,7 @@ import signal
 import time
 
 from deadline import deadline
-from lin_jax.training import sigterm
+from lin_jax.preemption import stop_signals
 
 
 def test_deadline_reaches_whoever_listens_and_no_one_else():
@@ -14,7 +14,7 @@ def test_deadline_reaches_whoever_listens_and_no_one_else():
     while not over():  # nobody trains yet: no signal may come, or the process would end
       time.sleep(0.05)
     for _ in range(2):
-      with sigterm() as terminated:
+      with stop_signals() as terminated:
         end = time.monotonic() + 5
         while not terminated(1) and time.monotonic() < end:
           time.sleep(0.01)

@@ -60,14 +60,17 @@ def on_step(monkeypatch, step, action):
   monkeypatch.setattr(reporting.Reporter, "step", reported)
 
 
-def test_sigterm_saves_and_the_same_command_resumes_exactly(data, unbroken, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_same_command_resumes_exactly(data, unbroken, tmp_path, monkeypatch, name):
+  number = signal.Signals[name]
+  before = signal.getsignal(number)
   with monkeypatch.context() as patch:
-    on_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    on_step(patch, 5, lambda: os.kill(os.getpid(), number))
     result = train(tiny.config(data), tmp_path)
   # The signal comes while step 6 is under way, past the save of step 4 and in the second epoch.
-  assert result["preempted"] and result["step"] == 6
+  assert result["preempted"] == name and result["step"] == 6
   assert Checkpoints(tmp_path).steps() == [4, 6]
-  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  assert signal.getsignal(number) is before is not None
   result = train(tiny.config(data), tmp_path)
   assert not result["preempted"] and result["step"] == 12
   assert_same_run(tmp_path, unbroken)

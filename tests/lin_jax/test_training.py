@@ -148,7 +148,8 @@ def finished(data, tmp_path_factory):
 def test_run_learns_and_leaves_everything_in_its_workdir(finished):
   config, workdir, result = finished
   names = {path.name for path in workdir.iterdir()}
-  assert names == {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "profile", "loss.png"}
+  assert names == {"config.json", "data.json", "environment.json", "metrics.jsonl", "checkpoints", "profile",
+                   "loss.png"}
   assert list((workdir / "profile").rglob("*.xplane.pb"))
   environment = json.loads((workdir / "environment.json").read_text())
   assert environment["jax"] == jax.__version__ and environment["device_count"] == 8

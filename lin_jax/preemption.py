@@ -1,0 +1,41 @@
+"""Signals that end a training run after the step under way, with a checkpoint."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[int], str]]:
+  """Yields a function of the step: the name of the signal after which every process is to stop after this step, or "".
+
+  SIGTERM and the first Ctrl-C (SIGINT) are such; a second Ctrl-C interrupts at once. Only the main thread may handle
+  signals; in another one the answer is always "". Several processes agree on the step after a SIGTERM only.
+  """
+  came = []
+
+  def stop(number, _):
+    came.append(signal.Signals(number).name)
+    if number == signal.SIGINT:
+      signal.signal(number, signal.default_int_handler)
+      os.write(2, b"interrupted: saving after this step; again to stop at once\n")  # print may be what is interrupted
+
+  if jax.process_count() > 1:
+    # JAX's own handler makes the processes agree on the step.
+    yield lambda step: "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else ""
+  elif threading.current_thread() is not threading.main_thread():
+    yield lambda step: ""
+  else:
+    # A shell's background commands ignore Ctrl-C, which is meant for others.
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
+                if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+      yield lambda step: came[0] if came else ""
+    finally:
+      for number, handler in previous.items():
+        signal.signal(number, handler)
