@@ -6,18 +6,22 @@
   python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --tokens=16000000000 --out=data/slimpajama
   python experiments/prepare_data.py --pack=data/english --tokens=48000000 --out=english-packed
   python experiments/prepare_data.py --unpack=english-packed --out=data/english
+  python experiments/prepare_data.py --verify=data/english
 
-The same inputs and options give the same bytes. An interrupted run continues when it is started again.
+The same inputs and options give the same bytes. An interrupted run continues when it is started again; two at once are
+not allowed to make the same --out.
 """
 
 import functools
 import pathlib
+import time
 
 from absl import flags
 
 import commands
+from lin_jax import files
 
-_OUT = flags.DEFINE_string("out", None, "directory to make", required=True)
+_OUT = flags.DEFINE_string("out", "", "directory to make")
 _INPUT = flags.DEFINE_multi_string("input", [], "text, .jsonl or .parquet file, or a glob of them; may be repeated")
 _HF_DATASET = flags.DEFINE_string("hf_dataset", "", "name of a Hugging Face dataset, streamed")
 _HF_SPLIT = flags.DEFINE_string("hf_split", "train", "split of --hf_dataset to read")
@@ -36,21 +40,35 @@ _CACHE = flags.DEFINE_string("cache", "data/cache", "where downloads are kept")
 _PACK = flags.DEFINE_string("pack", "", "dataset to compress into --out, its training split cut to --tokens")
 _TOKENS = flags.DEFINE_integer("tokens", 0, "tokens to take from --input or --hf_dataset, over all splits, or training "
                                "tokens to keep with --pack; 0 is all", lower_bound=0)
+_VERIFY = flags.DEFINE_string("verify", "", "dataset whose every file to compare with the manifest's checksums")
 _UNPACK = flags.DEFINE_string("unpack", "", "directory made by --pack to turn back into a dataset")
 
 
 def main(_) -> None:
-  chosen = [name for name in ("input", "hf_dataset", "corpus", "pack", "unpack") if flags.FLAGS[name].value]
+  chosen = [name for name in ("input", "hf_dataset", "corpus", "pack", "unpack", "verify") if flags.FLAGS[name].value]
   if len(chosen) != 1:
-    raise ValueError(f"give exactly one of --input, --hf_dataset, --corpus, --pack and --unpack: got {len(chosen)}")
-  if _TOKENS.value and chosen[0] in ("corpus", "unpack"):
+    raise ValueError("give exactly one of --input, --hf_dataset, --corpus, --pack, --unpack and --verify: got "
+                     f"{len(chosen)}")
+  if _TOKENS.value and chosen[0] in ("corpus", "unpack", "verify"):
     raise ValueError(f"--tokens={_TOKENS.value}: goes with --input, --hf_dataset and --pack, not with --{chosen[0]}")
+  if _VERIFY.value:
+    _verify()
+    return
+  if not _OUT.value:
+    raise ValueError("--out is required: the directory to make")
   out = pathlib.Path(_OUT.value)
-  try:
+  # Beside the directory, which is there only once it is complete.
+  with files.lock(out.absolute().with_name(out.absolute().name + ".lock"), f"{out} is being made"), files.naming(out):
     made = {"pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
-  except OSError as e:
-    raise ValueError(f"{e.filename or out}: {e.strerror or e}") from e
   print(f"{out}: {'written' if made else 'complete already, nothing to do'}")
+
+
+def _verify():
+  from lin_jax.data import verify
+
+  start = time.perf_counter()
+  size = verify(_VERIFY.value)
+  print(f"{_VERIFY.value}: as its manifest says; {size / 1e9:.3f} GB in {time.perf_counter() - start:.1f} s")
 
 
 def _pack(out):
@@ -96,9 +114,9 @@ def _tokenizer(cache, default):
 def _files():
   from corpora import documents
 
-  files = documents.find(_INPUT.value)
+  found = documents.find(_INPUT.value)
   options = dict(field=_TEXT_FIELD.value, separator=_SEPARATOR.value)
-  return functools.partial(documents.read, files, **options), dict(sources=documents.describe(files), **options)
+  return functools.partial(documents.read, found, **options), dict(sources=documents.describe(found), **options)
 
 
 def _hub():

@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,7 @@ import pytest
 
 from corpora import archives, clean, documents, english, fetch, formats, overlap, pack, shakespeare, tokenize, unpack
 from lin_jax.data import TokenDataset, read_manifest
+from lin_jax.files import lock
 from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, load_tokenizer
 from tests.forked import ROOT, Command
 
@@ -451,6 +453,23 @@ def test_command_line(tmp_path, text_file):
   other = run(*options, f"--out={tmp_path / 'out'}", "--seed=1")
   assert other.returncode == 2 and "Traceback" not in other.stderr
   assert other.stderr.startswith("prepare_data.py: ") and "made from other inputs or options" in other.stderr
+
+
+def test_a_second_preparation_of_the_same_directory_is_refused(tmp_path, text_file):
+  with lock(tmp_path / "deep" / "out.lock", "held"):
+    result = run(f"--input={text_file}", "--tokenizer=bytes", f"--out={tmp_path}/deep/out")
+  assert result.returncode == 2 and f"out is being made by process {os.getpid()} on host" in result.stderr
+  assert not (tmp_path / "deep").exists()
+
+
+def test_verify_names_what_was_changed(tmp_path, text_file):
+  prepare(tmp_path / "out", [text_file])
+  result = run(f"--verify={tmp_path}/out")
+  assert result.returncode == 0 and "out: as its manifest says; 0.000 GB in" in result.stdout, result.stderr
+  shard = tmp_path / "out" / "train-00000.bin"
+  shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+  result = run(f"--verify={tmp_path}/out")
+  assert result.returncode == 2 and "train-00000.bin: has SHA-256" in result.stderr and "Trace" not in result.stderr
 
 
 def test_an_input_that_matches_nothing_is_refused(tmp_path):
