@@ -6,16 +6,20 @@
   python experiments/convert.py --to=hub/gla_tiny --workdir=runs/gla_tiny
 
 `hub/...` is a directory with config.json and model.safetensors, downloaded beforehand. Its tokenizer.model comes along;
-without one, generate.py needs --data with a dataset of the same tokenizer.
+without one, generate.py needs --data with a dataset of the same tokenizer. Workdir and directory appear when they are
+complete: a command that was killed is repeated as it was.
 """
 
 import pathlib
 import shutil
 
+import jax
+import numpy as np
 from absl import flags
+from flax import nnx
 
 import commands
-from lin_jax import hf
+from lin_jax import files, hf
 from lin_jax.checkpoint import load_model, save_model
 from lin_jax.config import DTYPES, DataConfig, TrainConfig, validate
 from lin_jax.model import parameter_count
@@ -44,33 +48,64 @@ def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) 
   tokenizer = source / MODEL_FILE
   data = DataConfig(path=str(workdir / MODEL_FILE) if tokenizer.is_file() else "", batch_size=8)
   config = validate(TrainConfig(name=source.resolve().name, model=model_config, data=data))
-  save_model(workdir, config, model)
+  tokenizer = tokenizer if tokenizer.is_file() else None
+  if _complete(workdir, load_model, (config, model), tokenizer):
+    print(f"{workdir}: complete already, nothing to do")
+    return
+  with files.whole_folder(workdir) as work:
+    save_model(work, config, model)
+    if tokenizer:
+      shutil.copyfile(tokenizer, work / MODEL_FILE)
   print(f"{source} -> {workdir}: {parameter_count(model_config):,} parameters")
-  if tokenizer.is_file():
-    shutil.copyfile(tokenizer, workdir / MODEL_FILE)
-  else:
+  if not tokenizer:
     print(f"{source} has no {MODEL_FILE}, the one tokenizer file that is served: generate.py will need --data")
 
 
 def write(target: pathlib.Path, workdir: pathlib.Path) -> None:
   """Writes the run's model as the checkpoint `target`, with the tokenizer of its data if that is a file."""
   config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value))
-  hf.save(target, config.model, model)
-  print(f"{workdir} -> {target}: {parameter_count(config.model):,} parameters")
   tokenizer = _tokenizer_file(config.data.path)
-  if tokenizer:
-    shutil.copyfile(tokenizer, target / MODEL_FILE)
-  else:
+
+  def load(folder):
+    config, model = hf.load(folder)
+    return hf.to_hf(config), model
+
+  if _complete(target, load, (hf.to_hf(config.model), model), tokenizer):
+    print(f"{target}: complete already, nothing to do")
+    return
+  with files.whole_folder(target) as work:
+    hf.save(work, config.model, model)
+    if tokenizer:
+      shutil.copyfile(tokenizer, work / MODEL_FILE)
+  print(f"{workdir} -> {target}: {parameter_count(config.model):,} parameters")
+  if not tokenizer:
     print(f"{target} has no tokenizer: data path {config.data.path!r} has none with a file")
 
 
-def _tokenizer_file(path: str) -> pathlib.Path | None:
+def _complete(folder, load, made, tokenizer) -> bool:
+  """Whether `folder` holds what is to be made, as it does when this command was killed after its last write."""
   try:
-    served = isinstance(load_tokenizer(path), MistralTokenizer)
+    config, model = load(folder) if folder.is_dir() else (None, None)
+    found = (folder / MODEL_FILE).read_bytes() if (folder / MODEL_FILE).exists() else None
   except ValueError:
-    return None
+    return False
+  if config != made[0] or found != (tokenizer.read_bytes() if tokenizer else None):
+    return False
+  here, there = (jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (made[1], model))
+  return len(here) == len(there) and all(map(np.array_equal, here, there))
+
+
+def _tokenizer_file(path: str) -> pathlib.Path | None:
   file = pathlib.Path(path)
-  return (file if file.is_file() else file / MODEL_FILE) if served else None
+  if path and not file.exists():
+    return None  # the data stayed elsewhere
+  try:
+    tokenizer = load_tokenizer(path)
+  except ValueError:
+    if file.is_dir() and (file / MODEL_FILE).exists():  # a tokenizer is there and is damaged
+      raise
+    return None
+  return (file if file.is_file() else file / MODEL_FILE) if isinstance(tokenizer, MistralTokenizer) else None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lin_jax import files
 from lin_jax.config import ModelConfig
 from lin_jax.hf import bounds
 from lin_jax.hf.configs import from_hf, to_hf
@@ -54,17 +55,17 @@ def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
   bounded = _bounded(config, shapes)
   if bounded:
     expected[_BOUNDS] = (config.depth, config.width)
-  with _Files(path) as files:
-    files.require(expected, tied=config.tie_embeddings)
+  with _Files(path) as stored:
+    stored.require(expected, tied=config.tie_embeddings)
     for name, parts in tensors:
-      tensor, start = files.read(name), 0
+      tensor, start = stored.read(name), 0
       for part, repetition in parts:
         target = arrays[part] if repetition is None else arrays[part][repetition]
         rows = _outputs(part, target.shape)
         target[...] = _transposed(part, tensor[start:start + rows]).reshape(target.shape)
         start += rows
     if bounded:
-      logits = bounds.merge(files.read(_BOUNDS).astype(np.float32), list(bounded))
+      logits = bounds.merge(stored.read(_BOUNDS).astype(np.float32), list(bounded))
       for (part, repetition), row in zip(bounded.values(), logits, strict=True):
         arrays[part][repetition] = row
   params = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays.pop(_name(path))), abstract)
@@ -91,12 +92,13 @@ def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel) ->
     logits = np.stack([arrays[part][repetition] for part, repetition in bounded.values()])
     tensors[_BOUNDS] = bounds.spread(logits, list(bounded), config.depth)
   try:
-    path.mkdir(parents=True, exist_ok=True)
-    # The metadata is what tells transformers that the tensors are laid out as PyTorch's.
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-    (path / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    with files.naming(path):
+      path.mkdir(parents=True, exist_ok=True)
+      # The metadata is what tells transformers that the tensors are laid out as PyTorch's.
+      save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
   except OSError as e:
     raise ValueError(f"{path}: cannot be written: {e.strerror}") from e
+  files.write_json(path / CONFIG, values)  # last, since it is what makes the directory a checkpoint
 
 
 class _Files:
@@ -230,6 +232,6 @@ def _read_json(path):
   # Infinity has no spelling in JSON; transformers writes it as an object.
   hook = lambda value: float(value["__float__"]) if set(value) == {"__float__"} else value
   try:
-    return json.loads(path.read_text(), object_hook=hook)
+    return json.loads(path.read_text(encoding="utf-8"), object_hook=hook)
   except (OSError, ValueError) as e:
     raise ValueError(f"{path}: not a readable JSON file ({e})") from e

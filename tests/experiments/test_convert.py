@@ -1,18 +1,21 @@
 """From a run to a Hugging Face checkpoint and back, by the commands, and what the converted run can do."""
 
 import json
+import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 from flax import nnx
 
 import convert
-from lin_jax import hf
+from lin_jax import files, hf
 from lin_jax.checkpoint import load_model, save_model
 from lin_jax.config import DataConfig, ModelConfig, TrainConfig
 from lin_jax.mixers.delta_net import DeltaNetConfig
 from lin_jax.model import LanguageModel
+from lin_jax.tokenizer import MODEL_FILE
 from tests.environment import ENVIRONMENT
 from tests.forked import ROOT, Command
 from tests.lin_jax import tiny
@@ -57,6 +60,36 @@ def test_a_run_survives_both_ways(run, tmp_path):
   assert "bits per byte" in texts[2]
 
 
+def test_a_conversion_that_was_killed_is_repeated_as_it_was(run, tmp_path, monkeypatch, capsys):
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  def content(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+  monkeypatch.setattr(convert, "_CHECKPOINT", types.SimpleNamespace(value="last"))
+  for target, again in ((tmp_path / "hub", lambda: convert.write(tmp_path / "hub", run)),
+                        (tmp_path / "run", lambda: convert.read(tmp_path / "hub", tmp_path / "run"))):
+    # The tokenizer comes last, after what makes the folder a checkpoint or a run.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(convert.shutil, "copyfile", killed)
+      again()
+    assert not target.exists()
+    left = target.with_name(target.name + files.PARTIAL)
+    left.mkdir()
+    (left / "config.json").write_text("{")  # what SIGKILL leaves
+    again()
+    assert (target / MODEL_FILE).is_file() and not left.exists()
+    before = content(target)
+    again()
+    assert capsys.readouterr().out.endswith(f"{target}: complete already, nothing to do\n")
+    (target / MODEL_FILE).unlink()
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+      again()
+    assert content(target) == before - {pathlib.Path(MODEL_FILE)}
+    convert.shutil.copyfile(json.loads((run / "config.json").read_text())["data"]["path"], target / MODEL_FILE)
+
+
 def test_without_a_tokenizer_generation_asks_for_one(tmp_path, capsys):
   convert.read(FIXTURES / "retnet", tmp_path / "run")
   assert "has no tokenizer.model" in capsys.readouterr().out
@@ -64,8 +97,8 @@ def test_without_a_tokenizer_generation_asks_for_one(tmp_path, capsys):
   assert (config.name, config.model.dtype) == ("retnet", "float32")
   process = Command("generate.py", f"--workdir={tmp_path}/run")
   assert "tokenizer ''" in process.communicate()[1] and process.returncode == 2
-  with pytest.raises(ValueError, match="holds a run already"):
-    convert.read(FIXTURES / "retnet", tmp_path / "run")
+  with pytest.raises(ValueError, match="run exists and is not an empty folder: choose another"):
+    convert.read(FIXTURES / "delta_net", tmp_path / "run")
 
 
 def test_mistakes_exit_with_2_and_write_nothing(run, tmp_path):
