@@ -5,6 +5,7 @@ second with the rest of the training state), `data` (the data iterator's positio
 and are written in the background.
 """
 
+import json
 import math
 import pathlib
 
@@ -17,6 +18,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from lin_jax import config as configs
 from lin_jax.config import CheckpointConfig, TrainConfig
 from lin_jax.workdir import prepare
+
+_POSITIONS = "process_*-of-*.json"
 
 
 class Checkpoints:
@@ -66,8 +69,8 @@ class Checkpoints:
     for item, target in targets.items():
       self._check(step, item, target)
     args = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
-    restored = self._manager.restore(
-        step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data), **args))
+    restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+    _set_position(data, self.path / str(step) / "data")
     return _unflat(params, restored["params"]), _unflat(optimizer, restored["optimizer"])
 
   def restore_params(self, step: int, params):
@@ -85,6 +88,11 @@ class Checkpoints:
     """The saved step of lowest `eval_loss`, or None when no saved step was evaluated."""
     step = self._manager.best_step()
     return None if step is None or not self._manager.metrics(step) else step
+
+  def processes(self, step: int) -> int | None:
+    """How many processes have saved `step`, or None when it does not say."""
+    names = (path.name for path in (self.path / str(step) / "data").glob(_POSITIONS))
+    return next((int(name.removesuffix(".json").split("-of-")[1]) for name in names), None)
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
@@ -145,6 +153,16 @@ def save_model(workdir: pathlib.Path | str, config: TrainConfig, model) -> None:
 
 def _eval_loss(metrics):
   return metrics.get("eval_loss", math.inf)
+
+
+def _set_position(data, folder):
+  """Moves the iterator `data`. A position counts global batches, whatever the number of processes (`lin_jax.data`), so
+  that the file of any process will do; Grain's own handler wants one of as many processes as there are now."""
+  saved = sorted(folder.glob(_POSITIONS))
+  if not saved:
+    raise ValueError(f"{folder}: holds no position in the data")
+  data.set_state(json.loads(saved[0].read_text()))
+  data.start_prefetch()
 
 
 def _flat(tree):

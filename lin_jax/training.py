@@ -74,6 +74,8 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
     terminated = stack.enter_context(stop_signals())
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint)))
     start = checkpoints.latest() or 0
+    if start:
+      _require_rows(checkpoints.processes(start), config.data)
     state = _restore(checkpoints, start, abstract, batches) if start else create()
     report = stack.enter_context(contextlib.closing(reporting.Reporter(config, workdir, start, bytes_per_token["val"])))
     profile = stack.enter_context(contextlib.closing(reporting.Profile(workdir, config.log.profile_steps)))
@@ -270,6 +272,13 @@ def _join(tree, axis):
 def _restore(checkpoints, step, abstract, batches):
   params, rest = checkpoints.restore(step, abstract.params, _rest(abstract), batches)
   return TrainState(params, **rest)
+
+
+def _require_rows(processes, data):
+  """A carried state belongs to a row, and which windows a row reads depends on the number of processes."""
+  if data.carried_windows > 1 and processes not in (None, jax.process_count()):
+    raise ValueError(f"config.data.carried_windows={data.carried_windows}: the run was saved by {processes} processes "
+                     f"and cannot go on with {jax.process_count()}, since its rows carry a state: start as many")
 
 
 def _rest(state):

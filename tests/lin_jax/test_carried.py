@@ -159,6 +159,13 @@ def test_a_checkpoint_between_two_windows_resumes_exactly(compiled, tmp_path):
     assert np.array_equal(resumed, unbroken)
 
 
+def test_rows_with_a_state_need_as_many_processes_as_before(data):
+  training._require_rows(1, config(data).data)
+  training._require_rows(2, dataclasses.replace(config(data).data, carried_windows=1))
+  with pytest.raises(ValueError, match="carried_windows=3: the run was saved by 2 processes and cannot go on with 1"):
+    training._require_rows(2, config(data).data)
+
+
 @pytest.mark.parametrize("changes, windows, message", [
     (dict(mixer=AttentionConfig(heads=2)), 2, "carried_windows=2: the state of this model grows beyond .*length=16"),
     (dict(hybrid=AttentionConfig(heads=2, window=LENGTH + 1)), 3, "carried_windows=3: the state of this model grows"),

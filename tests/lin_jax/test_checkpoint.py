@@ -66,6 +66,22 @@ def test_restore_gives_back_arrays_placement_and_the_place_in_the_data(data, tmp
     assert np.array_equal(actual, expected)
 
 
+def test_another_number_of_processes_goes_on_at_the_same_batch(data, tmp_path):
+  expected = next(saved(tmp_path, data, [None, None]))
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tree(0.0), {"count": jnp.int32(0)}))
+  folder = tmp_path / "checkpoints" / "2" / "data"
+  position = (folder / "process_0-of-1.json").rename(folder / "process_0-of-2.json")
+  (folder / "process_1-of-2.json").write_bytes(position.read_bytes())
+  assert Checkpoints(tmp_path).processes(2) == 2
+  whole = train_iterator(tiny.config(data).data, seed=0)
+  parts = [train_iterator(tiny.config(data).data, seed=0, process_index=i, process_count=4) for i in range(4)]
+  for iterator in (whole, *parts):
+    Checkpoints(tmp_path).restore(2, *abstract, iterator)
+  assert np.array_equal(next(whole)["tokens"], expected["tokens"])
+  rows = np.concatenate([next(part)["tokens"] for part in parts])
+  assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, expected["tokens"].tolist()))
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda t: t | {"w": jnp.zeros((4, 3))}, r"params w has shape \(4, 2\) there, \(4, 3\) in this config"),
     (lambda t: t | {"extra": jnp.zeros(1)}, r"params extra has shape none \(missing\) there, \(1,\) in this config"),
