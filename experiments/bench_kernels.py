@@ -31,6 +31,7 @@ import commands
 import kernel_cases
 import kernel_timing
 import peers
+import records
 from kernels import dispatch
 from lin_jax import files
 
@@ -205,10 +206,9 @@ def _report(case, row):
 
 
 def _recorded():
-  path = pathlib.Path(_OUT.value)
   if not _OUT.value:
     raise ValueError("--resume needs --out, the file to go on with")
-  return {_identity(json.loads(line)) for line in path.read_text().splitlines()} if path.exists() else set()
+  return set(map(_identity, records.load(pathlib.Path(_OUT.value), *_KEY)))
 
 
 def _identity(row):

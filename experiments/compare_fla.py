@@ -73,6 +73,8 @@ def _record(name: str, device: str) -> dict:
   try:
     record |= compare(name, folder, device)
     record["passed"] = record["generation"] and all(record[bar] <= limit for bar, limit in BARS.items())
+  except files.Unwritable:
+    raise  # the next one could not be written either
   except Exception as e:
     record["error"] = f"{type(e).__name__}: {e}"[:2000]
     traceback.print_exc()

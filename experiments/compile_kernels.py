@@ -118,9 +118,12 @@ class Record:
   """Programs by what identifies them, with the build that each comes from: sources, versions and assemblers."""
 
   def __init__(self, path: pathlib.Path):
-    old = json.loads(path.read_text()) if path.exists() else {"programs": [], "builds": {}}
-    self._path, self._builds = path, dict(old["builds"])
-    self._entries = {compiled.identity(entry): entry for entry in old["programs"]}
+    try:
+      old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"programs": [], "builds": {}}
+      self._path, self._builds = path, dict(old["builds"])
+      self._entries = {compiled.identity(entry): entry for entry in old["programs"]}
+    except (ValueError, KeyError, TypeError) as e:
+      raise ValueError(f"--out={path}: not a record of this command: {e!r}") from e
     made_by = {"versions": versions(), "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)]}
     self._current = {op: {"sources": compiled.sources(op)} | made_by for op in compiled.OPS}
 

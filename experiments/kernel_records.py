@@ -18,7 +18,7 @@ class Records:
 
   def __init__(self, path: str | pathlib.Path):
     self._rows = {}
-    for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
       try:
         row = json.loads(line)
         case = Case(*(row[name] for name in _FIELDS))

@@ -144,7 +144,7 @@ def render(smoke: pathlib.Path | None = None) -> str:
 def load_smoke(path: pathlib.Path) -> list[dict]:
   """The records of `smoke_models.py`. Raises ValueError when the file holds something else."""
   try:
-    records = json.loads(path.read_text())
+    records = json.loads(path.read_text(encoding="utf-8"))
     if not all(record["family"] and record["device"] for record in records):
       raise KeyError("family")
   except (ValueError, KeyError, TypeError) as e:

@@ -17,7 +17,7 @@ def load(path: pathlib.Path, *fields: str) -> list[dict]:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     records = metrics.read(path)
-    if path.exists() and not path.read_text().endswith("\n"):
+    if path.exists() and not path.read_text(encoding="utf-8").endswith("\n"):
       files.write(path, "".join(json.dumps(record) + "\n" for record in records))
     path.touch()
     if missing := [field for record in records for field in fields if field not in record]:

@@ -25,7 +25,7 @@ def main(_):
     raise ValueError(f"--results={results.folder}: no such folder")
   page, text = results.folder / "README.md", render(results)
   if _CHECK.value:
-    if not page.exists() or page.read_text() != text:
+    if not page.exists() or page.read_text(encoding="utf-8") != text:
       print(f"{page} is not what the records give: run report_claims.py", file=sys.stderr)
       sys.exit(1)
     return

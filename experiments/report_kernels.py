@@ -25,7 +25,7 @@ def main(_):
   records, page = kernel_records.Records(path), path.with_suffix(".md")
   text = kernel_page.render(records)
   if _CHECK.value:
-    if not page.exists() or page.read_text() != text:
+    if not page.exists() or page.read_text(encoding="utf-8") != text:
       print(f"{page} is not what {path} gives: run report_kernels.py", file=sys.stderr)
       sys.exit(1)
     return

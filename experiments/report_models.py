@@ -21,7 +21,7 @@ _CHECK = flags.DEFINE_bool("check", False, "Write nothing; exit with 1 when the 
 def main(_):
   path, text = pathlib.Path(_OUT.value), model_page.render(pathlib.Path(_SMOKE.value))
   if _CHECK.value:
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
       print(f"{path} is not what the configs give: run report_models.py", file=sys.stderr)
       sys.exit(1)
     return

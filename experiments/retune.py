@@ -75,7 +75,7 @@ def load(path: pathlib.Path, empty: dict) -> dict:
   if not path.exists():
     return empty
   tuned.read(path)
-  record = json.loads(path.read_text())
+  record = json.loads(path.read_text(encoding="utf-8"))
   made = {name: record.get(name) for name in ("device", "versions")}
   here = {name: empty[name] for name in made}
   if made != here:

@@ -23,7 +23,7 @@ from absl import flags
 import commands
 import records
 from deadline import deadline
-from lin_jax import mixers
+from lin_jax import files, mixers
 from lin_jax.model import abstract_model
 from synthetic import TASKS
 from synthetic.runs import Run, parse_fields, whole, without_rate
@@ -82,6 +82,8 @@ def _execute(runs, path):
       try:
         results = train(needed, lambda line: print(" ", line, flush=True), over, unfinished,
                         until_solved=_UNTIL_SOLVED.value)
+      except files.Unwritable:
+        raise  # the next one could not be written either
       except Exception as e:  # runs that cannot be made must not cost the others of a sweep their record
         if not _SWEEP.value:
           raise

@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 import records
+from lin_jax import files
 
 _IDENTITY = ("device", "versions", "setting")
 
@@ -46,6 +47,8 @@ def run(runs: Sequence[tuple[Any, dict]], measure: Callable[[Any], dict], line: 
       continue
     try:
       row = row | {"run": records.now(), "reason": ""} | measure(what)
+    except files.Unwritable:
+      raise  # the next one could not be written either
     except Exception as e:  # one that does not fit must not cost the others their record
       row = row | {"run": records.now(), "reason": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
       row |= dict.fromkeys(fields)

@@ -40,7 +40,7 @@ def read_manifest(path: str | pathlib.Path) -> dict:
     raise ValueError(f"data path {str(path)!r}: no such directory; experiments/prepare_data.py makes one")
   file = path / MANIFEST_FILE
   try:
-    manifest = json.loads(file.read_text())
+    manifest = json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError as e:
     raise ValueError(f"{path}: no {MANIFEST_FILE}: not a directory written by experiments/prepare_data.py") from e
   except (OSError, ValueError) as e:

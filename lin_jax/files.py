@@ -1,7 +1,6 @@
 """The one place that writes results: files and folders that appear whole or not at all, lines, locks and checksums.
 
-Standard library alone: unpacking a dataset must run where there is nothing else. What cannot be written is a ValueError
-that names the file and the reason.
+Standard library alone: unpacking a dataset must run where there is nothing else.
 """
 
 import contextlib
@@ -22,6 +21,10 @@ PARTIAL = ".making"
 _REFUSALS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 
 
+class Unwritable(ValueError):
+  """The operating system refuses to write; the message names the file and the reason."""
+
+
 def write(path: pathlib.Path | str, text: str) -> None:
   """Writes a text file, as UTF-8 wherever it runs, so that `path` always holds either its old or its new content."""
   with replacing(path) as file:
@@ -38,7 +41,7 @@ def write_json(path: pathlib.Path | str, value: Any, indent: int = 2) -> None:
 def replacing(path: pathlib.Path | str) -> Iterator[BinaryIO]:
   """A file that becomes `path` when the block ends; after an error, or a kill, `path` is what it was.
 
-  A device or a pipe, such as /dev/stdout, is written directly. Raises ValueError when it cannot be written.
+  A device or a pipe, such as /dev/stdout, is written directly. Raises Unwritable.
   """
   with _refusing(path):
     target = pathlib.Path(os.path.realpath(path))  # a link stays, and its file is replaced
@@ -61,7 +64,7 @@ def replacing(path: pathlib.Path | str) -> Iterator[BinaryIO]:
 
 
 def append(path: pathlib.Path | str, text: str) -> None:
-  """Adds `text` to the end of `path`: all of it, or nothing when it does not fit on the disk."""
+  """Adds `text` to the end of `path`: all of it, or nothing when it does not fit on the disk. Raises Unwritable."""
   with _refusing(path), open(path, "ab", buffering=0) as file:
     size, rest = file.seek(0, os.SEEK_END), text.encode()
     try:
@@ -77,7 +80,7 @@ def whole_folder(path: pathlib.Path | str) -> Iterator[pathlib.Path]:
   """An empty folder that becomes `path` when the block ends; until then there is none of that name.
 
   What a killed process has left of an earlier attempt is thrown away. Raises ValueError when `path` exists and holds
-  something, when another process is making it, and when it cannot be written.
+  something and when another process is making it, and Unwritable.
   """
   path = pathlib.Path(os.path.abspath(path))
   _require_nothing(path)
@@ -112,7 +115,8 @@ def lock(path: pathlib.Path | str, held: str) -> Iterator[None]:
   Raises ValueError, which begins with `held` and names the process, when another one holds the lock.
   """
   path = pathlib.Path(path)
-  missing = [folder for folder in path.parents if not folder.exists()]
+  with _refusing(path):
+    missing = [folder for folder in path.parents if not folder.exists()]
   file = _locked(path, held)
   try:
     yield
@@ -183,19 +187,19 @@ def _sha256(path, size, changed):
 
 @contextlib.contextmanager
 def naming(path: pathlib.Path | str) -> Iterator[None]:
-  """Gives an OSError of the block that names no file the name `path`, and makes one of a library's error about it."""
+  """Makes an error of the block that says that nothing can be written, but not where, an Unwritable about `path`.
+
+  The libraries that write checkpoints put the system's words into errors of their own.
+  """
   try:
     yield
-  except OSError as e:
-    if e.filename or e.errno in (None, errno.EPIPE):
-      raise
-    raise OSError(e.errno, e.strerror, str(path)) from e
+  except Unwritable:
+    raise
   except Exception as e:
-    # Checkpoints are written by a library that puts the system's words into an error of its own.
-    number = next((number for number in _REFUSALS if os.strerror(number) in str(e)), None)
-    if number is None or isinstance(e, ValueError) and "cannot be written" in str(e):
+    words = next((os.strerror(number) for number in _REFUSALS if os.strerror(number) in str(e)), None)
+    if words is None:
       raise
-    raise OSError(number, os.strerror(number), str(path)) from e
+    raise Unwritable(f"{path}: cannot be written: {words}") from e
 
 
 @contextlib.contextmanager
@@ -205,4 +209,4 @@ def _refusing(path):
   except OSError as e:
     if e.errno == errno.EPIPE:
       raise
-    raise ValueError(f"{path}: cannot be written: {e.strerror or e}") from e
+    raise Unwritable(f"{path}: cannot be written: {e.strerror or e}") from e

@@ -31,7 +31,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   if jax.process_index():
     yield
     return
-  with files.lock(workdir / "lock", f"workdir {str(workdir)!r} is in use"):
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(files.lock(workdir / "lock", f"workdir {str(workdir)!r} is in use"))
+    except files.Unwritable as e:
+      raise files.Unwritable(f"workdir {str(workdir)!r} cannot be written: {e.__cause__.strerror}") from e
     yield
 
 
@@ -56,7 +60,7 @@ def prepare(workdir: pathlib.Path, config: TrainConfig, data: dict | None = None
     with tempfile.TemporaryFile(dir=workdir):
       pass
   except OSError as e:
-    raise ValueError(f"workdir {str(workdir)!r} cannot be written: {e.strerror}") from e
+    raise files.Unwritable(f"workdir {str(workdir)!r} cannot be written: {e.strerror}") from e
   if jax.process_index():
     return
   if data:  # before the config, which makes it a run: after a kill between them there is none without data

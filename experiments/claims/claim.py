@@ -65,7 +65,7 @@ class Results:
     """The objects of a JSON lines file. Raises ValueError, naming the line, for what is none."""
     if name not in self._files:
       path, rows = self.folder / name, []
-      for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+      for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
         try:
           rows.append(json.loads(line))
         except ValueError as e:
@@ -74,8 +74,14 @@ class Results:
     return self._files[name]
 
   def objects(self, name: str) -> list[dict]:
-    """The JSON files of a folder within, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted((self.folder / name).glob("*.json"))]
+    """The JSON files of a folder within, in the order of their names. Raises ValueError for one that is none."""
+    rows = []
+    for path in sorted((self.folder / name).glob("*.json")):
+      try:
+        rows.append(json.loads(path.read_text(encoding="utf-8")))
+      except ValueError as e:
+        raise ValueError(f"{path}: not JSON: {e}") from e
+    return rows
 
   @functools.cached_property
   def kernels(self) -> kernel_records.Records:

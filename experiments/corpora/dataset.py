@@ -54,7 +54,7 @@ def publish(work: pathlib.Path, out: pathlib.Path) -> None:
 
 def _read_json(path):
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError):
     return {}
   return value if isinstance(value, dict) else {}

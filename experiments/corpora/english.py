@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 
 import numpy as np
@@ -66,7 +67,7 @@ class Document:
 def sources(tier: str) -> list[Source]:
   """The sources of `quick` (three of them), `prose` or `full`, in the order that decides who keeps a shared paragraph.
   """
-  with open(SOURCES, newline="") as f:
+  with open(SOURCES, newline="", encoding="utf-8") as f:
     rows = [Source(**row) for row in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)]
   if tier == "quick":
     return [row for row in rows if row.package in QUICK]
@@ -126,11 +127,17 @@ def _extract_all(found, folder):
   done = len(found) - len(waiting)
   # Largest first, so that no process ends with a long one alone; spawned, as JAX's threads do not survive a fork.
   waiting.sort(key=lambda pair: -pair[0].path.stat().st_size)
-  with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-    for future in concurrent.futures.as_completed([pool.submit(extract, *pair) for pair in waiting]):
-      future.result()
-      done += 1
-      progress.update(done)
+  # Ctrl-C is sent to them too, and answered here alone.
+  with concurrent.futures.ProcessPoolExecutor(
+      os.cpu_count(), multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    try:
+      for future in concurrent.futures.as_completed([pool.submit(extract, *pair) for pair in waiting]):
+        future.result()
+        done += 1
+        progress.update(done)
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
   progress.close(done)
   return files
 
@@ -141,7 +148,7 @@ def _tokenize(found, files, folder, tokenizer):
   progress = Progress("tokenize: sources", len(found))
   for number, (source, file) in enumerate(zip(found, files, strict=True), 1):
     kept = []
-    with open(file) as f:
+    with open(file, encoding="utf-8") as f:
       for name, text in map(json.loads, f):
         # Filtered before and after: text that is dropped must not claim paragraphs, and a remnant is no document.
         if clean.is_prose(text, source.group):
@@ -239,7 +246,7 @@ def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tok
 def _same(out, options):
   # Made with these options on any day: packages that changed since are no reason to make it again.
   try:
-    recipe = json.loads((out / MANIFEST_FILE).read_text())["recipe"]
+    recipe = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))["recipe"]
   except (OSError, ValueError, KeyError):
     return False
   return {key: recipe.get(key) for key in options} == json.loads(json.dumps(options))

@@ -40,8 +40,12 @@ def pack(source: pathlib.Path, out: pathlib.Path, train_tokens: int = 0) -> bool
   jobs.sort(key=lambda job: -job[0].stat().st_size)
   progress = Progress("compress: files", len(jobs))
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for done, _ in enumerate(pool.map(lambda job: _compress(*job), jobs), 1):
-      progress.update(done)
+    try:
+      for done, _ in enumerate(pool.map(lambda job: _compress(*job), jobs), 1):
+        progress.update(done)
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)  # what is waiting; what was begun ends
+      raise
   progress.close(len(jobs))
   if (source / MODEL_FILE).exists():
     shutil.copyfile(source / MODEL_FILE, work / MODEL_FILE)

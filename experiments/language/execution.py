@@ -5,6 +5,7 @@ import pathlib
 
 import records
 from deadline import deadline
+from lin_jax import files
 
 from .runs import Run, finish, folder, setting
 from .sweeps import Sweep, further
@@ -35,6 +36,8 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
       print(f"[{len(runs)} left] {_title(run)}", flush=True)
       try:
         record = finish(config, folder(workdir, config))
+      except files.Unwritable:
+        raise  # the next one could not be written either
       except Exception as e:  # one run that cannot be made must not cost the others of the sweep their record
         failed[run] = f"{_title(run)}: {type(e).__name__}: {e}".splitlines()[0]
         continue

@@ -75,7 +75,7 @@ def finish(config: TrainConfig, workdir: pathlib.Path) -> dict | None:
   """
   file = workdir / "record.json"
   if file.exists():
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
   loss = bits = None
   try:
     result = train(config, workdir)

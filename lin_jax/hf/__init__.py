@@ -97,7 +97,7 @@ def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel) ->
       # The metadata is what tells transformers that the tensors are laid out as PyTorch's.
       save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
   except OSError as e:
-    raise ValueError(f"{path}: cannot be written: {e.strerror}") from e
+    raise files.Unwritable(f"{path}: cannot be written: {e.strerror}") from e
   files.write_json(path / CONFIG, values)  # last, since it is what makes the directory a checkpoint
 
 
