@@ -40,8 +40,9 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("kernels").setLevel(logging.INFO)
     # What goes wrong while a checkpoint is written is logged with its traceback, and then raised.
-    absl_logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
-    threading.excepthook = _thread_error
+    for handler in {absl_logging.get_absl_handler(), *logging.getLogger().handlers}:
+      handler.addFilter(lambda record: not record.exc_info)
+    threading.excepthook, sys.unraisablehook = _thread_error, _unraisable
     if len(argv) > 1:
       _exit(f"unexpected argument {argv[1]!r}: write options as --name=value")
     try:
@@ -72,6 +73,14 @@ def checkpoint_step(value: str) -> int | str | None:
   return int(value)
 
 
+def text(flag: flags.FlagHolder[str]) -> str:
+  """The value of a flag that is text and no path: UTF-8, whatever the locale. Raises ValueError."""
+  try:
+    return os.fsencode(flag.value).decode("utf-8")
+  except UnicodeDecodeError as e:
+    raise ValueError(f"--{flag.name}={flag.value!a}: must be UTF-8") from e
+
+
 def _parse(argv):
   try:
     return flags.FLAGS(argv)
@@ -91,7 +100,8 @@ def _system_error(error):
   if isinstance(error, BrokenPipeError):
     return "standard output was closed before the command had ended"
   if isinstance(error, OSError) and error.errno:
-    return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    # What has no name here was printed: files.py names files.
+    return f"{error.filename or 'standard output'}: {error.strerror}"
   return None
 
 
@@ -102,6 +112,12 @@ def _thread_error(args):
     threading.__excepthook__(args)
   else:
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}, in the background", file=sys.stderr, flush=True)
+
+
+def _unraisable(args):
+  # What a checkpoint's other writes say when the first one has failed, from threads that are not Python's.
+  if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+    sys.__unraisablehook__(args)
 
 
 def _exit(message, code=2):

@@ -35,7 +35,8 @@ def main(_):
     raise ValueError(f"--tokens={_TOKENS.value}: must be at least 1")
   config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value))
   tokenizer = load_tokenizer(_DATA.value or config.data.path)
-  prompt = tokenizer.encode(_PROMPT.value) or [tokenizer.eos_id]
+  prompt_text = commands.text(_PROMPT)
+  prompt = tokenizer.encode(prompt_text) or [tokenizer.eos_id]
   run = compile_generate(model, 1, len(prompt), _TOKENS.value, sampling)
 
   start = time.perf_counter()
@@ -43,7 +44,7 @@ def main(_):
   seconds = time.perf_counter() - start
 
   ends = np.flatnonzero(tokens == tokenizer.eos_id)
-  text = _PROMPT.value + tokenizer.decode(tokens[:ends[0]] if ends.size else tokens)
+  text = prompt_text + tokenizer.decode(tokens[:ends[0]] if ends.size else tokens)
   print(text)
   if _OUT.value:
     files.write(_OUT.value, text + "\n")

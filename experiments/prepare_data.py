@@ -64,7 +64,7 @@ def main(_) -> None:
 
 
 def _verify():
-  from lin_jax.data import verify
+  from lin_jax.manifests import verify
 
   start = time.perf_counter()
   size = verify(_VERIFY.value)
@@ -115,7 +115,7 @@ def _files():
   from corpora import documents
 
   found = documents.find(_INPUT.value)
-  options = dict(field=_TEXT_FIELD.value, separator=_SEPARATOR.value)
+  options = dict(field=_TEXT_FIELD.value, separator=commands.text(_SEPARATOR))
   return functools.partial(documents.read, found, **options), dict(sources=documents.describe(found), **options)
 
 

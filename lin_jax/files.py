@@ -145,9 +145,14 @@ def _locked(path, held):
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
       file.close()
       continue
-    with _refusing(path):
-      file.truncate(0)
-      file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    try:
+      with _refusing(path):
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    except Unwritable:
+      path.unlink()
+      file.close()
+      raise
     return file
 
 
@@ -196,10 +201,21 @@ def naming(path: pathlib.Path | str) -> Iterator[None]:
   except Unwritable:
     raise
   except Exception as e:
+    if isinstance(e, OSError) and not e.filename and not _output_works():
+      raise OSError(e.errno, e.strerror, "standard output") from e
     words = next((os.strerror(number) for number in _REFUSALS if os.strerror(number) in str(e)), None)
     if words is None:
       raise
     raise Unwritable(f"{path}: cannot be written: {words}") from e
+
+
+def _output_works():
+  try:
+    if sys.stdout is not None:
+      sys.stdout.flush()
+  except OSError:
+    return False
+  return True
 
 
 @contextlib.contextmanager

@@ -20,8 +20,9 @@ from lin_jax import metrics as reporting
 from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import DataConfig, TrainConfig
-from lin_jax.data import TokenDataset, describe, eval_batches, train_iterator
+from lin_jax.data import TokenDataset, eval_batches, train_iterator
 from lin_jax.loss import next_token_loss
+from lin_jax.manifests import describe
 from lin_jax.model import LanguageModel, keep_rows
 from lin_jax.preemption import stop_signals
 

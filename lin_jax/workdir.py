@@ -43,7 +43,7 @@ def prepare(workdir: pathlib.Path, config: TrainConfig, data: dict | None = None
   """Creates `workdir` with `config.json`, `data.json` and `environment.json`, or checks that it belongs to this run.
 
   Args:
-    data: what `lin_jax.data.describe` says of the run's dataset; a run that has not recorded it yet does so now.
+    data: what `lin_jax.manifests.describe` says of the run's dataset; a run that has not recorded it yet does so now.
   Raises:
     ValueError: it holds a run whose config differs in a field outside `RESUMABLE`, one on other data, or checkpoints of
       an unknown run, or it cannot be written.

@@ -12,8 +12,8 @@ import shutil
 import numpy as np
 
 from corpora.unpack import SUFFIX
-from lin_jax.data import DTYPE, FORMAT, VERSION
 from lin_jax.files import sha256, write_json
+from lin_jax.manifests import DTYPE, FORMAT, VERSION
 from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, Tokenizer
 
 SHARD_TOKENS = 2**25

@@ -21,8 +21,8 @@ import numpy as np
 
 from corpora import apt, archives, clean, dataset, fetch, formats, overlap
 from corpora.progress import Progress
-from lin_jax.data import DTYPE
 from lin_jax.files import replacing, sha256
+from lin_jax.manifests import DTYPE
 from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer
 
 SOURCES = pathlib.Path(__file__).with_name("sources.tsv")

@@ -12,7 +12,8 @@ from corpora import dataset
 from corpora.progress import Progress
 from corpora.unpack import SUFFIX
 from lin_jax import files
-from lin_jax.data import TokenDataset, read_manifest
+from lin_jax.data import TokenDataset
+from lin_jax.manifests import read_manifest
 from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, load_tokenizer
 
 # Ids are two bytes each: one bit of position and of literal position tell the compressor which of them it sees.
@@ -36,6 +37,8 @@ def pack(source: pathlib.Path, out: pathlib.Path, train_tokens: int = 0) -> bool
   jobs = []
   for split, entry in entries.items():
     folder = work if split == "train" and train_tokens else source
+    for part in [entry["index"], *entry["shards"]]:
+      files.require_sha256(folder / part["file"], part["sha256"])
     jobs += [(folder / part["file"], work / (part["file"] + SUFFIX)) for part in [entry["index"], *entry["shards"]]]
   jobs.sort(key=lambda job: -job[0].stat().st_size)
   progress = Progress("compress: files", len(jobs))

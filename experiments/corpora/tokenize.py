@@ -11,8 +11,8 @@ from corpora import fetch
 from corpora.dataset import SHARD_TOKENS, DatasetWriter, begin
 from corpora.documents import Document
 from corpora.progress import Progress
-from lin_jax.data import DTYPE
 from lin_jax.files import sha256
+from lin_jax.manifests import DTYPE
 from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, Tokenizer, load_tokenizer
 
 CHECKPOINT_TOKENS = 2**24

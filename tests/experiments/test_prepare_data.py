@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from corpora import archives, clean, documents, english, fetch, formats, overlap, pack, shakespeare, tokenize, unpack
-from lin_jax.data import TokenDataset, read_manifest
+from lin_jax.data import TokenDataset
 from lin_jax.files import lock
+from lin_jax.manifests import read_manifest
 from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, load_tokenizer
 from tests.forked import ROOT, Command
 

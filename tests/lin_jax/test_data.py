@@ -10,7 +10,8 @@ import pytest
 from corpora import dataset
 from lin_jax import files
 from lin_jax.config import DataConfig
-from lin_jax.data import TokenDataset, Windows, describe, eval_batches, train_iterator, verify
+from lin_jax.data import TokenDataset, Windows, eval_batches, train_iterator
+from lin_jax.manifests import describe, verify
 
 KEYS = ("tokens", "targets", "segment_ids", "mask")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lin_jax import workdir as workdirs
-from lin_jax.data import describe
+from lin_jax.manifests import describe
 from tests.lin_jax import tiny
 
 

@@ -1,0 +1,82 @@
+"""The manifest of a dataset directory: what `lin_jax.data` describes, as counts and checksums of every file."""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from lin_jax import files
+from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE
+
+FORMAT = "lin_jax.tokens"
+VERSION = 1
+DTYPE = np.dtype("<u2")
+
+
+def read_manifest(path: str | pathlib.Path) -> dict:
+  """The manifest of a dataset directory. Raises ValueError when it is missing or of another format."""
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise ValueError(f"data path {str(path)!r}: no such directory; experiments/prepare_data.py makes one")
+  file = path / MANIFEST_FILE
+  try:
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+  except FileNotFoundError as e:
+    raise ValueError(f"{path}: no {MANIFEST_FILE}: not a directory written by experiments/prepare_data.py") from e
+  except (OSError, ValueError) as e:
+    raise ValueError(f"{file}: not readable as JSON ({e})") from e
+  if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    raise ValueError(f"{file}: must be a manifest of format {FORMAT!r}")
+  for key, expected in (("version", VERSION), ("dtype", DTYPE.str)):
+    if manifest.get(key) != expected:
+      raise ValueError(f"{file}: {key} {manifest.get(key)!r}: this version of lin_jax reads {expected!r}")
+  return manifest
+
+
+def describe(path: str | pathlib.Path) -> dict:
+  """What a run remembers of its dataset: `path`, `sha256` of all that training and its evaluation read (the splits
+  train and val and the tokenizer, by the manifest's checksums), and `train_tokens`. Raises ValueError."""
+  manifest = read_manifest(path)
+  try:
+    splits = {name: manifest["splits"][name] for name in ("train", "val") if name in manifest["splits"]}
+    read = [[name, entry["index"]["sha256"], *(shard["sha256"] for shard in entry["shards"])]
+            for name, entry in splits.items()]
+    read.append([manifest["tokenizer"][key] for key in ("name", "vocab_size", "sha256")])
+    digest = hashlib.sha256(json.dumps(read).encode()).hexdigest()
+    return {"path": str(path), "sha256": digest, "train_tokens": splits["train"]["tokens"] if "train" in splits else 0}
+  except (KeyError, TypeError, AttributeError) as e:
+    raise ValueError(f"{pathlib.Path(path) / MANIFEST_FILE}: incomplete or malformed: {e!r}") from e
+
+
+def verify(path: str | pathlib.Path) -> int:
+  """Compares every file of a dataset with its manifest, and returns how many bytes were read. Raises ValueError, which
+  names all that differ."""
+  path, faults, size = pathlib.Path(path), [], 0
+  manifest = read_manifest(path)
+  try:
+    parts = [part for entry in manifest["splits"].values() for part in [entry["index"], *entry["shards"]]]
+    if manifest["tokenizer"]["sha256"]:
+      parts.append({"file": MODEL_FILE, "sha256": manifest["tokenizer"]["sha256"]})
+    expected = {path / part["file"]: part["sha256"] for part in parts}
+  except (KeyError, TypeError, AttributeError) as e:
+    raise ValueError(f"{path / MANIFEST_FILE}: incomplete or malformed: {e!r}") from e
+  for file, sha256 in expected.items():
+    try:
+      files.require_sha256(file, sha256)
+      size += file.stat().st_size
+    except ValueError as e:
+      faults.append(str(e))
+  if faults:
+    raise ValueError("; ".join(faults))
+  return size
+
+
+def require_size(file: pathlib.Path, expected: int) -> None:
+  """Raises ValueError when the file cannot be read or is not of `expected` bytes."""
+  try:
+    size = file.stat().st_size
+  except OSError as e:
+    raise ValueError(f"{file}: named in the manifest, but not readable ({e.strerror})") from e
+  if size != expected:
+    raise ValueError(f"{file}: {size} bytes: the manifest says {expected}, so the file is truncated or was changed")
