@@ -1,0 +1,49 @@
+"""A short form of the fault campaign, and that its judge can fail."""
+
+import pytest
+
+import fault_cases
+import inject_faults
+from fault_runner import Ended, Inputs
+
+# The whole list takes minutes: one of each kind that needs no trained model.
+SHORT = ("prepare_data: files of 2000 bytes", "pack: files of 1000 bytes", "train: files of 1000 bytes",
+         "prepare_data: standard output closed", "prepare_data: a second process", "train: a second process",
+         "prepare_data: train-00000.bin changed", "prepare_data: tokenizer.model changed",
+         "prepare_data: killed at 3/5 of its time")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+  return Inputs(tmp_path_factory.mktemp("faults") / "inputs")
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_fault_ends_in_one_message_and_its_code(inputs, tmp_path, name):
+  case, = [case for case in fault_cases.CASES if case.name == name]
+  row = inject_faults.outcome(case, inputs, tmp_path / "case")
+  assert row["outcome"] == "passed", row
+
+
+def test_cases_have_names_of_their_own():
+  names = [case.name for case in fault_cases.CASES]
+  assert len(names) == len(set(names)) and set(SHORT) <= set(names)
+
+
+@pytest.mark.parametrize("ended, problem", [
+    (Ended(2, "", "x.py: a: full\n"), ""),
+    (Ended(1, "", "x.py: a: full\n"), "exit code 1, not 2"),
+    (Ended(2, "", "x.py: a: other\n"), "not the one message"),
+    (Ended(2, "", "x.py: a: full\nx.py: a: full\n"), "not the one message"),
+    (Ended(2, "", "Traceback (most recent call last):\nE: 1\nx.py: a: full\n"), "traceback: x.py"),
+])
+def test_the_judge_sees_codes_messages_and_tracebacks(ended, problem):
+  assert fault_cases.Case("case", None, 2, "a: full").problem(ended).startswith(problem)
+
+
+def test_a_fault_that_cannot_be_made_is_skipped_and_not_passed(inputs, tmp_path, monkeypatch):
+  monkeypatch.setattr(fault_cases.subprocess, "run", lambda words, **_: fault_cases.subprocess.CompletedProcess(
+      words, 1, "", "mount: only root can do that"))
+  case = fault_cases.full_disk("prepare_data", 0)
+  row = inject_faults.outcome(case, inputs, tmp_path / "case")
+  assert row["outcome"] == "skipped" and row["message"] == "mount -t tmpfs: mount: only root can do that"
