@@ -121,11 +121,11 @@ def _unraisable(args):
 
 
 def _exit(message, code=2):
-  for stream in (sys.stdout, sys.stderr):
+  for stream, text in ((sys.stdout, ""), (sys.stderr, f"{pathlib.Path(sys.argv[0]).name}: {message}\n")):
     try:
       if stream is not None:
+        stream.write(text)
         stream.flush()
     except OSError:  # what is left in it goes nowhere, or Python would try again, and fail, after the message
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-  print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
   sys.exit(code)

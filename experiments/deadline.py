@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
-  """Yields a function that says whether `seconds` (0: no limit) are over or SIGTERM has come.
+  """Yields a function that says whether `seconds` (0: no limit) are over or SIGTERM or Ctrl-C has come.
 
-  From then on each training run in the context is sent SIGTERM, which ends it with a checkpoint. For the main thread.
+  From then on each training run in the context is sent SIGTERM, which ends it with a checkpoint. After Ctrl-C the
+  context ends in KeyboardInterrupt; a second Ctrl-C is one at once. For the main thread.
   """
   end, came, done = time.monotonic() + (seconds or math.inf), [], threading.Event()
 
@@ -29,8 +30,15 @@ def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
         sent = handler
         os.kill(os.getpid(), signal.SIGTERM)
 
-  remember = lambda *_: came.append(True)
-  previous = signal.signal(signal.SIGTERM, remember)
+  def remember(number, _):
+    came.append(number)
+    if number == signal.SIGINT:
+      signal.signal(number, signal.default_int_handler)
+      with contextlib.suppress(OSError):
+        os.write(2, b"interrupted: saving; again to stop at once\n")  # print may be what is interrupted
+
+  previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)
+              if signal.getsignal(number) is not signal.SIG_IGN}
   thread = threading.Thread(target=watch, daemon=True)
   thread.start()
   try:
@@ -38,4 +46,7 @@ def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
   finally:
     done.set()
     thread.join()
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+  if signal.SIGINT in came:
+    raise KeyboardInterrupt

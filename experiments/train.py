@@ -34,7 +34,10 @@ def main(_):
     raise ValueError(f"--config is required: one of {', '.join(configs.CONFIGS)}")
   if _COORDINATOR.value:
     address = None if _COORDINATOR.value == "auto" else _COORDINATOR.value
-    jax.distributed.initialize(address, _PROCESSES.value, _PROCESS.value)
+    try:
+      jax.distributed.initialize(address, _PROCESSES.value, _PROCESS.value)
+    except (RuntimeError, ValueError) as e:
+      raise ValueError(f"--coordinator={_COORDINATOR.value}: {str(e).splitlines()[0]}") from e
   workdir = _WORKDIR.value or f"runs/{config.name}"
   try:
     result = train(config, workdir)

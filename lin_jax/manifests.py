@@ -35,15 +35,15 @@ def read_manifest(path: str | pathlib.Path) -> dict:
 
 
 def describe(path: str | pathlib.Path) -> dict:
-  """What a run remembers of its dataset: `path`, `sha256` of all that training and its evaluation read (the splits
-  train and val and the tokenizer, by the manifest's checksums), and `train_tokens`. Raises ValueError."""
+  """What a run remembers of its dataset: `path`, `train_tokens`, and `sha256` of what the manifest says of all that
+  training and its evaluation read: the splits train and val, with their checksums and counts, and the tokenizer.
+
+  Raises ValueError.
+  """
   manifest = read_manifest(path)
   try:
     splits = {name: manifest["splits"][name] for name in ("train", "val") if name in manifest["splits"]}
-    read = [[name, entry["index"]["sha256"], *(shard["sha256"] for shard in entry["shards"])]
-            for name, entry in splits.items()]
-    read.append([manifest["tokenizer"][key] for key in ("name", "vocab_size", "sha256")])
-    digest = hashlib.sha256(json.dumps(read).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([splits, manifest["tokenizer"]], sort_keys=True).encode()).hexdigest()
     return {"path": str(path), "sha256": digest, "train_tokens": splits["train"]["tokens"] if "train" in splits else 0}
   except (KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"{pathlib.Path(path) / MANIFEST_FILE}: incomplete or malformed: {e!r}") from e

@@ -23,7 +23,9 @@ def stop_signals() -> Iterator[Callable[[int], str]]:
     came.append(signal.Signals(number).name)
     if number == signal.SIGINT:
       signal.signal(number, signal.default_int_handler)
-      os.write(2, b"interrupted: saving after this step; again to stop at once\n")  # print may be what is interrupted
+      with contextlib.suppress(OSError):
+        # Not print, which may be under way.
+        os.write(2, b"interrupted: saving after this step; again to stop at once\n")
 
   if jax.process_count() > 1:
     # JAX's own handler makes the processes agree on the step.

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from deadline import deadline
 from lin_jax.preemption import stop_signals
 
@@ -23,3 +25,16 @@ def test_deadline_reaches_whoever_listens_and_no_one_else():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)
     assert over()
+
+
+def test_interrupts_let_the_run_save_and_then_end_the_command():
+  before, reached = signal.getsignal(signal.SIGINT), []
+  with pytest.raises(KeyboardInterrupt), deadline(0) as over:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert over()
+    reached.append("saved")
+  assert reached == ["saved"] and signal.getsignal(signal.SIGINT) is before
+  with pytest.raises(KeyboardInterrupt), deadline(0):
+    for _ in range(2):
+      os.kill(os.getpid(), signal.SIGINT)
+    pytest.fail("went on after the second")
