@@ -1,6 +1,7 @@
 """Runs a command's `main`: what the user or the machine has to mend ends with exit code 2 and one message, Ctrl-C with
 130, and a defect with its traceback."""
 
+import io
 import logging
 import os
 import pathlib
@@ -14,6 +15,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from kernels import cpu_compiler
+from lin_jax import files
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _SOURCES = tuple(_ROOT / name for name in ("experiments", "lin_jax", "kernels"))
@@ -28,10 +30,8 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
   dependency is a defect and keeps its traceback.
   """
   cpu_compiler.switch_off()
-  # A character that the terminal's encoding lacks is written as its code, and does not end a run.
-  for stream in (sys.stdout, sys.stderr):
-    if stream is not None:
-      stream.reconfigure(errors="backslashreplace")
+  if sys.stdout is not None:  # it may have been closed before the command began
+    sys.stdout = _Output(sys.stdout)
   # JAX otherwise cuts its own frames out, and with them the difference between its errors and ours.
   jax.config.update("jax_traceback_filtering", "off")
 
@@ -86,6 +86,8 @@ def _parse(argv):
     return flags.FLAGS(argv)
   except flags.Error as e:
     _exit(f"{e}; pass --help for the flags of this command")
+  except OSError as e:  # of printing the help
+    _exit(_system_error(e))
   except KeyError as e:  # how ml_collections reports an override of a field that the config does not have
     _exit(f"unknown config field: {e.args[0]}")
 
@@ -95,13 +97,34 @@ def _raised_here(error):
   return any(file.is_relative_to(folder) for folder in _SOURCES)
 
 
+class _Output(io.TextIOWrapper):
+  """Standard output that says in its errors what it is. Characters that its encoding lacks are written as their codes,
+  as on standard error, and do not end a run."""
+
+  def __init__(self, stream):
+    super().__init__(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
+                     write_through=stream.write_through)
+    self._stream = stream  # which closes the buffer when nothing refers to it
+
+  def write(self, text):
+    try:
+      return super().write(text)
+    except OSError as e:
+      raise OSError(e.errno, e.strerror, files.OUTPUT) from e
+
+  def flush(self):
+    try:
+      super().flush()
+    except OSError as e:
+      raise OSError(e.errno, e.strerror, files.OUTPUT) from e
+
+
 def _system_error(error):
   """What the operating system has refused, as a message; None for any other error."""
   if isinstance(error, BrokenPipeError):
     return "standard output was closed before the command had ended"
   if isinstance(error, OSError) and error.errno:
-    # What has no name here was printed: files.py names files.
-    return f"{error.filename or 'standard output'}: {error.strerror}"
+    return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
   return None
 
 

@@ -204,7 +204,7 @@ def killed(name, part):
     time_taken = time.monotonic() - begin
     process = Process(words(inputs, folder / "killed"))
     time.sleep(time_taken * part / KILLS)
-    if process.running():
+    with contextlib.suppress(ProcessLookupError):  # it has ended
       os.kill(process.pid, signal.SIGKILL)
     process.end()
     ended = finish(words(inputs, folder / "killed"))

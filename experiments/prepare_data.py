@@ -59,7 +59,12 @@ def main(_) -> None:
   out = pathlib.Path(_OUT.value)
   # Beside the directory, which is there only once it is complete.
   with files.lock(out.absolute().with_name(out.absolute().name + ".lock"), f"{out} is being made"), files.naming(out):
-    made = {"pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
+    try:
+      made = {"pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
+    except OSError as e:  # of a network too, which has no number
+      if e.errno:
+        raise
+      raise ValueError(f"{out}: {e}") from e
   print(f"{out}: {'written' if made else 'complete already, nothing to do'}")
 
 

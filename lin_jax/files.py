@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 PARTIAL = ".making"
+OUTPUT = "standard output"  # its name in errors
 _REFUSALS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 
 
@@ -201,21 +202,12 @@ def naming(path: pathlib.Path | str) -> Iterator[None]:
   except Unwritable:
     raise
   except Exception as e:
-    if isinstance(e, OSError) and not e.filename and not _output_works():
-      raise OSError(e.errno, e.strerror, "standard output") from e
+    if isinstance(e, OSError) and e.filename == OUTPUT:
+      raise
     words = next((os.strerror(number) for number in _REFUSALS if os.strerror(number) in str(e)), None)
     if words is None:
       raise
     raise Unwritable(f"{path}: cannot be written: {words}") from e
-
-
-def _output_works():
-  try:
-    if sys.stdout is not None:
-      sys.stdout.flush()
-  except OSError:
-    return False
-  return True
 
 
 @contextlib.contextmanager

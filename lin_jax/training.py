@@ -51,7 +51,8 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
     `checkpoint` (the folder of the last).
   Raises:
     ValueError, or NotImplementedError from an op's named implementation: the config, the data or the workdir breaks a
-      rule; raised before anything is written.
+      rule; raised before anything is written, but for a shard that is not what the manifest says, which is found when
+      it is first read.
     FloatingPointError: the loss or a gradient is not finite and config.optim.nonfinite is "stop".
   """
   workdir = pathlib.Path(workdir)

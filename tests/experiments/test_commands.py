@@ -26,7 +26,7 @@ def ended(folder, body, **options):
 @pytest.mark.parametrize("body, code, message", [
     ("raise KeyboardInterrupt", 130, "command.py: interrupted\n"),
     ("open('no/such/file')", 2, "command.py: no/such/file: No such file or directory\n"),
-    ("raise OSError(28, 'No space left on device')", 2, "command.py: standard output: No space left on device\n"),
+    ("raise OSError(28, 'No space left on device')", 2, "command.py: No space left on device\n"),
     ("os.dup2(os.open('/dev/full', os.O_WRONLY), 1); print('text')", 2,
      "command.py: standard output: No space left on device\n"),
     ("raise BrokenPipeError(32, 'Broken pipe')", 2,
