@@ -61,15 +61,16 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
 
 def define_checkpoint() -> flags.FlagHolder[str]:
   """The flag --checkpoint; `checkpoint_step` reads its value."""
-  return flags.DEFINE_string("checkpoint", "last", "Which checkpoint of the run: last, best, or a step.")
+  return flags.DEFINE_string("checkpoint", "last", "Which checkpoint of the run: last, best, previous "
+                             "(the newest before the last that loads), or a step.")
 
 
 def checkpoint_step(value: str) -> int | str | None:
   """The `step` argument of `lin_jax.checkpoint.load_model` for a value of --checkpoint. Raises ValueError."""
-  if value in ("last", "best"):
+  if value in ("last", "best", "previous"):
     return None if value == "last" else value
   if not value.isdecimal():
-    raise ValueError(f"--checkpoint={value}: must be 'last', 'best' or the number of a step")
+    raise ValueError(f"--checkpoint={value}: must be 'last', 'best', 'previous' or the number of a step")
   return int(value)
 
 

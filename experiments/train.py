@@ -1,7 +1,10 @@
 """Trains a config by name; the same command resumes an interrupted run.
 
   python experiments/train.py --config=gla_tiny
+  python experiments/train.py --config=gla_tiny --checkpoint=previous
   python experiments/train.py --config=gla_1b3 --workdir=runs/long --config.optim.steps=20000 --config.mesh.fsdp=8
+
+The run goes on from its last checkpoint, or from --checkpoint, with later ones set aside.
 
 Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 130 stopped by Ctrl-C with a checkpoint saved; 1
 the loss was not finite; 2 a user's error, or one of the machine, such as a full disk.
@@ -22,6 +25,7 @@ _CONFIG = config_flags.DEFINE_config_dataclass(
     "config", TrainConfig(), f"One of {', '.join(configs.CONFIGS)}; --config.<field>=<value> overrides a field.",
     parse_fn=configs.lookup)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; runs/<config> if empty.")
+_CHECKPOINT = commands.define_checkpoint()
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "host:port of the first process of a run on several hosts; 'auto' where the cluster tells.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with a coordinator.")
@@ -39,8 +43,9 @@ def main(_):
     except (RuntimeError, ValueError) as e:
       raise ValueError(f"--coordinator={_COORDINATOR.value}: {str(e).splitlines()[0]}") from e
   workdir = _WORKDIR.value or f"runs/{config.name}"
+  checkpoint = commands.checkpoint_step(_CHECKPOINT.value)
   try:
-    result = train(config, workdir)
+    result = train(config, workdir, checkpoint)
   except FloatingPointError as e:
     print(f"train.py: {e}", file=sys.stderr)
     sys.exit(1)

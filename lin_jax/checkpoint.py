@@ -1,24 +1,33 @@
 """Checkpoints of a run, through Orbax: the only module that knows it.
 
-A step under `workdir/checkpoints` holds four items: `params` and `optimizer` (each a flat dict of arrays by name, the
-second with the rest of the training state), `data` (the data iterator's position) and `config`. Saves copy to the host
-and are written in the background.
+A step under `workdir/checkpoints` holds five items: `params` and `optimizer` (each a flat dict of arrays by name, the
+second with the rest of the training state), `data` (the data iterator's position), `config`, and `checksums`: the CRC32
+of every array and of the iterator's position, which every load verifies. A checkpoint from before there were checksums
+loads unverified. Saves copy to the host and are written in the background; the checksums are computed before that, in
+about 1 s per GB and core.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lin_jax import config as configs
+from lin_jax import damage
 from lin_jax.config import CheckpointConfig, TrainConfig
 from lin_jax.workdir import prepare
 
+_CHECKSUMS, _CHECKSUMS_FILE = "checksums", "crc32.json"
 _POSITIONS = "process_*-of-*.json"
 
 
@@ -33,52 +42,120 @@ class Checkpoints:
     config, read_only = config or CheckpointConfig(), config is None
     keep = [policies.LatestN(config.keep_last)]
     if config.keep_best:
-      keep.append(policies.BestN(get_metric_fn=_eval_loss, reverse=True, n=config.keep_best))
+      keep.append(policies.BestN(get_metric_fn=_eval_loss, reverse=True, n=config.keep_best,
+                                 keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=_eval_loss, best_mode="min",
         # Orbax warns of its own mode for reading; a manager that never saves needs none.
         create=not read_only)
     handlers = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+                "data": grain.checkpoint.CheckpointHandler(), "config": ocp.JsonCheckpointHandler(),
+                "checksums": ocp.JsonCheckpointHandler(filename=_CHECKSUMS_FILE)}
     self.path = workdir.absolute() / "checkpoints"
-    self._manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+    with damage.silenced():
+      self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
   def save(self, step: int, params, optimizer, data, config: TrainConfig, eval_loss: float | None = None) -> None:
     """Starts saving `step`, unless it is saved already; only steps with an `eval_loss` can become the best."""
     if step == self.latest():
       return
-    items = ocp.args.Composite(
-        params=ocp.args.StandardSave(_flat(params)), optimizer=ocp.args.StandardSave(_flat(optimizer)),
-        data=grain.checkpoint.CheckpointSave(data), config=ocp.args.JsonSave(configs.to_dict(config)))
     # Orbax warns of a save without metrics; one with empty metrics ranks last.
     metrics = {} if eval_loss is None else {"eval_loss": eval_loss}
-    self._manager.save(step, args=items, metrics=metrics, force=True)
+    self._save(step, {"params": params, "optimizer": optimizer}, config, metrics, data)
 
   def save_params(self, step: int, params, config: TrainConfig) -> None:
     """Starts saving the parameters of `step` alone; `restore_params` reads them, `restore` does not."""
-    items = ocp.args.Composite(params=ocp.args.StandardSave(_flat(params)),
-                               config=ocp.args.JsonSave(configs.to_dict(config)))
-    self._manager.save(step, args=items, metrics={}, force=True)
+    self._save(step, {"params": params}, config, {})
+
+  def _save(self, step, trees, config, metrics, data=None):
+    trees = {item: _flat(tree) for item, tree in trees.items()}
+    items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()}
+    checksums = {"step": step, "metrics": damage.checksum(metrics)}
+    checksums |= {item: damage.checksums(tree) for item, tree in trees.items()}
+    if data is not None:
+      items["data"], checksums["data"] = grain.checkpoint.CheckpointSave(data), damage.checksum(data.get_state())
+    items = ocp.args.Composite(**items, config=ocp.args.JsonSave(configs.to_dict(config)),
+                               checksums=ocp.args.JsonSave(checksums))
+    self._manager.save(step, args=items, metrics=metrics, force=True)
 
   def restore(self, step: int, params, optimizer, data):
     """(params, optimizer) placed like the abstract arrays given, and `data` moved to where it was at `step`.
 
-    Raises ValueError naming the first array whose name or shape differs.
+    Raises ValueError naming the first array whose name or shape differs, or DamagedCheckpoint.
     """
-    targets = {"params": _flat(params), "optimizer": _flat(optimizer)}
-    for item, target in targets.items():
-      self._check(step, item, target)
-    args = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
-    restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-    _set_position(data, self.path / str(step) / "data")
+    restored = self._restore(step, {"params": _flat(params), "optimizer": _flat(optimizer)}, data)
     return _unflat(params, restored["params"]), _unflat(optimizer, restored["optimizer"])
 
   def restore_params(self, step: int, params):
     """The parameters alone, placed like the abstract arrays given. Raises ValueError as `restore` does."""
-    target = _flat(params)
-    self._check(step, "params", target)
-    restored = self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))
-    return _unflat(params, restored["params"])
+    return _unflat(params, self._restore(step, {"params": _flat(params)})["params"])
+
+  def _restore(self, step, targets, data=None):
+    folder = self.path / str(step)
+    checksums = damage.read(folder, lambda: _read_checksums(folder))
+    if checksums and checksums.get("step") != step:
+      raise damage.DamagedCheckpoint(f"checkpoint {folder} holds step {checksums.get('step')}: was its folder renamed?")
+    for item, target in targets.items():
+      shapes = damage.read(folder, lambda item=item: _shapes(folder / item, checksums and checksums[item]))
+      _require_same_model(folder, item, shapes, target)
+    args = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
+
+    def read():
+      restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+      if checksums:
+        for item in targets:
+          damage.require_same(folder, item, damage.checksums(restored[item]), checksums[item])
+      if data is not None:
+        _set_position(data, folder / "data")
+        if checksums:
+          damage.require_same(folder, "data", {"position": damage.checksum(data.get_state())},
+                               {"position": checksums["data"]})
+      return restored
+
+    return damage.read(folder, read)
+
+  def load(self, which: int | str | None, load: Callable[[int], Any]) -> tuple[int, Any]:
+    """(step, `load(step)`) of the checkpoint `which`.
+
+    Args:
+      which: a saved step, "best", "previous" (the newest before the last one that loads), or None for the last.
+      load: calls `restore` or `restore_params`.
+    Raises:
+      ValueError: there is no such step.
+      DamagedCheckpoint: it does not load; the message names the newest checkpoint that does.
+    """
+    steps = self.steps()
+    named = {None: steps[-1:], "best": [self.best()], "previous": steps[-2::-1]}
+    chosen = named.get(which, [which])
+    if not chosen or chosen[0] not in steps:
+      raise ValueError(f"{self.path.parent}: no checkpoint of step {'last' if which is None else which}; "
+                       f"saved: {steps}")
+    failure = None
+    for step in [*chosen, *(step for step in reversed(steps) if step not in chosen)]:
+      try:
+        loaded = load(step)
+      except damage.DamagedCheckpoint as e:
+        failure = failure or e
+        continue
+      if step in chosen:
+        return step, loaded
+      raise damage.DamagedCheckpoint(f"{failure}. The newest checkpoint that loads is {self.path}/{step}: "
+                              f"--checkpoint={step} goes on from it") from failure
+    raise damage.DamagedCheckpoint(f"{failure}. No other checkpoint of this run loads") from failure
+
+  def set_aside(self, after: int) -> list[pathlib.Path]:
+    """Moves the checkpoints of steps beyond `after` to `workdir/set_aside`, and returns where they are now."""
+    moved = []
+    for step in (step for step in self.steps() if step > after):
+      folder = self.path.parent / "set_aside"
+      target = next(path for n in itertools.count() if not (path := folder / f"{step}{f'.{n}' if n else ''}").exists())
+      moved.append(target)
+      if jax.process_index() == 0:
+        folder.mkdir(exist_ok=True)
+        (self.path / str(step)).rename(target)
+    multihost_utils.sync_global_devices("checkpoints set aside")
+    self._manager.reload()
+    return moved
 
   def latest(self) -> int | None:
     """The last saved step, or None."""
@@ -87,7 +164,7 @@ class Checkpoints:
   def best(self) -> int | None:
     """The saved step of lowest `eval_loss`, or None when no saved step was evaluated."""
     step = self._manager.best_step()
-    return None if step is None or not self._manager.metrics(step) else step
+    return None if step is None or _eval_loss(self._manager.metrics(step)) == math.inf else step
 
   def processes(self, step: int) -> int | None:
     """How many processes have saved `step`, or None when it does not say."""
@@ -101,22 +178,28 @@ class Checkpoints:
     """Waits for saves under way."""
     self._manager.close()
 
-  def _check(self, step, item, target):
-    saved = self._manager.item_metadata(step)[item]
-    for name in sorted(saved.keys() | target.keys()):
-      here, there = (tuple(tree[name].shape) if name in tree else None for tree in (target, saved))
-      if here != there:
-        raise ValueError(f"{self.path}/{step} is a checkpoint of another model: {item} {name} has shape "
-                         f"{there or 'none (missing)'} there, {here or 'none (missing)'} in this config")
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, but a metrics file that is damaged is one that is missing: it only says which steps are the best."""
+
+  def metrics(self, step):
+    try:
+      metrics = super().metrics(step)
+      checksums = _read_checksums(self.directory / str(step))
+      return metrics if checksums is None or checksums["metrics"] == damage.checksum(metrics) else None
+    except (ValueError, KeyError, TypeError, OSError):
+      return None
 
 
 def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
   """(config, model) of a run, the parameters on the first device.
 
   Args:
-    step: a saved step, "best" (lowest held-out loss), or None for the last.
+    step: a saved step, "best" (lowest held-out loss), "previous" (the newest before the last that loads), or None for
+      the last.
   Raises:
     ValueError: the workdir holds no run, no such step, or a checkpoint of another model.
+    DamagedCheckpoint: the checkpoint cannot be read, or its parameters are not those that were saved.
   """
   from lin_jax.model import LanguageModel
 
@@ -124,16 +207,11 @@ def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
   config = configs.load(workdir / "config.json")
   if not (workdir / "checkpoints").is_dir():
     raise ValueError(f"{workdir}: no checkpoints; was this run stopped before its first save?")
-  checkpoints = Checkpoints(workdir)
-  known = checkpoints.steps()
-  chosen = {None: checkpoints.latest(), "best": checkpoints.best()}.get(step, step)
-  if chosen not in known:
-    raise ValueError(f"{workdir}: no checkpoint of step {'last' if step is None else step}; saved: {known}")
   graph, abstract = nnx.split(nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))), nnx.Param)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-  params = checkpoints.restore_params(chosen, abstract)
-  checkpoints.close()
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    _, params = checkpoints.load(step, lambda step: checkpoints.restore_params(step, abstract))
   return config, nnx.merge(graph, params)
 
 
@@ -146,13 +224,40 @@ def save_model(workdir: pathlib.Path | str, config: TrainConfig, model) -> None:
   if (workdir / "config.json").exists() or any(workdir.glob("checkpoints/*")):
     raise ValueError(f"workdir {str(workdir)!r} holds a run already: choose another")
   prepare(workdir, config)
-  checkpoints = Checkpoints(workdir, config.checkpoint)
-  checkpoints.save_params(0, nnx.state(model, nnx.Param), config)
-  checkpoints.close()
+  with contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
+    checkpoints.save_params(0, nnx.state(model, nnx.Param), config)
 
 
 def _eval_loss(metrics):
-  return metrics.get("eval_loss", math.inf)
+  loss = (metrics or {}).get("eval_loss", math.inf)
+  return loss if math.isfinite(loss) else math.inf
+
+
+def _read_checksums(folder):
+  """The item `checksums`, or None of a checkpoint that was saved without."""
+  listed = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+  if _CHECKSUMS not in listed and not (folder / _CHECKSUMS).exists():
+    return None
+  checksums = json.loads((folder / _CHECKSUMS / _CHECKSUMS_FILE).read_text())
+  if not isinstance(checksums, dict):
+    raise ValueError(f"{_CHECKSUMS_FILE} holds no checksums")
+  return checksums
+
+
+def _shapes(folder, checksums):
+  metadata = ocp.StandardCheckpointHandler().metadata(folder).tree
+  shapes = {name: tuple(array.shape) for name, array in metadata.items()}
+  if checksums and shapes.keys() != checksums.keys():
+    raise ValueError(f"its arrays and its checksums have different names: {sorted(shapes.keys() ^ checksums.keys())}")
+  return shapes
+
+
+def _require_same_model(folder, item, saved, target):
+  for name in sorted(saved.keys() | target.keys()):
+    here, there = tuple(target[name].shape) if name in target else None, saved.get(name)
+    if here != there:
+      raise ValueError(f"{folder} is a checkpoint of another model: {item} {name} has shape "
+                       f"{there or 'none (missing)'} there, {here or 'none (missing)'} in this config")
 
 
 def _set_position(data, folder):

@@ -40,8 +40,11 @@ class TrainState:
   carried: Any = None  # the model's state from which each row's next window goes on, with data.carried_windows above 1
 
 
-def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
+def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | str | None = None) -> dict:
   """Trains `config` in `workdir` from scratch, or from its last checkpoint to the exact end of an unbroken run.
+
+  With `checkpoint`, a step or "previous" or "best" as in `checkpoint.load_model`, the run goes on from that one; later
+  ones are moved to `workdir/set_aside`.
 
   SIGTERM and Ctrl-C end the run after the step under way, with a checkpoint. The config may differ from the interrupted
   run's in the fields of `workdir.RESUMABLE` only.
@@ -75,10 +78,12 @@ def train(config: TrainConfig, workdir: pathlib.Path | str) -> dict:
     stack.enter_context(jax.set_mesh(mesh))
     terminated = stack.enter_context(stop_signals())
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint)))
-    start = checkpoints.latest() or 0
-    if start:
-      _require_rows(checkpoints.processes(start), config.data)
-    state = _restore(checkpoints, start, abstract, batches) if start else create()
+    start, state = 0, None
+    if checkpoint is not None or checkpoints.latest():
+      start, state = checkpoints.load(checkpoint, lambda step: _restore(checkpoints, step, abstract, batches, config))
+      if moved := checkpoints.set_aside(after=start):
+        print(f"checkpoints after step {start} are now {', '.join(map(str, moved))}", flush=True)
+    state = state or create()
     report = stack.enter_context(contextlib.closing(reporting.Reporter(config, workdir, start, bytes_per_token["val"])))
     profile = stack.enter_context(contextlib.closing(reporting.Profile(workdir, config.log.profile_steps)))
     place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
@@ -271,7 +276,8 @@ def _join(tree, axis):
   return jax.tree.map(join, tree)
 
 
-def _restore(checkpoints, step, abstract, batches):
+def _restore(checkpoints, step, abstract, batches, config):
+  _require_rows(checkpoints.processes(step), config.data)
   params, rest = checkpoints.restore(step, abstract.params, _rest(abstract), batches)
   return TrainState(params, **rest)
 

@@ -107,6 +107,24 @@ def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_damaged_checkpoint_is_one_message_and_another_is_taken_by_name(run, data, tmp_path):
+  shutil.copytree(run, tmp_path / "run")
+  broken = tmp_path / "run" / "checkpoints" / "999"
+  broken.mkdir()
+  train = ["train.py", "--config=gla_tiny", f"--config.data.path={data}", *SMALL, "--config.optim.steps=6",
+           "--config.optim.learning_rate=0.01"]
+  for command in (["evaluate.py", "--batches=1"], train):
+    process = Command(*command, f"--workdir={tmp_path}/run")
+    out, err = process.communicate()
+    errors = [line for line in err.splitlines() if not line.endswith("gla runs as xla_chunked on cpu")]
+    assert process.returncode == 2 and not out and len(errors) == 1, (out, err)
+    assert errors[0].startswith(f"{command[0]}: checkpoint {broken} is damaged: ")
+    assert "checkpoints/6: --checkpoint=6 goes on from it" in errors[0]
+  process = Command("evaluate.py", "--batches=1", f"--workdir={tmp_path}/run", "--checkpoint=previous")
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="tests the Makefile")
 def test_make_without_a_python_says_what_to_install(tmp_path):
   shutil.copy(ROOT / "Makefile", tmp_path)

@@ -1,6 +1,9 @@
-"""What is kept, what is restored, and the message for a checkpoint of another model."""
+"""What is kept, what is restored, and the messages for a checkpoint of another model and for a damaged one."""
 
 import dataclasses
+import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from lin_jax import config as configs
 from lin_jax.checkpoint import Checkpoints, load_model
 from lin_jax.config import CheckpointConfig
+from lin_jax.damage import DamagedCheckpoint
 from lin_jax.data import train_iterator
 from lin_jax.model import LanguageModel
 from tests.lin_jax import tiny
@@ -123,3 +127,115 @@ def test_load_model_names_what_is_missing(data, tmp_path):
   configs.save(dataclasses.replace(config, model=dataclasses.replace(config.model, width=48)), tmp_path / "config.json")
   with pytest.raises(ValueError, match=r"another model: params embedding has shape \(64, 32\) there, \(64, 48\)"):
     load_model(tmp_path)
+
+
+ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree(0.0))
+COUNT = {"count": jax.ShapeDtypeStruct((), jnp.int32)}
+
+
+def restore(workdir, data, step=2):
+  """What `Checkpoints.load` returns for all items of `step`."""
+  checkpoints = Checkpoints(workdir)
+  iterator = train_iterator(tiny.config(data).data, seed=0)
+  return checkpoints.load(step, lambda step: checkpoints.restore(step, ABSTRACT, COUNT, iterator))
+
+
+def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(data, tmp_path):
+  random = np.random.default_rng(0)
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+  trees = {item: {name: jnp.asarray(random.standard_normal(1000), jnp.float32) for name in names}
+           for item, names in (("params", "wb"), ("optimizer", "mv"))}
+  iterator = train_iterator(tiny.config(data).data, seed=0)
+  checkpoints.save(1, trees["params"], trees["optimizer"], iterator, tiny.config(data))
+  checkpoints.close()
+  abstract = {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t) for item, t in trees.items()}
+  # Arrays of random numbers do not compress, so nearly every byte of these files is one of an array.
+  files = [path for path in tmp_path.glob("checkpoints/1/*/ocdbt.process_0/d/*") if path.stat().st_size > 3000]
+  assert {path.parts[-4] for path in files} == {"params", "optimizer"}
+  found = 0
+  for i in range(24):
+    path = files[i % len(files)]
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[random.integers(len(whole))] ^= 1 << random.integers(8)
+    path.write_bytes(damaged)
+    try:
+      restored = Checkpoints(tmp_path).restore(1, abstract["params"], abstract["optimizer"], iterator)
+      assert all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves((trees["params"], trees["optimizer"]))))
+    except DamagedCheckpoint as e:
+      assert f"{tmp_path}/checkpoints/1 is damaged" in str(e)
+      found += 1
+    path.write_bytes(whole)
+  assert found >= 20
+
+
+def cut(item, size):
+  for path in item.glob("**/d/*"):
+    os.truncate(path, size)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda step: shutil.rmtree(step / "params"),
+    lambda step: shutil.rmtree(step / "optimizer"),
+    lambda step: shutil.rmtree(step / "data"),
+    lambda step: shutil.rmtree(step / "checksums"),
+    lambda step: [shutil.rmtree(step), step.mkdir()],
+    lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
+    lambda step: (step / "params" / "_METADATA").write_text(""),
+    lambda step: cut(step / "params", 20),
+    lambda step: cut(step / "optimizer", 0),
+    lambda step: (step / "data" / "process_0-of-1.json").write_text('{"next_index": 3}'),
+    lambda step: (step / "checksums" / "crc32.json").write_text("[]"),
+    lambda step: [shutil.rmtree(step), shutil.copytree(step.parent / "1", step)],
+])
+def test_a_damaged_checkpoint_is_named_with_the_newest_that_loads(data, tmp_path, damage, capfd):
+  saved(tmp_path, data, [2.0, 1.0])
+  damage(tmp_path / "checkpoints" / "2")
+  with pytest.raises(DamagedCheckpoint) as error:
+    restore(tmp_path, data, None)
+  message = str(error.value)
+  assert message.startswith(f"checkpoint {tmp_path}/checkpoints/2 ") and "\n" not in message
+  assert message.endswith(f"newest checkpoint that loads is {tmp_path}/checkpoints/1: --checkpoint=1 goes on from it")
+  assert not capfd.readouterr().err  # nor does Orbax say more
+  step, (params, optimizer) = restore(tmp_path, data, "previous")
+  assert step == 1 and (params["w"] == 1).all() and optimizer == {"count": 1}
+
+
+def test_previous_passes_over_what_does_not_load_either(data, tmp_path):
+  saved(tmp_path, data, [3.0, 2.0, 1.0], keep_last=3)
+  for step in (2, 3):
+    shutil.rmtree(tmp_path / "checkpoints" / str(step) / "data")
+  assert restore(tmp_path, data, "previous")[0] == 1
+  shutil.rmtree(tmp_path / "checkpoints" / "1" / "data")
+  with pytest.raises(DamagedCheckpoint, match=r"checkpoints/2 is damaged: .*No other checkpoint of this run loads"):
+    restore(tmp_path, data, "previous")
+  with pytest.raises(ValueError, match=r"no checkpoint of step 4; saved: \[1, 2, 3\]"):
+    restore(tmp_path, data, 4)
+
+
+@pytest.mark.parametrize("text", ['{"eval_lo', "", "[]", '{"eval_loss": null}', '{"eval_loss": 0.5}'])
+def test_damaged_metrics_cost_a_step_its_rank_and_nothing_else(data, tmp_path, text):
+  saved(tmp_path, data, [1.0, 2.0], keep_last=1)
+  (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text(text)
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.steps() == [1, 2] and checkpoints.best() == 2
+  assert restore(tmp_path, data, 1)[0] == 1
+
+
+def test_a_checkpoint_from_before_there_were_checksums_loads(data, tmp_path):
+  saved(tmp_path, data, [1.0])
+  step = tmp_path / "checkpoints" / "1"
+  shutil.rmtree(step / "checksums")
+  metadata = json.loads((step / "_CHECKPOINT_METADATA").read_text())
+  del metadata["item_handlers"]["checksums"]
+  (step / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
+  assert restore(tmp_path, data, None)[0] == 1 and Checkpoints(tmp_path).best() == 1
+
+
+def test_checkpoints_that_a_run_goes_back_behind_are_set_aside(data, tmp_path):
+  saved(tmp_path, data, [3.0, 2.0, 1.0], keep_last=3)
+  (tmp_path / "set_aside" / "3").mkdir(parents=True)
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.set_aside(after=1) == [tmp_path / "set_aside" / "2", tmp_path / "set_aside" / "3.1"]
+  assert checkpoints.steps() == [1] and (tmp_path / "set_aside" / "3.1" / "params").is_dir()
+  assert checkpoints.set_aside(after=1) == []

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed equals one that was not, bit for bit."""
 
 import os
+import shutil
 import signal
 
 import jax
@@ -10,6 +11,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lin_jax import metrics as reporting
 from lin_jax.checkpoint import Checkpoints, load_model
+from lin_jax.damage import DamagedCheckpoint
 from lin_jax.training import train
 from tests.lin_jax import tiny
 
@@ -100,3 +102,14 @@ def test_a_crash_resumes_from_the_last_save_and_forgets_what_was_logged_after_it
   assert steps == [1, 2, 3, 4, 5, 6, 9, 12]
   expected = {r["step"]: r for r in scalars(unbroken) if "loss" in r}
   assert [r for r in scalars(tmp_path) if "loss" in r] == [expected[step] for step in steps]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(data, unbroken, tmp_path):
+  shutil.copytree(unbroken, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "12" / "optimizer")
+  with pytest.raises(DamagedCheckpoint, match="checkpoints/12 is damaged.*--checkpoint=8 goes on from it"):
+    train(tiny.config(data), tmp_path / "run")
+  assert scalars(tmp_path / "run") == scalars(unbroken)
+  result = train(tiny.config(data), tmp_path / "run", "previous")
+  assert result["step"] == 12 and [path.name for path in (tmp_path / "run" / "set_aside").iterdir()] == ["12"]
+  assert_same_run(tmp_path / "run", unbroken)
