@@ -37,7 +37,8 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
     """Opens `workdir/checkpoints`, for reading only when `config` is None.
 
-    Checkpoints that were not evaluated count among the best only while fewer than `keep_best` were.
+    Checkpoints that were not evaluated count among the best only while fewer than `keep_best` were. One that was not
+    scheduled counts among neither, and goes when a later one is there: what is kept is what an unbroken run keeps.
     """
     config, read_only = config or CheckpointConfig(), config is None
     keep = [policies.LatestN(config.keep_last)]
@@ -45,7 +46,7 @@ class Checkpoints:
       keep.append(policies.BestN(get_metric_fn=_eval_loss, reverse=True, n=config.keep_best,
                                  keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=_eval_loss, best_mode="min",
+        preservation_policy=_Scheduled(policies.AnyPreservationPolicy(keep)), best_fn=_eval_loss, best_mode="min",
         # Orbax warns of its own mode for reading; a manager that never saves needs none.
         create=not read_only)
     handlers = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
@@ -55,12 +56,16 @@ class Checkpoints:
     with damage.silenced():
       self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
-  def save(self, step: int, params, optimizer, data, config: TrainConfig, eval_loss: float | None = None) -> None:
-    """Starts saving `step`, unless it is saved already; only steps with an `eval_loss` can become the best."""
+  def save(self, step: int, params, optimizer, data, config: TrainConfig, eval_loss: float | None = None,
+           scheduled: bool = True) -> None:
+    """Starts saving `step`, unless it is saved already; only `scheduled` steps with an `eval_loss` can become the best.
+
+    A step that is saved because the run is being stopped is not scheduled.
+    """
     if step == self.latest():
       return
     # Orbax warns of a save without metrics; one with empty metrics ranks last.
-    metrics = {} if eval_loss is None else {"eval_loss": eval_loss}
+    metrics = {"scheduled": False} if not scheduled else {} if eval_loss is None else {"eval_loss": eval_loss}
     self._save(step, {"params": params, "optimizer": optimizer}, config, metrics, data)
 
   def save_params(self, step: int, params, config: TrainConfig) -> None:
@@ -189,6 +194,19 @@ class _Manager(ocp.CheckpointManager):
       return metrics if checksums is None or checksums["metrics"] == damage.checksum(metrics) else None
     except (ValueError, KeyError, TypeError, OSError):
       return None
+
+
+class _Scheduled:
+  """A preservation policy that shows another one the scheduled checkpoints only, and keeps the last whatever it is."""
+
+  def __init__(self, policy):
+    self._policy = policy
+
+  def should_preserve(self, checkpoints, *, context):
+    scheduled = [info for info in checkpoints if (info.metrics or {}).get("scheduled", True)]
+    preserved = self._policy.should_preserve(scheduled, context=context)
+    steps = {info.step for info, keep in zip(scheduled, preserved, strict=True) if keep} | {checkpoints[-1].step}
+    return [info.step in steps for info in checkpoints]
 
 
 def load_model(workdir: pathlib.Path | str, step: int | str | None = None):

@@ -32,21 +32,25 @@ class Reporter:
             f"from step {self._start} to {self._config.optim.steps}", flush=True)
 
   def step(self, step: int, metrics: dict) -> None:
-    """Counts a finished step, and reports it when it is due: the first, every `config.log.every`-th and the last."""
+    """Counts a finished step, and reports it when it is due: the first, every `config.log.every`-th and the last.
+
+    The first after a resumption is printed too, but not recorded: the records are those of an unbroken run.
+    """
     self.throughput.count(self._tokens)
     steps, every = self._config.optim.steps, self._config.log.every
-    if step % every and step not in (self._start + 1, steps):
+    due = step % every == 0 or step in (1, steps)
+    if not due and step != self._start + 1:
       return
     rate = self.throughput.read()
     mfu = rate / self._peak_rate if rate and self._peak_rate else None
     scalars = {name: value.item() for name, value in metrics.items()}
-    self._record(step, scalars | {"tokens_per_second": rate, "mfu": mfu, "peak_memory_gib": peak_memory_gib()},
-                 progress(step, steps, scalars["loss"], rate, mfu, self._tokens))
+    record = scalars | {"tokens_per_second": rate, "mfu": mfu, "peak_memory_gib": peak_memory_gib()}
+    self._report(step, record if due else {}, progress(step, steps, scalars["loss"], rate, mfu, self._tokens))
 
   def evaluation(self, step: int, loss: float) -> float:
     """Reports the held-out loss in nats per token and returns it."""
     bits = bits_per_byte(loss, self._bytes_per_token)
-    self._record(step, {"eval_loss": loss, "bits_per_byte": bits},
+    self._report(step, {"eval_loss": loss, "bits_per_byte": bits},
                  f"step {step}/{self._config.optim.steps}  held-out loss {loss:.3f}  {bits:.3f} bits per byte")
     return loss
 
@@ -54,9 +58,10 @@ class Reporter:
     if self._writer:
       self._writer.close()
 
-  def _record(self, step, scalars, line):
+  def _report(self, step, scalars, line):
     if self._writer:
-      self._writer.write(step, scalars)
+      if scalars:
+        self._writer.write(step, scalars)
       print(line, flush=True)
 
 

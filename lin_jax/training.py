@@ -46,8 +46,8 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
   With `checkpoint`, a step or "previous" or "best" as in `checkpoint.load_model`, the run goes on from that one; later
   ones are moved to `workdir/set_aside`.
 
-  SIGTERM and Ctrl-C end the run after the step under way, with a checkpoint. The config may differ from the interrupted
-  run's in the fields of `workdir.RESUMABLE` only.
+  SIGTERM and Ctrl-C end the run after the step under way, with the evaluation that is due there, and a checkpoint. The
+  config may differ from the interrupted run's in the fields of `workdir.RESUMABLE` only.
 
   Returns:
     The last value of each metric, `step`, `preempted` (the name of the signal that has ended it, or ""), and
@@ -120,16 +120,16 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
       under_way = step, metrics
       last = step == config.optim.steps
       preempted = "" if last else terminated(step)
-      evaluation_due = last or (_due(step, config.eval.every) and not preempted)
-      save_due = last or preempted or _due(step, config.checkpoint.every)
-      if evaluation_due or save_due or step == profile.stop:
+      evaluation_due = last or _due(step, config.eval.every)
+      save_due = last or _due(step, config.checkpoint.every)
+      if evaluation_due or save_due or preempted or step == profile.stop:
         finish(*under_way)
         under_way = None
       with report.throughput.paused():
         profile.after(step)
         eval_loss = evaluate() if evaluation_due else None
-        if save_due:
-          checkpoints.save(step, state.params, _rest(state), batches, config, eval_loss)
+        if save_due or preempted:
+          checkpoints.save(step, state.params, _rest(state), batches, config, eval_loss, scheduled=save_due)
 
   if jax.process_index() == 0:
     reporting.plot_loss(workdir, config.name or workdir.name, bytes_per_token["train"])

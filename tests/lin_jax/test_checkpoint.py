@@ -55,6 +55,17 @@ def test_last_and_best_are_kept(data, tmp_path, policy, kept, best):
   assert checkpoints.steps() == kept and checkpoints.latest() == 6 and checkpoints.best() == best
 
 
+def test_a_save_that_was_not_scheduled_takes_no_place_among_those_kept(data, tmp_path):
+  config, iterator = tiny.config(data), train_iterator(tiny.config(data).data, seed=0)
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_best=2))
+  for step, loss, kept in [(1, 1.0, [1]), (2, None, [1, 2]), (3, 3.0, [1, 3]), (4, 0.5, [1, 3, 4]), (5, 2.0, [1, 4, 5]),
+                           (6, 0.1, [1, 4, 5, 6]), (7, 9.0, [1, 4, 5, 7])]:
+    checkpoints.save(step, tree(0.0), {"count": jnp.int32(step)}, iterator, config, loss, scheduled=step not in (2, 6))
+    assert checkpoints.steps() == kept
+  checkpoints.close()
+  assert Checkpoints(tmp_path).best() == 4  # step 6 would be, but an unbroken run has none of it
+
+
 def test_restore_gives_back_arrays_placement_and_the_place_in_the_data(data, tmp_path):
   iterator = saved(tmp_path, data, [1.0, 2.0])
   mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))

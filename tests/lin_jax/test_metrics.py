@@ -75,6 +75,17 @@ def test_steps_are_reported_when_due_with_their_model_flops_utilisation(tmp_path
   assert capsys.readouterr().out.splitlines()[2] == "step 6/7  loss 3.500  1,000 tok/s  MFU 25.0%  eta 1s"
 
 
+def test_the_first_step_after_a_resumption_is_printed_but_no_record(tmp_path, capsys):
+  config = tiny.config("", steps=7)
+  config.log.every = 3
+  reporter = metrics.Reporter(config, tmp_path, 4, 2.0)
+  for step in range(5, 8):
+    reporter.step(step, {"loss": np.float32(3.5), "skipped": np.int32(0)})
+  reporter.close()
+  assert [r["step"] for r in metrics.read(tmp_path / "metrics.jsonl")] == [6, 7]
+  assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["5/7", "6/7", "7/7"]
+
+
 def test_records_are_json_lines_and_a_resumed_run_drops_those_it_repeats(tmp_path):
   writer = metrics.Writer(tmp_path, LogConfig(tensorboard=False))
   for step in range(1, 6):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lin_jax import metrics as reporting
+from lin_jax import training
 from lin_jax.checkpoint import Checkpoints, load_model
 from lin_jax.damage import DamagedCheckpoint
 from lin_jax.training import train
@@ -29,6 +31,25 @@ def compilation_cache(tmp_path_factory):
   yield
   jax.config.update("jax_compilation_cache_dir", None)
   reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_steps():
+  """Runs of one process, model and data have the same jitted steps."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("make_train_step", "make_eval_step"):
+      patch.setattr(training, name, shared(getattr(training, name)))
+    yield
+
+
+def shared(make):
+  made = {}
+
+  def step(config, *arguments):
+    parts = config.model, config.data, config.optim, config.remat
+    return made.setdefault(repr(parts), make(config, *arguments))
+
+  return step
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +73,25 @@ def assert_same_run(actual, expected):
 
 def on_step(monkeypatch, step, action):
   """Calls `action` once the metrics of `step` have been reported."""
-  report = reporting.Reporter.step
+  at(monkeypatch, reporting.Reporter.step, step, action)
 
-  def reported(self, n, metrics):
-    report(self, n, metrics)
+
+def at(monkeypatch, method, step, action):
+  """Calls `action` at the end of the method's call for `step`."""
+  module = sys.modules[method.__module__]
+  owner, name = method.__qualname__.split(".")
+
+  def called(self, n, *args, **kwargs):
+    result = method(self, n, *args, **kwargs)
     if n == step:
       action()
+    return result
 
-  monkeypatch.setattr(reporting.Reporter, "step", reported)
+  monkeypatch.setattr(getattr(module, owner), name, called)
+
+
+def terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -76,6 +108,29 @@ def test_a_signal_saves_and_the_same_command_resumes_exactly(data, unbroken, tmp
   result = train(tiny.config(data), tmp_path)
   assert not result["preempted"] and result["step"] == 12
   assert_same_run(tmp_path, unbroken)
+
+
+def test_sigterm_at_any_moment_loses_no_evaluation_and_no_best_checkpoint(data, tmp_path, monkeypatch):
+  config = tiny.config(data)
+  config.eval.every, config.log.every, config.checkpoint.every, config.checkpoint.keep_last = 3, 5, 4, 1
+  train(config, tmp_path / "unbroken")
+  # The step after the signal is the last one of that process.
+  for method, step, last in [
+      (reporting.Reporter.evaluation, 0, 1),
+      (reporting.Reporter.step, 2, 3),  # due for evaluation only
+      (Checkpoints.save, 4, 5),  # due for logging only
+      (reporting.Reporter.step, 7, 8),  # due for saving only
+      (reporting.Reporter.evaluation, 9, 10),
+      (reporting.Reporter.step, 11, 12),  # due for everything
+  ]:
+    with monkeypatch.context() as patch:
+      at(patch, method, step, terminate)
+      result = train(config, tmp_path / "broken")
+    assert result["step"] == last and bool(result["preempted"]) == (last < 12)
+  assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
+  broken, unbroken = (Checkpoints(tmp_path / name) for name in ("broken", "unbroken"))
+  assert broken.steps() == unbroken.steps() == [12] and broken.best() == unbroken.best() == 12
+  assert [r["step"] for r in scalars(tmp_path / "broken") if "eval_loss" in r] == [0, 3, 6, 9, 12]
 
 
 def test_a_crash_resumes_from_the_last_save_and_forgets_what_was_logged_after_it(data, unbroken, tmp_path, monkeypatch):
@@ -99,7 +154,7 @@ def test_a_crash_resumes_from_the_last_save_and_forgets_what_was_logged_after_it
   config.optim.nonfinite = "skip"
   train(config, tmp_path)
   steps = [r["step"] for r in scalars(tmp_path) if "loss" in r]
-  assert steps == [1, 2, 3, 4, 5, 6, 9, 12]
+  assert steps == [1, 2, 3, 4, 6, 9, 12]
   expected = {r["step"]: r for r in scalars(unbroken) if "loss" in r}
   assert [r for r in scalars(tmp_path) if "loss" in r] == [expected[step] for step in steps]
 
