@@ -101,7 +101,7 @@ class Throughput:
 class Writer:
   """Appends scalars to `workdir/metrics.jsonl`, one object a line, and to `workdir/tensorboard` when configured.
 
-  Lines of steps after `resume_step` are dropped first: a killed run may have logged beyond its last checkpoint.
+  What both hold of steps after `resume_step` is dropped first: a killed run may have logged beyond its last checkpoint.
   """
 
   def __init__(self, workdir: pathlib.Path, config: LogConfig, resume_step: int = 0):
@@ -111,9 +111,9 @@ class Writer:
     self._path = path
     self._board = None
     if config.tensorboard:
-      import tensorboardX  # imported where used: it costs a second that runs without it need not pay
+      from lin_jax.tensorboard import Board  # where it is used: a second of import that other runs need not pay
 
-      self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+      self._board = Board(workdir / "tensorboard", resume_step)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Writes one record; values of None are left out, and a non-finite number is written as a string."""
@@ -121,8 +121,7 @@ class Writer:
     plain = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
     files.append(self._path, json.dumps({"step": step, **plain}) + "\n")
     if self._board:
-      for name, value in scalars.items():
-        self._board.add_scalar(name, value, step)
+      self._board.write(step, scalars)
 
   def close(self) -> None:
     if self._board:

@@ -109,15 +109,41 @@ def test_records_are_json_lines_and_a_resumed_run_drops_those_it_repeats(tmp_pat
 def test_scalars_reach_tensorboard(tmp_path):
   writer = metrics.Writer(tmp_path, LogConfig(tensorboard=True))
   writer.write(7, {"loss": 0.25})
+  assert board(tmp_path) == [(7, "loss", 0.25)]  # before the writer is closed: a kill loses nothing
   writer.close()
-  (path,) = (tmp_path / "tensorboard").iterdir()
+
+
+def board(workdir):
+  """(step, name, value) of everything in the one event file."""
+  (path,) = (workdir / "tensorboard").iterdir()
   data, scalars = path.read_bytes(), []
   while data:  # records of TensorFlow's format: length, its checksum, event, its checksum
     size = int.from_bytes(data[:8], "little")
     event = event_pb2.Event.FromString(data[12:12 + size])
     scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
     data = data[16 + size:]
-  assert (7, "loss", 0.25) in scalars
+  return scalars
+
+
+def test_a_resumed_run_has_every_step_once_in_tensorboard(tmp_path):
+  def write(resume_step, *steps):
+    writer = metrics.Writer(tmp_path, LogConfig(tensorboard=True), resume_step)
+    for step in steps:
+      writer.write(step, {"loss": float(step), "accuracy": 0.5})
+      writer.write(step, {"eval_loss": float("nan")})
+    writer.close()  # which writes nothing
+
+  write(0, 0, 1, 2)
+  write(0, 0, 1, 2, 3)
+  write(2, 3, 4)
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-30])  # as a kill leaves it
+  (tmp_path / "tensorboard" / "events.out.tfevents.1.host").write_bytes(whole)  # between a rename and a removal
+  write(3, 4, 5)
+  names = ["loss", "accuracy", "eval_loss"]
+  assert [(step, name) for step, name, _ in board(tmp_path)] == [(s, n) for s in range(6) for n in names]
+  assert [value for _, name, value in board(tmp_path) if name == "loss"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_loss_curve_is_drawn_in_bits_per_byte(tmp_path):
