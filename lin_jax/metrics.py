@@ -1,5 +1,6 @@
 """What a run reports: a progress line, `metrics.jsonl`, TensorBoard scalars, and the loss curve as a picture."""
 
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -16,7 +17,7 @@ class Reporter:
   """Reports the steps and evaluations of one run; only the first process prints and writes."""
 
   def __init__(self, config: TrainConfig, workdir: pathlib.Path, start: int, bytes_per_token: float):
-    self.throughput = Throughput()
+    self.throughput, self._save_seconds = Throughput(), None
     self._config, self._start, self._bytes_per_token = config, start, bytes_per_token
     self._tokens = config.data.batch_size * config.data.sequence_length
     peak = flops.peak_flops(jax.devices()[0].device_kind)
@@ -31,12 +32,14 @@ class Reporter:
       print(f"{self._config.name}: {parameters:,} parameters on {jax.device_count()} x {device.device_kind}, "
             f"from step {self._start} to {self._config.optim.steps}", flush=True)
 
-  def step(self, step: int, metrics: dict) -> None:
+  def step(self, step: int, metrics: dict, finished: float | None = None) -> None:
     """Counts a finished step, and reports it when it is due: the first, every `config.log.every`-th and the last.
 
-    The first after a resumption is printed too, but not recorded: the records are those of an unbroken run.
+    `finished` is when, by `throughput.completion`; now if not given. `save_seconds` of the record is how long saving
+    has kept training waiting since the last one, which `tokens_per_second` leaves out. The first after a resumption is
+    printed too, but not recorded: the records are those of an unbroken run.
     """
-    self.throughput.count(self._tokens)
+    self.throughput.count(self._tokens, finished)
     steps, every = self._config.optim.steps, self._config.log.every
     due = step % every == 0 or step in (1, steps)
     if not due and step != self._start + 1:
@@ -44,15 +47,25 @@ class Reporter:
     rate = self.throughput.read()
     mfu = rate / self._peak_rate if rate and self._peak_rate else None
     scalars = {name: value.item() for name, value in metrics.items()}
-    record = scalars | {"tokens_per_second": rate, "mfu": mfu, "peak_memory_gib": peak_memory_gib()}
+    record = scalars | {"tokens_per_second": rate, "mfu": mfu, "peak_memory_gib": peak_memory_gib(),
+                        "save_seconds": self._save_seconds}
+    if due:
+      self._save_seconds = None
     self._report(step, record if due else {}, progress(step, steps, scalars["loss"], rate, mfu, self._tokens))
 
-  def evaluation(self, step: int, loss: float) -> float:
-    """Reports the held-out loss in nats per token and returns it."""
+  def evaluation(self, step: int, loss: float, seconds: float | None = None) -> float:
+    """Reports the held-out loss in nats per token, and what it took, and returns it."""
     bits = bits_per_byte(loss, self._bytes_per_token)
-    self._report(step, {"eval_loss": loss, "bits_per_byte": bits},
+    self._report(step, {"eval_loss": loss, "bits_per_byte": bits, "evaluation_seconds": seconds},
                  f"step {step}/{self._config.optim.steps}  held-out loss {loss:.3f}  {bits:.3f} bits per byte")
     return loss
+
+  @contextlib.contextmanager
+  def saving(self):
+    """Time inside goes into `save_seconds` of the next record of a step."""
+    begin = time.perf_counter()
+    yield
+    self._save_seconds = (self._save_seconds or 0.0) + time.perf_counter() - begin
 
   def close(self) -> None:
     if self._writer:
@@ -66,27 +79,37 @@ class Reporter:
 
 
 class Throughput:
-  """Tokens per second between `start` and `read`, leaving out the time spent inside `paused`."""
+  """Tokens per second from the last step of one `read` to that of the next, without the time inside `paused`."""
 
   def __init__(self, clock=time.perf_counter):
     self._clock = clock
-    self._since = None
+    self._since = self._until = None
     self._tokens = 0
+    self._watch = concurrent.futures.ThreadPoolExecutor(1)
 
-  def count(self, tokens: int) -> None:
-    """Adds the tokens of a finished step. The first call only starts the clock: that step includes compilation."""
+  def completion(self, arrays) -> concurrent.futures.Future[float]:
+    """When the device will have computed `arrays`, however much later the host looks at them.
+
+    The loop reads a step's metrics once the next step is under way, but at once before it saves or evaluates: by the
+    time of reading, the step of a save would seem short and the one after it long.
+    """
+    return self._watch.submit(lambda: (jax.block_until_ready(arrays), self._clock())[1])
+
+  def count(self, tokens: int, finished: float | None = None) -> None:
+    """Adds the tokens of a step that has finished then, or now. The first call only starts the clock: that step
+    includes compilation."""
+    self._until = self._clock() if finished is None else finished
     if self._since is None:
-      self._since = self._clock()
+      self._since = self._until
     else:
       self._tokens += tokens
 
   def read(self) -> float | None:
-    """Tokens per second since the last `read`, or None before a second step has finished."""
-    if not self._tokens:
+    """Tokens per second since the last `read`, or None before a second step has finished, and when no time passed."""
+    if not self._tokens or self._until <= self._since:
       return None
-    now = self._clock()
-    rate = self._tokens / (now - self._since)
-    self._since, self._tokens = now, 0
+    rate = self._tokens / (self._until - self._since)
+    self._since, self._tokens = self._until, 0
     return rate
 
   @contextlib.contextmanager

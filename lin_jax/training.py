@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -91,18 +92,19 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     eval_step = make_eval_step(config, graph)
 
     def evaluate():
+      begin = time.perf_counter()
       sums = [eval_step(state.params, jax.tree.map(place, batch)) for batch in held_out]
       loss, targets = (sum(map(float, x)) for x in zip(*jax.device_get(sums)))
-      return report.evaluation(step, loss / targets)
+      return report.evaluation(step, loss / targets, time.perf_counter() - begin)
 
-    def finish(step, metrics):
+    def finish(step, metrics, finished):
       metrics = jax.device_get(metrics)
       if not metrics.pop("finite") and config.optim.nonfinite == "stop":
         raise FloatingPointError(
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the step was not applied. "
             f"Last checkpoint: {checkpoints.latest() or 'none'}. With --config.optim.nonfinite=skip the same command "
             "goes on from there and leaves such steps out")
-      report.step(step, metrics)
+      report.step(step, metrics, finished.result())
 
     report.start(sum(x.size for x in jax.tree.leaves(abstract.params)))
     step, under_way, preempted = start, None, ""
@@ -117,7 +119,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
       # Reading a step's metrics only after the next is dispatched keeps the device busy.
       if under_way:
         finish(*under_way)
-      under_way = step, metrics
+      under_way = step, metrics, report.throughput.completion(metrics)
       last = step == config.optim.steps
       preempted = "" if last else terminated(step)
       evaluation_due = last or _due(step, config.eval.every)
@@ -129,7 +131,8 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
         profile.after(step)
         eval_loss = evaluate() if evaluation_due else None
         if save_due or preempted:
-          checkpoints.save(step, state.params, _rest(state), batches, config, eval_loss, scheduled=save_due)
+          with report.saving():
+            checkpoints.save(step, state.params, _rest(state), batches, config, eval_loss, scheduled=save_due)
 
   if jax.process_index() == 0:
     reporting.plot_loss(workdir, config.name or workdir.name, bytes_per_token["train"])

@@ -54,6 +54,40 @@ def test_throughput_leaves_out_the_first_step_and_pauses():
   clock.now = 195.0
   throughput.count(1000)
   assert throughput.read() == 1000
+  throughput.count(1000)
+  assert throughput.read() is None  # no time has passed
+
+
+def test_steps_before_and_after_a_save_are_as_fast_as_the_others(tmp_path):
+  config = tiny.config("", steps=9)
+  reporter, clock = metrics.Reporter(config, tmp_path, 0, 2.0), Clock()
+  reporter.throughput = metrics.Throughput(clock)
+
+  def finish(step, finished):
+    reporter.step(step, {"loss": np.float32(3.5)}, finished.result())
+
+  under_way = None
+  for step in range(1, 10):  # a step takes a second, in which the device has it and then the host
+    clock.now += 0.75
+    finished = reporter.throughput.completion(jax.numpy.zeros(1))
+    finished.result()
+    clock.now += 0.25
+    if under_way:
+      finish(*under_way)
+    under_way = step, finished
+    if step == 5:
+      finish(*under_way)
+      under_way = None
+      with reporter.throughput.paused():
+        reporter.evaluation(step, 3.0, 60.0)
+        with reporter.saving():
+          clock.now += 100
+  finish(*under_way)
+  reporter.close()
+  steps = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "loss" in r]
+  assert [r["tokens_per_second"] for r in steps[1:]] == [pytest.approx(8 * 64)] * 8
+  assert [r["step"] for r in steps if "save_seconds" in r] == [6]
+  assert [r["evaluation_seconds"] for r in metrics.read(tmp_path / "metrics.jsonl") if "eval_loss" in r] == [60.0]
 
 
 def test_steps_are_reported_when_due_with_their_model_flops_utilisation(tmp_path, monkeypatch, capsys):
