@@ -6,14 +6,13 @@
 """
 
 import dataclasses
-import json
 import pathlib
 
 from absl import flags
 
 import commands
 import records
-from lin_jax import files
+from lin_jax import files, strict_json
 from lin_jax.checkpoint import load_model
 from lin_jax.data import TokenDataset, eval_batches
 from lin_jax.evaluate import evaluate
@@ -61,7 +60,7 @@ def _evaluate(workdir, config, model, length):
             "trained_length": config.data.sequence_length, "data": data.path, "split": _SPLIT.value,
             "checkpoint": _CHECKPOINT.value, "sequence_length": length, "piece": _PIECE.value,
             "reset_at_documents": data.reset_at_documents, **result}
-  files.write(path, json.dumps(record, indent=2) + "\n")
+  files.write(path, strict_json.dumps(record, indent=2) + "\n")
   print(f"written to {path}")
 
 

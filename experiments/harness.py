@@ -6,14 +6,13 @@
 `lin_jax.harness` says how texts that are longer than the training context are read.
 """
 
-import json
 import os
 import pathlib
 
 from absl import flags
 
 import commands
-from lin_jax import files
+from lin_jax import files, strict_json
 from lin_jax.checkpoint import load_model
 from lin_jax.tokenizer import load_tokenizer
 from lin_jax.workdir import environment
@@ -63,7 +62,7 @@ def main(_):
   if _OUT.value:
     record = {"workdir": _WORKDIR.value, "checkpoint": _CHECKPOINT.value, "context": adapter.context,
               "dtype": config.model.dtype, "environment": environment() | {"lm_eval": lm_eval.__version__}, **results}
-    files.write(_OUT.value, json.dumps(record, indent=2, default=handle_non_serializable) + "\n")
+    files.write(_OUT.value, strict_json.dumps(record, indent=2, default=handle_non_serializable) + "\n")
     print(f"written to {_OUT.value}")
 
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 
-from lin_jax import files, metrics
+from lin_jax import files, metrics, strict_json
 from lin_jax.workdir import environment
 
 
@@ -18,20 +18,20 @@ def load(path: pathlib.Path, *fields: str) -> list[dict]:
     path.parent.mkdir(parents=True, exist_ok=True)
     records = metrics.read(path)
     if path.exists() and not path.read_text(encoding="utf-8").endswith("\n"):
-      files.write(path, "".join(json.dumps(record) + "\n" for record in records))
+      files.write(path, "".join(strict_json.dumps(record) + "\n" for record in records))
     path.touch()
     if missing := [field for record in records for field in fields if field not in record]:
       raise KeyError(missing[0])
   except OSError as e:
     raise ValueError(f"--out={path}: cannot be written: {e.strerror}") from e
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
+  except (ValueError, KeyError, TypeError) as e:
     raise ValueError(f"--out={path}: not a file of this command's records ({e!r})") from e
   return records
 
 
 def append(path: pathlib.Path, record: dict) -> None:
   """Adds one line."""
-  files.append(path, json.dumps(record) + "\n")
+  files.append(path, strict_json.dumps(record) + "\n")
 
 
 def key(setting: dict) -> str:

@@ -58,14 +58,16 @@ class Checkpoints:
 
   def save(self, step: int, params, optimizer, data, config: TrainConfig, eval_loss: float | None = None,
            scheduled: bool = True) -> None:
-    """Starts saving `step`, unless it is saved already; only `scheduled` steps with an `eval_loss` can become the best.
+    """Starts saving `step`, unless it is saved already.
 
-    A step that is saved because the run is being stopped is not scheduled.
+    Only `scheduled` steps with a finite `eval_loss` can become the best; a step that is saved because the run is being
+    stopped is not scheduled.
     """
     if step == self.latest():
       return
     # Orbax warns of a save without metrics; one with empty metrics ranks last.
-    metrics = {"scheduled": False} if not scheduled else {} if eval_loss is None else {"eval_loss": eval_loss}
+    evaluated = scheduled and eval_loss is not None and math.isfinite(eval_loss)
+    metrics = {"eval_loss": eval_loss} if evaluated else {} if scheduled else {"scheduled": False}
     self._save(step, {"params": params, "optimizer": optimizer}, config, metrics, data)
 
   def save_params(self, step: int, params, config: TrainConfig) -> None:

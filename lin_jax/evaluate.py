@@ -1,7 +1,6 @@
 """Held-out loss of a model: perplexity, bits per byte, and the loss by position."""
 
 import functools
-import math
 from collections.abc import Iterable
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from lin_jax.data import Batch
 from lin_jax.layers import segment_runs
 from lin_jax.loss import next_token_loss
-from lin_jax.metrics import bits_per_byte
+from lin_jax.metrics import bits_per_byte, perplexity
 from lin_jax.model import LanguageModel, keep_rows
 
 
@@ -102,5 +101,4 @@ def _edges(length, width):
 
 def _summary(loss, count):
   mean = float(loss.sum() / count.sum())
-  # exp overflows beyond 709 nats, where perplexity says nothing any more.
-  return {"targets": int(count.sum()), "loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+  return {"targets": int(count.sum()), "loss": mean, "perplexity": perplexity(mean)}

@@ -1,15 +1,15 @@
 """What a run reports: a progress line, `metrics.jsonl`, TensorBoard scalars, and the loss curve as a picture."""
 
+import collections
 import concurrent.futures
 import contextlib
-import json
 import math
 import pathlib
 import time
 
 import jax
 
-from lin_jax import files, flops
+from lin_jax import files, flops, strict_json
 from lin_jax.config import LogConfig, TrainConfig
 
 
@@ -32,14 +32,14 @@ class Reporter:
       print(f"{self._config.name}: {parameters:,} parameters on {jax.device_count()} x {device.device_kind}, "
             f"from step {self._start} to {self._config.optim.steps}", flush=True)
 
-  def step(self, step: int, metrics: dict, finished: float | None = None) -> None:
+  def step(self, step: int, metrics: dict) -> None:
     """Counts a finished step, and reports it when it is due: the first, every `config.log.every`-th and the last.
 
-    `finished` is when, by `throughput.completion`; now if not given. `save_seconds` of the record is how long saving
-    has kept training waiting since the last one, which `tokens_per_second` leaves out. The first after a resumption is
-    printed too, but not recorded: the records are those of an unbroken run.
+    `save_seconds` of the record is how long saving has kept training waiting since the last one, which
+    `tokens_per_second` leaves out. The first after a resumption is printed too, but not recorded: the records are those
+    of an unbroken run.
     """
-    self.throughput.count(self._tokens, finished)
+    self.throughput.count(self._tokens)
     steps, every = self._config.optim.steps, self._config.log.every
     due = step % every == 0 or step in (1, steps)
     if not due and step != self._start + 1:
@@ -85,20 +85,20 @@ class Throughput:
     self._clock = clock
     self._since = self._until = None
     self._tokens = 0
-    self._watch = concurrent.futures.ThreadPoolExecutor(1)
+    self._watch, self._ends = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
 
-  def completion(self, arrays) -> concurrent.futures.Future[float]:
-    """When the device will have computed `arrays`, however much later the host looks at them.
+  def begin(self, arrays) -> None:
+    """A step ends when the device has computed these `arrays` of it, however much later it is counted.
 
     The loop reads a step's metrics once the next step is under way, but at once before it saves or evaluates: by the
     time of reading, the step of a save would seem short and the one after it long.
     """
-    return self._watch.submit(lambda: (jax.block_until_ready(arrays), self._clock())[1])
+    self._ends.append(self._watch.submit(lambda: (jax.block_until_ready(arrays), self._clock())[1]))
 
-  def count(self, tokens: int, finished: float | None = None) -> None:
-    """Adds the tokens of a step that has finished then, or now. The first call only starts the clock: that step
-    includes compilation."""
-    self._until = self._clock() if finished is None else finished
+  def count(self, tokens: int) -> None:
+    """Adds the tokens of the next step that was begun, or of one that ends now. The first call only starts the clock:
+    that step includes compilation."""
+    self._until = self._ends.popleft().result() if self._ends else self._clock()
     if self._since is None:
       self._since = self._until
     else:
@@ -129,8 +129,8 @@ class Writer:
 
   def __init__(self, workdir: pathlib.Path, config: LogConfig, resume_step: int = 0):
     path = workdir / "metrics.jsonl"
-    kept = [record for record in read(path) if record["step"] <= resume_step] if resume_step else []
-    files.write(path, "".join(json.dumps(record) + "\n" for record in kept))
+    kept = [record for record in read(path) if record.get("step", 0) <= resume_step] if resume_step else []
+    files.write(path, "".join(strict_json.dumps(record) + "\n" for record in kept))
     self._path = path
     self._board = None
     if config.tensorboard:
@@ -141,8 +141,7 @@ class Writer:
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Writes one record; values of None are left out, and a non-finite number is written as a string."""
     scalars = {name: value for name, value in scalars.items() if value is not None}
-    plain = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
-    files.append(self._path, json.dumps({"step": step, **plain}) + "\n")
+    files.append(self._path, strict_json.dumps({"step": step, **scalars}) + "\n")
     if self._board:
       self._board.write(step, scalars)
 
@@ -182,11 +181,19 @@ def peak_memory_gib() -> float | None:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-  """The records of a `metrics.jsonl`; a last line cut short by a kill is left out, a missing file has none."""
+  """The records of a `metrics.jsonl`; a last line cut short by a kill is left out, a missing file has none.
+
+  Raises ValueError, which names the first other line that is no record.
+  """
   if not path.exists():
     return []
-  *lines, rest = path.read_text().split("\n")
-  return [json.loads(line) for line in lines]
+  records = []
+  for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    try:
+      records.append(dict(strict_json.loads(line)))
+    except (ValueError, TypeError) as e:
+      raise ValueError(f"{path}: line {number} is not a record: {line[:80]!r}") from e
+  return records
 
 
 def summary(workdir: pathlib.Path) -> dict:
@@ -205,12 +212,15 @@ def progress(step: int, steps: int, loss: float, tokens_per_second: float | None
     parts.append(f"{tokens_per_second:,.0f} tok/s")
     if mfu is not None:
       parts.append(f"MFU {mfu:.1%}")
-    parts.append(f"eta {duration((steps - step) * tokens_per_step / tokens_per_second)}")
+    if tokens_per_second > 0:
+      parts.append(f"eta {duration((steps - step) * tokens_per_step / tokens_per_second)}")
   return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:
-  """`42s`, `3m12s`, `5h07m`, `2d03h`."""
+  """`42s`, `3m12s`, `5h07m`, `2d03h`, or what it is when it is not finite."""
+  if not math.isfinite(seconds):
+    return str(seconds)
   seconds = round(seconds)
   for size, unit, part, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
     if seconds >= size:
@@ -223,13 +233,18 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
   return loss / math.log(2) / bytes_per_token
 
 
+def perplexity(loss: float) -> float:
+  """e to the power of a loss in nats; beyond 700 it is infinite, which an overflow would say less well."""
+  return math.inf if loss >= 700 else math.exp(loss)
+
+
 def plot_loss(workdir: pathlib.Path, title: str, train_bytes_per_token: float) -> pathlib.Path:
   """Draws training and held-out loss of `workdir/metrics.jsonl`, in bits per byte, as `workdir/loss.png`."""
   from matplotlib.figure import Figure  # a second of import that only the end of a run pays
 
   records = read(workdir / "metrics.jsonl")
-  train = [(r["step"], bits_per_byte(float(r["loss"]), train_bytes_per_token)) for r in records if "loss" in r]
-  held_out = [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
+  train = [(r["step"], _drawn(bits_per_byte(r["loss"], train_bytes_per_token))) for r in records if "loss" in r]
+  held_out = [(r["step"], _drawn(r["bits_per_byte"])) for r in records if "bits_per_byte" in r]
   figure = Figure(figsize=(7, 4.5), layout="constrained")
   axes = figure.subplots()
   axes.plot(*zip(*train), color="tab:blue", linewidth=1, label="training batch")
@@ -242,3 +257,8 @@ def plot_loss(workdir: pathlib.Path, title: str, train_bytes_per_token: float) -
   with files.replacing(path) as file:
     figure.savefig(file, format="png", dpi=150)
   return path
+
+
+def _drawn(value):
+  """A curve has a gap where it is not finite; infinity has no place on an axis."""
+  return value if math.isfinite(value) else math.nan

@@ -97,14 +97,14 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
       loss, targets = (sum(map(float, x)) for x in zip(*jax.device_get(sums)))
       return report.evaluation(step, loss / targets, time.perf_counter() - begin)
 
-    def finish(step, metrics, finished):
+    def finish(step, metrics):
       metrics = jax.device_get(metrics)
       if not metrics.pop("finite") and config.optim.nonfinite == "stop":
         raise FloatingPointError(
             f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the step was not applied. "
             f"Last checkpoint: {checkpoints.latest() or 'none'}. With --config.optim.nonfinite=skip the same command "
             "goes on from there and leaves such steps out")
-      report.step(step, metrics, finished.result())
+      report.step(step, metrics)
 
     report.start(sum(x.size for x in jax.tree.leaves(abstract.params)))
     step, under_way, preempted = start, None, ""
@@ -116,10 +116,11 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
       batch = jax.tree.map(place, next(batches))
       with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
         state, metrics = train_step(state, batch)
+      report.throughput.begin(metrics)
       # Reading a step's metrics only after the next is dispatched keeps the device busy.
       if under_way:
         finish(*under_way)
-      under_way = step, metrics, report.throughput.completion(metrics)
+      under_way = step, metrics
       last = step == config.optim.steps
       preempted = "" if last else terminated(step)
       evaluation_due = last or _due(step, config.eval.every)

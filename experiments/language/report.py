@@ -4,6 +4,7 @@ import math
 import statistics
 
 import records
+from lin_jax.metrics import perplexity
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -35,7 +36,7 @@ def _row(group):
       "learning_rate": best, "learning_rates": sorted(rates),
       "seeds": len(runs), "bits_per_byte": statistics.mean(bits) if bits else None,
       "spread": statistics.stdev(bits) if len(bits) > 1 else None, "range": [min(bits), max(bits)] if bits else None,
-      "perplexity": math.exp(statistics.mean(record["held_out_loss"] for record in runs)) if bits else None,
+      "perplexity": perplexity(statistics.mean(record["held_out_loss"] for record in runs)) if bits else None,
       "tokens_per_second": statistics.median(speeds) if speeds else None,
       "diverged": sum(record["diverged"] for record in group),
       "device": ", ".join(sorted({record["device"] for record in group}))}

@@ -84,7 +84,8 @@ def finish(config: TrainConfig, workdir: pathlib.Path) -> dict | None:
       raise KeyboardInterrupt  # of the sweep as well
     if result["preempted"]:
       return None
-    loss, bits = result["eval_loss"], result["bits_per_byte"]
+    if math.isfinite(result["eval_loss"]):  # else the run has diverged in its last step
+      loss, bits = result["eval_loss"], result["bits_per_byte"]
   except FloatingPointError as e:
     print(e, flush=True)
   finally:
@@ -97,7 +98,7 @@ def finish(config: TrainConfig, workdir: pathlib.Path) -> dict | None:
       "parameters": parameter_count(config.model), "tokens": tokens, "epochs": round(tokens / train_split.tokens, 4),
       "data": pathlib.Path(config.data.path).name, "evaluated_on": f"all {val.tokens} tokens of split val",
       "diverged": loss is None, "held_out_loss": loss, "bits_per_byte": bits,
-      "perplexity": None if loss is None else math.exp(loss),
+      "perplexity": None if loss is None else metrics.perplexity(loss),
       "tokens_per_second": round(statistics.median(rates), 1) if rates else None,
       "run": records.now(), **records.provenance(), "setting": setting(config)}
   files.write(file, json.dumps(record) + "\n")

@@ -66,6 +66,11 @@ def test_a_save_that_was_not_scheduled_takes_no_place_among_those_kept(data, tmp
   assert Checkpoints(tmp_path).best() == 4  # step 6 would be, but an unbroken run has none of it
 
 
+def test_a_loss_that_is_not_finite_is_no_best(data, tmp_path):
+  saved(tmp_path, data, [float("nan"), 2.0, float("inf"), -float("inf")], keep_last=1)
+  assert Checkpoints(tmp_path).steps() == [2, 4] and Checkpoints(tmp_path).best() == 2
+
+
 def test_restore_gives_back_arrays_placement_and_the_place_in_the_data(data, tmp_path):
   iterator = saved(tmp_path, data, [1.0, 2.0])
   mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -36,6 +36,39 @@ def test_duration(seconds, text):
   assert metrics.duration(seconds) == text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_any_quantity_may_be_infinite_or_not_a_number(tmp_path, capsys, value):
+  assert metrics.duration(value) == str(value)
+  assert metrics.perplexity(value) == pytest.approx(np.exp(value), nan_ok=True)
+  assert metrics.progress(2, 9, value, value, value, 512).startswith(f"step 2/9  loss {value}  {value} tok/s  MFU")
+  config = tiny.config("", steps=3)
+  config.log.tensorboard = True
+  reporter = metrics.Reporter(config, tmp_path, 0, 2.0)
+  for step in range(1, 4):
+    reporter.step(step, {name: np.float32(value) for name in ("loss", "accuracy", "grad_norm", "learning_rate")})
+    assert reporter.evaluation(step, value) is value
+  reporter.close()
+  refuse = lambda word: pytest.fail(f"{word} is not JSON")
+  for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    json.loads(line, parse_constant=refuse)
+  assert repr(metrics.summary(tmp_path)["bits_per_byte"]) == repr(value)
+  assert {repr(v) for _, name, v in board(tmp_path) if name != "tokens_per_second"} == {repr(value)}
+  metrics.Writer(tmp_path, config.log, resume_step=2).close()  # which writes them anew
+  losses = [r["eval_loss"] for r in metrics.read(tmp_path / "metrics.jsonl") if "eval_loss" in r]
+  assert list(map(repr, losses)) == [repr(value)] * 2
+  assert metrics.plot_loss(tmp_path, "tiny", 1.0).is_file()
+
+
+def test_no_speed_has_no_arrival():
+  assert metrics.progress(2, 9, 3.0, 0.0, None, 512) == "step 2/9  loss 3.000  0 tok/s"
+
+
+def test_a_damaged_record_is_named(tmp_path):
+  (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\n{"step": 3}\n')
+  with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is not a record: b'\\x00\\x00'"):
+    metrics.read(tmp_path / "metrics.jsonl")
+
+
 def test_throughput_leaves_out_the_first_step_and_pauses():
   clock = Clock()
   throughput = metrics.Throughput(clock)
@@ -63,26 +96,24 @@ def test_steps_before_and_after_a_save_are_as_fast_as_the_others(tmp_path):
   reporter, clock = metrics.Reporter(config, tmp_path, 0, 2.0), Clock()
   reporter.throughput = metrics.Throughput(clock)
 
-  def finish(step, finished):
-    reporter.step(step, {"loss": np.float32(3.5)}, finished.result())
-
+  finish = lambda step: reporter.step(step, {"loss": np.float32(3.5)})
   under_way = None
   for step in range(1, 10):  # a step takes a second, in which the device has it and then the host
     clock.now += 0.75
-    finished = reporter.throughput.completion(jax.numpy.zeros(1))
-    finished.result()
+    reporter.throughput.begin(jax.numpy.zeros(1))
+    reporter.throughput._ends[-1].result()
     clock.now += 0.25
     if under_way:
-      finish(*under_way)
-    under_way = step, finished
+      finish(under_way)
+    under_way = step
     if step == 5:
-      finish(*under_way)
+      finish(under_way)
       under_way = None
       with reporter.throughput.paused():
         reporter.evaluation(step, 3.0, 60.0)
         with reporter.saving():
           clock.now += 100
-  finish(*under_way)
+  finish(under_way)
   reporter.close()
   steps = [r for r in metrics.read(tmp_path / "metrics.jsonl") if "loss" in r]
   assert [r["tokens_per_second"] for r in steps[1:]] == [pytest.approx(8 * 64)] * 8
