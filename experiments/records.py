@@ -24,6 +24,8 @@ def load(path: pathlib.Path, *fields: str) -> list[dict]:
       raise KeyError(missing[0])
   except OSError as e:
     raise ValueError(f"--out={path}: cannot be written: {e.strerror}") from e
+  except files.Unwritable:
+    raise
   except (ValueError, KeyError, TypeError) as e:
     raise ValueError(f"--out={path}: not a file of this command's records ({e!r})") from e
   return records

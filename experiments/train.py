@@ -4,6 +4,10 @@
   python experiments/train.py --config=gla_tiny --checkpoint=previous
   python experiments/train.py --config=gla_1b3 --workdir=runs/long --config.optim.steps=20000 --config.mesh.fsdp=8
 
+A run, finished or not, is lengthened by a larger --config.optim.steps: at a constant rate (final_learning_rate equal to
+learning_rate) it is then the run that was planned so; a rate that decays does so until the step that was planned and
+then stays, which config.json records as optim.decay_steps. A run is not shortened.
+
 The run goes on from its last checkpoint, or from --checkpoint, with later ones set aside.
 
 Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 130 stopped by Ctrl-C with a checkpoint saved; 1

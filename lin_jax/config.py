@@ -52,9 +52,15 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-  """AdamW with linear warmup to `learning_rate` and cosine decay to `final_learning_rate`."""
+  """AdamW with linear warmup to `learning_rate` and cosine decay to `final_learning_rate`.
+
+  A run can be given more `steps` later, finished or not. Where the two rates are equal, it is then the run that was
+  planned so. Elsewhere the decay ends where it was planned to, and further steps keep the final rate: a run planned for
+  as many `steps` with that `decay_steps` from the start, which the lengthened run's config says.
+  """
 
   steps: int = 1000
+  decay_steps: int = 0  # the step at which the decay ends; 0 is the last
   warmup_steps: int = 100
   learning_rate: float = 3e-4
   final_learning_rate: float = 3e-5
@@ -134,7 +140,7 @@ def validate(config: TrainConfig) -> TrainConfig:
                 "data.carried_windows", "optim.steps", "optim.accumulation", "log.every", "checkpoint.keep_last"):
     require(_get(config, field) >= 1, field, "must be at least 1")
   for field in ("model.mlp_width", "optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches",
-                "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed"):
+                "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed", "optim.decay_steps"):
     require(_get(config, field) >= 0, field, "must not be negative")
   for field in ("optim.learning_rate", "optim.clip_norm", "optim.eps", "model.norm_eps"):
     require(_get(config, field) > 0, field, "must be positive")
@@ -154,6 +160,9 @@ def validate(config: TrainConfig) -> TrainConfig:
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")
   require(config.optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")
   require(config.optim.warmup_steps < config.optim.steps, "optim.warmup_steps", "must be less than config.optim.steps")
+  decay_end = config.optim.decay_steps
+  require(decay_end == 0 or config.optim.warmup_steps < decay_end <= config.optim.steps, "optim.decay_steps",
+          "must lie above config.optim.warmup_steps and not above config.optim.steps, or be 0 for the last step")
   for field in ("optim.beta1", "optim.beta2"):
     require(0 <= _get(config, field) < 1, field, "must lie in [0, 1)")
   require(0 <= config.optim.final_learning_rate <= config.optim.learning_rate, "optim.final_learning_rate",

@@ -25,12 +25,12 @@ class Reporter:
     self._peak_rate = peak * jax.device_count() / per_token if peak else None
     self._writer = Writer(workdir, config.log, start) if jax.process_index() == 0 else None
 
-  def start(self, parameters: int) -> None:
-    """Prints what is about to run."""
+  def start(self, parameters: int, note: str = "") -> None:
+    """Prints what is about to run, and a `note` on it."""
     if self._writer:
       device = jax.devices()[0]
       print(f"{self._config.name}: {parameters:,} parameters on {jax.device_count()} x {device.device_kind}, "
-            f"from step {self._start} to {self._config.optim.steps}", flush=True)
+            f"from step {self._start} to {self._config.optim.steps}{note and '; '}{note}", flush=True)
 
   def step(self, step: int, metrics: dict) -> None:
     """Counts a finished step, and reports it when it is due: the first, every `config.log.every`-th and the last.

@@ -1,5 +1,7 @@
 """AdamW with clipping by global norm, linear warmup, cosine decay, and weight decay on matrices only."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,16 +27,42 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-  """Update number (from 0) to learning rate: the first update already moves, the last uses `final_learning_rate`."""
+  """Update number (from 0) to learning rate: the first update already moves, the last of the decay, and all after it,
+  use `final_learning_rate`."""
+  decay_steps = config.decay_steps or config.steps
   warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
-    progress = jnp.clip((count - warmup) / max(1, config.steps - 1 - warmup), 0.0, 1.0)
+    progress = jnp.clip((count - warmup) / max(1, decay_steps - 1 - warmup), 0.0, 1.0)
     cosine = final + (peak - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     return jnp.where(count < warmup, peak * (count + 1.0) / (warmup + 1), cosine)
 
   return schedule
+
+
+def lengthened(old: OptimConfig, new: OptimConfig) -> tuple[OptimConfig, str]:
+  """`new` for a run that was begun with `old`, from which it may differ by more steps, and what there is to say of it.
+
+  Raises ValueError for fewer steps, another end of the decay, and more steps at a rate of zero.
+  """
+  end, constant = old.decay_steps or old.steps, new.final_learning_rate == new.learning_rate
+  if new.steps < old.steps:
+    raise ValueError(f"config.optim.steps={new.steps}: this run has {old.steps} steps, and a run is not shortened: "
+                     f"give {old.steps}, more to lengthen it, or another workdir")
+  if new.decay_steps not in (0, end) and not constant:
+    raise ValueError(f"config.optim.decay_steps={new.decay_steps}: the learning rate of this run decays until step "
+                     f"{end}: give that, or another workdir")
+  if new.steps == old.steps or constant:
+    note = f"lengthened from {old.steps} to {new.steps} steps at a constant rate" if new.steps > old.steps else ""
+    return dataclasses.replace(new, decay_steps=old.decay_steps), note
+  if new.final_learning_rate == 0:
+    raise ValueError(f"config.optim.steps={new.steps}: the learning rate of this run is 0 after step {end}, so that "
+                     "more steps would learn nothing: begin a run of as many in another workdir")
+  return dataclasses.replace(new, decay_steps=end), (
+      f"lengthened from {old.steps} to {new.steps} steps: the learning rate decays until step {end} as it was planned, "
+      f"and then stays at {new.final_learning_rate:g}, other than in a run of {new.steps} steps from the start; "
+      f"config.optim.decay_steps={end} records it")
 
 
 def matrices(params) -> object:

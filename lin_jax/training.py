@@ -45,7 +45,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
   """Trains `config` in `workdir` from scratch, or from its last checkpoint to the exact end of an unbroken run.
 
   With `checkpoint`, a step or "previous" or "best" as in `checkpoint.load_model`, the run goes on from that one; later
-  ones are moved to `workdir/set_aside`.
+  ones are moved to `workdir/set_aside`. More `config.optim.steps` than the run had lengthen it: `optim.lengthened`.
 
   SIGTERM and Ctrl-C end the run after the step under way, with the evaluation that is due there, and a checkpoint. The
   config may differ from the interrupted run's in the fields of `workdir.RESUMABLE` only.
@@ -60,7 +60,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     FloatingPointError: the loss or a gradient is not finite and config.optim.nonfinite is "stop".
   """
   workdir = pathlib.Path(workdir)
-  configs.validate(config)
+  config, note = workdirs.continued(workdir, configs.validate(config))
   sharding.validate_mesh(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
   graph, optimizer, abstract, create = make_state(config, mesh)
@@ -106,7 +106,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
             "goes on from there and leaves such steps out")
       report.step(step, metrics)
 
-    report.start(sum(x.size for x in jax.tree.leaves(abstract.params)))
+    report.start(sum(x.size for x in jax.tree.leaves(abstract.params)), note)
     step, under_way, preempted = start, None, ""
     if start == 0 and config.eval.every:
       evaluate()

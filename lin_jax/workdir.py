@@ -1,8 +1,10 @@
 """A run's directory: which run it belongs to, whether it can be written, and in what environment the run was made."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -15,11 +17,27 @@ import jax
 from lin_jax import config as configs
 from lin_jax import files
 from lin_jax.config import TrainConfig
+from lin_jax.optim import lengthened
 
 # What may change when a run is resumed: it alters how the run is computed, watched and kept, not what it computes.
 RESUMABLE = ("remat", "mesh", "eval", "checkpoint", "log", "optim.accumulation", "optim.nonfinite",
              "data.worker_threads")
+_LENGTH = {"optim.steps", "optim.decay_steps"}  # what a run is lengthened by: `lin_jax.optim.lengthened`
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def continued(workdir: pathlib.Path, config: TrainConfig) -> tuple[TrainConfig, str]:
+  """`config` as the run in `workdir`, if there is one, goes on with it, and what there is to say of more steps.
+
+  Raises ValueError as `optim.lengthened`; any other difference is for `prepare` to refuse.
+  """
+  if not os.path.exists(workdir / "config.json"):  # not so either where there can be no such file
+    return config, ""
+  saved = configs.load(workdir / "config.json")
+  if not _differing(saved, config).keys() <= _LENGTH:
+    return config, ""
+  optim, note = lengthened(saved.optim, config.optim)
+  return dataclasses.replace(config, optim=optim), note
 
 
 @contextlib.contextmanager
@@ -83,11 +101,11 @@ def environment() -> dict:
 
 
 def _require_same_run(workdir, saved, config):
-  saved, config = (dict(_fields(configs.to_dict(c))) for c in (saved, config))
-  differing = [name for name in sorted(saved.keys() | config.keys()) if saved.get(name) != config.get(name)
-               and not any(name == prefix or name.startswith(prefix + ".") for prefix in RESUMABLE)]
+  differing = _differing(saved, config)
+  if differing.keys() <= _LENGTH and lengthened(saved.optim, config.optim)[0] == config.optim:
+    return
   if differing:
-    changes = ", ".join(f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in differing)
+    changes = ", ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in differing.items())
     raise ValueError(f"workdir {str(workdir)!r} holds a run of another config ({changes}): "
                      "choose another workdir, or the config it was started with")
 
@@ -105,6 +123,14 @@ def _require_same_data(file, data):
                 for d in (saved, data))
     raise ValueError(f"workdir {str(file.parent)!r} holds a run on other data (it was {was}, it is now {now}): choose "
                      "another workdir, or the data that the run was started with")
+
+
+def _differing(saved, config):
+  """Name to both values of every field outside `RESUMABLE` that differs."""
+  saved, config = (dict(_fields(configs.to_dict(c))) for c in (saved, config))
+  return {name: (saved.get(name), config.get(name)) for name in sorted(saved.keys() | config.keys())
+          if saved.get(name) != config.get(name)
+          and not any(name == prefix or name.startswith(prefix + ".") for prefix in RESUMABLE)}
 
 
 def _fields(values, prefix=""):

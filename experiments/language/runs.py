@@ -57,6 +57,8 @@ def setting(config: TrainConfig) -> dict:
   for name in ("path", "worker_threads"):
     del values["data"][name]
   values["eval"] = {"split": "val", "batches": config.eval.batches or "all"}
+  if not config.optim.decay_steps:  # records from before there was such a field have none
+    del values["optim"]["decay_steps"]
   for name in ("remat", "mesh", "checkpoint", "log"):
     del values[name]
   return values

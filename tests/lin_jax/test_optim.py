@@ -1,5 +1,7 @@
 """Schedule, decay mask and the optimizer against AdamW written out by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 
 from lin_jax.config import OptimConfig
 from lin_jax.model import LanguageModel
-from lin_jax.optim import learning_rate, make_optimizer, matrices
+from lin_jax.optim import learning_rate, lengthened, make_optimizer, matrices
 from tests.lin_jax import tiny
 
 
@@ -20,6 +22,38 @@ def test_schedule_rises_to_the_peak_and_ends_at_the_final_rate(warmup):
   assert rates.argmax() == warmup and np.isclose(rates[warmup], 1e-2) and np.isclose(rates[-1], 1e-3)
   progress = np.arange(config.steps - warmup) / (config.steps - 1 - warmup)
   np.testing.assert_allclose(rates[warmup:], 1e-3 + 9e-3 * (1 + np.cos(np.pi * progress)) / 2, rtol=1e-5)
+
+
+def rates(config):
+  return [float(learning_rate(config)(jnp.int32(i))) for i in range(config.steps)]
+
+
+def test_a_lengthened_run_keeps_the_rate_at_which_its_decay_ended():
+  old = OptimConfig(steps=8, warmup_steps=2, learning_rate=1e-2, final_learning_rate=1e-3)
+  new, note = lengthened(old, dataclasses.replace(old, steps=12))
+  assert new.decay_steps == 8 and "decays until step 8" in note and "stays at 0.001" in note
+  assert rates(new) == rates(old) + [rates(old)[-1]] * 4
+  assert lengthened(new, dataclasses.replace(old, steps=12)) == (new, "")  # the same command resumes it
+  assert lengthened(new, dataclasses.replace(old, steps=20))[0].decay_steps == 8
+  assert lengthened(old, old) == (old, "")
+
+
+def test_a_run_at_a_constant_rate_is_lengthened_to_the_one_planned_so():
+  old = OptimConfig(steps=8, warmup_steps=2, learning_rate=1e-2, final_learning_rate=1e-2)
+  planned = dataclasses.replace(old, steps=12)
+  assert lengthened(old, planned) == (planned, "lengthened from 8 to 12 steps at a constant rate")
+  assert rates(planned)[:8] == rates(old)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(steps=7), "steps=7: this run has 8 steps, and a run is not shortened"),
+    (dict(steps=12, decay_steps=10), "decay_steps=10: the learning rate of this run decays until step 8"),
+    (dict(steps=12), "steps=12: the learning rate of this run is 0 after step 8"),
+])
+def test_what_a_run_cannot_be_lengthened_to_is_refused(changes, message):
+  old = OptimConfig(steps=8, warmup_steps=2, final_learning_rate=0.0)
+  with pytest.raises(ValueError, match=message):
+    lengthened(old, dataclasses.replace(old, **changes))
 
 
 def test_decay_mask_counts_the_axes_of_one_layer():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from lin_jax import config as configs
 from lin_jax import metrics as reporting
 from lin_jax import training
 from lin_jax.checkpoint import Checkpoints, load_model
@@ -168,3 +169,17 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(data, unbroken, 
   result = train(tiny.config(data), tmp_path / "run", "previous")
   assert result["step"] == 12 and [path.name for path in (tmp_path / "run" / "set_aside").iterdir()] == ["12"]
   assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_finished_run_is_lengthened_to_the_one_that_its_config_then_describes(data, unbroken, tmp_path, capsys):
+  shutil.copytree(unbroken, tmp_path / "run")
+  with pytest.raises(ValueError, match="config.optim.steps=11: this run has 12 steps, and a run is not shortened"):
+    train(tiny.config(data, steps=11), tmp_path / "run")
+  assert scalars(tmp_path / "run") == scalars(unbroken)
+  result = train(tiny.config(data, steps=14), tmp_path / "run")
+  assert result["step"] == 14 and "from step 12 to 14; lengthened from 12 to 14 steps: " in capsys.readouterr().out
+  recorded = configs.load(tmp_path / "run" / "config.json")
+  assert recorded == tiny.config(data, steps=14, decay_steps=12)
+  assert train(tiny.config(data, steps=14), tmp_path / "run") == result
+  train(recorded, tmp_path / "planned")
+  assert_same_run(tmp_path / "run", tmp_path / "planned")

@@ -217,6 +217,7 @@ def test_unwritable_workdir_is_found_before_anything_runs(data, tmp_path, monkey
     ("model", "vocab_size", 50, "vocab_size=50"),
     ("model", "hybrid_layers", (1,), r"config.model.hybrid_layers=\(1,\): must name layers if and only if"),
     ("optim", "steps", 0, "config.optim.steps=0"),
+    ("optim", "decay_steps", 13, "config.optim.decay_steps=13: must lie above"),
     ("optim", "beta2", 1.0, "config.optim.beta2=1.0"),
     ("log", "profile_steps", "0,4", "config.log.profile_steps='0,4'"),
     ("model", "mixer", GLAConfig(heads=2, chunk_size=5), "chunk_size=5"),
