@@ -22,7 +22,7 @@ class Board:
   def __init__(self, folder: pathlib.Path, resume_step: int = 0):
     folder.mkdir(parents=True, exist_ok=True)
     earlier = sorted(folder.glob("events.out.tfevents.*"))
-    kept = {key: record for path in earlier if resume_step for key, record in _scalars(path) if key[0] <= resume_step}
+    kept = {key: record for path in earlier if resume_step for key, record in scalars(path) if key[0] <= resume_step}
     # A TensorBoard that is running takes a new file for a later one: the second event makes it forget the others.
     head = [Event(wall_time=time.time(), file_version="brain.Event:2"),
             Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START))]
@@ -49,7 +49,7 @@ def _record(event) -> bytes:
   return size + struct.pack("<I", masked_crc32c(size)) + data + struct.pack("<I", masked_crc32c(data))
 
 
-def _scalars(path: pathlib.Path) -> Iterator[tuple[tuple, bytes]]:
+def scalars(path: pathlib.Path) -> Iterator[tuple[tuple, bytes]]:
   """((step, names), record) of the scalars in an event file, up to where a kill has cut it short."""
   data, start = path.read_bytes(), 0
   while start + 12 <= len(data):

@@ -1,0 +1,151 @@
+"""Kills training runs at random moments, resumes them, and compares their ends with that of an unbroken run.
+
+  python experiments/kill_campaign.py --runs=46 --out=kills.json
+
+Each run is a tiny one in a process of its own, and gets SIGTERM or SIGKILL once, at a moment between its start and its
+end; then it is started again until it is through. Equal must be: parameters and optimizer state bit for bit, the
+records but for what depends on the clock, the steps in TensorBoard, the checkpoints that are kept, and the best one.
+The exit code is 1 when a run differs.
+"""
+
+import collections
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+from absl import flags
+
+import commands
+import records
+from lin_jax import files, metrics
+from lin_jax.checkpoint import Checkpoints, load_model
+from lin_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
+from lin_jax.data import read_manifest
+from lin_jax.mixers.gla import GLAConfig
+from lin_jax.training import train
+
+_RUNS = flags.DEFINE_integer("runs", 46, "How many runs are killed.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 24, "Steps of a run.", lower_bound=3)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the signals and moments.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory; one is made of this repository's README if empty.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Keeps the runs; they are thrown away if empty.")
+_OUT = flags.DEFINE_string("out", "", "JSON file that receives the counts.")
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_CLOCK = "tokens_per_second", "mfu", "evaluation_seconds", "save_seconds"
+
+
+def main(_):
+  with contextlib.ExitStack() as stack:
+    folder = pathlib.Path(_WORKDIR.value or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
+    if any(folder.glob("*")):
+      raise ValueError(f"--workdir={_WORKDIR.value}: must be empty or missing")
+    data = pathlib.Path(_DATA.value) if _DATA.value else _dataset(folder / "data")
+    counts = campaign(folder, data, _RUNS.value, _STEPS.value, _SEED.value)
+  print(json.dumps(counts), flush=True)
+  if _OUT.value:
+    record = {"run": records.now(), **records.provenance(), **counts}
+    files.write(_OUT.value, json.dumps(record, indent=1) + "\n")
+  if counts["different"]:
+    sys.exit(1)
+
+
+def campaign(folder: pathlib.Path, data: pathlib.Path, runs: int, steps: int, seed: int) -> dict:
+  """Makes the runs in `folder` and returns how many there were, what became of them, and which ended differently."""
+  config = _config(data, steps)
+  for name in ("warm", "unbroken"):
+    begin = time.monotonic()
+    if _run(config, folder / name):
+      raise ValueError(f"the unbroken run has failed: {(folder / f'{name}.log').read_text()}")
+  duration, expected = time.monotonic() - begin, end(folder / "unbroken")
+  counts, different = collections.Counter(), []
+  for i in range(runs):
+    draw = random.Random(f"{seed} {i}")
+    number, moment = draw.choice([signal.SIGTERM, signal.SIGKILL]), draw.uniform(0, duration)
+    workdir = folder / f"{i:03d}"
+    code = _run(config, workdir, moment, number)
+    reached = [r["step"] for r in metrics.read(workdir / "metrics.jsonl")]
+    what = "over before the signal" if code is None else f"{number.name} {'after' if reached else 'before'} a record"
+    if not (code is None or code in (0, -number)) or _run(config, workdir):
+      raise ValueError(f"{workdir} has failed (exit code {code}): {(folder / f'{workdir.name}.log').read_text()}")
+    counts[what] += 1
+    found = end(workdir)
+    wrong = [name for name, value in expected.items() if found[name] != value]
+    if wrong:
+      different.append({"run": i, "signal": number.name, "seconds": round(moment, 3), "differs": wrong})
+    print(f"{i + 1}/{runs}  {number.name} after {moment:.2f} s, at step {max(reached, default='-')}: "
+          f"{'differs in ' + ', '.join(wrong) if wrong else 'equal'}", flush=True)
+  return {"runs": runs, "steps": steps, "seed": seed, "equal": runs - len(different), "seconds": round(duration, 2),
+          "signals": dict(sorted(counts.items())), "different": different}
+
+
+def end(workdir: pathlib.Path) -> dict:
+  """What must be equal at the end of a run."""
+  from lin_jax import tensorboard
+
+  step = load_model(workdir)[0].optim.steps  # which verifies the parameters by their checksums
+  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    kept, best = checkpoints.steps(), checkpoints.best()
+  lines = [{name: value for name, value in record.items() if name not in _CLOCK}
+           for record in metrics.read(workdir / "metrics.jsonl")]
+  events = [key[0] for path in (workdir / "tensorboard").iterdir() for key, _ in tensorboard.scalars(path)]
+  return {"state": json.loads((workdir / f"checkpoints/{step}/checksums/crc32.json").read_text()), "records": lines,
+          "kept": kept, "best": best, "tensorboard": events}
+
+
+def _config(data, steps):
+  """Steps that are due for logging, evaluation and saving in every combination."""
+  vocab_size = read_manifest(data)["tokenizer"]["vocab_size"]
+  model = ModelConfig(mixer=GLAConfig(heads=2, gate_rank=4, implementation="reference"), vocab_size=vocab_size,
+                      width=32, depth=2, mlp_width=64, dtype="float32")
+  return TrainConfig(
+      name="killed", model=model, data=DataConfig(path=str(data), sequence_length=64, batch_size=8, worker_threads=1),
+      optim=OptimConfig(steps=steps, warmup_steps=2, learning_rate=1e-2, final_learning_rate=1e-3),
+      eval=EvalConfig(every=3, batches=2), checkpoint=CheckpointConfig(every=4, keep_last=2, keep_best=1),
+      log=LogConfig(every=2))
+
+
+def _run(config, workdir, moment=None, number=None):
+  """The exit code of a process that trains in `workdir`, and gets a signal after `moment` seconds: None if it was over
+  by then."""
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["lin_jax.training", "lin_jax.tensorboard"])  # a start then takes no seconds
+  process = context.Process(target=_train, args=(config, workdir, dict(os.environ)))
+  process.start()
+  process.join(moment)
+  over = process.exitcode is not None
+  if not over:
+    os.kill(process.pid, number)
+    process.join()
+  return None if over and number else process.exitcode
+
+
+def _train(config, workdir, environment):
+  os.environ |= environment
+  # Processes after the first find every program compiled and write none, so that a kill cannot cut one short.
+  jax.config.update("jax_compilation_cache_dir", str(workdir.parent / "cache"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  with open(f"{workdir}.log", "ab") as log:
+    for descriptor in (1, 2):
+      os.dup2(log.fileno(), descriptor)
+  train(config, workdir)
+
+
+def _dataset(path):
+  subprocess.run([sys.executable, _ROOT / "experiments" / "prepare_data.py", f"--input={_ROOT}/README.md",
+                  "--separator=\n\n", "--tokenizer=bytes", "--val_fraction=0.3", "--test_fraction=0", f"--out={path}"],
+                 check=True)
+  return path
+
+
+if __name__ == "__main__":
+  commands.run(main)
