@@ -29,7 +29,7 @@ import records
 from lin_jax import files, metrics
 from lin_jax.checkpoint import Checkpoints, load_model
 from lin_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
-from lin_jax.data import read_manifest
+from lin_jax.manifests import read_manifest
 from lin_jax.mixers.gla import GLAConfig
 from lin_jax.training import train
 

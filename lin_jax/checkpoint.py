@@ -99,27 +99,24 @@ class Checkpoints:
 
   def _restore(self, step, targets, data=None):
     folder = self.path / str(step)
-    checksums = damage.read(folder, lambda: _read_checksums(folder))
+    with damage.reading(folder):
+      checksums = _read_checksums(folder)
     if checksums and checksums.get("step") != step:
       raise damage.DamagedCheckpoint(f"checkpoint {folder} holds step {checksums.get('step')}: was its folder renamed?")
+    restored = {}
     for item, target in targets.items():
-      shapes = damage.read(folder, lambda item=item: _shapes(folder / item, checksums and checksums[item]))
-      _require_same_model(folder, item, shapes, target)
-    args = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
-
-    def read():
-      restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-      if checksums:
-        for item in targets:
-          damage.require_same(folder, item, damage.checksums(restored[item]), checksums[item])
-      if data is not None:
+      saved = checksums and checksums.get(item)
+      with damage.reading(folder):
+        stored = _stored(folder / item, saved)
+      _require_same_model(folder, item, {name: array.shape for name, array in stored.items()}, target)
+      with damage.reading(folder):
+        restored[item] = damage.arrays(folder / item, stored, target, saved)
+    if data is not None:
+      with damage.reading(folder):
         _set_position(data, folder / "data")
-        if checksums:
-          damage.require_same(folder, "data", {"position": damage.checksum(data.get_state())},
-                               {"position": checksums["data"]})
-      return restored
-
-    return damage.read(folder, read)
+      if checksums and damage.checksum(data.get_state()) != checksums.get("data"):
+        raise damage.DamagedCheckpoint(f"checkpoint {folder} is damaged: it holds another position in the data")
+    return restored
 
   def load(self, which: int | str | None, load: Callable[[int], Any]) -> tuple[int, Any]:
     """(step, `load(step)`) of the checkpoint `which`.
@@ -264,12 +261,11 @@ def _read_checksums(folder):
   return checksums
 
 
-def _shapes(folder, checksums):
-  metadata = ocp.StandardCheckpointHandler().metadata(folder).tree
-  shapes = {name: tuple(array.shape) for name, array in metadata.items()}
-  if checksums and shapes.keys() != checksums.keys():
-    raise ValueError(f"its arrays and its checksums have different names: {sorted(shapes.keys() ^ checksums.keys())}")
-  return shapes
+def _stored(item, checksums):
+  """The arrays of an item by name. The names are those of the checksums, or the item's own where it has none."""
+  json.loads((item / "_METADATA").read_text())  # without which Orbax could not read it
+  names = ocp.StandardCheckpointHandler().metadata(item).tree if checksums is None else checksums
+  return damage.stored(item, names)
 
 
 def _require_same_model(folder, item, saved, target):

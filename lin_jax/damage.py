@@ -1,18 +1,16 @@
-"""Whether a checkpoint is whole: checksums of what it holds, and one error for whatever keeps it from being read."""
+"""Reads the arrays of a checkpoint and verifies their checksums; one error for whatever keeps it from being read."""
 
 import concurrent.futures
 import contextlib
-import gc
 import json
 import logging
 import pathlib
-import sys
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
+import tensorstore
 from jax.experimental import multihost_utils
 
 
@@ -28,50 +26,65 @@ def checksum(value) -> int:
 def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
   """CRC32 of the bytes of each whole array, however it is sharded."""
 
-  def crc(array):
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
   def whole(array):
     local = not isinstance(array, jax.Array) or array.is_fully_addressable
     return array if local else multihost_utils.process_allgather(array, tiled=True)
 
   with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib and copies to the host leave Python's lock to others
-    return dict(zip(arrays, pool.map(crc, map(whole, arrays.values())), strict=True))
+    return dict(zip(arrays, pool.map(_crc, map(whole, arrays.values())), strict=True))
 
 
-def require_same(folder: pathlib.Path, item: str, found: dict[str, int], saved: dict[str, int]) -> None:
-  """Raises DamagedCheckpoint for the first checksum of `item` that is not the one that was saved."""
-  for name, checksum in found.items():
-    if checksum != saved[name]:
-      raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {item} {name} has the CRC32 {checksum}, but was saved "
-                              f"with {saved[name]}")
+def stored(item: pathlib.Path, names: Iterable[str]) -> dict[str, tensorstore.TensorStore]:
+  """The arrays of these names in the folder of an item of a checkpoint, not read yet."""
+  spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}}
+  opening = {name: tensorstore.open(spec | {"path": name}) for name in names}
+  return {name: future.result() for name, future in opening.items()}
 
 
-def read(folder: pathlib.Path, function: Callable[[], Any]) -> Any:
-  """`function()`, which reads the checkpoint `folder`: whatever keeps it from that, but a lack of memory, is raised as
-  DamagedCheckpoint."""
+def arrays(item: pathlib.Path, stored: dict[str, tensorstore.TensorStore], targets: dict[str, jax.ShapeDtypeStruct],
+           saved: dict[str, int] | None) -> dict[str, jax.Array]:
+  """The arrays of an item, placed like `targets`; DamagedCheckpoint when a checksum is not the one that was `saved`.
+
+  Orbax would read all at once, and when one fails, those under way can end the process without a word.
+  """
+
+  def array(name):
+    whole, target = stored[name].read().result(), targets[name]
+    if saved and (found := _crc(whole)) != saved[name]:
+      raise DamagedCheckpoint(f"checkpoint {item.parent} is damaged: {item.name} {name} has the CRC32 {found}, but was "
+                              f"saved with {saved[name]}")
+    whole = whole.astype(target.dtype, copy=False)
+    if target.sharding is None:
+      return name, jax.device_put(whole)
+    return name, jax.make_array_from_callback(target.shape, target.sharding, lambda index: whole[index])
+
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each of which holds a whole array
+    return dict(pool.map(array, targets))
+
+
+@contextlib.contextmanager
+def reading(folder: pathlib.Path) -> Iterator[None]:
+  """Whatever keeps the block from reading the checkpoint `folder`, but a lack of memory, is a DamagedCheckpoint."""
   with silenced():
     try:
-      return function()
+      yield
     except (DamagedCheckpoint, MemoryError, jax.errors.JaxRuntimeError):
       raise
-    except Exception as e:  # Orbax raises a bare Exception where a file of an array is cut short
-      reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-    gc.collect()  # what Orbax had begun to read, which otherwise complains later of a closed event loop
-  raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {reason}")
+    except Exception as e:  # Orbax and its store raise errors of many kinds
+      raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {type(e).__name__}: "
+                              f"{' '.join(str(e).split())[:200]}") from e
+
+
+def _crc(array) -> int:
+  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-  """Keeps Orbax from narrating a failure that one message is about to tell."""
-  loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-  before = [logger.disabled for logger in loggers]
-  sys.unraisablehook = lambda _: None
-  for logger in loggers:
-    logger.disabled = True
+  """Keeps Orbax from logging a failure that one message is about to tell."""
+  logger = logging.getLogger("absl")
+  before, logger.disabled = logger.disabled, True
   try:
     yield
   finally:
-    sys.unraisablehook = hook
-    for logger, disabled in zip(loggers, before, strict=True):
-      logger.disabled = disabled
+    logger.disabled = before
