@@ -2,10 +2,10 @@
 
   python experiments/kill_campaign.py --runs=46 --out=kills.json
 
-Each run is a tiny one in a process of its own, and gets SIGTERM or SIGKILL once, at a moment between its start and its
-end; then it is started again until it is through. Equal must be: parameters and optimizer state bit for bit, the
-records but for what depends on the clock, the steps in TensorBoard, the checkpoints that are kept, and the best one.
-The exit code is 1 when a run differs.
+Each run is a tiny one in a process of its own, and gets SIGTERM or SIGKILL once, up to a few lines' time after one of
+the lines that it prints, or after its start; then it is started again until it is through. Equal must be: parameters
+and optimizer state bit for bit, the records but for what depends on the clock, the steps in TensorBoard, the
+checkpoints that are kept, and the best one. The exit code is 1 when a run differs.
 """
 
 import collections
@@ -66,13 +66,14 @@ def campaign(folder: pathlib.Path, data: pathlib.Path, runs: int, steps: int, se
     begin = time.monotonic()
     if _run(config, folder / name):
       raise ValueError(f"the unbroken run has failed: {(folder / f'{name}.log').read_text()}")
-  duration, expected = time.monotonic() - begin, end(folder / "unbroken")
+  expected, lines = end(folder / "unbroken"), _lines(folder / "unbroken")
+  pace = (time.monotonic() - begin) / lines
   counts, different = collections.Counter(), []
   for i in range(runs):
     draw = random.Random(f"{seed} {i}")
-    number, moment = draw.choice([signal.SIGTERM, signal.SIGKILL]), draw.uniform(0, duration)
+    number, line = draw.choice([signal.SIGTERM, signal.SIGKILL]), draw.randrange(lines)
     workdir = folder / f"{i:03d}"
-    code = _run(config, workdir, moment, number)
+    code = _run(config, workdir, number, line, draw.uniform(0, 3 * pace))
     reached = [r["step"] for r in metrics.read(workdir / "metrics.jsonl")]
     what = "over before the signal" if code is None else f"{number.name} {'after' if reached else 'before'} a record"
     if not (code is None or code in (0, -number)) or _run(config, workdir):
@@ -81,10 +82,10 @@ def campaign(folder: pathlib.Path, data: pathlib.Path, runs: int, steps: int, se
     found = end(workdir)
     wrong = [name for name, value in expected.items() if found[name] != value]
     if wrong:
-      different.append({"run": i, "signal": number.name, "seconds": round(moment, 3), "differs": wrong})
-    print(f"{i + 1}/{runs}  {number.name} after {moment:.2f} s, at step {max(reached, default='-')}: "
+      different.append({"run": i, "signal": number.name, "line": line, "differs": wrong})
+    print(f"{i + 1}/{runs}  {number.name} after line {line}, at step {max(reached, default='-')}: "
           f"{'differs in ' + ', '.join(wrong) if wrong else 'equal'}", flush=True)
-  return {"runs": runs, "steps": steps, "seed": seed, "equal": runs - len(different), "seconds": round(duration, 2),
+  return {"runs": runs, "steps": steps, "seed": seed, "equal": runs - len(different),
           "signals": dict(sorted(counts.items())), "different": different}
 
 
@@ -114,19 +115,27 @@ def _config(data, steps):
       log=LogConfig(every=2))
 
 
-def _run(config, workdir, moment=None, number=None):
-  """The exit code of a process that trains in `workdir`, and gets a signal after `moment` seconds: None if it was over
-  by then."""
+def _run(config, workdir, number=None, line=0, seconds=0.0):
+  """The exit code of a process that trains in `workdir`, and gets the signal `number`, if any, so long after it has
+  printed that many lines: None if it was over by then."""
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(["lin_jax.training", "lin_jax.tensorboard"])  # a start then takes no seconds
   process = context.Process(target=_train, args=(config, workdir, dict(os.environ)))
   process.start()
-  process.join(moment)
+  if number:
+    while process.is_alive() and _lines(workdir) < line:
+      time.sleep(0.01)
+  process.join(seconds if number else None)
   over = process.exitcode is not None
   if not over:
     os.kill(process.pid, number)
     process.join()
   return None if over and number else process.exitcode
+
+
+def _lines(workdir):
+  log = pathlib.Path(f"{workdir}.log")
+  return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def _train(config, workdir, environment):
