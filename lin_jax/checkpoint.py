@@ -20,14 +20,12 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
 
 from lin_jax import config as configs
-from lin_jax import damage
+from lin_jax import damage, retention
 from lin_jax.config import CheckpointConfig, TrainConfig
 from lin_jax.workdir import prepare
 
-_CHECKSUMS, _CHECKSUMS_FILE = "checksums", "crc32.json"
 _POSITIONS = "process_*-of-*.json"
 
 
@@ -41,20 +39,17 @@ class Checkpoints:
     scheduled counts among neither, and goes when a later one is there: what is kept is what an unbroken run keeps.
     """
     config, read_only = config or CheckpointConfig(), config is None
-    keep = [policies.LatestN(config.keep_last)]
-    if config.keep_best:
-      keep.append(policies.BestN(get_metric_fn=_eval_loss, reverse=True, n=config.keep_best,
-                                 keep_checkpoints_without_metrics=False))
+    self._policy = retention.policy(config.keep_last, config.keep_best)
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=_Scheduled(policies.AnyPreservationPolicy(keep)), best_fn=_eval_loss, best_mode="min",
+        preservation_policy=self._policy, best_fn=retention.eval_loss, best_mode="min",
         # Orbax warns of its own mode for reading; a manager that never saves needs none.
         create=not read_only)
     handlers = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
                 "data": grain.checkpoint.CheckpointHandler(), "config": ocp.JsonCheckpointHandler(),
-                "checksums": ocp.JsonCheckpointHandler(filename=_CHECKSUMS_FILE)}
+                "checksums": ocp.JsonCheckpointHandler(filename=damage.CHECKSUMS_FILE)}
     self.path = workdir.absolute() / "checkpoints"
     with damage.silenced():
-      self._manager = _Manager(self.path, options=options, item_handlers=handlers)
+      self._manager = retention.Manager(self.path, options=options, item_handlers=handlers)
 
   def save(self, step: int, params, optimizer, data, config: TrainConfig, eval_loss: float | None = None,
            scheduled: bool = True) -> None:
@@ -100,7 +95,7 @@ class Checkpoints:
   def _restore(self, step, targets, data=None):
     folder = self.path / str(step)
     with damage.reading(folder):
-      checksums = _read_checksums(folder)
+      checksums = damage.read_checksums(folder)
     if checksums and checksums.get("step") != step:
       raise damage.DamagedCheckpoint(f"checkpoint {folder} holds step {checksums.get('step')}: was its folder renamed?")
     restored = {}
@@ -147,19 +142,27 @@ class Checkpoints:
                               f"--checkpoint={step} goes on from it") from failure
     raise damage.DamagedCheckpoint(f"{failure}. No other checkpoint of this run loads") from failure
 
-  def set_aside(self, after: int) -> list[pathlib.Path]:
-    """Moves the checkpoints of steps beyond `after` to `workdir/set_aside`, and returns where they are now."""
-    moved = []
-    for step in (step for step in self.steps() if step > after):
-      folder = self.path.parent / "set_aside"
-      target = next(path for n in itertools.count() if not (path := folder / f"{step}{f'.{n}' if n else ''}").exists())
-      moved.append(target)
-      if jax.process_index() == 0:
-        folder.mkdir(exist_ok=True)
-        (self.path / str(step)).rename(target)
+  def resume_from(self, step: int) -> list[pathlib.Path]:
+    """Leaves the checkpoints that a run which goes on from `step` has.
+
+    Those that are not to be kept are deleted, which a kill may have prevented. Later ones, and what a kill in the midst
+    of a deletion has left, move to `workdir/set_aside`; returns where they are now.
+    """
+    left = [s for s in self.steps() if s > step or s < step and not (self.path / f"{s}/metrics/metrics").exists()]
+    moved = [self._set_aside(s) for s in left]
     multihost_utils.sync_global_devices("checkpoints set aside")
     self._manager.reload()
+    for unneeded in retention.unneeded(self._policy, {s: self._manager.metrics(s) for s in self.steps()}):
+      self._manager.delete(unneeded)
     return moved
+
+  def _set_aside(self, step):
+    folder = self.path.parent / "set_aside"
+    target = next(path for n in itertools.count() if not (path := folder / f"{step}{f'.{n}' if n else ''}").exists())
+    if jax.process_index() == 0:
+      folder.mkdir(exist_ok=True)
+      (self.path / str(step)).rename(target)
+    return target
 
   def latest(self) -> int | None:
     """The last saved step, or None."""
@@ -168,7 +171,7 @@ class Checkpoints:
   def best(self) -> int | None:
     """The saved step of lowest `eval_loss`, or None when no saved step was evaluated."""
     step = self._manager.best_step()
-    return None if step is None or _eval_loss(self._manager.metrics(step)) == math.inf else step
+    return None if step is None or retention.eval_loss(self._manager.metrics(step)) == math.inf else step
 
   def processes(self, step: int) -> int | None:
     """How many processes have saved `step`, or None when it does not say."""
@@ -181,31 +184,6 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for saves under way."""
     self._manager.close()
-
-
-class _Manager(ocp.CheckpointManager):
-  """Orbax's, but a metrics file that is damaged is one that is missing: it only says which steps are the best."""
-
-  def metrics(self, step):
-    try:
-      metrics = super().metrics(step)
-      checksums = _read_checksums(self.directory / str(step))
-      return metrics if checksums is None or checksums["metrics"] == damage.checksum(metrics) else None
-    except (ValueError, KeyError, TypeError, OSError):
-      return None
-
-
-class _Scheduled:
-  """A preservation policy that shows another one the scheduled checkpoints only, and keeps the last whatever it is."""
-
-  def __init__(self, policy):
-    self._policy = policy
-
-  def should_preserve(self, checkpoints, *, context):
-    scheduled = [info for info in checkpoints if (info.metrics or {}).get("scheduled", True)]
-    preserved = self._policy.should_preserve(scheduled, context=context)
-    steps = {info.step for info, keep in zip(scheduled, preserved, strict=True) if keep} | {checkpoints[-1].step}
-    return [info.step in steps for info in checkpoints]
 
 
 def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
@@ -243,22 +221,6 @@ def save_model(workdir: pathlib.Path | str, config: TrainConfig, model) -> None:
   prepare(workdir, config)
   with contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
     checkpoints.save_params(0, nnx.state(model, nnx.Param), config)
-
-
-def _eval_loss(metrics):
-  loss = (metrics or {}).get("eval_loss", math.inf)
-  return loss if math.isfinite(loss) else math.inf
-
-
-def _read_checksums(folder):
-  """The item `checksums`, or None of a checkpoint that was saved without."""
-  listed = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
-  if _CHECKSUMS not in listed and not (folder / _CHECKSUMS).exists():
-    return None
-  checksums = json.loads((folder / _CHECKSUMS / _CHECKSUMS_FILE).read_text())
-  if not isinstance(checksums, dict):
-    raise ValueError(f"{_CHECKSUMS_FILE} holds no checksums")
-  return checksums
 
 
 def _stored(item, checksums):

@@ -13,6 +13,8 @@ import numpy as np
 import tensorstore
 from jax.experimental import multihost_utils
 
+_CHECKSUMS, CHECKSUMS_FILE = "checksums", "crc32.json"
+
 
 class DamagedCheckpoint(ValueError):
   """A checkpoint that cannot be read, or that does not hold what was saved."""
@@ -32,6 +34,17 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
 
   with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib and copies to the host leave Python's lock to others
     return dict(zip(arrays, pool.map(_crc, map(whole, arrays.values())), strict=True))
+
+
+def read_checksums(folder: pathlib.Path) -> dict | None:
+  """The item `checksums`, or None of a checkpoint that was saved without."""
+  listed = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+  if _CHECKSUMS not in listed and not (folder / _CHECKSUMS).exists():
+    return None
+  checksums = json.loads((folder / _CHECKSUMS / CHECKSUMS_FILE).read_text())
+  if not isinstance(checksums, dict):
+    raise ValueError(f"{CHECKSUMS_FILE} holds no checksums")
+  return checksums
 
 
 def stored(item: pathlib.Path, names: Iterable[str]) -> dict[str, tensorstore.TensorStore]:

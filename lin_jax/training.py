@@ -82,8 +82,8 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     start, state = 0, None
     if checkpoint is not None or checkpoints.latest():
       start, state = checkpoints.load(checkpoint, lambda step: _restore(checkpoints, step, abstract, batches, config))
-      if moved := checkpoints.set_aside(after=start):
-        print(f"checkpoints after step {start} are now {', '.join(map(str, moved))}", flush=True)
+      if moved := checkpoints.resume_from(start):
+        print(f"set aside: {', '.join(map(str, moved))}", flush=True)
     state = state or create()
     report = stack.enter_context(contextlib.closing(reporting.Reporter(config, workdir, start, bytes_per_token["val"])))
     profile = stack.enter_context(contextlib.closing(reporting.Profile(workdir, config.log.profile_steps)))

@@ -252,6 +252,16 @@ def test_checkpoints_that_a_run_goes_back_behind_are_set_aside(data, tmp_path):
   saved(tmp_path, data, [3.0, 2.0, 1.0], keep_last=3)
   (tmp_path / "set_aside" / "3").mkdir(parents=True)
   checkpoints = Checkpoints(tmp_path)
-  assert checkpoints.set_aside(after=1) == [tmp_path / "set_aside" / "2", tmp_path / "set_aside" / "3.1"]
+  assert checkpoints.resume_from(1) == [tmp_path / "set_aside" / "2", tmp_path / "set_aside" / "3.1"]
   assert checkpoints.steps() == [1] and (tmp_path / "set_aside" / "3.1" / "params").is_dir()
-  assert checkpoints.set_aside(after=1) == []
+  assert checkpoints.resume_from(1) == []
+
+
+def test_deletions_that_a_kill_has_prevented_are_made_up_for(data, tmp_path):
+  saved(tmp_path, data, [1.0, 5.0, 4.0, 3.0, 2.0], keep_last=5)
+  shutil.rmtree(tmp_path / "checkpoints" / "4" / "metrics")  # killed while it was being deleted
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=2, keep_best=1))
+  assert checkpoints.resume_from(5) == [tmp_path / "set_aside" / "4"]
+  assert checkpoints.steps() == [1, 3, 5]
+  checkpoints.close()
+  assert Checkpoints(tmp_path).steps() == [1, 3, 5]
