@@ -2,7 +2,7 @@
 
   python experiments/prepare_data.py --corpus=shakespeare --out=data/shakespeare
   python experiments/prepare_data.py --corpus=english --tier=full --out=data/english
-  python experiments/prepare_data.py --input='books/*.txt' --input=web.jsonl --out=data/mine
+  python experiments/prepare_data.py --input='books/*.txt' --input=web.jsonl.zst --out=data/mine
   python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --tokens=16000000000 --out=data/slimpajama
   python experiments/prepare_data.py --pack=data/english --tokens=48000000 --out=english-packed
   python experiments/prepare_data.py --unpack=english-packed --out=data/english
@@ -22,7 +22,13 @@ import commands
 from lin_jax import files
 
 _OUT = flags.DEFINE_string("out", "", "directory to make")
-_INPUT = flags.DEFINE_multi_string("input", [], "text, .jsonl or .parquet file, or a glob of them; may be repeated")
+_INPUT = flags.DEFINE_multi_string(
+    "input", [], "text, JSON or Parquet file, or a glob of them; may be repeated. Text and JSON may be compressed: "
+    ".gz, .bz2, .xz, .zst")
+_FORMAT = flags.DEFINE_enum(
+    "format", None, ["text", "jsonl", "json", "parquet"], "how to read --input; by default as each file's ending says: "
+    ".jsonl, .ndjson and .jsonlines are JSON Lines; .json is JSON Lines, an array of rows or one row; .parquet and .pq "
+    "are Parquet; .txt, .md, .rst, .tex and endings of source code such as .py are text. Others are refused")
 _HF_DATASET = flags.DEFINE_string("hf_dataset", "", "name of a Hugging Face dataset, streamed")
 _HF_SPLIT = flags.DEFINE_string("hf_split", "train", "split of --hf_dataset to read")
 _HF_REVISION = flags.DEFINE_string("hf_revision", "", "revision of --hf_dataset; the latest if empty")
@@ -51,6 +57,8 @@ def main(_) -> None:
                      f"{len(chosen)}")
   if _TOKENS.value and chosen[0] in ("corpus", "unpack", "verify"):
     raise ValueError(f"--tokens={_TOKENS.value}: goes with --input, --hf_dataset and --pack, not with --{chosen[0]}")
+  if _FORMAT.value and chosen[0] != "input":
+    raise ValueError(f"--format={_FORMAT.value}: goes with --input, not with --{chosen[0]}")
   if _VERIFY.value:
     _verify()
     return
@@ -119,8 +127,10 @@ def _tokenizer(cache, default):
 def _files():
   from corpora import documents
 
-  found = documents.find(_INPUT.value)
+  found = documents.find(_INPUT.value, _FORMAT.value or "")
   options = dict(field=_TEXT_FIELD.value, separator=commands.text(_SEPARATOR))
+  if _FORMAT.value:
+    options["kind"] = _FORMAT.value
   return functools.partial(documents.read, found, **options), dict(sources=documents.describe(found), **options)
 
 
