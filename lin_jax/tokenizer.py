@@ -1,8 +1,11 @@
 """Tokenizers: text to token ids and back, each with an end-of-document id and no beginning-of-document id.
 
-`bytes` needs no file; `mistral` reads the SentencePiece model of Mistral-7B-v0.1 (32,000 pieces, the vocabulary of the
-GLA and DeltaNet papers). A prepared dataset carries its tokenizer: `load_tokenizer("data/english")` is all that
-decoding needs.
+`bytes` needs no file; `mistral` reads a SentencePiece model, such as that of Mistral-7B-v0.1 (32,000 pieces, the
+vocabulary of the GLA and DeltaNet papers). A prepared dataset carries its tokenizer: `load_tokenizer("data/english")`
+is all that decoding needs.
+
+Encoding keeps every text, but for U+2581, which SentencePiece takes for a space: bits per byte count the bytes of the
+text, and would be too low if some of it were dropped or became the unknown token.
 """
 
 import codecs
@@ -25,15 +28,19 @@ class Tokenizer(Protocol):
   vocab_size: int
   eos_id: int
   prefix: str  # what encoding puts before a text, and decoding takes off again
+  decoding_errors: str  # the name of a handler of `codecs`, for bytes that are no UTF-8
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without `eos_id`."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text of `ids`; invalid UTF-8 becomes U+FFFD, control ids nothing."""
+    """Text of `ids`; invalid UTF-8 becomes U+FFFD, control ids nothing. Raises ValueError as `token_bytes` does."""
 
-  def token_bytes(self, token: int) -> bytes:
-    """The bytes that `token` stands for; none for control ids."""
+  def token_bytes(self, token: int, *, first: bool = False) -> bytes:
+    """The bytes that `token` stands for, less the prefix if it is the `first` of a text; none for control ids.
+
+    Raises ValueError for an id that the tokenizer does not have.
+    """
 
 
 class ByteTokenizer:
@@ -43,59 +50,58 @@ class ByteTokenizer:
   vocab_size = 257
   eos_id = 256
   prefix = ""
+  decoding_errors = "replace"
 
   def encode(self, text: str) -> list[int]:
-    return list(text.encode())
+    return list(_utf8(text))
 
   def decode(self, ids: Iterable[int]) -> str:
     return _decode(self, ids)
 
-  def token_bytes(self, token: int) -> bytes:
+  def token_bytes(self, token: int, *, first: bool = False) -> bytes:
+    _require_id(self, token)
     return bytes((token,)) if token < self.eos_id else b""
 
 
 class MistralTokenizer:
-  """A SentencePiece BPE model with byte fallback, read from `path`; the ids are those of SentencePiece's own `encode`.
+  """A SentencePiece model with byte fallback, read from `path`: ids and texts are those of SentencePiece itself.
 
-  Encoding splits the text at spaces and newlines, encodes each distinct word once and remembers it. That is exact
-  because no piece spans a newline or a space that follows another character, so no merge crosses a split; a model of
-  which this is not true is refused with ValueError.
+  A BPE model whose pieces span no newline and no space that follows another character is encoded faster: the text is
+  split there, and each distinct word is encoded once and remembered. That is exact because no merge crosses a split.
+  Raises ValueError for a file that is no such model, and for a model without an end id or with an option that makes
+  encoding lose a part of some texts.
   """
 
   name = "mistral"
-  prefix = " "
+  decoding_errors = "lin_jax.replace_each_byte"
   _WORD = re.compile("\n|[ \u2581]*[^ \u2581\n]+|[ \u2581]+")
   _LONGEST_CACHED = 40
   _CACHE_SIZE = 4_000_000
 
   def __init__(self, path: str | pathlib.Path):
-    import sentencepiece
-
-    try:
-      model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as e:
-      raise ValueError(f"{path}: not a SentencePiece model ({e})") from e
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    crossing = next((p for p in pieces if re.search("\n|[^\u2581]\u2581", p)), None)
-    if crossing is not None or model.encode("\n")[-1:] != [model.piece_to_id("<0x0A>")]:
-      raise ValueError(f"{path}: piece {crossing!r}: pieces must not span newlines or word ends, and bytes need ids")
-    self._model = model
-    self._bytes = [self._piece_bytes(i, piece) for i, piece in enumerate(pieces)]
+    self._model, options = _read_sentencepiece(pathlib.Path(path))
+    self.vocab_size = self._model.vocab_size()
+    self.eos_id = self._model.eos_id()
+    self.prefix = " " if options.normalizer_spec.add_dummy_prefix else ""
+    self._bytes = [self._piece_bytes(i, piece.piece, options) for i, piece in enumerate(options.pieces)]
+    self._prefixed = {i for i, piece in enumerate(options.pieces)
+                      if self.prefix and piece.piece.startswith("\u2581") and not self._model.is_unknown(i)}
     # A word is encoded after a newline: alone, it would lose the distinction between " a" and "a".
-    newline = model.encode("\n")
-    self._prefix = len(newline)
+    newline = self._model.encode("\n")
     self._cache = {"\n": (newline[-1],)}
-    self.vocab_size = model.vocab_size()
-    self.eos_id = model.eos_id()
+    self._newline_ids = len(newline) if _splits_at_words(options, newline[-1]) else 0
 
   def encode(self, text: str) -> list[int]:
+    _utf8(text)
+    if not self._newline_ids:
+      return self._model.encode(text)
     ids, cache = [], self._cache
     if not text:
       return ids
     for word in self._WORD.findall(self.prefix + text):
       known = cache.get(word)
       if known is None:
-        known = tuple(self._model.encode("\n" + word)[self._prefix:])
+        known = tuple(self._model.encode("\n" + word)[self._newline_ids:])
         if len(word) < self._LONGEST_CACHED and len(cache) < self._CACHE_SIZE:
           cache[word] = known
       ids.extend(known)
@@ -104,15 +110,77 @@ class MistralTokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     return _decode(self, ids)
 
-  def token_bytes(self, token: int) -> bytes:
-    return self._bytes[token]
+  def token_bytes(self, token: int, *, first: bool = False) -> bytes:
+    _require_id(self, token)
+    return self._bytes[token][len(self.prefix):] if first and token in self._prefixed else self._bytes[token]
 
-  def _piece_bytes(self, token, piece):
+  def _piece_bytes(self, token, piece, options):
     if self._model.is_control(token):
       return b""
     if self._model.is_byte(token):
       return bytes((int(piece[3:-1], 16),))
+    if self._model.is_unknown(token):
+      return options.trainer_spec.unk_surface.encode()
     return piece.replace("\u2581", " ").encode()
+
+
+def _read_sentencepiece(path):
+  """The model of a file, and the message that describes it. Raises ValueError as `MistralTokenizer` does."""
+  import sentencepiece
+  from google.protobuf.message import DecodeError
+  from sentencepiece import sentencepiece_model_pb2
+
+  options = sentencepiece_model_pb2.ModelProto()
+  try:
+    content = path.read_bytes()
+    options.ParseFromString(content)
+    texts = [piece.piece for piece in options.pieces] + [options.trainer_spec.unk_surface]
+    if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+      raise ValueError("it has no pieces, or one that is no text")
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
+  except (OSError, RuntimeError, ValueError, DecodeError) as e:
+    raise ValueError(f"{path}: not a SentencePiece model ({' '.join(str(e).split())})") from e
+  trainer, normalizer = options.trainer_spec, options.normalizer_spec
+  kind = sentencepiece_model_pb2.TrainerSpec.ModelType.Name(trainer.model_type).lower()
+  spelled = {piece.piece for piece in options.pieces if piece.type == piece.BYTE}
+  rewriting = (normalizer.name or "custom") if normalizer.precompiled_charsmap else "identity"
+  for option, value, served in (
+      ("model_type", kind, ("bpe", "unigram", "char")),
+      ("byte_fallback", trainer.byte_fallback and spelled == {f"<0x{i:02X}>" for i in range(256)}, (True,)),
+      ("normalization_rule_name", rewriting, ("identity",)),
+      ("denormalization", bool(options.denormalizer_spec.precompiled_charsmap), (False,)),
+      ("remove_extra_whitespaces", normalizer.remove_extra_whitespaces, (False,)),
+      ("escape_whitespaces", normalizer.escape_whitespaces, (True,)),
+      ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, (False,))):
+    if value not in served:
+      raise ValueError(f"{path}: a SentencePiece model with {option}={value}, which does not give back every text: "
+                       f"must be {' or '.join(map(str, served))}")
+  if model.eos_id() < 0:
+    raise ValueError(f"{path}: a SentencePiece model without an end id (eos_id={model.eos_id()}): documents need one")
+  return model, options
+
+
+def _splits_at_words(options, newline):
+  """Whether no merge of the model crosses a newline, or a space after another character."""
+  piece = type(options).SentencePiece
+  return (options.trainer_spec.model_type == options.trainer_spec.BPE and options.pieces[newline].type == piece.BYTE
+          and not any(p.type == piece.USER_DEFINED or re.search("\n|[^\u2581]\u2581", p.piece) for p in options.pieces))
+
+
+def _utf8(text):
+  try:
+    return text.encode()
+  except UnicodeEncodeError as e:
+    raise ValueError(f"the text holds {text[e.start]!r} at position {e.start}: no UTF-8 text has surrogates") from e
+
+
+def _require_id(tokenizer, token):
+  if not 0 <= token < tokenizer.vocab_size:
+    raise ValueError(f"token id {token}: tokenizer {tokenizer.name!r} has ids from 0 to {tokenizer.vocab_size - 1}")
+
+
+# As SentencePiece does; Python's "replace" writes one character for several bytes of a broken one.
+codecs.register_error(MistralTokenizer.decoding_errors, lambda e: ("\ufffd" * (e.end - e.start), e.end))
 
 
 def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -120,13 +188,14 @@ def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
   The joined pieces equal `tokenizer.decode(ids)`.
   """
-  decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-  prefix = tokenizer.prefix
+  decoder = codecs.getincrementaldecoder("utf-8")(errors=tokenizer.decoding_errors)
+  first = True
   for token in ids:
-    text = decoder.decode(tokenizer.token_bytes(int(token)))
-    if text:
-      text, prefix = text.removeprefix(prefix), ""
-    if text:
+    content = tokenizer.token_bytes(int(token), first=first)
+    # What is empty without its prefix was first as well; control ids are not.
+    first = first and not tokenizer.token_bytes(int(token))
+    # What spells no bytes ends a character that is incomplete.
+    if text := decoder.decode(content, final=not content):
       yield text
   if text := decoder.decode(b"", final=True):
     yield text

@@ -16,11 +16,12 @@ SAMPLES = ["", "a", " a", "a ", "  two  spaces ", "\n", "line\n\n  indented\ttab
 
 
 def train_model(folder, **options):
-  """A SentencePiece BPE model with the settings of Mistral's, on a paragraph."""
+  """A SentencePiece BPE model on a paragraph, with the settings of Mistral's but for `options`."""
   (folder / "text").write_text(TEXT)
-  sentencepiece.SentencePieceTrainer.train(
-      input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe", byte_fallback=True,
-      vocab_size=360, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **options)
+  mistral = dict(model_type="bpe", byte_fallback=True, vocab_size=360, normalization_rule_name="identity",
+                 remove_extra_whitespaces=False)
+  sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=str(folder / "tokenizer"),
+                                           minloglevel=2, **mistral | options)
   return folder / "tokenizer.model"
 
 
@@ -36,7 +37,8 @@ def mistral(model):
 
 def random_texts(count):
   source = random.Random(0)
-  alphabet = [" ", " ", "\n", "\t", "w", "a", "s", "it", "the", "\u00e9", "\u2581", "\U0001f600", "\r"]
+  alphabet = [" ", " ", "\n", "\t", "w", "a", "s", "it", "the", "\u00e9", "\u2581", "\U0001f600", "\r", "<sep>", "<s>",
+              "12", "\n\n", "<0x41>"]
   return ["".join(source.choices(alphabet, k=source.randrange(30))) for _ in range(count)]
 
 
@@ -83,10 +85,73 @@ def test_invalid_utf8_becomes_the_replacement_character(ids, text):
   assert "".join(stream_decode(ByteTokenizer(), ids)) == text
 
 
-def test_a_model_whose_pieces_span_words_is_refused(tmp_path):
-  path = train_model(tmp_path, split_by_whitespace=False)
-  with pytest.raises(ValueError, match="must not span"):
-    MistralTokenizer(path)
+SERVED = {
+    "no prefix": dict(add_dummy_prefix=False), "digits alone": dict(split_digits=True),
+    "pieces of several words": dict(split_by_whitespace=False), "unigram": dict(model_type="unigram", vocab_size=300),
+    "characters": dict(model_type="char", vocab_size=300), "spaces as pieces": dict(allow_whitespace_only_pieces=True),
+    "user's symbols": dict(user_defined_symbols=["<sep>", "\n\n", "it t"], vocab_size=370),
+    "control symbols": dict(control_symbols=["<sep>"]), "other ids": dict(eos_id=0, unk_id=5, bos_id=-1, pad_id=1),
+    "user's symbols, unigram, no prefix": dict(model_type="unigram", user_defined_symbols=["<sep>"], vocab_size=300,
+                                               add_dummy_prefix=False),
+}
+
+
+@pytest.mark.parametrize("options", SERVED.values(), ids=SERVED)
+def test_other_models_encode_and_decode_as_sentencepiece_does(tmp_path, options):
+  path, source = train_model(tmp_path, **options), random.Random(0)
+  expected, ours = sentencepiece.SentencePieceProcessor(model_file=str(path)), MistralTokenizer(path)
+  for text in [*SAMPLES, TEXT, *random_texts(200)]:
+    ids = expected.encode(text)
+    assert ours.encode(text) == ids, repr(text)
+    assert ours.decode(ids) == expected.decode(ids) == text.replace("\u2581", " "), repr(text)
+  for count in range(200):
+    # Half of them bytes for the most part, so that characters are broken in many ways.
+    ids = source.choices(range(262 if count % 2 else expected.vocab_size()), k=count % 12)
+    assert ours.decode(ids) == expected.decode(ids) == "".join(stream_decode(ours, ids)), ids
+
+
+REFUSED = {
+    "byte_fallback=False": dict(byte_fallback=False, vocab_size=80),
+    "model_type=word": dict(model_type="word", vocab_size=280),
+    "remove_extra_whitespaces=True": dict(remove_extra_whitespaces=True),
+    "treat_whitespace_as_suffix=True": dict(treat_whitespace_as_suffix=True),
+    "normalization_rule_name=nmt_nfkc": dict(normalization_rule_name="nmt_nfkc"),
+    "without an end id": dict(eos_id=-1),
+}
+
+
+@pytest.mark.parametrize("message, options", REFUSED.items(), ids=REFUSED)
+def test_models_that_lose_text_or_have_no_end_are_refused(tmp_path, message, options):
+  with pytest.raises(ValueError, match=f"tokenizer.model: a SentencePiece model .*{message}"):
+    load_tokenizer(train_model(tmp_path, **options))
+
+
+def test_damaged_models_load_or_are_refused(tmp_path, model):
+  source, path, refused = random.Random(0), tmp_path / "tokenizer.model", 0
+  for _ in range(200):
+    content = bytearray(model.read_bytes())
+    at = source.randrange(len(content))
+    content[at:at + source.choice([0, 1, len(content)])] = source.randbytes(source.randrange(4))
+    path.write_bytes(content)
+    try:
+      MistralTokenizer(path).decode(MistralTokenizer(path).encode("it was the caf\u00e9"))
+    except ValueError as e:
+      assert str(path) in str(e) and "\n" not in str(e)
+      refused += 1
+  assert refused > 50
+
+
+@pytest.mark.parametrize("token", [-1, 360, 65_535])
+def test_an_id_of_no_token_is_refused(mistral, token):
+  for tokenizer in (mistral, ByteTokenizer()):
+    with pytest.raises(ValueError, match=f"token id {token}: tokenizer '{tokenizer.name}' has ids from 0 to"):
+      tokenizer.decode([65, token])
+
+
+def test_surrogates_are_refused(mistral):
+  for tokenizer in (mistral, ByteTokenizer()):
+    with pytest.raises(ValueError, match="at position 1: no UTF-8 text has surrogates"):
+      tokenizer.encode("a\udcff")
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
