@@ -23,7 +23,7 @@ from lin_jax import files, hf
 from lin_jax.checkpoint import load_model, save_model
 from lin_jax.config import DTYPES, DataConfig, TrainConfig, validate
 from lin_jax.model import parameter_count
-from lin_jax.tokenizer import MODEL_FILE, MistralTokenizer, load_tokenizer
+from lin_jax.tokenizer import MODEL_FILE, MistralTokenizer, load_tokenizer, require_vocabulary
 
 _FROM = flags.DEFINE_string("from", "", "Directory of a Hugging Face checkpoint to read; makes the workdir.")
 _TO = flags.DEFINE_string("to", "", "Directory of the Hugging Face checkpoint to write, from the workdir's run.")
@@ -46,9 +46,10 @@ def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) 
   model_config, model = hf.load(source)
   model_config.dtype = dtype or model_config.dtype
   tokenizer = source / MODEL_FILE
-  data = DataConfig(path=str(workdir / MODEL_FILE) if tokenizer.is_file() else "", batch_size=8)
+  unserved = _unserved(tokenizer, model_config.vocab_size)
+  data = DataConfig(path="" if unserved else str(workdir / MODEL_FILE), batch_size=8)
   config = validate(TrainConfig(name=source.resolve().name, model=model_config, data=data))
-  tokenizer = tokenizer if tokenizer.is_file() else None
+  tokenizer = None if unserved else tokenizer
   if _complete(workdir, load_model, (config, model), tokenizer):
     print(f"{workdir}: complete already, nothing to do")
     return
@@ -57,8 +58,8 @@ def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) 
     if tokenizer:
       shutil.copyfile(tokenizer, work / MODEL_FILE)
   print(f"{source} -> {workdir}: {parameter_count(model_config):,} parameters")
-  if not tokenizer:
-    print(f"{source} has no {MODEL_FILE}, the one tokenizer file that is served: generate.py will need --data")
+  if unserved:
+    print(f"{unserved}; generate.py will need --data")
 
 
 def write(target: pathlib.Path, workdir: pathlib.Path) -> None:
@@ -80,6 +81,17 @@ def write(target: pathlib.Path, workdir: pathlib.Path) -> None:
   print(f"{workdir} -> {target}: {parameter_count(config.model):,} parameters")
   if not tokenizer:
     print(f"{target} has no tokenizer: data path {config.data.path!r} has none with a file")
+
+
+def _unserved(file: pathlib.Path, vocab_size: int) -> str:
+  """Why a tokenizer file does not serve a model of `vocab_size`; empty if it does."""
+  if not file.is_file():
+    return f"{file.parent} has no {MODEL_FILE}, the one tokenizer file that is served"
+  try:
+    require_vocabulary(MistralTokenizer(file), vocab_size)
+  except ValueError as e:
+    return f"the tokenizer is left out: {e}"
+  return ""
 
 
 def _complete(folder, load, made, tokenizer) -> bool:

@@ -3,6 +3,7 @@
   python experiments/generate.py --workdir=runs/gla_tiny --prompt="KING:" --tokens=200 --temperature=0.8 --top_p=0.95
 """
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -15,7 +16,7 @@ import commands
 from lin_jax import files
 from lin_jax.checkpoint import load_model
 from lin_jax.generate import Sampling, compile_generate, state_bytes
-from lin_jax.tokenizer import load_tokenizer
+from lin_jax.tokenizer import load_tokenizer, require_vocabulary, stream_decode
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
@@ -35,6 +36,8 @@ def main(_):
     raise ValueError(f"--tokens={_TOKENS.value}: must be at least 1")
   config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value))
   tokenizer = load_tokenizer(_DATA.value or config.data.path)
+  require_vocabulary(tokenizer, config.model.vocab_size)
+  sampling = dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size)
   prompt_text = commands.text(_PROMPT)
   prompt = tokenizer.encode(prompt_text) or [tokenizer.eos_id]
   run = compile_generate(model, 1, len(prompt), _TOKENS.value, sampling)
@@ -44,7 +47,8 @@ def main(_):
   seconds = time.perf_counter() - start
 
   ends = np.flatnonzero(tokens == tokenizer.eos_id)
-  text = prompt_text + tokenizer.decode(tokens[:ends[0]] if ends.size else tokens)
+  sample = stream_decode(tokenizer, tokens[:ends[0]] if ends.size else tokens, first=not prompt_text)
+  text = prompt_text + "".join(sample)
   print(text)
   if _OUT.value:
     files.write(_OUT.value, text + "\n")

@@ -23,11 +23,15 @@ from lin_jax.model import LanguageModel
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How a token is drawn from logits: divided by `temperature`, cut to the `top_k` most likely, then to the smallest
-  set of probability `top_p`. Temperature 0 takes the most likely token; top_k 0 and top_p 1 cut nothing."""
+  set of probability `top_p`. Temperature 0 takes the most likely token; top_k 0 and top_p 1 cut nothing.
+
+  Ids from `vocab_size` on, which pad a model's vocabulary beyond its tokenizer's, are never drawn; 0 draws from all.
+  """
 
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  vocab_size: int = 0
 
   def __post_init__(self):
     if not 0 <= self.temperature < math.inf:
@@ -36,20 +40,25 @@ class Sampling:
       raise ValueError(f"top_k={self.top_k}: must not be negative (0 keeps every token)")
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+    if self.vocab_size < 0:
+      raise ValueError(f"vocab_size={self.vocab_size}: must not be negative (0 draws from all)")
 
 
 def generate(model: LanguageModel, prompt: Int[Array, "B P"], steps: int, *, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, key: Array | None = None) -> Int[Array, "B steps"]:
+             top_p: float = 1.0, vocab_size: int = 0, key: Array | None = None) -> Int[Array, "B steps"]:
   """`steps` tokens that continue each prompt (P >= 1); equal keys give equal tokens. Key 0 if None.
 
-  Raises ValueError for token ids outside the vocabulary, sampling values outside their domain, and a prompt and steps
-  that need more memory than the device has. It compiles at every call: keep the result of `compile_generate` to
-  sample repeatedly.
+  The other options are those of `Sampling`. Raises ValueError for token ids outside the vocabulary, sampling values
+  outside their domain, and a prompt and steps that need more memory than the device has. It compiles at every call:
+  keep the result of `compile_generate` to sample repeatedly.
   """
   prompt = np.asarray(prompt)
   if prompt.ndim != 2:
     raise ValueError(f"prompt of shape {prompt.shape}: must be [batch, tokens]")
-  run = compile_generate(model, *prompt.shape, steps, Sampling(temperature, top_k, top_p))
+  sampling = Sampling(temperature, top_k, top_p, vocab_size)
+  if prompt.size:
+    _require_ids(model, prompt)  # compiling takes longer
+  run = compile_generate(model, *prompt.shape, steps, sampling)
   return run(prompt, jax.random.key(0) if key is None else key)
 
 
@@ -68,13 +77,21 @@ def compile_generate(model: LanguageModel, batch: int, prompt_length: int, steps
 
   def run(prompt, key):
     prompt = np.asarray(prompt)
-    vocabulary = model.embedding.shape[0]
-    if prompt.min() < 0 or prompt.max() >= vocabulary:
-      raise ValueError(f"prompt token {prompt.min() if prompt.min() < 0 else prompt.max()}: ids must lie in "
-                       f"[0, {vocabulary})")
+    if prompt.shape != (batch, prompt_length):
+      raise ValueError(f"prompt of shape {prompt.shape}: this program is for {(batch, prompt_length)}")
+    _require_ids(model, prompt)
     return program(model, prompt.astype(np.int32), key)
 
   return run
+
+
+def _require_ids(model, prompt):
+  vocabulary = model.embedding.shape[0]
+  if prompt.dtype.kind not in "iu":
+    raise ValueError(f"prompt of {prompt.dtype}: must hold integers")
+  if prompt.min() < 0 or prompt.max() >= vocabulary:
+    raise ValueError(f"prompt token {prompt.min() if prompt.min() < 0 else prompt.max()}: ids must lie in "
+                     f"[0, {vocabulary})")
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "sampling"))
@@ -100,6 +117,8 @@ def decode(model: LanguageModel, logits: Float[Array, "B V"], state: Any, key: A
 
 def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, "B"]:
   """One token id per row."""
+  if sampling.vocab_size:
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None] < sampling.vocab_size, logits, -jnp.inf)
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / sampling.temperature

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from lin_jax.generate import Sampling, sample, state_bytes
 from lin_jax.model import LanguageModel
-from lin_jax.tokenizer import Tokenizer
+from lin_jax.tokenizer import Tokenizer, require_vocabulary
 
 try:
   from lm_eval.api.model import TemplateLM
@@ -49,9 +49,7 @@ class HarnessModel(TemplateLM):
     super().__init__()
     if context < 2 or batch_size < 1:
       raise ValueError(f"context={context}, batch_size={batch_size}: must be at least 2 and 1")
-    if tokenizer.vocab_size > model.embedding.shape[0]:
-      raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model "
-                       f"{model.embedding.shape[0]}: not the tokenizer that it was trained with")
+    require_vocabulary(tokenizer, model.embedding.shape[0])
     self.model, self.text, self.batch_size, self.seed = model, tokenizer, batch_size, seed
     self.context = context if has_growing_state(model) else None
 
@@ -89,7 +87,7 @@ class HarnessModel(TemplateLM):
     texts = [""] * len(requests)
     with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as progress:
       for options, members in groups.items():
-        stops, most, sampling = _generation(json.loads(options))
+        stops, most, sampling = _generation(json.loads(options), self.text.vocab_size)
         prompts = {i: self._prompt(requests[i].args[0], most) for i in members}
         for batch in self._batches({i: len(ids) for i, ids in prompts.items()}):
           for i, text in zip(batch, self._continue([prompts[i] for i in batch], stops, most, sampling)):
@@ -188,11 +186,11 @@ def padded(length: int) -> int:
   return SHORTEST * 2 ** max(0, (-(-length // SHORTEST) - 1).bit_length())
 
 
-def _generation(options):
+def _generation(options, vocab_size):
   options = dict(normalize_gen_kwargs(options))
   sampled = options.pop("do_sample")
   sampling = Sampling(options.pop("temperature", 0.0) if sampled else 0.0, options.pop("top_k", 0),
-                      options.pop("top_p", 1.0))
+                      options.pop("top_p", 1.0), vocab_size)
   stops, most = options.pop("until"), options.pop("max_gen_toks")
   if options:
     raise ValueError(f"generation option {next(iter(options))!r}: known are until, max_gen_toks, do_sample, "

@@ -183,13 +183,13 @@ def _require_id(tokenizer, token):
 codecs.register_error(MistralTokenizer.decoding_errors, lambda e: ("\ufffd" * (e.end - e.start), e.end))
 
 
-def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+def stream_decode(tokenizer: Tokenizer, ids: Iterable[int], *, first: bool = True) -> Iterator[str]:
   """Yields the text of `ids` as it becomes certain: a character of several ids appears with its last one.
 
-  The joined pieces equal `tokenizer.decode(ids)`.
+  The joined pieces equal `tokenizer.decode(ids)`. Ids that continue a text are not `first`: they keep the space that
+  they begin with.
   """
   decoder = codecs.getincrementaldecoder("utf-8")(errors=tokenizer.decoding_errors)
-  first = True
   for token in ids:
     content = tokenizer.token_bytes(int(token), first=first)
     # What is empty without its prefix was first as well; control ids are not.
@@ -203,6 +203,16 @@ def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 def _decode(tokenizer, ids):
   return "".join(stream_decode(tokenizer, ids))
+
+
+def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+  """Raises ValueError when the tokenizer has ids that a model of `vocab_size` does not have.
+
+  The model may have more: those pad its vocabulary and stand for nothing.
+  """
+  if tokenizer.vocab_size > vocab_size:
+    raise ValueError(f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model {vocab_size}: not the "
+                     "tokenizer that it was trained with")
 
 
 def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:

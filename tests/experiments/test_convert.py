@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -37,9 +39,9 @@ def outputs(*processes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run of a random model whose data is a tokenizer file."""
+  """A run of a random model whose data is a tokenizer file, with a vocabulary padded to twice the tokenizer's."""
   folder = tmp_path_factory.mktemp("run")
-  model = ModelConfig(mixer=DeltaNetConfig(heads=2, implementation="reference"), vocab_size=360, width=32, depth=1,
+  model = ModelConfig(mixer=DeltaNetConfig(heads=2, implementation="reference"), vocab_size=720, width=32, depth=1,
                       mlp_width=32, dtype="float32")
   config = TrainConfig(name="random", model=model, data=DataConfig(path=str(train_model(folder)), sequence_length=32))
   save_model(folder / "run", config, LanguageModel(model, rngs=nnx.Rngs(0)))
@@ -90,13 +92,28 @@ def test_a_conversion_that_was_killed_is_repeated_as_it_was(run, tmp_path, monke
     convert.shutil.copyfile(json.loads((run / "config.json").read_text())["data"]["path"], target / MODEL_FILE)
 
 
-def test_without_a_tokenizer_generation_asks_for_one(tmp_path, capsys):
-  convert.read(FIXTURES / "retnet", tmp_path / "run")
-  assert "has no tokenizer.model" in capsys.readouterr().out
+@pytest.mark.parametrize("options, message", [
+    (None, "has no tokenizer.model"),
+    ({}, "the tokenizer is left out: tokenizer 'mistral' has 360 tokens, the model 48"),
+    ({"eos_id": -1}, "the tokenizer is left out: .* without an end id"),
+])
+def test_without_a_tokenizer_that_is_served_a_run_has_none(tmp_path, capsys, options, message):
+  shutil.copytree(FIXTURES / "retnet", tmp_path / "retnet")
+  if options is not None:
+    train_model(tmp_path / "retnet", **options)
+  convert.read(tmp_path / "retnet", tmp_path / "run")
+  assert re.search(f"{message}.*; generate.py will need --data", capsys.readouterr().out)
   config, _ = load_model(tmp_path / "run")
-  assert (config.name, config.model.dtype) == ("retnet", "float32")
-  process = Command("generate.py", f"--workdir={tmp_path}/run")
-  assert "tokenizer ''" in process.communicate()[1] and process.returncode == 2
+  assert (config.name, config.model.dtype, config.data.path) == ("retnet", "float32", "")
+
+
+def test_without_a_tokenizer_generation_asks_for_one(tmp_path):
+  convert.read(FIXTURES / "retnet", tmp_path / "run")
+  asked = {"": "tokenizer ''", "--data=bytes": "tokenizer 'bytes' has 257 tokens, the model 48"}
+  processes = [Command("generate.py", f"--workdir={tmp_path}/run", *filter(None, [option])) for option in asked]
+  for process, message in zip(processes, asked.values(), strict=True):
+    err = process.communicate()[1]
+    assert message in err and "Traceback" not in err and process.returncode == 2
   with pytest.raises(ValueError, match="run exists and is not an empty folder: choose another"):
     convert.read(FIXTURES / "delta_net", tmp_path / "run")
 

@@ -48,6 +48,10 @@ def renormalized(probabilities, kept):
     (Sampling(top_p=0.69), renormalized(PROBABILITIES, [1, 3])),
     (Sampling(top_p=0.71), renormalized(PROBABILITIES, [1, 3, 2])),
     (Sampling(top_p=0.01), np.eye(5)[1]),
+    (Sampling(vocab_size=3), renormalized(PROBABILITIES, [0, 1, 2])),
+    (Sampling(temperature=0.0, vocab_size=1), np.eye(5)[0]),
+    (Sampling(top_k=1, vocab_size=1), np.eye(5)[0]),
+    (Sampling(top_p=0.1, vocab_size=1), np.eye(5)[0]),
     # Top-p acts on what top-k leaves: of 0.57 and 0.43, the first alone reaches 0.5.
     (Sampling(top_k=2, top_p=0.5), np.eye(5)[1]),
 ], ids=str)
@@ -124,6 +128,8 @@ def test_more_tokens_than_memory_holds_are_refused_whatever_the_state(model):
     (dict(top_k=-1), "top_k=-1: must not be negative"),
     (dict(top_p=0.0), r"top_p=0.0: must lie in \(0, 1\]"),
     (dict(top_p=1.1), r"top_p=1.1: must lie in \(0, 1\]"),
+    (dict(vocab_size=-1), "vocab_size=-1: must not be negative"),
+    (dict(prompt=np.zeros((1, 2))), "prompt of float64: must hold integers"),
     (dict(steps=0), "steps=0: each must be at least 1"),
     (dict(prompt=np.zeros((1, 0), int)), "prompt_length=0"),
     (dict(prompt=np.zeros(3, int)), r"prompt of shape \(3,\): must be \[batch, tokens\]"),

@@ -160,6 +160,14 @@ def test_generation_ends_with_the_document(adapter, model, monkeypatch):
   assert adapter.generate_until(request, disable_tqdm=True) == [text_of(ids[:ids.index(ids[3])])]
 
 
+def test_generation_never_draws_the_padding_of_a_vocabulary(model, monkeypatch):
+  monkeypatch.setattr(harness, "DECODED", 2)
+  adapter = HarnessModel(model, NumberTokenizer(), context=CONTEXT, batch_size=1)
+  limit = adapter.text.vocab_size = min(greedy(model, b"ab", 4))  # not one of the model's own choices is left
+  text, = adapter.generate_until(requests(("ab", {"max_gen_toks": 4})), disable_tqdm=True)
+  assert max(int(token) for token in text.strip("<>").split("><")) < limit
+
+
 def test_refusals(adapter, model):
   with pytest.raises(ValueError, match="generation option 'num_beams'"):
     adapter.generate_until(requests(("a", {"num_beams": 4})), disable_tqdm=True)
@@ -168,7 +176,7 @@ def test_refusals(adapter, model):
   with pytest.raises(ValueError, match="context=1, batch_size=3"):
     HarnessModel(model, ByteTokenizer(), context=1, batch_size=3)
   tokenizer = types.SimpleNamespace(name="large", vocab_size=300, eos_id=0)
-  with pytest.raises(ValueError, match="tokenizer large has 300 tokens, the model 257"):
+  with pytest.raises(ValueError, match="tokenizer 'large' has 300 tokens, the model 257"):
     HarnessModel(model, tokenizer, context=CONTEXT)
 
 

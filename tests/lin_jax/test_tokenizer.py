@@ -5,7 +5,7 @@ import random
 import pytest
 import sentencepiece
 
-from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, load_tokenizer, stream_decode
+from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, load_tokenizer, require_vocabulary, stream_decode
 
 TEXT = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,
 it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness,
@@ -77,6 +77,19 @@ def test_streamed_text_appears_when_its_character_is_complete(mistral):
   for text in [*SAMPLES, *random_texts(100)]:
     ids = mistral.encode(text)
     assert "".join(stream_decode(mistral, ids)) == mistral.decode(ids)
+
+
+def test_a_continuation_keeps_its_space(mistral):
+  ids = mistral.encode("winter of")
+  assert "".join(stream_decode(mistral, ids, first=False)) == " winter of"
+  assert "".join(stream_decode(ByteTokenizer(), b" of", first=False)) == " of"
+
+
+def test_a_tokenizer_may_have_fewer_ids_than_the_model_but_not_more(mistral):
+  require_vocabulary(mistral, 360)
+  require_vocabulary(mistral, 384)
+  with pytest.raises(ValueError, match="tokenizer 'mistral' has 360 tokens, the model 359: not the tokenizer"):
+    require_vocabulary(mistral, 359)
 
 
 @pytest.mark.parametrize("ids, text", [([0xFF, 65], "\ufffdA"), ([65, 0xE2, 0x82], "A\ufffd"), ([0xC3, 256], "\ufffd")])
