@@ -5,11 +5,11 @@ every rule once, after overrides are parsed; `save` and `load` keep the resolved
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 from lin_jax import files
+from lin_jax.typed_json import build, read_object, require_types, shown
 
 REMAT_POLICIES = ("none", "mixer", "dots", "full")
 NORMS = ("rms", "simple_rms")
@@ -134,11 +134,14 @@ def validate(config: TrainConfig) -> TrainConfig:
       value = config
       for part in field.split("."):
         value = getattr(value, part)
-      raise ValueError(f"config.{field}={value!r}: {rule}")
+      raise ValueError(f"config.{field}={shown(value)}: {rule}")
 
+  require_types(config, "config")
   for field in ("model.vocab_size", "model.width", "model.depth", "data.sequence_length", "data.batch_size",
                 "data.carried_windows", "optim.steps", "optim.accumulation", "log.every", "checkpoint.keep_last"):
     require(_get(config, field) >= 1, field, "must be at least 1")
+  for field, most in (("depth", 10_000), ("width", 2**24), ("mlp_width", 2**24), ("vocab_size", 2**24)):
+    require(_get(config.model, field) <= most, f"model.{field}", f"must be at most {most:,}")
   for field in ("model.mlp_width", "optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches",
                 "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed", "optim.decay_steps"):
     require(_get(config, field) >= 0, field, "must not be negative")
@@ -197,22 +200,24 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def from_dict(values: dict) -> TrainConfig:
-  """Inverse of `to_dict`. Raises ValueError for an unknown mixer or field."""
+  """Inverse of `to_dict`; fields that are left out have their defaults.
+
+  Raises ValueError for an unknown mixer or field, and for a value of another type than its field's.
+  """
   from lin_jax import mixers
 
-  values = dict(values)
-  model = dict(values.pop("model"))
-  try:
-    for field in _MIXERS:
-      if field == "mixer" or model.get(field) is not None:  # a model without a mixer is none
-        mixer = dict(model[field])
-        model[field] = mixers.config_class(mixer.pop("type"))(**mixer)
-    model["hybrid_layers"] = tuple(model.get("hybrid_layers", ()))
-    parts = {f.name: f.default_factory(**values.pop(f.name)) for f in dataclasses.fields(TrainConfig)
-             if f.name in values and isinstance(values[f.name], dict)}
-    return TrainConfig(model=ModelConfig(**model), **parts, **values)
-  except TypeError as e:
-    raise ValueError(f"config does not match this version of lin_jax: {e}") from e
+  model = values.get("model") if isinstance(values, dict) else None
+  if not isinstance(model, dict):
+    raise ValueError(f"config.model={shown(model)}: must be an object")
+  model = dict(model)
+  for field in _MIXERS:
+    if field == "mixer" or model.get(field) is not None:
+      mixer, where = model.get(field), f"config.model.{field}"
+      if not isinstance(mixer, dict) or not isinstance(mixer.get("type"), str):
+        raise ValueError(f"{where}={shown(mixer)}: must be an object with a 'type'")
+      fields = {name: value for name, value in mixer.items() if name != "type"}
+      model[field] = build(mixers.config_class(mixer["type"]), fields, where)
+  return build(TrainConfig, values | {"model": model}, "config")
 
 
 def save(config: TrainConfig, path: pathlib.Path) -> None:
@@ -221,8 +226,17 @@ def save(config: TrainConfig, path: pathlib.Path) -> None:
 
 
 def load(path: pathlib.Path) -> TrainConfig:
-  """Reads a config written by `save`. Raises ValueError when the file is missing or not such a file."""
+  """Reads a config written by `save`.
+
+  Raises ValueError naming the file, and the field, when it is missing or damaged, breaks a rule of `validate`, or
+  describes a model that cannot be built.
+  """
+  from lin_jax.model import abstract_model
+
+  values = read_object(path, "a saved lin_jax config")
   try:
-    return from_dict(json.loads(path.read_text()))
-  except (OSError, json.JSONDecodeError, KeyError) as e:
-    raise ValueError(f"{path}: not a saved lin_jax config ({e})") from e
+    config = validate(from_dict(values))
+    abstract_model(config.model)
+  except ValueError as e:
+    raise ValueError(f"{path}: {e}") from e
+  return config

@@ -19,6 +19,8 @@ from typing import Any
 
 from flax import nnx
 
+from lin_jax.typed_json import shown
+
 MIXERS: dict[str, type[nnx.Module]] = {}
 
 
@@ -65,7 +67,7 @@ def name_of(config: Any) -> str:
 def config_class(name: str) -> type:
   """The config dataclass of the mixer called `name`. Raises ValueError for an unknown name."""
   if name not in MIXERS:
-    raise ValueError(f"unknown mixer {name!r}; registered mixers: {', '.join(MIXERS)}")
+    raise ValueError(f"unknown mixer {shown(name)}; registered mixers: {', '.join(MIXERS)}")
   return MIXERS[name].Config
 
 
