@@ -5,7 +5,6 @@ flash-linear-attention 0.6. A checkpoint is taken whole or refused: every tensor
 shape, and nothing else. What it computes is the library's, up to rounding; `experiments/compare_fla.py` measures that.
 """
 
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -14,27 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lin_jax import files
 from lin_jax.config import ModelConfig
+from lin_jax.files import Unwritable, naming, write_json
 from lin_jax.hf import bounds
 from lin_jax.hf.configs import from_hf, to_hf
+from lin_jax.hf.files import CONFIG, WEIGHTS, Tensors, read_json
+from lin_jax.hf.files import INDEX as INDEX
 from lin_jax.hf.names import FAMILIES, MLP, MODEL
 from lin_jax.mixers import name_of
-from lin_jax.model import LanguageModel, layer_mixers, layer_runs
+from lin_jax.model import LanguageModel, abstract_model, layer_mixers, layer_runs
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 _BOUNDS = f"model.{bounds.TENSOR}"
-_LISTED = 12  # names of each kind in a refusal
 
 
 def load_config(path: pathlib.Path | str) -> ModelConfig:
   """The model of the checkpoint directory `path`. Raises ValueError when it is missing, foreign or not served."""
-  return from_hf(_read_config(pathlib.Path(path)))
+  return _described(pathlib.Path(path))[1]
 
 
 def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
@@ -45,18 +41,17 @@ def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
       are not exactly those of the model; the message names them.
   """
   path = pathlib.Path(path)
-  values = _read_config(path)
-  config = from_hf(values)
-  graph, abstract = _abstract(config)
+  values, config, graph, abstract = _described(path)
   shapes = {name: leaf.shape for name, leaf in _leaves(abstract)}
-  arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
   tensors = list(_tensors(config, shapes, fused_norm=values.get("fuse_norm", True)))
   expected = {name: _stored_shape(parts, shapes) for name, parts in tensors}
   bounded = _bounded(config, shapes)
   if bounded:
     expected[_BOUNDS] = (config.depth, config.width)
-  with _Files(path) as stored:
-    stored.require(expected, tied=config.tie_embeddings)
+  with Tensors(path) as stored:
+    # A tied head may be stored as well; the embedding is what counts.
+    stored.require(expected, optional={MODEL["head"]} if config.tie_embeddings else set())
+    arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
     for name, parts in tensors:
       tensor, start = stored.read(name), 0
       for part, repetition in parts:
@@ -92,54 +87,13 @@ def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel) ->
     logits = np.stack([arrays[part][repetition] for part, repetition in bounded.values()])
     tensors[_BOUNDS] = bounds.spread(logits, list(bounded), config.depth)
   try:
-    with files.naming(path):
+    with naming(path):
       path.mkdir(parents=True, exist_ok=True)
       # The metadata is what tells transformers that the tensors are laid out as PyTorch's.
       save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
   except OSError as e:
-    raise files.Unwritable(f"{path}: cannot be written: {e.strerror}") from e
-  files.write_json(path / CONFIG, values)  # last, since it is what makes the directory a checkpoint
-
-
-class _Files:
-  """The safetensors files of a checkpoint directory, as one mapping from names to tensors."""
-
-  def __init__(self, path: pathlib.Path):
-    self._path, self._files, self._where = path, [], {}
-
-  def __enter__(self):
-    index = self._path / INDEX
-    if index.exists():
-      names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    else:
-      names = [WEIGHTS]
-    for name in names:
-      try:
-        file = safe_open(self._path / name, framework="numpy")
-      except (OSError, SafetensorError) as e:
-        raise ValueError(f"{self._path / name}: not a readable safetensors file ({e})") from e
-      self._files.append(file.__enter__())
-      self._where |= {key: file for key in file.keys()}
-    return self
-
-  def __exit__(self, *error):
-    for file in self._files:
-      file.__exit__(*error)
-
-  def require(self, shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises ValueError unless the tensors are exactly those of `shapes`."""
-    # A tied head may be stored as well; the embedding is what counts.
-    extra = set(self._where) - set(shapes) - ({MODEL["head"]} if tied else set())
-    found = {name: tuple(self._where[name].get_slice(name).get_shape()) for name in shapes if name in self._where}
-    problems = {"missing": sorted(set(shapes) - set(found)), "left over": sorted(extra),
-                "of another shape": [f"{name} {found[name]} in place of {shapes[name]}" for name in sorted(found)
-                                     if found[name] != shapes[name]]}
-    if any(problems.values()):
-      raise ValueError(f"{self._path} is not a checkpoint of the model that its {CONFIG} describes: " + "; ".join(
-          f"{kind}: {_listed(names)}" for kind, names in problems.items() if names))
-
-  def read(self, name: str) -> np.ndarray:
-    return self._where[name].get_tensor(name)
+    raise Unwritable(f"{path}: cannot be written: {e.strerror}") from e
+  write_json(path / CONFIG, values)  # last, since it is what makes the directory a checkpoint
 
 
 def _tensors(config: ModelConfig, shapes: dict, fused_norm: bool) -> Iterator[tuple[str, list]]:
@@ -204,8 +158,14 @@ def _stored_shape(parts, shapes) -> tuple[int, ...]:
   return outputs, *shape[1:]
 
 
-def _abstract(config):
-  return nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
+def _described(path):
+  """What `config.json` says, the model's config, and the model with shapes in place of arrays, as nnx splits it."""
+  values = read_json(path / CONFIG)
+  try:
+    config = from_hf(values)
+    return values, config, *nnx.split(abstract_model(config), nnx.Param)
+  except ValueError as e:
+    raise ValueError(f"{path / CONFIG}: {e}") from e
 
 
 def _leaves(state):
@@ -214,24 +174,3 @@ def _leaves(state):
 
 def _name(path):
   return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-
-
-def _listed(names):
-  more = len(names) - _LISTED
-  return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _read_config(path):
-  values = _read_json(path / CONFIG)
-  if not isinstance(values, dict):
-    raise ValueError(f"{path / CONFIG}: must be the config of a model")
-  return values
-
-
-def _read_json(path):
-  # Infinity has no spelling in JSON; transformers writes it as an object.
-  hook = lambda value: float(value["__float__"]) if set(value) == {"__float__"} else value
-  try:
-    return json.loads(path.read_text(encoding="utf-8"), object_hook=hook)
-  except (OSError, ValueError) as e:
-    raise ValueError(f"{path}: not a readable JSON file ({e})") from e

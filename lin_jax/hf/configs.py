@@ -1,49 +1,49 @@
 """Configs of flash-linear-attention's models, the `config.json` of a checkpoint, as a `ModelConfig` and back."""
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
 from lin_jax import mixers
 from lin_jax.config import DTYPES, ModelConfig
+from lin_jax.hf import options
 from lin_jax.hf.names import ATTENTION_OPTIONS, COMMON, COMMON_OPTIONS, FAMILIES, IGNORED, Family
 from lin_jax.mixers.attention import AttentionConfig
+from lin_jax.typed_json import shown
 
 _ATTENTION_FIELDS = FAMILIES["transformer"].fields
-# Options that say together what one or two fields here say.
-_LAYOUT = {"hidden_ratio", "intermediate_size", "use_short_conv", "conv_size", "expand_ratio", "head_dim", "num_heads"}
+
+_log = logging.getLogger(__name__)
 
 
 def from_hf(values: dict) -> ModelConfig:
   """The model that a `config.json` describes.
 
+  Options that the library does not know are ignored, as it ignores them, and logged.
+
   Raises:
-    ValueError: another model type, or options that no mixer here has; the message names each with its value.
+    ValueError: another model type, a value of another type or range than its option's, or options that no mixer here
+      has; the message names each with its value.
   """
   kind = values.get("model_type")
-  if kind not in FAMILIES:
-    raise ValueError(f"model_type={kind!r}: must be one of {', '.join(FAMILIES)}")
+  if not isinstance(kind, str) or kind not in FAMILIES:
+    raise ValueError(f"model_type={shown(kind)}: must be one of {', '.join(FAMILIES)}")
   family, refused = FAMILIES[kind], []
+  known = options.known(kind, family)
+  options.require(values, known, optional=frozenset(o for o, default in family.fields.values() if default is None))
   values = _derived(kind, values, refused)
-  known = {option for option, _ in (*COMMON.values(), *family.fields.values())} | {"attn", *_LAYOUT}
-  options = COMMON_OPTIONS | family.options
-  for option, value in values.items():
-    served = options.get(option)
-    if served is not None:
-      accepted = [values.get(v) if v == "num_heads" else v for v in served]
-      if (tuple(value) if isinstance(value, list) else value) not in accepted:
-        refused.append(f"{option}={value!r} (served: {', '.join(map(repr, served))})")
-    elif option not in known | IGNORED and value:
-      refused.append(f"{option}={value!r} (not known)")
-  mixer = _mixer_from_hf(family, values, refused)
-  hybrid, layers = _hybrid_from_hf(values.get("attn"), refused)
-  if kind == "hgrn2" and mixer.learned_bound and 0 in layers:
-    refused.append("attn.layers with 0 (the layer whose forget gate has no lower bound)")
+  _refuse_options(family, values, known, refused)
   common = {field: values.get(option, family.defaults.get(field, default))
             for field, (option, default) in COMMON.items()}
+  mixer = _mixer_from_hf(family, values, refused)
+  attn = None if "attn" in family.options else values.get("attn")
+  hybrid, layers = _hybrid_from_hf(options.require_attention(attn, common["depth"]), refused)
+  if kind == "hgrn2" and mixer.learned_bound and 0 in layers:
+    refused.append("attn.layers with 0 (the layer whose forget gate has no lower bound)")
   dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
   if dtype not in DTYPES:
-    refused.append(f"dtype={dtype!r} (served: {', '.join(DTYPES)})")
+    refused.append(f"dtype={shown(dtype)} (served: {', '.join(DTYPES)})")
   if refused:
     raise ValueError(f"{kind} model with options that have no equivalent here: {'; '.join(refused)}")
   return ModelConfig(mixer=mixer, hybrid_mixer=hybrid, hybrid_layers=layers, dtype=dtype,
@@ -89,19 +89,38 @@ def to_hf(config: ModelConfig) -> dict:
   return values
 
 
+def _refuse_options(family, values, known, refused):
+  """Appends to `refused` the options that no mixer here has."""
+  ignored = []
+  for option, value in values.items():
+    served = (COMMON_OPTIONS | family.options).get(option)
+    if served is not None:
+      accepted = [values.get(v) if v == "num_heads" else v for v in served]
+      if (tuple(value) if isinstance(value, list) else value) not in accepted:
+        refused.append(f"{option}={shown(value)} (served: {', '.join(map(repr, served))})")
+    elif option in options.FOREIGN and value:
+      refused.append(f"{option}={shown(value)} (not known)")
+    elif value and option not in known | IGNORED | options.FOREIGN | {"attn"} and not option.startswith("_"):
+      ignored.append(option)
+  if ignored:
+    _log.warning("ignored, since the library knows no such options: %s", shown(", ".join(sorted(ignored))))
+
+
 def _derived(kind, values, refused):
   """`values` with the number of heads where the layout derives it from other options."""
   width = values.get("hidden_size", 2048)
   if kind == "mamba2":
-    inner, size = round(values.get("expand", 2) * width), values.get("head_dim", 64)
-    values = values | {"num_heads": inner // size}
-    if inner % size:
-      refused.append(f"head_dim={size!r} (must divide {inner})")
-  if kind == "hgrn2" and (ratio := values.get("expand_ratio", 128)) is not None:
-    values = values | {"num_heads": width // ratio}
-    if width % ratio:
-      refused.append(f"expand_ratio={ratio!r} (must divide hidden_size={width})")
-  return values
+    inner, option = round(values.get("expand", 2) * width), "head_dim"
+    size = values.get("head_dim", 64)
+  elif kind == "hgrn2" and (size := values.get("expand_ratio", 128)) is not None:
+    inner, option = width, "expand_ratio"
+  else:
+    return values
+  if inner % size:
+    refused.append(f"{option}={size!r} (must divide {inner})")
+  elif (values.get("num_heads") or inner // size) != inner // size:
+    refused.append(f"num_heads={values['num_heads']} ({option}={size} gives {inner // size})")
+  return values | {"num_heads": inner // size}
 
 
 def _mixer_from_hf(family: Family, values: dict, refused: list) -> Any:
@@ -136,20 +155,18 @@ def _mixer_to_hf(family: Family, mixer: Any, refused: list) -> dict:
   return values
 
 
-def _hybrid_from_hf(attn: dict | list | None, refused: list) -> tuple[AttentionConfig | None, tuple[int, ...]]:
+def _hybrid_from_hf(parts: list[dict], refused: list) -> tuple[AttentionConfig | None, tuple[int, ...]]:
   """The attention layers of a hybrid: their mixer and which they are."""
-  parts = [attn] if isinstance(attn, dict) else attn or []
   layers, configs = [], []
   for part in parts:
-    known = {option for option, _ in _ATTENTION_FIELDS.values()}
-    for option, value in part.items():
-      if option not in known | {"layers"} and value:
-        refused.append(f"attn.{option}={value!r} (served: {ATTENTION_OPTIONS.get(option, (None,))[0]!r})")
+    for option, served in ATTENTION_OPTIONS.items():
+      if part.get(option):
+        refused.append(f"attn.{option}={shown(part[option])} (served: {served[0]!r})")
     fields = {field: part.get(option, default) or 0 for field, (option, default) in _ATTENTION_FIELDS.items()}
     configs.append(AttentionConfig(**fields))
-    layers += part.get("layers", [])
+    layers += part["layers"]
   if any(config != configs[0] for config in configs):
-    refused.append(f"attn={attn!r} (served: one kind of attention)")
+    refused.append(f"attn={shown(parts)} (served: one kind of attention)")
   return (configs[0], tuple(sorted(layers))) if layers else (None, ())
 
 
@@ -158,4 +175,6 @@ def _mlp_width(family: Family, values: dict) -> int:
   if values.get("intermediate_size") is not None:
     return values["intermediate_size"]
   ratio = values.get("hidden_ratio", family.defaults.get("hidden_ratio", 4)) or 4
-  return 256 * math.ceil(int(values.get("hidden_size", 2048) * ratio * 2 / 3) / 256)
+  width = 256 * math.ceil(int(values.get("hidden_size", 2048) * ratio * 2 / 3) / 256)
+  options.require({"intermediate_size": width}, {"intermediate_size"})
+  return width

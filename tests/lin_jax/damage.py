@@ -34,15 +34,17 @@ def damaged(value: dict, source: random.Random) -> bytes:
   return text
 
 
-def outcomes(path, texts, load) -> int:
-  """Writes each text to `path` and loads it: how many were refused. The message must be one line that begins with
-  `path`; no other error may come."""
+def outcomes(path, texts, load, named=None) -> int:
+  """Writes each text to `path` and loads it: how many were refused.
+
+  The message must be one line that begins with the path `named`, by default `path`; no other error may come.
+  """
   refused = 0
   for text in texts:
     path.write_bytes(text)
     try:
       load()
     except ValueError as e:
-      assert str(e).startswith(str(path)) and "\n" not in str(e) and len(str(e)) < 1000, e
+      assert str(e).startswith(str(named or path)) and "\n" not in str(e) and len(str(e)) < 1000, e
       refused += 1
   return refused

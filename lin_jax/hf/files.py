@@ -1,0 +1,113 @@
+"""The files of a checkpoint directory: `config.json`, and one safetensors file or several with an index."""
+
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lin_jax.typed_json import read_object, shown
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+_DTYPES = ("F32", "F16", "BF16")
+_LISTED = 12  # names of each kind in a refusal
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object of a JSON file. Raises ValueError when there is none."""
+
+  def convert(value) -> Any:
+    # Infinity has no spelling in JSON; transformers writes it as an object.
+    spelled = value.get("__float__") if len(value) == 1 else None
+    return _FLOATS.get(spelled, value) if isinstance(spelled, str) else value
+
+  return read_object(path, "a readable JSON file", convert)
+
+
+class Tensors:
+  """The tensors of a checkpoint directory by name, while the context lasts."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self._files, self._where = path, [], {}
+
+  def __enter__(self):
+    """Opens the files. Raises ValueError naming the file, and the entry of the index, that is wrong."""
+    try:
+      index = _weight_map(self._path)
+      for name in sorted(set(index.values())) or [WEIGHTS]:
+        self._open(name)
+      for tensor, name in index.items():
+        if self._where.get(tensor, (None, None))[0] != name:
+          raise ValueError(f"{self._path / INDEX}: {shown(tensor)} is not in {name}, where weight_map says it is")
+    except BaseException:
+      self.__exit__()
+      raise
+    return self
+
+  def __exit__(self, *error):
+    for file in self._files:
+      file.__exit__(*error or (None, None, None))
+
+  def _open(self, name):
+    try:
+      file = safe_open(self._path / name, framework="numpy")
+      self._files.append(file.__enter__())
+      tensors = list(file.keys())
+    except (OSError, SafetensorError, ValueError) as e:
+      raise ValueError(f"{self._path / name}: not a readable safetensors file ({' '.join(str(e).split())})") from e
+    for tensor in tensors:
+      if tensor in self._where:
+        raise ValueError(f"{self._path / name}: {shown(tensor)} is in {self._where[tensor][0]} as well")
+      self._where[tensor] = name, file
+
+  def require(self, shapes: dict[str, tuple[int, ...]], optional: set[str]) -> None:
+    """Raises ValueError unless the tensors are those of `shapes`, in these shapes, and perhaps the `optional` ones."""
+    found = {name: self._where[name][1].get_slice(name) for name in shapes if name in self._where}
+    sizes = {name: tuple(part.get_shape()) for name, part in found.items()}
+    problems = {
+        "missing": sorted(set(shapes) - set(found)), "left over": sorted(set(self._where) - set(shapes) - optional),
+        "of another shape": [f"{name} {sizes[name]} in place of {shapes[name]}" for name in sorted(found)
+                             if sizes[name] != shapes[name]],
+        f"of another dtype than {', '.join(_DTYPES)}": [
+            f"{name} {part.get_dtype()} in {self._where[name][0]}" for name, part in sorted(found.items())
+            if part.get_dtype() not in _DTYPES]}
+    if any(problems.values()):
+      raise ValueError(f"{self._path} is not a checkpoint of the model that its {CONFIG} describes: " + "; ".join(
+          f"{kind}: {_listed(names)}" for kind, names in problems.items() if names))
+
+  def read(self, name: str) -> np.ndarray:
+    return self._where[name][1].get_tensor(name)
+
+
+def _weight_map(path) -> dict[str, str]:
+  """Which tensor is in which file, as the index says; nothing without an index."""
+  index = path / INDEX
+  if not index.exists():
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
+    if pickled and not (path / WEIGHTS).exists():
+      raise ValueError(f"{path}: has {pickled[0]} but no {WEIGHTS}: PyTorch's pickles are not read. Where PyTorch is "
+                       "installed, save_file({k: v.clone() for k, v in torch.load(file, weights_only=True).items()}, "
+                       f"'{WEIGHTS}') of safetensors.torch converts one file")
+    return {}
+  names = read_json(index).get("weight_map")
+  if not isinstance(names, dict) or not names:
+    raise ValueError(f"{index}: weight_map={shown(names)}: must be an object that gives each tensor's file")
+  for tensor, name in names.items():
+    # A file elsewhere is not part of this checkpoint.
+    if not isinstance(name, str) or pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
+      raise ValueError(f"{index}: weight_map has {shown(tensor)} in {shown(name)}: must be the name of a .safetensors "
+                       "file beside the index")
+  return names
+
+
+def _listed(names):
+  more = len(names) - _LISTED
+  return ", ".join(map(_plain, names[:_LISTED])) + (f" and {more} more" if more > 0 else "")
+
+
+def _plain(text):
+  return text if text.isprintable() and len(text) < 200 else shown(text)
