@@ -68,7 +68,7 @@ class OptimConfig:
   beta2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.01  # on matrices only
-  clip_norm: float = 1.0
+  clip_norm: float = dataclasses.field(default=1.0, metadata={"infinite": True})  # infinity clips nothing
   accumulation: int = 1  # microbatches per optimizer step
   nonfinite: str = "stop"  # what a non-finite loss or gradient does: "stop" the run, or "skip" the step
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
-LARGEST = 2**31 - 1  # of whole numbers; they become sizes and int32 arrays
+LARGEST = 2**32 - 1  # of whole numbers; the largest are seeds
 _ARTICLES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
              tuple[int, ...]: "a list of whole numbers"}
 
@@ -60,18 +61,19 @@ def build(cls: type, values: Any, where: str) -> Any:
 def require_types(config: Any, where: str) -> None:
   """Raises ValueError unless every field of the dataclass `config` has the type that it declares.
 
-  Fields of other types than numbers, booleans, texts, tuples of numbers and dataclasses may hold anything.
+  Fields of other types than numbers, booleans, texts, tuples of numbers and dataclasses may hold anything. Numbers are
+  finite, but for fields with "infinite" among their metadata.
   """
   for field in dataclasses.fields(config):
     value, name = getattr(config, field.name), f"{where}.{field.name}"
     if dataclasses.is_dataclass(value):
       require_types(value, name)
     elif dataclasses.is_dataclass(field.type) or field.type in _ARTICLES:
-      require_type(value, field.type, name)
+      require_type(value, field.type, name, infinite=field.metadata.get("infinite", False))
 
 
-def require_type(value: Any, kind: Any, name: str, optional: bool = False) -> None:
-  """Raises ValueError, which begins with `name`, unless `value` is of the type `kind` and finite."""
+def require_type(value: Any, kind: Any, name: str, optional: bool = False, infinite: bool = False) -> None:
+  """Raises ValueError, which begins with `name`, unless `value` is of the type `kind`, and finite or `infinite`."""
   fits = {
       int: lambda: type(value) is int,
       float: lambda: isinstance(value, int | float) and not isinstance(value, bool),
@@ -83,7 +85,7 @@ def require_type(value: Any, kind: Any, name: str, optional: bool = False) -> No
     return
   if not fits:
     raise ValueError(f"{name}={shown(value)}: must be {_ARTICLES.get(kind, 'an object')}")
-  if kind is float and not abs(value) <= sys.float_info.max:
+  if kind is float and not abs(value) <= (math.inf if infinite else sys.float_info.max):
     raise ValueError(f"{name}={shown(value)}: must be finite")
   if kind is int and abs(value) > LARGEST:
     raise ValueError(f"{name}={shown(value)}: must lie within {LARGEST:,}")

@@ -77,6 +77,12 @@ def test_files_that_hold_no_config_are_refused(tmp_path, content, message):
     configs.load(path)
 
 
+def test_a_norm_that_clips_nothing_survives(tmp_path):
+  config = tiny.config("data", clip_norm=float("inf"))
+  configs.save(config, tmp_path / "config.json")
+  assert configs.load(tmp_path / "config.json") == config
+
+
 def test_a_byte_order_mark_is_dropped(tmp_path):
   path = tmp_path / "config.json"
   path.write_bytes(b"\xef\xbb\xbf" + json.dumps(saved()).encode())
