@@ -9,13 +9,13 @@ text, and would be too low if some of it were dropped or became the unknown toke
 """
 
 import codecs
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from lin_jax import files
+from lin_jax.typed_json import read_object
 
 MODEL_FILE = "tokenizer.model"
 MANIFEST_FILE = "manifest.json"
@@ -226,11 +226,11 @@ def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
   if path.is_file():
     return MistralTokenizer(path)
   try:
-    described = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["tokenizer"]
+    described = read_object(path / MANIFEST_FILE, "a readable manifest")["tokenizer"]
     name, sha256 = described["name"], described.get("sha256")
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"tokenizer {str(name_or_path)!r}: must be 'bytes', a .model file, or a dataset directory written "
-                     "by experiments/prepare_data.py") from e
+                     f"by experiments/prepare_data.py ({e})") from e
   if name == ByteTokenizer.name:
     return ByteTokenizer()
   if name == MistralTokenizer.name:

@@ -28,7 +28,8 @@ def find(patterns: list[str], kind: str = "") -> dict[str, pathlib.Path]:
   for pattern in patterns:
     found = [path for path in {pattern, *glob.glob(pattern, recursive=True)} if os.path.isfile(path)]
     if not found:
-      raise ValueError(f"--input={pattern}: no such file")
+      hint = f"a folder, whose files are {pattern}/*" if os.path.isdir(pattern) else "no such file"
+      raise ValueError(f"--input={pattern}: {hint}")
     paths.update(os.path.abspath(path) for path in found)
   # All of them now: a corpus takes hours to read.
   for path in sorted(paths):

@@ -122,6 +122,12 @@ def test_a_folder_is_refused_before_anything_is_read(tmp_path):
   written(tmp_path, "b.csv", b"text\n")
   with pytest.raises(ValueError, match="b.csv: the ending"):
     documents.find([str(tmp_path / "*")])
+  with pytest.raises(ValueError, match=r"a folder, whose files are .*/\*$"):
+    documents.find([str(tmp_path)])
+
+
+def test_a_name_with_the_characters_of_patterns_is_a_file(tmp_path):
+  assert texts(written(tmp_path, "page[1].txt", b"one")) == ["one"]
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path):

@@ -190,6 +190,10 @@ def test_a_dataset_directory_names_its_tokenizer(tmp_path, model):
   manifest.write_text(json.dumps({"tokenizer": {"name": "other"}}))
   with pytest.raises(ValueError, match="'other'"):
     load_tokenizer(tmp_path)
+  for content in ("", "[" * 100_000, "[1]", "{}", '{"tokenizer": 1}', '{"tokenizer": null}'):
+    manifest.write_text(content)
+    with pytest.raises(ValueError, match="must be 'bytes', a .model file, or a dataset directory"):
+      load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mistral", "no/such/path"])
