@@ -12,7 +12,7 @@ ALLOWED = {"kernels": {"kernels"}, "lin_jax": {"kernels", "lin_jax"},
            "experiments": {"assembler", "commands", "compiled", "configs", "corpora", "fla_models", "kernel_cases",
                            "kernel_page", "kernel_records", "kernel_timing", "kernels", "lin_jax", "model_page",
                            "peers", "tuning"}}
-KERNEL_LIBRARIES = {"jax", "jaxtyping", "numpy"}
+KERNEL_LIBRARIES = {"jax", "jaxlib", "jaxtyping", "numpy"}
 
 
 def imports(path):
