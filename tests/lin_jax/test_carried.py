@@ -152,7 +152,7 @@ def test_a_checkpoint_between_two_windows_resumes_exactly(compiled, tmp_path):
   batches = iter(grain.MapDataset.range(3).to_iter_dataset())
   checkpoints = Checkpoints(tmp_path, settings.checkpoint)
   checkpoints.save(1, state.params, training._rest(state), batches, settings)
-  restored = training._restore(checkpoints, 1, jax.tree.map(jnp.asarray, state), batches)
+  restored = training._restore(checkpoints, 1, jax.tree.map(jnp.asarray, state), batches, settings)
   checkpoints.close()
   assert any(leaf.any() for leaf in jax.tree.leaves(state.carried))
   for resumed, unbroken in zip(*(jax.tree.leaves(step(s, halves[1])) for s in (restored, state)), strict=True):
