@@ -2,7 +2,7 @@
 
 import pytest
 
-import kill_campaign
+import killed_runs
 from tests.environment import ENVIRONMENT
 from tests.lin_jax import tiny
 
@@ -14,11 +14,11 @@ def data(tmp_path_factory):
 
 def test_killed_runs_end_like_an_unbroken_one(data, tmp_path, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", ENVIRONMENT["XLA_FLAGS"])  # one device
-  counts = kill_campaign.campaign(tmp_path, data, runs=2, steps=8, seed=1)
+  counts = killed_runs.campaign(tmp_path, data, runs=2, steps=8, seed=1)
   assert counts["equal"] == 2 and not counts["different"] and sum(counts["signals"].values()) == 2
-  unbroken = kill_campaign.end(tmp_path / "unbroken")
+  unbroken = killed_runs.end(tmp_path / "unbroken")
   assert [r["step"] for r in unbroken["records"] if "loss" in r] == [1, 2, 4, 6, 8]
   assert unbroken["kept"] == [4, 8] and unbroken["best"] == 8 and unbroken["state"]["step"] == 8
   file = tmp_path / "000" / "metrics.jsonl"
   file.write_text(file.read_text().replace('"skipped": 0', '"skipped": 1', 1))
-  assert [name for name, value in kill_campaign.end(tmp_path / "000").items() if value != unbroken[name]] == ["records"]
+  assert [name for name, value in killed_runs.end(tmp_path / "000").items() if value != unbroken[name]] == ["records"]
