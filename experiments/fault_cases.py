@@ -10,39 +10,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 
-from fault_runner import Ended, Inputs, Process, finish
+from fault_judge import Case, Impossible
+from fault_runner import Process, finish
 from lin_jax import files
 
 KILLS = 5  # a command is killed at so many moments, spread over the time that it takes
-
-
-class Impossible(Exception):
-  """This machine cannot make the fault, for lack of rights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """A fault in a command: `inject` makes it in an empty folder and gives what came of the command."""
-
-  name: str
-  inject: Callable[[Inputs, pathlib.Path], Ended]
-  code: int
-  message: str  # regular expression, found in what the command wrote to stderr
-
-  def problem(self, ended: Ended) -> str:
-    """What is wrong with the end, or ""."""
-    lines = [line for line in ended.err.splitlines() if re.match(r"\w+\.py: ", line)]
-    if "Traceback" in ended.err:
-      return f"traceback: {ended.err.splitlines()[-1]}"
-    if ended.code != self.code:
-      return f"exit code {ended.code}, not {self.code}: {ended.err[-300:]}"
-    if len(lines) > 1 or not re.search(self.message, ended.err):
-      return f"not the one message {self.message!r}: {ended.err[-300:]}"
-    return ""
-
-
 RECORDS = pathlib.Path(__file__).resolve().parent / "results" / "kernels.jsonl"
 # Commands that write, by name: (inputs, where to write) -> words.
 WRITERS = {

@@ -23,6 +23,7 @@ from absl import flags
 import commands
 import fault_cases
 import records
+from fault_judge import outcome
 from fault_runner import Inputs
 from lin_jax import files
 
@@ -49,20 +50,6 @@ def main(_):
     files.write(_OUT.value, f'{json.dumps(head)[:-1]}, "cases": [\n{lines}\n]}}\n')
   if counts["failed"]:
     sys.exit(1)
-
-
-def outcome(case: fault_cases.Case, inputs: Inputs, folder: pathlib.Path) -> dict:
-  """What came of a case: `outcome` is passed, failed, or skipped where this machine cannot make the fault."""
-  folder.mkdir()
-  try:
-    ended = case.inject(inputs, folder)
-  except AssertionError as e:
-    return {"case": case.name, "outcome": "failed", "exit_code": None, "message": str(e)}
-  except fault_cases.Impossible as e:
-    return {"case": case.name, "outcome": "skipped", "exit_code": None, "message": str(e)}
-  problem, lines = case.problem(ended), ended.err.strip().splitlines() or [""]
-  message = (problem or lines[-1]).replace(str(folder), "FOLDER").replace(str(inputs.folder), "INPUTS")
-  return {"case": case.name, "outcome": "failed" if problem else "passed", "exit_code": ended.code, "message": message}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 
 import fault_cases
-import inject_faults
+from fault_judge import outcome
 from fault_runner import Ended, Inputs
 
 # The whole list takes minutes: one of each kind that needs no trained model.
@@ -21,7 +21,7 @@ def inputs(tmp_path_factory):
 @pytest.mark.parametrize("name", SHORT)
 def test_a_fault_ends_in_one_message_and_its_code(inputs, tmp_path, name):
   case, = [case for case in fault_cases.CASES if case.name == name]
-  row = inject_faults.outcome(case, inputs, tmp_path / "case")
+  row = outcome(case, inputs, tmp_path / "case")
   assert row["outcome"] == "passed", row
 
 
@@ -45,5 +45,5 @@ def test_a_fault_that_cannot_be_made_is_skipped_and_not_passed(inputs, tmp_path,
   monkeypatch.setattr(fault_cases.subprocess, "run", lambda words, **_: fault_cases.subprocess.CompletedProcess(
       words, 1, "", "mount: only root can do that"))
   case = fault_cases.full_disk("prepare_data", 0)
-  row = inject_faults.outcome(case, inputs, tmp_path / "case")
+  row = outcome(case, inputs, tmp_path / "case")
   assert row["outcome"] == "skipped" and row["message"] == "mount -t tmpfs: mount: only root can do that"

@@ -1,0 +1,50 @@
+"""What a command that met a fault must end in, and what came of it.
+
+Apart from `inject_faults.py`, whose flags other commands have too, so that tests import both.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable
+
+from fault_runner import Ended, Inputs
+
+
+class Impossible(Exception):
+  """This machine cannot make the fault, for lack of rights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A fault in a command: `inject` makes it in an empty folder and gives what came of the command."""
+
+  name: str
+  inject: Callable[[Inputs, pathlib.Path], Ended]
+  code: int
+  message: str  # regular expression, found in what the command wrote to stderr
+
+  def problem(self, ended: Ended) -> str:
+    """What is wrong with the end, or ""."""
+    lines = [line for line in ended.err.splitlines() if re.match(r"\w+\.py: ", line)]
+    if "Traceback" in ended.err:
+      return f"traceback: {ended.err.splitlines()[-1]}"
+    if ended.code != self.code:
+      return f"exit code {ended.code}, not {self.code}: {ended.err[-300:]}"
+    if len(lines) > 1 or not re.search(self.message, ended.err):
+      return f"not the one message {self.message!r}: {ended.err[-300:]}"
+    return ""
+
+
+def outcome(case: Case, inputs: Inputs, folder: pathlib.Path) -> dict:
+  """What came of a case: `outcome` is passed, failed, or skipped where this machine cannot make the fault."""
+  folder.mkdir()
+  try:
+    ended = case.inject(inputs, folder)
+  except AssertionError as e:
+    return {"case": case.name, "outcome": "failed", "exit_code": None, "message": str(e)}
+  except Impossible as e:
+    return {"case": case.name, "outcome": "skipped", "exit_code": None, "message": str(e)}
+  problem, lines = case.problem(ended), ended.err.strip().splitlines() or [""]
+  message = (problem or lines[-1]).replace(str(folder), "FOLDER").replace(str(inputs.folder), "INPUTS")
+  return {"case": case.name, "outcome": "failed" if problem else "passed", "exit_code": ended.code, "message": message}
