@@ -93,6 +93,7 @@ class Checkpoints:
     return _unflat(params, self._restore(step, {"params": _flat(params)})["params"])
 
   def _restore(self, step, targets, data=None):
+    self._manager.wait_until_finished()  # a save under way is no damage
     folder = self.path / str(step)
     with damage.reading(folder):
       checksums = damage.read_checksums(folder)
@@ -175,6 +176,7 @@ class Checkpoints:
 
   def processes(self, step: int) -> int | None:
     """How many processes have saved `step`, or None when it does not say."""
+    self._manager.wait_until_finished()
     names = (path.name for path in (self.path / str(step) / "data").glob(_POSITIONS))
     return next((int(name.removesuffix(".json").split("-of-")[1]) for name in names), None)
 

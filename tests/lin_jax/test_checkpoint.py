@@ -71,6 +71,19 @@ def test_a_loss_that_is_not_finite_is_no_best(data, tmp_path):
   assert Checkpoints(tmp_path).steps() == [2, 4] and Checkpoints(tmp_path).best() == 2
 
 
+def test_restoring_waits_for_a_save_under_way(data, tmp_path):
+  config, iterator = tiny.config(data), train_iterator(tiny.config(data).data, seed=0)
+  # So large that no disk has it by the time that it is asked for.
+  params = {"w": jnp.asarray(np.random.default_rng(0).random(2**22, np.float32))}
+  for first in ("processes", "restore_params"):
+    checkpoints = Checkpoints(tmp_path / first, CheckpointConfig())
+    checkpoints.save(1, params, {"count": jnp.int32(1)}, iterator, config)
+    if first == "processes":
+      assert checkpoints.processes(1) == 1
+    assert np.array_equal(checkpoints.restore_params(1, params)["w"], params["w"])
+    checkpoints.close()
+
+
 def test_restore_gives_back_arrays_placement_and_the_place_in_the_data(data, tmp_path):
   iterator = saved(tmp_path, data, [1.0, 2.0])
   mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
