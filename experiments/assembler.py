@@ -32,10 +32,9 @@ _PTXAS = re.compile(r"Compiling entry function '(?P<name>\w+)'.*?(?P<stores>\d+)
 _LAUNCH = re.compile(r"kCustomKernel .*? (?P<name>\w+) grid: \[.*?\] threads: \[(?P<threads>\d+), 1, 1\].*? "
                      r"shared_memory: (?P<shared>\d+) bytes")
 
-MEASURED_SPILL = 36
+MEASURED_SPILL = 16
 """Bytes per thread that a measured configuration may store and load outside its registers, such as hold what a loop
-only reads. Their cost is in the measurement; a heuristic's answer, which nobody times, may spill nothing. Most has
-linear attention with a constant decay, 256 x 512: tiles that do not spill take 7% longer there."""
+only reads. Their cost is in the measurement; a heuristic's answer, which nobody times, may spill nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

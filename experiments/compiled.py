@@ -31,6 +31,10 @@ COLUMNS = [field.name for field in dataclasses.fields(assembler.Kernel)]
 LONG, SHORT = 2048, 256
 B, H, D = 1, 2, 128
 SHORT_GPUS = ("sm_90a",)
+# Measured configurations that spill more since their loops start at an index from memory, and are as fast as before
+# (results/loop_start_speed_h200.json: 4.74 ms for 4.74, 77.1 for 77.1). Tiles that do not spill take 7% longer for the
+# second. By op, gate, K and V.
+KNOWN_SPILLS = {("delta_rule", "token", 256, 512): 136, ("linear_attention", "head", 256, 512): 36}
 # Heads that no tile divides, for the same GPUs.
 ODD_WIDTHS = (1, 7), (3, 1), (7, 33), (33, 96), (96, 160), (160, 3)
 
@@ -242,7 +246,9 @@ def kernel(row: list) -> assembler.Kernel:
 def faults(entry: dict) -> list[str]:
   """Why a recorded program must not ship: it does not compile, or a kernel spills or wants more than a block has."""
   limit = GPUS[entry["gpu"]].shared_per_block
-  allowed = assembler.MEASURED_SPILL if entry["source"] == "tuned" else 0
+  allowed = 0
+  if entry["source"] == "tuned":
+    allowed = KNOWN_SPILLS.get(tuple(entry[name] for name in ("op", "gate", "K", "V")), assembler.MEASURED_SPILL)
   found = [f"{name}: {error}" for name, error in entry.get("errors", {}).items()]
   for name, row in entry["kernels"].items():
     if (spilled := kernel(row).spill_bytes) > allowed:
