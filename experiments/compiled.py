@@ -32,8 +32,8 @@ LONG, SHORT = 2048, 256
 B, H, D = 1, 2, 128
 SHORT_GPUS = ("sm_90a",)
 # Measured configurations that spill more since their loops start at an index from memory, and are as fast as before
-# (results/loop_start_speed_h200.json: 4.74 ms for 4.74, 0.984 for 0.979, 77.1 for 77.1). Tiles that do not spill take 7%
-# longer for the last. By op, gate, K and V.
+# (results/loop_start_speed_h200.json: 4.74 ms for 4.74, 0.984 for 0.979, 77.1 for 77.1). Tiles that do not spill take
+# 7% longer for the last. By op, gate, K and V.
 KNOWN_SPILLS = {("delta_rule", "token", 256, 512): 136, ("delta_rule", "token", 128, 128): 24,
                 ("linear_attention", "head", 256, 512): 36}
 # Heads that no tile divides, for the same GPUs.
