@@ -6,12 +6,12 @@
   python experiments/compile_kernels.py --gpus=sm_90a --ops=gla --match='256x512 bfloat16'
 
 A program is the forward and backward pass under the heuristic's answer, at every point of a grid of widths, dtypes and
-gates, or under an entry of `kernels/tuned`. Exit status 1 when a kernel spills registers (for an entry more than
-four), wants more shared memory than a block may have, does not compile, or when its machine code lacks a tensor-core
+gates, or under an entry of `kernels/tuned`. Exit status 1 when a kernel spills registers (for an entry more than 16
+bytes), wants more shared memory than a block may have, does not compile, or when its machine code lacks a tensor-core
 product of its PTX, as the installed assembler makes it or one of --assemblers. The record keeps registers, spills,
 shared memory and products of every kernel, and how it was built. A run adds what the record lacks of its kernels,
-measured configurations first, and goes on where a limit of time or a signal stopped it; `pending` counts what is not
-compiled since the kernels changed. One with --match only prints.
+measured configurations first, then odd widths, and goes on where a limit of time or a signal stopped it; `pending`
+counts what is not compiled since the kernels changed. One with --match only prints.
 """
 
 import concurrent.futures
@@ -54,7 +54,7 @@ def main(_):
   record = Record(pathlib.Path(_OUT.value))
   wanted = [program for program in compiled.programs(_OPS.value, _GPUS.value) if re.search(_MATCH.value, str(program))]
   wanted = [program for program in wanted if _MATCH.value or not record.has(program)]
-  wanted.sort(key=lambda program: program.source != "tuned")
+  wanted.sort(key=lambda program: (program.source != "tuned", (program.K, program.V) not in compiled.ODD_WIDTHS))
   faulty, start = 0, time.perf_counter()
   saved = start
   with deadline.deadline(_LIMIT.value) as over:
