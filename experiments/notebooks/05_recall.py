@@ -52,6 +52,8 @@ from synthetic.training import train
 
 # %%
 kernels.cpu_compiler.switch_off()  # of a fault in jaxlib: it has to come before JAX starts a device
+
+# %%
 jax.config.update("jax_disable_most_optimizations", True)  # small programs: compiling takes longer than running
 
 
