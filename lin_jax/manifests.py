@@ -24,7 +24,7 @@ def read_manifest(path: str | pathlib.Path) -> dict:
     manifest = json.loads(file.read_text(encoding="utf-8"))
   except FileNotFoundError as e:
     raise ValueError(f"{path}: no {MANIFEST_FILE}: not a directory written by experiments/prepare_data.py") from e
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise ValueError(f"{file}: not readable as JSON ({e})") from e
   if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
     raise ValueError(f"{file}: must be a manifest of format {FORMAT!r}")

@@ -204,6 +204,7 @@ DAMAGE = {
     "no directory": (lambda p: p.rename(p.with_name("elsewhere")), "no such directory"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
     "manifest is not JSON": (lambda p: (p / "manifest.json").write_text("{"), "not readable as JSON"),
+    "manifest is a chain": (lambda p: (p / "manifest.json").write_text("[" * 10**6), "not readable as JSON"),
     "manifest of something else": (lambda p: (p / "manifest.json").write_text("[]"), "must be a manifest of format"),
     "manifest without splits": (lambda p: edit(p, lambda m: m.pop("splits")), "incomplete or malformed: .*splits"),
     "later version": (lambda p: edit(p, lambda m: m.update(version=2)), "version 2"),
