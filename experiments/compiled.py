@@ -31,9 +31,8 @@ COLUMNS = [field.name for field in dataclasses.fields(assembler.Kernel)]
 LONG, SHORT = 2048, 256
 B, H, D = 1, 2, 128
 SHORT_GPUS = ("sm_90a",)
-# Measured configurations that spill more since their loops start at an index from memory, and are as fast as before
-# (results/loop_start_speed_h200.json: 4.74 ms for 4.74, 0.984 for 0.979, 77.1 for 77.1). Tiles that do not spill take
-# 7% longer for the last. By op, gate, K and V.
+# Measured configurations that spill more since loops start at an index from memory, and are as fast as before
+# (results/loop_start_speed_h200.json). Tiles without spills are slower (constant_decay_tiles_h200.txt). By width.
 KNOWN_SPILLS = {("delta_rule", "token", 256, 512): 136, ("delta_rule", "token", 128, 128): 24,
                 ("linear_attention", "head", 256, 512): 36}
 # Answers of the delta rule's heuristic that spill, found when odd widths were first compiled: nobody has timed them,

@@ -52,7 +52,7 @@ def _known():
 def probe() -> None:
   """Compiles a fusion of the faulty kind, once per process, and warns when its result is not NumPy's.
 
-  Takes about 20 ms. The ops call it when the first of them is chosen for a CPU.
+  Takes about 15 ms. The ops call it when the first of them is chosen for a CPU.
   """
   x = np.arange(1, 4097, dtype=np.float32).reshape(2, 2, 16, 64) / 4096
   repeated, sums = np.full((2, 2, 64, 64), 3.0, np.float32), np.sum(x, axis=-1, keepdims=True)
