@@ -70,16 +70,14 @@ class Watch:
     """Whether XLA assembled anything with these options; it does not when it finds the program in a cache."""
     return any("Compiling entry function" in path.read_text() for path in self._logs.glob("*.log"))
 
-  def lost_products(self, assemblers: Sequence[str]) -> list[str]:
-    """What of each kernel's products is missing from what XLA's assembler made, and from what `assemblers` make."""
+  def assembled(self, assemblers: Sequence[str]) -> list["Assembled"]:
+    """Each kernel as XLA's assembler made it, and as each of `assemblers` makes it of the same PTX."""
     found = []
-    for ptx in sorted(self._logs.glob("*.ptx")):
-      options = ptx.with_suffix(".options").read_text().split()
-      for path in (_tool("ptxas"), *assemblers):
-        assembled = functools.partial(_assembled, path, ptx, *options)
-        code = _disassembled(ptx.with_suffix(".cubin")) if path == _tool("ptxas") else assembled()
-        if lost := machine_code.lost(ptx.read_text(), code, functools.partial(assembled, "-O1")):
-          found.append(f"ptxas {version(path)} loses products: {lost}")
+    for path in sorted(self._logs.glob("*.ptx")):
+      ptx, options = path.read_text(), path.with_suffix(".options").read_text().split()
+      code = machine_code.instructions(path.with_suffix(".cubin").read_bytes())
+      found.append(Assembled(ptx, _tool("ptxas"), tuple(options), code))
+      found += [assemble(ptx, ptxas, *options) for ptxas in assemblers]
     return found
 
   def products(self) -> int:
@@ -120,15 +118,40 @@ def parse(ptxas: str, launches: str) -> dict[str, Kernel]:
   return kernels
 
 
-def _assembled(ptxas, ptx, *options):
-  """The disassembled machine code that `ptxas` makes of a file."""
-  cubin = ptx.with_suffix(".other")
-  subprocess.run([ptxas, ptx, "-o", cubin, *options], check=True, capture_output=True)
-  return _disassembled(cubin)
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+  """A kernel's PTX, and the machine code that an assembler made of it under `options`."""
+
+  ptx: str
+  ptxas: str | pathlib.Path
+  options: tuple[str, ...]
+  code: bytes
 
 
-def _disassembled(cubin):
-  return subprocess.run([_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True).stdout
+def assemble(ptx: str, ptxas: str | pathlib.Path, *options: str) -> Assembled:
+  """What `ptxas` makes of a kernel's PTX."""
+  with tempfile.TemporaryDirectory() as folder:
+    source, cubin = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
+    source.write_text(ptx)
+    subprocess.run([ptxas, source, "-o", cubin, *options], check=True, capture_output=True)
+    return Assembled(ptx, ptxas, options, machine_code.instructions(cubin.read_bytes()))
+
+
+def lost_products(kernels: Sequence[Assembled]) -> list[str | None]:
+  """What of each kernel's tensor-core products its machine code lacks. All are for one GPU."""
+  found = []
+  for kernel, code in zip(kernels, _disassembled(kernels), strict=True):
+    plain = lambda kernel=kernel: _disassembled([assemble(kernel.ptx, kernel.ptxas, *kernel.options, "-O1")])[0]
+    lost = machine_code.lost(kernel.ptx, code, plain)
+    found.append(f"ptxas {version(kernel.ptxas)} loses products: {lost}" if lost else None)
+  return found
+
+
+def _disassembled(kernels):
+  if not kernels:
+    return []
+  arch, = {option for kernel in kernels for option in kernel.options if option.startswith("-arch=sm_")}
+  return machine_code.disassemble(_tool("nvdisasm"), arch.replace("-arch=sm_", "SM"), [x.code for x in kernels])
 
 
 def version(ptxas: str | pathlib.Path | None = None) -> str:

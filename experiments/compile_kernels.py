@@ -90,14 +90,11 @@ def compile_all(programs, over):
 
 def compile_group(assemblers, programs):
   """Pairs of program and record entry, each kernel that several programs launch compiled once."""
-  kernels, found = {}, []
-  for program in programs:
-    calls = compiled.calls(program)
-    for call in calls.values():
-      if call.key not in kernels:
-        kernels[call.key] = compiled.compile_call(program.gpu, call, assemblers)
-    found.append((program, program.row() | compiled.outcome({name: kernels[call.key] for name, call in calls.items()})))
-  return found
+  calls = [compiled.calls(program) for program in programs]
+  different = {call.key: call for named in calls for call in named.values()}
+  kernels = compiled.compile_calls(programs[0].gpu, list(different.values()), assemblers)
+  return [(program, program.row() | compiled.outcome({name: kernels[call.key] for name, call in named.items()}))
+          for program, named in zip(programs, calls, strict=True)]
 
 
 def summary(entry: dict) -> str:

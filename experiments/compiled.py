@@ -208,18 +208,30 @@ def _call(eqn):
               lambda *args: eqn.primitive.bind(*args, **eqn.params), arguments)
 
 
-def compile_call(gpu: str, call: Call, assemblers: Sequence[str] = ()) -> assembler.Kernel | str:
-  """The kernel's resources on `gpu`, or the compiler's error; one is that it, or an assembler, loses a product."""
+def compile_calls(gpu: str, calls: Sequence[Call],
+                  assemblers: Sequence[str] = ()) -> dict[str, assembler.Kernel | str]:
+  """By each call's key its resources on `gpu`, or why it must not ship: the compiler's error, or a lost product."""
+  found, made = {}, {}
+  for call in calls:
+    found[call.key], made[call.key] = _compile(gpu, call, assemblers)
+  lost = iter(assembler.lost_products(list(itertools.chain(*made.values()))))
+  for key, code in made.items():
+    if errors := [error for _, error in zip(code, lost) if error]:
+      found[key] = "; ".join(errors)
+  return found
+
+
+def _compile(gpu, call, assemblers):
+  """A kernel's resources and its machine code, or an error and nothing."""
   sharding = jax.NamedSharding(_mesh(gpu), jax.P())
   arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in call.arguments]
   with use_abstract_mesh(GPUS[gpu].abstract), assembler.watch() as watch:
     try:
       jax.jit(call.function).lower(*arguments).compile(compiler_options=watch.options)
     except jax.errors.JaxRuntimeError as e:
-      return str(e).splitlines()[0]
-    if lost := watch.lost_products(assemblers):
-      return "; ".join(lost)
-    return dataclasses.replace(watch.kernels(call.name)[call.name], products=watch.products())
+      return str(e).splitlines()[0], []
+    kernel = dataclasses.replace(watch.kernels(call.name)[call.name], products=watch.products())
+    return kernel, watch.assembled(assemblers)
 
 
 def identity(entry: dict) -> str:

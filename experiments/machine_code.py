@@ -6,13 +6,19 @@ Products that nobody reads, of the part of a triangle that is masked away, are d
 lost one is still there.
 """
 
+import bisect
 import itertools
+import pathlib
 import re
-from collections.abc import Callable
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
 
 _PTX = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", re.MULTILINE)
 _MACHINE = re.compile(r"\b(?:[HQI]G?MMA|UTC\w*MMA)\b[^;]*;")
 _EMPTY = re.compile(r"\bRZ, gdesc\[URZ\]")
+_ADDRESS = re.compile(r"^\s*/\*([0-9a-f]+)\*/", re.MULTILINE)
 _LABEL, _BRANCH = re.compile(r"^(\$\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)\s*;")
 MOST_COPIES = 64  # of a loop's body that an assembler makes
 
@@ -54,3 +60,26 @@ def lost(ptx: str, code: str, plain: Callable[[], str]) -> str | None:
   if found in possible or found == machine_products(plain()):
     return None
   return f"{found} products for {outside} and in loops {inside}"
+
+
+def instructions(cubin: bytes) -> bytes:
+  """The encoded instructions of all functions of a cubin, which is an ELF file of 64 bits."""
+  start, = struct.unpack_from("<Q", cubin, 0x28)
+  size, count, names = struct.unpack_from("<HHH", cubin, 0x3a)
+  headers = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count)]  # name, ..., offset, length
+  functions = [header for header in headers if cubin.startswith(b".text.", headers[names][4] + header[0])]
+  return b"".join(cubin[offset:offset + length] for *_, offset, length in functions)
+
+
+def disassemble(nvdisasm: pathlib.Path, arch: str, codes: Sequence[bytes]) -> list[str]:
+  """The text of each of `codes`, in one run of nvdisasm: it takes longer to start than to read a kernel."""
+  ends = list(itertools.accumulate(map(len, codes)))
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, "code")
+    file.write_bytes(b"".join(codes))
+    run = subprocess.run([nvdisasm, "-ndf", "-b", arch, file], check=True, capture_output=True, text=True)
+  found = [[] for _ in codes]
+  for line in run.stdout.splitlines():
+    if address := _ADDRESS.match(line):
+      found[bisect.bisect(ends, int(address[1], 16))].append(line)
+  return ["\n".join(lines) for lines in found]

@@ -1,6 +1,8 @@
 """Products in PTX and in machine code, on what ptxas 13.0.88 made of a loop of eight chunks, cut to the essential."""
 
 import functools
+import stat
+import struct
 
 import pytest
 
@@ -59,3 +61,32 @@ def test_products_that_nobody_reads_are_not_missed():
   straight = "\n".join(["\t" + MMA] * 88)
   assert machine_code.lost(straight, code(72, 0), plain=lambda: code(72, 0)) is None
   assert machine_code.lost(straight, code(70, 0), plain=lambda: code(72, 0)) == "70 products for 88 and in loops []"
+
+
+def elf(sections):
+  """A file of 64 bits with these sections, by name."""
+  sections = {"": b"", **sections, ".shstrtab": b""}
+  names = b"".join(name.encode() + b"\0" for name in sections)
+  body, headers = bytes(64), b""
+  for name, content in (sections | {".shstrtab": names}).items():
+    start = names.index(b"\0" + name.encode() + b"\0") + 1 if name else 0
+    headers += struct.pack("<IIQQQQ", start, 1, 0, 0, len(body), len(content)) + bytes(24)
+    body += content
+  body = bytearray(body + headers)
+  struct.pack_into("<Q", body, 0x28, len(body) - len(headers))
+  struct.pack_into("<HHH", body, 0x3a, 64, len(sections), len(sections) - 1)
+  return bytes(body)
+
+
+def test_instructions_are_the_functions_sections():
+  cubin = elf({".nv.info": b"x" * 8, ".text.scan": b"a" * 16, ".nv.constant0.scan": b"y" * 8, ".text.piece": b"b" * 32})
+  assert machine_code.instructions(cubin) == b"a" * 16 + b"b" * 32
+
+
+def test_kernels_are_told_apart_in_one_disassembly(tmp_path):
+  tool = tmp_path / "nvdisasm"
+  tool.write_text("#!/bin/sh\nprintf '\t.headerflags\\n'\n"
+                  "for i in 0 10 20 30; do printf '        /*00%s*/   HMMA R%s ;\\n' $i $i; done\n")
+  tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+  first, second = machine_code.disassemble(tool, "SM90a", [bytes(16), bytes(48)])
+  assert machine_code.machine_products(first) == 1 and machine_code.machine_products(second) == 3
