@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import use_abstract_mesh
 
 import assembler
 import kernels
 import tuning
+from gpus import GPUS, mesh
 from kernels import tuned
 
 ROOT = pathlib.Path(kernels.__file__).parent
+SPILLS = pathlib.Path(__file__).parent / "results" / "known_spills.json"
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float32")
 OPS = (*tuning.GATES, "selective_scan")
@@ -31,61 +32,8 @@ COLUMNS = [field.name for field in dataclasses.fields(assembler.Kernel)]
 LONG, SHORT = 2048, 256
 B, H, D = 1, 2, 128
 SHORT_GPUS = ("sm_90a",)
-# Measured configurations that spill more since loops start at an index from memory, and are as fast as before
-# (results/loop_start_speed_h200.json). Tiles without spills are slower (constant_decay_tiles_h200.txt). By width.
-KNOWN_SPILLS = {("delta_rule", "token", 256, 512): 136, ("delta_rule", "token", 128, 128): 24,
-                ("linear_attention", "head", 256, 512): 36}
-# Answers of the delta rule's heuristic that spill, found when odd widths were first compiled: nobody has timed them,
-# and they are to be mended.
-UNMENDED_SPILLS = {("delta_rule", "none", 33, 96): 16, ("delta_rule", "token", 33, 96): 16,
-                   ("delta_rule", "token", 96, 160): 16, ("delta_rule", "token", 160, 3): 20}
 # Heads that no tile divides, for the same GPUs.
 ODD_WIDTHS = (1, 7), (3, 1), (7, 33), (33, 96), (96, 160), (160, 3)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-  """What XLA wants to know of a GPU. Shared memory in bytes: what one block may take, and what a multiprocessor has."""
-
-  device: str
-  capability: tuple[int, int]
-  cores: int
-  shared_per_block: int
-  shared_per_core: int
-  threads_per_core: int
-  lanes: int
-  gigahertz: float
-  memory: int
-  bytes_per_second: int
-  l2: int
-
-  @property
-  def abstract(self) -> AbstractMesh:
-    return AbstractMesh((), (), abstract_device=AbstractDevice(self.device, self.cores, "gpu"))
-
-
-# From the vendor's datasheets and the tables of compute capabilities in the CUDA C++ Programming Guide.
-GPUS = {
-    "sm_80": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912, 167936, 2048, 64, 1.41, 80 << 30, 2039 * 10**9,
-                 40 << 20),
-    "sm_89": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 101376, 102400, 1536, 128, 2.52, 24 << 30, 1008 * 10**9,
-                 72 << 20),
-    "sm_90a": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 232448, 233472, 2048, 128, 1.98, 79 << 30, 3352 * 10**9,
-                  50 << 20),
-    "sm_100a": Gpu("NVIDIA B200", (10, 0), 148, 232448, 233472, 2048, 128, 1.96, 180 << 30, 7700 * 10**9, 126 << 20),
-}
-_TARGET = """gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads_per_core}
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {shared_per_block}
-  shared_memory_per_core: {shared_per_core} registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {gigahertz}
-  device_memory_size: {memory} memory_bandwidth: {bytes_per_second} l2_cache_size: {l2}
-  cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
-}}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 minor: 0 }}
-device_description_str: "{device}"
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +171,7 @@ def compile_calls(gpu: str, calls: Sequence[Call],
 
 def _compile(gpu, call, assemblers):
   """A kernel's resources and its machine code, or an error and nothing."""
-  sharding = jax.NamedSharding(_mesh(gpu), jax.P())
+  sharding = jax.NamedSharding(mesh(gpu), jax.P())
   arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in call.arguments]
   with use_abstract_mesh(GPUS[gpu].abstract), assembler.watch() as watch:
     try:
@@ -262,15 +210,21 @@ def kernel(row: list) -> assembler.Kernel:
 def faults(entry: dict) -> list[str]:
   """Why a recorded program must not ship: it does not compile, or a kernel spills or wants more than a block has."""
   limit = GPUS[entry["gpu"]].shared_per_block
-  of = tuple(entry[name] for name in ("op", "gate", "K", "V"))
-  allowed = KNOWN_SPILLS.get(of, assembler.MEASURED_SPILL) if entry["source"] == "tuned" else UNMENDED_SPILLS.get(of, 0)
+  allowed = assembler.MEASURED_SPILL if entry["source"] == "tuned" else 0
+  of = "{gpu} {op} {K}x{V} {dtype} {gate} {source} {tokens} tokens".format(**entry)
   found = [f"{name}: {error}" for name, error in entry.get("errors", {}).items()]
   for name, row in entry["kernels"].items():
-    if (spilled := kernel(row).spill_bytes) > allowed:
+    if (spilled := kernel(row).spill_bytes) > known_spills().get(f"{of} {name}", allowed):
       found.append(f"{name} spills {spilled} bytes")
     if (shared := kernel(row).shared_bytes) > limit:
       found.append(f"{name} takes {shared} bytes of shared memory, a block may have {limit}")
   return found
+
+
+@functools.cache
+def known_spills() -> dict[str, int]:
+  """Bytes by program and kernel that spill and ship; the file says why."""
+  return json.loads(SPILLS.read_text(encoding="utf-8"))["bytes"]
 
 
 def sources(op: str) -> str:
@@ -295,17 +249,6 @@ def _imported(path, found):
         if module.exists() and module not in found and module != ROOT / "tuned.py":
           _imported(module, found)
   return found
-
-
-@functools.cache
-def _mesh(gpu):
-  """One compile-only device. Raises ValueError where JAX's CUDA plugin is missing."""
-  target = _TARGET.format(**dataclasses.asdict(GPUS[gpu]))
-  try:
-    topology = topologies.get_topology_desc("", platform="cuda", target_config=target, topology="1x1x1")
-  except (RuntimeError, KeyError, ValueError) as e:
-    raise ValueError(f"JAX cannot compile for CUDA: {e}; install the extra 'compile'") from e
-  return topologies.make_mesh(topology, (1,), ("device",))
 
 
 def _module(op):

@@ -66,8 +66,8 @@ def test_watch_stands_before_the_assembler(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gpu, shared", [("sm_80", 166912), ("sm_89", 101376), ("sm_90a", 232448), ("sm_100a", 232448)])
-def test_faults(gpu, shared):
-  width = {"op": "gla", "gate": "channel", "K": 64, "V": 64}
+def test_faults(gpu, shared, monkeypatch):
+  width = {"op": "gla", "gate": "channel", "K": 64, "V": 64, "dtype": "bfloat16", "tokens": 256}
   entry = lambda *kernel, source="heuristic": width | {"gpu": gpu, "source": source,
                                                        "kernels": {"gla_scan": list(kernel)}}
   assert compiled.faults(entry(255, 0, shared, 128)) == []
@@ -75,8 +75,11 @@ def test_faults(gpu, shared):
   assert len(compiled.faults(entry(255, 8, shared + 1, 128))) == 2
   assert compiled.faults(entry(255, 16, shared, 128, source="tuned")) == []
   assert compiled.faults(entry(255, 20, shared, 128, source="tuned")) == ["gla_scan spills 20 bytes"]
-  known = entry(255, 136, shared, 128, source="tuned") | {"op": "delta_rule", "gate": "token", "K": 256, "V": 512}
-  assert compiled.faults(known) == [] and len(compiled.faults(known | {"source": "heuristic"})) == 1
+  monkeypatch.setattr(compiled, "known_spills", lambda: {
+      f"{gpu} gla 64x64 bfloat16 channel tuned 256 tokens gla_scan": 136})
+  assert compiled.faults(entry(255, 136, shared, 128, source="tuned")) == []
+  assert compiled.faults(entry(255, 140, shared, 128, source="tuned")) == ["gla_scan spills 140 bytes"]
+  assert len(compiled.faults(entry(255, 136, shared, 128))) == 1
   refused = width | {"gpu": gpu, "source": "tuned"}
   refused |= compiled.outcome({"gla_scan": "RESOURCE_EXHAUSTED", "gla_dv": Kernel(255, 0, shared, 128)})
   assert compiled.faults(refused) == ["gla_scan: RESOURCE_EXHAUSTED"] and list(refused["kernels"]) == ["gla_dv"]

@@ -38,3 +38,9 @@ def test_no_program_has_a_fault(op):
   entries = [entry for entry in RECORD["programs"] if entry["op"] == op]
   assert entries and all(compiled.identity(entry) in WANTED and entry["kernels"] for entry in entries)
   assert [fault for entry in entries for fault in compiled.faults(entry)] == []
+
+
+def test_every_known_spill_is_one_of_the_record():
+  found = {f"{WANTED[compiled.identity(entry)]} {name}": compiled.kernel(row).spill_bytes
+           for entry in RECORD["programs"] for name, row in entry["kernels"].items()}
+  assert [name for name, spilled in compiled.known_spills().items() if found.get(name) != spilled] == []
