@@ -23,13 +23,13 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-import commands
 import configs
 import speed_sweep
 import training_speed
 from lin_jax.config import to_dict
 from lin_jax.generate import Sampling, decode, state_bytes
 from lin_jax.model import LanguageModel, parameter_count
+from running import commands
 
 _MODELS_KNOWN = ("tnl_385m", "gla_340m", "deltanet_340m", "transformer_340m")
 _CONTEXTS_KNOWN = tuple(2**i for i in range(10, 17))

@@ -27,13 +27,12 @@ import time
 import jax
 from absl import flags
 
-import commands
 import kernel_cases
 import kernel_timing
 import peers
-import records
 from kernels import dispatch
 from lin_jax import files
+from running import commands, records
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "versions")

@@ -19,10 +19,10 @@ import time
 
 from absl import flags
 
-import commands
 import speed_sweep
 import training_speed
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
+from running import commands
 from training_speed import SWEEPS
 
 _RESULTS = ("tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s", "losses")

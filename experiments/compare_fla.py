@@ -22,13 +22,13 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-import commands
 import fla_models
 import peers
 from kernels.accuracy import relative_error
 from lin_jax import files, hf
 from lin_jax.generate import generate
 from lin_jax.model import LanguageModel
+from running import commands
 
 _OUT = flags.DEFINE_string("out", "", "JSON file that receives the records.")
 _MODELS = flags.DEFINE_list("models", [], "Models to compare; all if empty.")

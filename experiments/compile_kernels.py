@@ -30,10 +30,9 @@ import jax
 from absl import flags
 
 import assembler
-import commands
 import compiled
-import deadline
 from lin_jax import files
+from running import commands, deadline
 
 _OPS = flags.DEFINE_list("ops", list(compiled.OPS), "Ops, comma-separated.")
 _GPUS = flags.DEFINE_list("gpus", list(compiled.GPUS), "Architectures, comma-separated.")

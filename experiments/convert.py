@@ -18,12 +18,12 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-import commands
 from lin_jax import files, hf
 from lin_jax.checkpoint import load_model, save_model
 from lin_jax.config import DTYPES, DataConfig, TrainConfig, validate
 from lin_jax.model import parameter_count
 from lin_jax.tokenizer import MODEL_FILE, MistralTokenizer, load_tokenizer, require_vocabulary
+from running import commands
 
 _FROM = flags.DEFINE_string("from", "", "Directory of a Hugging Face checkpoint to read; makes the workdir.")
 _TO = flags.DEFINE_string("to", "", "Directory of the Hugging Face checkpoint to write, from the workdir's run.")

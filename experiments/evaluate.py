@@ -10,12 +10,11 @@ import pathlib
 
 from absl import flags
 
-import commands
-import records
 from lin_jax import files, strict_json
 from lin_jax.checkpoint import load_model
 from lin_jax.data import TokenDataset, eval_batches
 from lin_jax.evaluate import evaluate
+from running import commands, records
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()

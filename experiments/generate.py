@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from absl import flags
 
-import commands
 from lin_jax import files
 from lin_jax.checkpoint import load_model
 from lin_jax.generate import Sampling, compile_generate, state_bytes
 from lin_jax.tokenizer import load_tokenizer, require_vocabulary, stream_decode
+from running import commands
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()

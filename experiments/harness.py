@@ -11,11 +11,11 @@ import pathlib
 
 from absl import flags
 
-import commands
 from lin_jax import files, strict_json
 from lin_jax.checkpoint import load_model
 from lin_jax.tokenizer import load_tokenizer
 from lin_jax.workdir import environment
+from running import commands
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()

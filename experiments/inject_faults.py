@@ -20,12 +20,11 @@ import time
 
 from absl import flags
 
-import commands
 import fault_cases
-import records
 from fault_judge import outcome
 from fault_runner import Inputs
 from lin_jax import files
+from running import commands, records
 
 _MATCH = flags.DEFINE_string("match", "", "Injects only the faults whose name contains this regular expression.")
 _OUT = flags.DEFINE_string("out", "", "JSON file that receives the counts and every case.")

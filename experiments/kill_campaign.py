@@ -17,10 +17,9 @@ import tempfile
 
 from absl import flags
 
-import commands
-import records
 from killed_runs import campaign
 from lin_jax import files
+from running import commands, records
 
 _RUNS = flags.DEFINE_integer("runs", 46, "How many runs are killed.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 24, "Steps of a run.", lower_bound=3)

@@ -18,8 +18,8 @@ import time
 
 from absl import flags
 
-import commands
 from lin_jax import files
+from running import commands
 
 _OUT = flags.DEFINE_string("out", "", "directory to make")
 _INPUT = flags.DEFINE_multi_string(

@@ -8,11 +8,11 @@ import sys
 
 from absl import flags
 
-import commands
 from claims import Results
 from claims.page import render
 from claims.plots import PLOTS
 from lin_jax import files
+from running import commands
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _FOLDER = flags.DEFINE_string("results", str(_RESULTS), "Folder of the records; the page is written there.")

@@ -8,10 +8,10 @@ import sys
 
 from absl import flags
 
-import commands
 import kernel_page
 import kernel_records
 from lin_jax import files
+from running import commands
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _RECORDS = flags.DEFINE_string("records", str(_ROOT / "experiments/results/kernels.jsonl"), "What bench_kernels wrote.")

@@ -8,9 +8,9 @@ import sys
 
 from absl import flags
 
-import commands
 import model_page
 from lin_jax import files
+from running import commands
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _OUT = flags.DEFINE_string("out", str(_RESULTS / "models.md"), "The page.")

@@ -19,10 +19,10 @@ import time
 import jax
 from absl import flags
 
-import commands
 import tuning
 from kernels import tuned
 from lin_jax import files
+from running import commands
 
 _OPS = flags.DEFINE_list("ops", list(tuning.GATES), "Ops, comma-separated.")
 _SHAPES = flags.DEFINE_list("shapes", ["64x64x16", "128x128x16", "128x256x4", "256x512x4"],

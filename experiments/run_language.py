@@ -17,12 +17,12 @@ import sys
 
 from absl import flags
 
-import commands
 from language.execution import execute
 from language.sweeps import SWEEPS, Sweep
 from lin_jax.config import validate
 from lin_jax.data import TokenDataset
 from lin_jax.model import abstract_model
+from running import commands
 
 _SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "Which one.", required=True)
 _OUT = flags.DEFINE_string("out", None, "JSON lines file to which each run's record is appended.", required=True)

@@ -20,11 +20,10 @@ import sys
 
 from absl import flags
 
-import commands
-import records
-from deadline import deadline
 from lin_jax import files, mixers
 from lin_jax.model import abstract_model
+from running import commands, records
+from running.deadline import deadline
 from synthetic import TASKS
 from synthetic.runs import Run, parse_fields, whole, without_rate
 from synthetic.sweeps import SWEEPS

@@ -18,10 +18,8 @@ import time
 
 from absl import flags
 
-import commands
 import configs
 import model_page
-import records
 import training_speed
 from configs.paper import at_340m
 from lin_jax import files
@@ -30,6 +28,7 @@ from lin_jax.data import train_iterator
 from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
 from lin_jax.mixers.linear_attention import LinearAttentionConfig
 from lin_jax.mixers.simple_gla import SimpleGLAConfig
+from running import commands, records
 
 # Layers that no named config has at this size: Gated DeltaNet with three heads of 256, the three quarters of the width
 # that its authors advise; simple GLA and linear attention in GLA's place.

@@ -12,8 +12,8 @@ from typing import Any
 
 from absl import flags
 
-import records
 from lin_jax import files
+from running import records
 
 _IDENTITY = ("device", "versions", "setting")
 

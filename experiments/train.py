@@ -20,10 +20,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-import commands
 import configs
 from lin_jax.config import TrainConfig
 from lin_jax.training import train
+from running import commands
 
 _CONFIG = config_flags.DEFINE_config_dataclass(
     "config", TrainConfig(), f"One of {', '.join(configs.CONFIGS)}; --config.<field>=<value> overrides a field.",

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 import configs
-import records
 from configs.paper import at_340m
 from lin_jax import flops, mixers, sharding
 from lin_jax.config import TrainConfig, to_dict
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.training import make_state, make_train_step
+from running import records
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 ZIPF = "drawn from Zipf's law"

@@ -3,9 +3,9 @@
 import math
 import pathlib
 
-import records
-from deadline import deadline
 from lin_jax import files
+from running import records
+from running.deadline import deadline
 
 from .runs import Run, finish, folder, setting
 from .sweeps import Sweep, further

@@ -3,8 +3,8 @@
 import math
 import statistics
 
-import records
 from lin_jax.metrics import perplexity
+from running import records
 
 
 def summary(rows: list[dict]) -> list[dict]:

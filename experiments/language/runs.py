@@ -9,13 +9,13 @@ import pathlib
 import shutil
 import statistics
 
-import records
 from lin_jax import files, metrics
 from lin_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig, to_dict
 from lin_jax.data import TokenDataset
 from lin_jax.manifests import read_manifest
 from lin_jax.model import parameter_count
 from lin_jax.training import train
+from running import records
 
 from .models import MODELS, tiny
 

@@ -47,7 +47,7 @@ def run(data, tmp_path_factory):
 
 
 def test_commands_switch_the_faulty_fusions_off():
-  code = "import os, commands; commands.run(lambda _: print(os.environ['XLA_FLAGS']))"
+  code = "import os; from running import commands; commands.run(lambda _: print(os.environ['XLA_FLAGS']))"
   environment = ENVIRONMENT | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=true"}
   out = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "experiments", env=environment, check=True,
                        capture_output=True, text=True).stdout

@@ -7,7 +7,7 @@ from tests.forked import ROOT, Command
 SCRIPT = f"""
 import json, os, sys
 sys.path.insert(0, {str(ROOT / "experiments")!r})
-import commands
+from running import commands
 
 def main(_):
   {{body}}

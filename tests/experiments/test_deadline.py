@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from deadline import deadline
 from lin_jax.preemption import stop_signals
+from running.deadline import deadline
 
 
 def test_deadline_reaches_whoever_listens_and_no_one_else():

@@ -12,7 +12,6 @@ import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-import records
 from language import execution
 from language.models import CARRIED, COMPARED, CONVOLUTIONS, GATES, MODELS
 from language.report import summary
@@ -22,6 +21,7 @@ from lin_jax import metrics as reporting
 from lin_jax.checkpoint import load_model
 from lin_jax.config import validate
 from lin_jax.model import abstract_model, parameter_count
+from running import records
 from tests.environment import ENVIRONMENT
 from tests.forked import ROOT, Command
 from tests.lin_jax import tiny

@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from kernels import cpu_compiler
 from lin_jax import files
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SOURCES = tuple(_ROOT / name for name in ("experiments", "lin_jax", "kernels"))
 
 
