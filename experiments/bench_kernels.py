@@ -5,9 +5,9 @@
   XLA_PYTHON_CLIENT_PREALLOCATE=false python experiments/bench_kernels.py --shapes=paper,grid,length \
       --implementations=pallas_triton --out=experiments/results/kernels.jsonl --resume --limit_seconds=540
 
-Without that variable JAX takes most of a GPU's memory before PyTorch asks for any. `kernel_cases` says what the sets
-are, `kernel_timing.measure` how time is taken. Each number is taken after the call's output and gradients were
-compared with the float32 scan; what cannot run is recorded with its reason. `report_kernels.py` makes the page.
+Without that variable JAX takes most of a GPU's memory before PyTorch asks for any. `kernel_bench/cases.py` says what
+the sets are, and `kernel_bench/timing.py` how time is taken. Each number is taken after the call's output and gradients
+were compared with the float32 scan; what cannot run is recorded with its reason. `report_kernels.py` makes the page.
 """
 
 import concurrent.futures
@@ -27,9 +27,7 @@ import time
 import jax
 from absl import flags
 
-import kernel_cases
-import kernel_timing
-import peers
+from kernel_bench import cases, peers, timing
 from kernels import dispatch
 from lin_jax import files
 from running import commands, records
@@ -37,9 +35,9 @@ from running import commands, records
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "versions")
 
-_SHAPES = flags.DEFINE_list("shapes", [], f"Sets of shapes: {', '.join(kernel_cases.SETS)}, or all that fit the device "
+_SHAPES = flags.DEFINE_list("shapes", [], f"Sets of shapes: {', '.join(cases.SETS)}, or all that fit the device "
                             "(all); none: the one shape of --batch to --value.")
-_OPS = flags.DEFINE_list("ops", list(kernel_cases.GATES), "Ops to time; attention is cuDNN's, for comparison.")
+_OPS = flags.DEFINE_list("ops", list(cases.GATES), "Ops to time; attention is cuDNN's, for comparison.")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Of this repository; none given: all that the device is "
                                      "meant for, the token scan on a CPU only. 'none' for peers alone.")
 _PEERS = flags.DEFINE_list("peers", list(peers.OPS), "Other libraries, where installed; 'none' for none.")
@@ -63,14 +61,14 @@ _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no measurement after this
 def main(_):
   start = time.monotonic()
   names = _peers()
-  cases = _cases()
+  chosen = _chosen()
   done = _recorded() if _RESUME.value else set()
   common = {"device": _device(), "platform": jax.default_backend(), "command": " ".join(["python", *sys.argv]),
             "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-  print(f"{common['device']}: {len(cases)} calls")
+  print(f"{common['device']}: {len(chosen)} calls")
   wanted = []
-  for case in cases:
-    for label in kernel_cases.PASSES:
+  for case in chosen:
+    for label in cases.PASSES:
       for name in _implementations(case.op) + [name for name in names if case.op in peers.OPS[name]]:
         row = common | {"op": case.op, "implementation": name, "pass": label, "gate": case.gate, "B": case.B,
                         "T": case.T, "H": case.H, "K": case.K, "V": case.V, "dtype": case.dtype,
@@ -107,19 +105,19 @@ def _turn():
     yield
 
 
-def _cases():
+def _chosen():
   return [case for case in _named_cases() if re.search(_MATCH.value, str(case))]
 
 
 def _named_cases():
   if not _SHAPES.value:
     shape = [flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY_CHANNELS, _VALUE_CHANNELS)]
-    return kernel_cases.of_shape(shape, _OPS.value, _DTYPE.value or "float32")
+    return cases.of_shape(shape, _OPS.value, _DTYPE.value or "float32")
   names = _SHAPES.value
   if names == ["all"]:
-    names = [name for name in kernel_cases.SETS if name != "cpu"] if jax.default_backend() == "gpu" else ["cpu"]
+    names = [name for name in cases.SETS if name != "cpu"] if jax.default_backend() == "gpu" else ["cpu"]
   # Sets overlap; the first mention of a call counts.
-  return list(dict.fromkeys(case for name in names for case in kernel_cases.named(name, _OPS.value, _DTYPE.value)))
+  return list(dict.fromkeys(case for name in names for case in cases.named(name, _OPS.value, _DTYPE.value)))
 
 
 def _peers():
@@ -151,8 +149,8 @@ def _implementations(op):
 
 @functools.lru_cache(maxsize=1)
 def _prepared(case):
-  sets = [jax.block_until_ready(kernel_cases.inputs(case, seed)) for seed in range(_INPUTS.value)]
-  return sets, kernel_cases.expected(case, *sets[0])
+  sets = [jax.block_until_ready(cases.inputs(case, seed)) for seed in range(_INPUTS.value)]
+  return sets, cases.expected(case, *sets[0])
 
 
 def _compiled(wanted):
@@ -169,8 +167,8 @@ def _compiled(wanted):
 
 
 def _compile(name, case, label):
-  function = peers.jax_function(name, case) if name in peers.OPS else kernel_timing.ours(case, name)
-  return function and kernel_timing.compile_pass(case, label, function)
+  function = peers.jax_function(name, case) if name in peers.OPS else timing.ours(case, name)
+  return function and timing.compile_pass(case, label, function)
 
 
 def _measured(name, case, label, compiled):
@@ -178,10 +176,10 @@ def _measured(name, case, label, compiled):
     run = compiled()  # what cannot run this shape raises here
     with _turn():
       sets, wanted = _prepared(case)
-      program = kernel_timing.jax_program(run, sets) if run else peers.fla_program(case, label, sets)
-      return kernel_timing.measure(case, label, program, wanted, _REPEATS.value)
+      program = timing.jax_program(run, sets) if run else peers.fla_program(case, label, sets)
+      return timing.measure(case, label, program, wanted, _REPEATS.value)
   except Exception as e:  # one call that cannot run must not cost the others their measurement
-    return {"ms": None, "gb_per_s": None, "peak_mib": None, "reason": kernel_timing.reason(e),
+    return {"ms": None, "gb_per_s": None, "peak_mib": None, "reason": timing.reason(e),
             "declined": isinstance(e, NotImplementedError)}
   finally:
     run = program = None

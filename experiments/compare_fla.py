@@ -23,7 +23,7 @@ from absl import flags
 from flax import nnx
 
 import fla_models
-import peers
+from kernel_bench import peers
 from kernels.accuracy import relative_error
 from lin_jax import files, hf
 from lin_jax.generate import generate

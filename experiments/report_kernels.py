@@ -8,8 +8,8 @@ import sys
 
 from absl import flags
 
-import kernel_page
-import kernel_records
+from kernel_bench.page import draw, render
+from kernel_bench.records import Records
 from lin_jax import files
 from running import commands
 
@@ -22,8 +22,8 @@ def main(_):
   path = pathlib.Path(_RECORDS.value)
   if not path.exists():
     raise ValueError(f"--records={path}: no such file; bench_kernels.py --out={path} writes it")
-  records, page = kernel_records.Records(path), path.with_suffix(".md")
-  text = kernel_page.render(records)
+  records, page = Records(path), path.with_suffix(".md")
+  text = render(records)
   if _CHECK.value:
     if not page.exists() or page.read_text(encoding="utf-8") != text:
       print(f"{page} is not what {path} gives: run report_kernels.py", file=sys.stderr)
@@ -32,7 +32,7 @@ def main(_):
   files.write(page, text)
   print(page)
   for device in records.devices():
-    if plot := kernel_page.draw(records, device, path.parent):
+    if plot := draw(records, device, path.parent):
       print(plot)
 
 

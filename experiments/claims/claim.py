@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable
 
-import kernel_records
+from kernel_bench.records import Records
 
 HOLDS, IN_PART, FAILS, NOT_RUN = "holds", "holds in part", "does not hold", "not run"
 
@@ -84,9 +84,9 @@ class Results:
     return rows
 
   @functools.cached_property
-  def kernels(self) -> kernel_records.Records:
+  def kernels(self) -> Records:
     path = self.folder / "kernels.jsonl"
-    return kernel_records.Records(path if path.exists() else os.devnull)
+    return Records(path if path.exists() else os.devnull)
 
 
 def compared(pairs: Iterable[tuple[str, float | None, float | None]]) -> Finding:

@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-import kernel_cases
-from kernel_cases import Case
+from kernel_bench.cases import PASSES, Case, named
 
 from .claim import Claim, Finding, Results
 
@@ -54,7 +53,7 @@ def times(results: Results, name: str, op: str) -> tuple[str, dict[str, dict[int
 
 
 def _cases(name, op, gate=None):
-  return [case for case in kernel_cases.named(name, [op]) if gate in (None, case.gate)]
+  return [case for case in named(name, [op]) if gate in (None, case.gate)]
 
 
 def _devices(results):
@@ -75,7 +74,7 @@ def _faster_from(cases: Sequence[Case], start):
   def judge(results):
     def on(device):
       texts, points = [], []
-      for label in kernel_cases.PASSES:
+      for label in PASSES:
         times = {case.T: (_ours(results, device, case, label), results.kernels.rivals(device, case, label).get("cudnn"))
                  for case in cases}
         ratios = {T: cudnn["ms"] / ours["ms"] for T, (ours, cudnn) in times.items() if ours and cudnn}
@@ -94,7 +93,7 @@ def _flat(cases: Sequence[Case], slack):
   def judge(results):
     def on(device):
       texts, points = [], []
-      for label in kernel_cases.PASSES:
+      for label in PASSES:
         rows = {case.T: (row["ms"] / (case.B * case.T) * 1e6) for case in cases
                 if case.T >= 1024 and (row := _ours(results, device, case, label))}
         middle = rows.get(4096)

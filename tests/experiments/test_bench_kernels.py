@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernel_cases
-import kernel_timing
 import kernels
-from kernel_cases import Case
+from kernel_bench import cases, timing
+from kernel_bench.cases import Case
 from tests.forked import ROOT, Command
 
 # Stands for an installed library: its forward pass computes something else, its backward pass does not run.
@@ -69,12 +68,12 @@ def test_records_are_appended_and_resumed_and_a_failing_peer_is_reported(fake_jl
            "peak_mib", "versions")
   assert all(set(names) <= set(row) for row in rows)
   assert sorted((row["implementation"], row["pass"]) for row in rows) == sorted(
-      (name, label) for name in ("xla_chunked", "reference", "jla") for label in kernel_cases.PASSES)
+      (name, label) for name in ("xla_chunked", "reference", "jla") for label in cases.PASSES)
   ours = [row for row in rows if row["implementation"] != "jla"]
   assert all(row["ms"] > 0 and row["within_bounds"] and row["versions"]["kernels"] for row in ours)
   assert all(np.isclose(row["gb_per_s"], row["bytes"] / row["ms"] / 1e6) for row in ours)
   wrong, refused = ([row for row in rows if row["implementation"] == "jla" and row["pass"] == label]
-                    for label in kernel_cases.PASSES)
+                    for label in cases.PASSES)
   assert wrong[0]["ms"] > 0 and not wrong[0]["within_bounds"] and wrong[0]["errors"]["output"] > 0.1
   assert refused[0]["ms"] is None and refused[0]["reason"] == "RuntimeError: no kernel for this device"
   assert "cannot run: RuntimeError: no kernel" in second.stdout and "TOO MUCH" in second.stdout
@@ -105,31 +104,31 @@ def test_mistakes_exit_with_2_and_one_message(arguments, message):
     ("gla", "channel", 1536, 4352), ("delta_rule", "token", 1032, 2840)])
 def test_floor_bytes_per_token_and_head(op, gate, forward, both):
   case = Case(op, gate, 2, 3, 5, 128, 128, "bfloat16")
-  assert kernel_cases.floor_bytes(case, "forward") == 30 * forward
-  assert kernel_cases.floor_bytes(case, "forward_backward") == 30 * both
+  assert cases.floor_bytes(case, "forward") == 30 * forward
+  assert cases.floor_bytes(case, "forward_backward") == 30 * both
 
 
 def test_a_constant_decay_is_read_and_not_differentiated():
   none, constant = (Case("linear_attention", gate, 2, 3, 5, 16, 32, "float32") for gate in ("none", "constant"))
-  assert sorted(kernel_cases.differentiated(constant)) == ["k", "q", "v"]
+  assert sorted(cases.differentiated(constant)) == ["k", "q", "v"]
   for label, reads in (("forward", 1), ("forward_backward", 2)):
-    assert kernel_cases.floor_bytes(constant, label) == kernel_cases.floor_bytes(none, label) + reads * 4 * 5
+    assert cases.floor_bytes(constant, label) == cases.floor_bytes(none, label) + reads * 4 * 5
 
 
 def test_sets_hold_their_tokens_constant():
   for name, tokens in (("paper", 2**15), ("grid", 2**15), ("length", 2**17), ("cpu", 2**11)):
-    cases = kernel_cases.named(name, list(kernel_cases.GATES))
-    assert {case.B * case.T for case in cases} == {tokens}
-    assert len(set(cases)) == len(cases)
+    found = cases.named(name, list(cases.GATES))
+    assert {case.B * case.T for case in found} == {tokens}
+    assert len(set(found)) == len(found)
   with pytest.raises(ValueError, match="--ops=nope: unknown"):
-    kernel_cases.of_shape((1, 1, 1, 1, 1), ["nope"], "float32")
+    cases.of_shape((1, 1, 1, 1, 1), ["nope"], "float32")
 
 
 @pytest.mark.parametrize("op, gate", [("gla", "channel"), ("linear_attention", "constant"), ("delta_rule", "token")])
 def test_what_is_expected_is_the_scan_at_the_corners(op, gate):
   case = Case(op, gate, 3, 2048, 3, 4, 2, "float32")  # two pieces
-  arguments, doutput = kernel_cases.inputs(case, 0)
-  found = kernel_cases.expected(case, arguments, doutput)
+  arguments, doutput = cases.inputs(case, 0)
+  found = cases.expected(case, arguments, doutput)
   rest = {name: x for name, x in arguments.items() if name not in "qkv"}
   run = lambda q, k, v: getattr(kernels, op)(q, k, v, **rest, implementation="reference")[0]
   output, pullback = jax.vjp(run, *(arguments[name] for name in "qkv"))
@@ -144,9 +143,9 @@ def test_measure_checks_before_it_times_and_takes_the_faster_launch():
   value = jnp.arange(8, dtype=jnp.float32).reshape(1, 4, 1, 2) + 1
   slow = lambda i: jax.block_until_ready([value * 1 for _ in range(200)]) and {"output": value}
   calls = {"slow": slow, "fast": lambda i: {"output": value}}
-  program = kernel_timing.Program(calls, jax.block_until_ready, np.asarray, 2**20)
-  right = kernel_timing.measure(case, "forward", program, {"output": np.asarray(value)}, 3)
+  program = timing.Program(calls, jax.block_until_ready, np.asarray, 2**20)
+  right = timing.measure(case, "forward", program, {"output": np.asarray(value)}, 3)
   assert right["launch"] == "fast" and right["within_bounds"] and right["peak_mib"] == 1
   assert right["errors"] == {"output": 0}
-  wrong = kernel_timing.measure(case, "forward", program, {"output": np.asarray(value) * 1.01}, 3)
+  wrong = timing.measure(case, "forward", program, {"output": np.asarray(value) * 1.01}, 3)
   assert not wrong["within_bounds"] and np.isclose(wrong["errors"]["output"], 0.01 / 1.01)

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-import kernel_cases
 from claims import CLAIMS, Finding, Results, language, lengths, speed, synthetic
 from claims.page import render
 from claims.plots import PLOTS
+from kernel_bench.cases import PASSES, named
 from language import sweeps as language_sweeps
 from lin_jax.mixers.delta_net import ACTIVATIONS
 from synthetic import sweeps
@@ -155,9 +155,9 @@ def timed(case, name, label, ms, device="NVIDIA X"):
 
 def test_kernels_are_compared_where_the_claim_says(tmp_path):
   rows = []
-  for case in kernel_cases.named("length", ["gla"]):
+  for case in named("length", ["gla"]):
     attention = dataclasses.replace(case, op="attention", gate="none")
-    for label in kernel_cases.PASSES:
+    for label in PASSES:
       ours = 3.0 if case.T == 8192 and label == "forward" else 1.0
       rows += [timed(case, "pallas_triton", label, ours), timed(attention, "cudnn", label, case.T / 4096 + 0.5)]
   rows.append(timed(case, "pallas_triton", "forward", 9.0, device="NVIDIA Y"))
@@ -169,9 +169,9 @@ def test_kernels_are_compared_where_the_claim_says(tmp_path):
 
 
 def test_a_token_costs_the_same_at_every_length(tmp_path):
-  cases = [case for case in kernel_cases.named("length", ["linear_attention"]) if case.gate == "constant"]
+  cases = [case for case in named("length", ["linear_attention"]) if case.gate == "constant"]
   rows = [timed(case, "pallas_triton", label, {2048: 1.09, 16384: 1.11}.get(case.T, 1.0))
-          for case in cases for label in kernel_cases.PASSES]
+          for case in cases for label in PASSES]
   write(tmp_path, "kernels.jsonl", rows)
   _, found = (claim.judge(Results(tmp_path)) for claim in CLAIMS if claim.text.startswith("A token costs lightning"))
   assert found.points == (True, True, True, False, True, True, True) * 2

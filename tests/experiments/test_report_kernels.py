@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-import kernel_cases
-import kernel_page
-import kernel_records
+from kernel_bench.cases import Case, named
+from kernel_bench.page import draw, render
+from kernel_bench.records import Records, aims
 from tests.forked import ROOT, Command
 
 COMMITTED = ROOT / "experiments/results/kernels.jsonl"
@@ -24,11 +24,11 @@ def record(case, implementation, label, ms, **changes):
 
 def records(path, rows):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return kernel_records.Records(path)
+  return Records(path)
 
 
 def rows_of_grid():
-  gla = kernel_cases.Case("gla", "channel", 16, 2048, 16, 128, 128, "bfloat16")
+  gla = Case("gla", "channel", 16, 2048, 16, 128, 128, "bfloat16")
   attention = dataclasses.replace(gla, op="attention", gate="none")
   refused = {"ms": None, "gb_per_s": None, "peak_mib": None, "reason": "RuntimeError: none here"}
   yield record(gla, "pallas_triton", "forward", 9.0)
@@ -47,7 +47,7 @@ def line(text, *starts):
 
 
 def test_page_says_what_is_won_lost_refused_and_wrong(tmp_path):
-  text = kernel_page.render(records(tmp_path / "k.jsonl", rows_of_grid()))
+  text = render(records(tmp_path / "k.jsonl", rows_of_grid()))
   # The newest record counts; a wrong peer is shown and wins nothing.
   assert line(text, "| B16 T2048 H16 K128 V128 | forward |") == [
       "B16 T2048 H16 K128 V128", "forward", "0.400", "1.00*", "0.200 (off by 2e-01)", "0.300", "1000", "64", "x2.50",
@@ -62,14 +62,14 @@ def test_page_says_what_is_won_lost_refused_and_wrong(tmp_path):
 
 @pytest.mark.parametrize("ms, verdict", [(0.38, "lost to fla"), (0.395, "even with fla"), (0.42, "won")])
 def test_a_difference_within_the_noise_is_no_win(tmp_path, ms, verdict):
-  case = kernel_cases.Case("gla", "channel", 16, 2048, 16, 128, 128, "bfloat16")
+  case = Case("gla", "channel", 16, 2048, 16, 128, 128, "bfloat16")
   rows = [record(case, "pallas_triton", "forward", 0.4), record(case, "fla", "forward", ms)]
-  text = kernel_page.render(records(tmp_path / "k.jsonl", rows))
+  text = render(records(tmp_path / "k.jsonl", rows))
   assert line(text, "| B16 T2048 H16 K128 V128 | forward | 0.400 |")[-1] == verdict
 
 
 def test_aims_are_met_missed_or_not_measured(tmp_path):
-  text = kernel_page.render(records(tmp_path / "k.jsonl", rows_of_grid()))
+  text = render(records(tmp_path / "k.jsonl", rows_of_grid()))
   shape = "| gla channel B16 T2048 H16 K128 V128 bfloat16"
   assert line(text, f"{shape} forward |")[1:] == ["<= 0.5 ms", "0.400 ms", "1.25", "yes"]
   assert line(text, f"{shape} forward_backward |")[1:] == ["<= 2 ms", "3.00 ms", "0.67", "**no**"]
@@ -78,18 +78,18 @@ def test_aims_are_met_missed_or_not_measured(tmp_path):
 
 
 def test_aims_that_compare(tmp_path):
-  wide = kernel_cases.Case("gla", "channel", 16, 2048, 4, 256, 512, "bfloat16")
+  wide = Case("gla", "channel", 16, 2048, 4, 256, 512, "bfloat16")
   rows = [record(wide, "pallas_triton", "forward", 0.5), record(wide, "fla", "forward", 1.5)]
-  lengths = [case for case in kernel_cases.named("length", ["linear_attention"]) if case.gate == "token"]
+  lengths = [case for case in named("length", ["linear_attention"]) if case.gate == "token"]
   rows += [record(case, "xla_chunked", "forward", 1.0 + 0.02 * (case.T == 1024)) for case in lengths]
   found = records(tmp_path / "k.jsonl", rows)
-  values = {aim.text: (aim.value(found, DEVICE), aim) for aim in kernel_records.aims()}
+  values = {aim.text: (aim.value(found, DEVICE), aim) for aim in aims()}
   value, aim = values[f"{wide} forward, speed over FLA's"]
   assert value == 3.0 and aim.margin(value) == pytest.approx(1.2)
   value, aim = values["linear_attention token forward, slowest over fastest length, 1K to 128K"]
   assert value == pytest.approx(1.02) and aim.margin(value) > 1
-  plot = kernel_page.draw(found, DEVICE, tmp_path)
-  assert plot.read_bytes().startswith(b"\x89PNG") and plot.name in kernel_page.render(found)
+  plot = draw(found, DEVICE, tmp_path)
+  assert plot.read_bytes().startswith(b"\x89PNG") and plot.name in render(found)
 
 
 def report(*arguments):
@@ -115,4 +115,4 @@ def test_check_tells_a_stale_page(tmp_path):
 
 
 def test_committed_page_is_that_of_the_committed_records():
-  assert COMMITTED.with_suffix(".md").read_text() == kernel_page.render(kernel_records.Records(COMMITTED))
+  assert COMMITTED.with_suffix(".md").read_text() == render(Records(COMMITTED))

@@ -4,12 +4,12 @@ import pathlib
 import re
 import statistics
 
-import kernel_cases
-import kernel_records
-import peers
-from kernel_records import Records
 from kernels import dispatch
 from lin_jax import files
+
+from . import peers
+from .cases import GATES, PASSES, SETS, named
+from .records import Records, aims
 
 _HEAD = """# Kernel benchmarks
 
@@ -46,8 +46,8 @@ def render(records: Records) -> str:
 def _sections(records, device):
   """Name -> heading and measured cases: the named sets, then what is in none of them."""
   measured, sections, seen = records.cases(device), {}, set()
-  for name in kernel_cases.SETS:
-    cases = [case for case in kernel_cases.named(name, list(kernel_cases.GATES)) if case in measured]
+  for name in SETS:
+    cases = [case for case in named(name, list(GATES)) if case in measured]
     seen.update(cases)
     sections[name] = f"Set `{name}`", cases
   sections[""] = "Other shapes", [case for case in measured if case not in seen]
@@ -57,7 +57,7 @@ def _sections(records, device):
 def _aims(records, device):
   platforms = {row["platform"] for row in records if row["device"] == device}
   rows = []
-  for aim in kernel_records.aims():
+  for aim in aims():
     if aim.device not in device and aim.device not in platforms:
       continue
     obtained, cells = aim.value(records, device), ["not measured", "", ""]
@@ -72,7 +72,7 @@ def _summary(records, device):
   """Won and lost against each peer, over all shapes."""
   groups = {}
   for case in records.cases(device):
-    for label in kernel_cases.PASSES:
+    for label in PASSES:
       if ours := records.ours(device, case, label):
         for peer, row in records.rivals(device, case, label).items():
           groups.setdefault((case.op, case.gate, label, peer), []).append((row["ms"] / ours["ms"], case))
@@ -89,11 +89,11 @@ def _summary(records, device):
 
 def _comparison(records, device, cases, name):
   names = [name for name in (*dispatch.TABLE.get(cases[0].op, ()), *peers.OPS)
-           if any(_row(records, device, case, name, label) for case in cases for label in kernel_cases.PASSES)]
+           if any(_row(records, device, case, name, label) for case in cases for label in PASSES)]
   rivals = [name for name in names if name in peers.OPS]
   rows, reasons, mixed = [], {}, False
   for case in cases:
-    for label in kernel_cases.PASSES:
+    for label in PASSES:
       ours, others = records.ours(device, case, label), records.rivals(device, case, label)
       cells = []
       for name in names:
@@ -148,8 +148,8 @@ def _provenance(records, device):
 def _lengths(records, device):
   """(op, gate) -> name -> pass -> (length, tokens per second), of the set `length`."""
   found = {}
-  for case in kernel_cases.named("length", [op for op in kernel_cases.GATES if op != "attention"]):
-    for label in kernel_cases.PASSES:
+  for case in named("length", [op for op in GATES if op != "attention"]):
+    for label in PASSES:
       for name in (*dispatch.TABLE.get(case.op, ()), *peers.OPS):
         row = _row(records, device, case, name, label)
         if row and row["ms"] is not None and row["within_bounds"]:
@@ -173,7 +173,7 @@ def draw(records: Records, device: str, folder: pathlib.Path) -> pathlib.Path | 
   figure = Figure(figsize=(10, 3.2 * len(found)), layout="constrained")
   axes = figure.subplots(len(found), 2, squeeze=False, sharex=True)
   for row, ((op, gate), lines) in zip(axes, found.items()):
-    for axis, label in zip(row, kernel_cases.PASSES):
+    for axis, label in zip(row, PASSES):
       for name, points in lines.items():
         if label in points:
           axis.plot(*zip(*sorted(points[label])), styles.get(name, "k.-"), markersize=5,

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kernel_cases
 import kernels
-from kernel_cases import Case
+
+from . import cases
+from .cases import Case
 
 _BATCH_SECONDS = 0.02  # calls queued between two waits take at least this long
 _MOST_CALLS = 500
@@ -44,7 +45,7 @@ def ours(case: Case, implementation: str) -> Callable[[dict], jax.Array]:
 
 def compile_pass(case: Case, label: str, function: Callable[[dict], jax.Array]):
   """The pass `label` of `function`, compiled for the case's shapes. Raises whatever `function` raises on them."""
-  names = kernel_cases.differentiated(case)
+  names = cases.differentiated(case)
 
   def backward(arguments, doutput):
     output, pullback = jax.vjp(lambda chosen: function({**arguments, **chosen}),
@@ -52,7 +53,7 @@ def compile_pass(case: Case, label: str, function: Callable[[dict], jax.Array]):
     return {"output": output, **{f"d{name}": gradient for name, gradient in pullback(doutput)[0].items()}}
 
   run = backward if label == "forward_backward" else lambda arguments, _: {"output": function(arguments)}
-  return jax.jit(run).lower(*jax.eval_shape(lambda: kernel_cases.inputs(case, 0))).compile()
+  return jax.jit(run).lower(*jax.eval_shape(lambda: cases.inputs(case, 0))).compile()
 
 
 def jax_program(run, sets: list) -> Program:
@@ -64,29 +65,29 @@ def jax_program(run, sets: list) -> Program:
 
 
 def measure(case: Case, label: str, program: Program, wanted: dict, repeats: int) -> dict:
-  """Checks the pass on input set 0 against `wanted` (`kernel_cases.expected`), then times it.
+  """Checks the pass on input set 0 against `wanted` (`cases.expected`), then times it.
 
   On a GPU the time of a call is that of a batch of calls queued back to back over the input sets, waited for once,
   divided by their number: the launches hide behind the work unless the work is shorter than they are. On a CPU each
   call is waited for. The median of `repeats` batches counts.
 
   Returns:
-    The measured fields of a record: ms, gb_per_s (of `kernel_cases.floor_bytes`), peak_mib, bytes, errors,
+    The measured fields of a record: ms, gb_per_s (of `cases.floor_bytes`), peak_mib, bytes, errors,
     within_bounds, launch.
   """
   found = {}
   for call in program.calls.values():
     result = call(0)
     program.wait(result)
-    actual = {tensor: program.to_numpy(kernel_cases.corners(case, x)) for tensor, x in result.items()}
-    errors = kernel_cases.errors(actual, wanted)
+    actual = {tensor: program.to_numpy(cases.corners(case, x)) for tensor, x in result.items()}
+    errors = cases.errors(actual, wanted)
     found = {tensor: max(error, found.get(tensor, 0.0)) for tensor, error in errors.items()}
     del result, actual
   seconds = {name: _time(call, program.wait, repeats) for name, call in program.calls.items()}
   launch = min(seconds, key=seconds.get)
-  size = kernel_cases.floor_bytes(case, label)
+  size = cases.floor_bytes(case, label)
   return {"ms": 1e3 * seconds[launch], "gb_per_s": size / seconds[launch] / 1e9, "peak_mib": program.peak_bytes / 2**20,
-          "bytes": size, "errors": found, "within_bounds": kernel_cases.within_bounds(case, found), "launch": launch}
+          "bytes": size, "errors": found, "within_bounds": cases.within_bounds(case, found), "launch": launch}
 
 
 def reason(error: Exception) -> str:

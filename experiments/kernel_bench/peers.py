@@ -13,10 +13,9 @@ import threading
 import jax
 import jax.numpy as jnp
 
-import kernel_cases
-import kernel_timing
-from kernel_cases import Case
-from kernel_timing import Program
+from . import cases, timing
+from .cases import Case
+from .timing import Program
 
 # Ops of each peer, modules that it needs, and packages that decide its speed.
 OPS = {"fla": ("gla", "linear_attention", "delta_rule"), "jla": ("gla", "linear_attention", "delta_rule"),
@@ -95,7 +94,7 @@ def fla_program(case: Case, label: str, sets: list) -> Program:
 
   attend = _fla_function(case)
   arrays = [(jax.tree.map(torch.from_dlpack, arguments), torch.from_dlpack(doutput)) for arguments, doutput in sets]
-  names = kernel_cases.differentiated(case)
+  names = cases.differentiated(case)
 
   def forward(i):
     with torch.no_grad():
@@ -115,7 +114,7 @@ def fla_program(case: Case, label: str, sets: list) -> Program:
   try:
     calls["CUDA graph"] = _captured(torch, call, len(sets))
   except Exception as e:  # whatever stands against a capture, the eager call stands
-    print(f"  fla: no CUDA graph, {kernel_timing.reason(e)}")
+    print(f"  fla: no CUDA graph, {timing.reason(e)}")
     torch.cuda.synchronize()
   return Program(calls, lambda _: torch.cuda.synchronize(), lambda x: x.float().cpu().numpy(), peak)
 

@@ -5,10 +5,10 @@ import json
 import pathlib
 from collections.abc import Callable
 
-import kernel_cases
-import peers
-from kernel_cases import Case
 from kernels import dispatch
+
+from . import peers
+from .cases import PASSES, Case, named
 
 _FIELDS = [field.name for field in dataclasses.fields(Case)]
 
@@ -82,7 +82,7 @@ def aims() -> list[Aim]:
   for label, gla, token in (("forward", 0.5, 0.21), ("forward_backward", 2.0, 0.95)):
     found += [_at_most("gla", "channel", square, label, gla),
               _at_most("linear_attention", "token", square, label, token)]
-  for label in kernel_cases.PASSES:
+  for label in PASSES:
     constant, token = (_case("linear_attention", gate, square) for gate in ("constant", "token"))
     found += [
         _times_fla("gla", "channel", (16, 2048, 4, 256, 512), label),
@@ -135,7 +135,7 @@ def _ratio(text, above, below, label, bound):
 
 
 def _flat(gate, label):
-  cases = [case for case in kernel_cases.named("length", ["linear_attention"]) if case.gate == gate]
+  cases = [case for case in named("length", ["linear_attention"]) if case.gate == gate]
 
   def value(records, device):
     times = [_milliseconds(records, device, case, label) for case in cases]
