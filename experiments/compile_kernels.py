@@ -29,8 +29,7 @@ import time
 import jax
 from absl import flags
 
-import assembler
-import compiled
+from kernel_tuning import assembler, compiled
 from lin_jax import files
 from running import commands, deadline
 

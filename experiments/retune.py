@@ -19,7 +19,7 @@ import time
 import jax
 from absl import flags
 
-import tuning
+from kernel_tuning import search as tuning
 from kernels import tuned
 from lin_jax import files
 from running import commands

@@ -15,7 +15,7 @@ import jax  # noqa: E402
 import jaxlib  # noqa: E402
 import pytest  # noqa: E402
 
-import assembler  # noqa: E402
+from kernel_tuning import assembler  # noqa: E402
 from kernels import cpu_compiler  # noqa: E402
 
 cpu_compiler.switch_off()

@@ -6,10 +6,9 @@ import subprocess
 
 import pytest
 
-import assembler
-import compiled
-import tuning
-from assembler import Kernel
+from kernel_tuning import assembler, compiled
+from kernel_tuning import search as tuning
+from kernel_tuning.assembler import Kernel
 from tests.forked import Command
 
 PTXAS = """\
@@ -107,8 +106,8 @@ def test_digest_is_that_of_the_code_that_kernels_need(tmp_path, monkeypatch):
 # The command on ops of one tile, with a compiler that finds what the width of the tile says.
 COMMAND = """
 import dataclasses, types
-import compiled, tuning
-from assembler import Kernel
+from kernel_tuning import compiled
+from kernel_tuning.assembler import Kernel
 from kernels.tuned import Tile
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """The record of the compile check: of which kernels it is, what is left to compile, and that nothing has a fault."""
 
 import json
-import pathlib
 
 import pytest
 
-import compiled
+from kernel_tuning import compiled
 from kernels import tuned
 
-RECORD = json.loads((pathlib.Path(compiled.__file__).parent / "results" / "compiled_kernels.json").read_text())
+RECORD = json.loads(compiled.SPILLS.with_name("compiled_kernels.json").read_text())
 WANTED = {compiled.identity(program.row()): program for program in compiled.programs()}
 
 

@@ -10,13 +10,13 @@ import types
 import jax
 import pytest
 
-import tuning
-from assembler import Kernel
+from kernel_tuning import search as tuning
+from kernel_tuning.assembler import Kernel
+from kernel_tuning.search import Problem
 from kernels import tuned
 from kernels.gla import xla_chunked
 from kernels.tuned import Tile
 from tests.forked import Command
-from tuning import Problem
 
 PROBLEM = Problem("gla", ("channel",), 16, 16, 1, "bfloat16", timed=(1, 16))
 NARROW, WRONG_GRADIENT, TOO_LARGE, FAST = Tile(16), Tile(32), Tile(64), Tile(128)
@@ -152,7 +152,8 @@ sys.modules["kernels.gla.pallas_triton"] = types.SimpleNamespace(
     Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(16, Tile(16)),
     candidates=lambda K, V, dtype: {"scan": [Tile(16), Tile(32, 8, 3)]},
     configured=lambda *, config, **x: xla_chunked.gla(**x, chunk_size=16))
-import retune, tuning
+import retune
+from kernel_tuning import search as tuning
 tuning.CHECKED = 40
 retune.commands.run(retune.main)
 """
@@ -199,7 +200,7 @@ GATES_APART = """
 import dataclasses, pathlib, sys, types
 import retune
 from kernels.tuned import Tile
-from tuning import Problem
+from kernel_tuning.search import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kernels
-import tuning
+from kernel_tuning import search as tuning
 from kernels import split, tuned
 from tests.close import assert_bounds, relative_error
 from tests.kernels import cases

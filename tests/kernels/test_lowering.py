@@ -10,8 +10,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-import compiled
 import kernels
+from kernel_tuning import compiled
 from kernels import triton_blocks
 
 # No configuration is listed for it, so the heuristics answer.

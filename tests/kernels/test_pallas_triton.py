@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import kernels
-import tuning
+from kernel_tuning import search as tuning
 from kernels import tuned
 from tests.close import assert_bounds, relative_error
 from tests.kernels import cases

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
-import assembler
 import kernels
-import tuning
-from gpus import GPUS, mesh
 from kernels import tuned
 
+from . import assembler
+from . import search as tuning
+from .gpus import GPUS, mesh
+
 ROOT = pathlib.Path(kernels.__file__).parent
-SPILLS = pathlib.Path(__file__).parent / "results" / "known_spills.json"
+SPILLS = pathlib.Path(__file__).parents[1] / "results" / "known_spills.json"
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float32")
 OPS = (*tuning.GATES, "selective_scan")

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-import assembler
 import kernels
 from kernels import accuracy, chunks, tuned
+
+from . import assembler
 
 # Forms of log_decay that an op takes, in groups that share a configuration: all are checked, the first is timed.
 GATES = {"gla": [("channel",)], "linear_attention": [("token",), ("head",), ("none",)],

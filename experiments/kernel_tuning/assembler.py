@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 
-import machine_code
+from . import machine_code
 
 _SCRIPT = """#!/bin/sh
 '{ptxas}' -v "$@" 2> '{logs}'/$$.log || exit
