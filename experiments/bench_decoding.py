@@ -24,12 +24,11 @@ from absl import flags
 from flax import nnx
 
 import configs
-import speed_sweep
-import training_speed
 from lin_jax.config import to_dict
 from lin_jax.generate import Sampling, decode, state_bytes
 from lin_jax.model import LanguageModel, parameter_count
 from running import commands
+from speed import sweeps, training
 
 _MODELS_KNOWN = ("tnl_385m", "gla_340m", "deltanet_340m", "transformer_340m")
 _CONTEXTS_KNOWN = tuple(2**i for i in range(10, 17))
@@ -50,14 +49,14 @@ _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probabl
 def main(_):
   start = time.monotonic()
   path = pathlib.Path(_OUT.value) if _OUT.value else None
-  common = training_speed.provenance()
+  common = training.provenance()
   # The contexts of a model follow one another: its weights, and the program of a linear one, serve them all.
   every = [((name, context), common | {"setting": _setting(name, context)})
-           for name in speed_sweep.chosen(_MODELS, _MODELS_KNOWN)
-           for context in map(_scaled, speed_sweep.chosen(_CONTEXTS, _CONTEXTS_KNOWN))]
-  runs = speed_sweep.missing(every, path)
+           for name in sweeps.chosen(_MODELS, _MODELS_KNOWN)
+           for context in map(_scaled, sweeps.chosen(_CONTEXTS, _CONTEXTS_KNOWN))]
+  runs = sweeps.missing(every, path)
   print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before")
-  failed = speed_sweep.run(runs, lambda run: _measured(*run), _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
+  failed = sweeps.run(runs, lambda run: _measured(*run), _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
   if failed:
     print("failed:", *failed, file=sys.stderr)
     sys.exit(1)
@@ -69,7 +68,7 @@ def _scaled(tokens):
 
 def _config(name):
   config = configs.lookup(name)
-  return training_speed.shrunk(config) if _TINY.value else config
+  return training.shrunk(config) if _TINY.value else config
 
 
 def _setting(name, context):

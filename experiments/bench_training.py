@@ -19,11 +19,10 @@ import time
 
 from absl import flags
 
-import speed_sweep
-import training_speed
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
 from running import commands
-from training_speed import SWEEPS
+from speed import sweeps, training
+from speed.training import SWEEPS
 
 _RESULTS = ("tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s", "losses")
 
@@ -45,17 +44,17 @@ def main(_):
     raise ValueError(f"--timed_steps={_TIMED.value}: must be less than --steps={_STEPS.value}")
   sweep = SWEEPS[_SET.value]
   path = pathlib.Path(_OUT.value) if _OUT.value else None
-  common = training_speed.provenance()
+  common = training.provenance()
   every = []
-  for model in speed_sweep.chosen(_MODELS, list(sweep.models)):
-    for length in speed_sweep.chosen(_LENGTHS, sweep.lengths):
+  for model in sweeps.chosen(_MODELS, list(sweep.models)):
+    for length in sweeps.chosen(_LENGTHS, sweep.lengths):
       config = _config(f"{model} at {length}", sweep.models[model](), length, sweep.tokens)
       every.append((config, common | {"setting": _setting(model, config)}))
-  runs = speed_sweep.missing(every, path)
+  runs = sweeps.missing(every, path)
   print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before")
-  programs = training_speed.compile_all([config for config, _ in runs], documents=False)
+  programs = training.compile_all([config for config, _ in runs], documents=False)
   runs = [(program, row) for program, (_, row) in zip(programs, runs, strict=True)]
-  failed = speed_sweep.run(runs, _measured, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
+  failed = sweeps.run(runs, _measured, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
   if failed:
     print("failed:", *failed, file=sys.stderr)
     sys.exit(1)
@@ -66,19 +65,19 @@ def _config(name, config, length, tokens):
   config.name, config.remat, config.mesh = name, _REMAT.value, MeshConfig(1, 1, 1)
   config.data = DataConfig(sequence_length=length // shrink, batch_size=tokens // length)
   config.optim = OptimConfig(steps=_STEPS.value, warmup_steps=1)
-  return validate(training_speed.shrunk(config) if _TINY.value else config)
+  return validate(training.shrunk(config) if _TINY.value else config)
 
 
 def _setting(model, config):
-  return {"set": _SET.value, "tiny": _TINY.value, "name": model, **training_speed.description(config),
-          "timed_steps": _TIMED.value, "data": training_speed.ZIPF, "documents": "one a window"}
+  return {"set": _SET.value, "tiny": _TINY.value, "name": model, **training.description(config),
+          "timed_steps": _TIMED.value, "data": training.ZIPF, "documents": "one a window"}
 
 
 def _measured(program):
   program = program.result()
   steps = program.config.optim.steps
-  batches = training_speed.drawn_batches(program.config, steps, documents=False)
-  result = training_speed.measure(program, batches, _TIMED.value)
+  batches = training.drawn_batches(program.config, steps, documents=False)
+  result = training.measure(program, batches, _TIMED.value)
   if not all(map(math.isfinite, result["losses"])):
     raise ArithmeticError(f"losses {result['losses']}: must be finite")
   return {name: result[name] for name in _RESULTS}

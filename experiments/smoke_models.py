@@ -20,7 +20,6 @@ from absl import flags
 
 import configs
 import model_page
-import training_speed
 from configs.paper import at_340m
 from lin_jax import files
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
@@ -29,6 +28,7 @@ from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
 from lin_jax.mixers.linear_attention import LinearAttentionConfig
 from lin_jax.mixers.simple_gla import SimpleGLAConfig
 from running import commands, records
+from speed import training
 
 # Layers that no named config has at this size: Gated DeltaNet with three heads of 256, the three quarters of the width
 # that its authors advise; simple GLA and linear attention in GLA's place.
@@ -64,12 +64,12 @@ def main(_):
     raise ValueError("--resume needs --out, the file to go on with")
   rows = model_page.load_smoke(path) if path and path.exists() else []
   done = [_identity(record) for record in rows if not record["reason"]] if _RESUME.value else []
-  common = training_speed.provenance() | {"run": records.now()}
+  common = training.provenance() | {"run": records.now()}
   runs = [(config, row) for config in map(_config, _FAMILIES.value)
           if _identity(row := common | _description(config)) not in done]
   print(f"{common['device']}: {len(runs)} families")
   failed, left = [], 0
-  programs = training_speed.compile_all([config for config, _ in runs])
+  programs = training.compile_all([config for config, _ in runs])
   for (config, row), program in zip(runs, programs, strict=True):
     if _LIMIT.value and time.monotonic() - start > _LIMIT.value:
       left += 1
@@ -96,12 +96,12 @@ def _config(family):
   config.data = DataConfig(path=_DATA.value, sequence_length=_LENGTH.value, batch_size=_BATCH.value)
   config.optim = OptimConfig(steps=_STEPS.value, warmup_steps=_STEPS.value // 6, learning_rate=_RATE.value,
                              final_learning_rate=_RATE.value / 10)
-  return validate(training_speed.shrunk(config) if _TINY.value else config)
+  return validate(training.shrunk(config) if _TINY.value else config)
 
 
 def _description(config):
-  return {"family": config.name, **training_speed.description(config), "timed_steps": _TIMED.value,
-          "data": pathlib.Path(_DATA.value).name if _DATA.value else training_speed.ZIPF}
+  return {"family": config.name, **training.description(config), "timed_steps": _TIMED.value,
+          "data": pathlib.Path(_DATA.value).name if _DATA.value else training.ZIPF}
 
 
 def _identity(record):
@@ -111,7 +111,7 @@ def _identity(record):
 
 def _trained(config, program):
   try:
-    result = training_speed.measure(program.result(), _batches(config), _TIMED.value)
+    result = training.measure(program.result(), _batches(config), _TIMED.value)
     logarithm, first, last = math.log(config.model.vocab_size), result["losses"][0], result["losses"][-1]
     if not (abs(first - logarithm) < 0.5 and last < 0.97 * first):
       raise ArithmeticError(f"loss {first:.3f} to {last:.3f}: expected to start at {logarithm:.3f} and to fall by 3%")
@@ -124,7 +124,7 @@ def _trained(config, program):
 
 def _batches(config):
   if not config.data.path:
-    return training_speed.drawn_batches(config, config.optim.steps)
+    return training.drawn_batches(config, config.optim.steps)
   iterator = train_iterator(config.data, config.seed, vocab_size=config.model.vocab_size)
   return [next(iterator) for _ in range(config.optim.steps)]
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable
 
 from lin_jax import files
-from training_speed import SWEEPS
+from speed.training import SWEEPS
 
 from . import kernels, language, lengths, speed, synthetic
 from .claim import Results

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from training_speed import SWEEPS
+from speed.training import SWEEPS
 
 from .claim import Claim, Finding, Results
 

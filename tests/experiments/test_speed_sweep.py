@@ -8,9 +8,8 @@ import types
 
 import pytest
 
-import speed_sweep
-import training_speed
 from lin_jax.model import parameter_count
+from speed import sweeps, training
 from tests.environment import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -22,8 +21,8 @@ def row(name, **changes):
 
 
 def sweep(path, names, measure, limit=0.0):
-  runs = speed_sweep.missing([(name, row(name)) for name in names], path)
-  return speed_sweep.run(runs, measure, lambda row: f"{row['ms']} ms", FIELDS, path, begun=0.0, limit=limit)
+  runs = sweeps.missing([(name, row(name)) for name in names], path)
+  return sweeps.run(runs, measure, lambda row: f"{row['ms']} ms", FIELDS, path, begun=0.0, limit=limit)
 
 
 def test_a_sweep_records_failures_and_does_nothing_twice(tmp_path, capsys):
@@ -40,19 +39,19 @@ def test_a_sweep_records_failures_and_does_nothing_twice(tmp_path, capsys):
   with path.open("a") as file:
     file.write(json.dumps(row("c", versions={"jax": "0"}, reason="", ms=9.0)) + "\n")
   assert sweep(path, "abc", lambda name: {"ms": 2.5}) == []
-  found = [(record["setting"]["name"], record["ms"], record["reason"]) for record in speed_sweep.load(path)]
+  found = [(record["setting"]["name"], record["ms"], record["reason"]) for record in sweeps.load(path)]
   assert found == [("a", 1.5, ""), ("b", None, "MemoryError: too large"), ("c", 9.0, ""), ("c", 2.5, "")]
 
 
 def test_no_run_begins_that_would_end_beyond_the_limit(tmp_path, capsys, monkeypatch):
   measured, clock = [], types.SimpleNamespace(monotonic=lambda: 1.0 + 2 * len(measured))
-  monkeypatch.setattr(speed_sweep, "time", clock)
+  monkeypatch.setattr(sweeps, "time", clock)
   sweep(tmp_path / "speed.jsonl", "abcd", lambda name: measured.append(name) or {"ms": 1.0}, limit=5.5)
   assert measured == ["a", "b"] and "with 2 left" in capsys.readouterr().out
 
 
 def test_sizes_are_those_of_the_papers():
-  for name, sweep in training_speed.SWEEPS.items():
+  for name, sweep in training.SWEEPS.items():
     size = {"gla_fig6": 1.32e9, "tnl": 384e6}[name]
     for make in sweep.models.values():
       assert parameter_count(make().model) == pytest.approx(size, rel=0.03 if name == "gla_fig6" else 0.005)
@@ -62,9 +61,9 @@ def test_sizes_are_those_of_the_papers():
 def test_unknown_names_are_refused():
   flag = types.SimpleNamespace(name="lengths", value=["3000"])
   with pytest.raises(ValueError, match="--lengths=3000: unknown; known: 1024, 2048"):
-    speed_sweep.chosen(flag, (1024, 2048))
+    sweeps.chosen(flag, (1024, 2048))
   flag.value = ["2048"]
-  assert speed_sweep.chosen(flag, (1024, 2048)) == [2048]
+  assert sweeps.chosen(flag, (1024, 2048)) == [2048]
 
 
 def records_of(command, folder, *arguments):
@@ -73,7 +72,7 @@ def records_of(command, folder, *arguments):
   result = subprocess.run([sys.executable, ROOT / "experiments" / command, "--tiny", f"--out={path}", *arguments],
                           cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
   assert result.returncode == 0, (result.stdout, result.stderr)
-  rows = speed_sweep.load(path)
+  rows = sweeps.load(path)
   for r in rows:
     assert r["device"] == "cpu" and r["versions"]["sources"] and "--tiny" in r["command"] and not r["reason"]
   return rows

@@ -22,7 +22,7 @@ from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.training import make_state, make_train_step
 from running import records
 
-_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 ZIPF = "drawn from Zipf's law"
 
 

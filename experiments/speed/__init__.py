@@ -1,0 +1,1 @@
+"""How fast models train and decode: what is measured, and sweeps of such measurements."""
