@@ -2,7 +2,7 @@
 
   python experiments/compare_fla.py --out=experiments/results/compare_fla.json
 
-For each model of `fla_models.MODELS`: its library draws a model and saves it; `lin_jax.hf` loads it, and logits and
+For each model of `fla_bridge/models.py`: its library draws a model and saves it; `lin_jax.hf` loads it, and logits and
 greedily generated tokens agree; `lin_jax.hf` writes it, and the library loads that and computes the same. One record
 per model; the command fails (exit code 1) if any bar is missed.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-import fla_models
+from fla_bridge import models
 from kernel_bench import peers
 from kernels.accuracy import relative_error
 from lin_jax import files, hf
@@ -42,16 +42,16 @@ BARS = {"float32": 1e-4, "bfloat16": 3e-2, "back": 1e-5}
 
 
 def main(_):
-  unknown = sorted(set(_MODELS.value) - set(fla_models.MODELS))
+  unknown = sorted(set(_MODELS.value) - set(models.MODELS))
   if unknown:
-    raise ValueError(f"--models={','.join(unknown)}: must be among {', '.join(fla_models.MODELS)}")
+    raise ValueError(f"--models={','.join(unknown)}: must be among {', '.join(models.MODELS)}")
   if _INTERPRET.value:
-    fla_models.interpret()
+    models.interpret()
   device = "cpu" if _INTERPRET.value else "cuda"
-  names = _MODELS.value or list(fla_models.MODELS)
+  names = _MODELS.value or list(models.MODELS)
   if _FIXTURES.value:
     for name in names:
-      fla_models.write_fixture(name, pathlib.Path(_FIXTURES.value) / name, device)
+      models.write_fixture(name, pathlib.Path(_FIXTURES.value) / name, device)
     return
   records = []
   for name in names:
@@ -84,10 +84,10 @@ def _record(name: str, device: str) -> dict:
 
 def compare(name: str, folder: pathlib.Path, device: str) -> dict:
   """Errors of logits by dtype and after the way back, and whether the generated tokens are the same."""
-  theirs = fla_models.build(name, device)
-  fla_models.save(theirs, folder / "theirs")
+  theirs = models.build(name, device)
+  models.save(theirs, folder / "theirs")
   tokens = np.random.default_rng(1).integers(0, theirs.config.vocab_size, (BATCH, TOKENS))
-  expected, continuation = fla_models.logits(theirs, tokens), fla_models.greedy(theirs, tokens, STEPS)
+  expected, continuation = models.logits(theirs, tokens), models.greedy(theirs, tokens, STEPS)
 
   config, model = hf.load(folder / "theirs")
   exact = _as(model, config, "float32", "xla_chunked")
@@ -98,8 +98,8 @@ def compare(name: str, folder: pathlib.Path, device: str) -> dict:
   result["generation"] = bool(np.array_equal(ours, continuation))
 
   hf.save(folder / "ours", config, model)
-  back = fla_models.load(folder / "ours", device)
-  return result | {"back": relative_error(fla_models.logits(back, tokens), expected)}
+  back = models.load(folder / "ours", device)
+  return result | {"back": relative_error(models.logits(back, tokens), expected)}
 
 
 def _error(model, tokens, expected) -> float:
