@@ -5,7 +5,7 @@
 
 A fault is a full disk, a folder that cannot be written, an output that nobody reads, an encoding without the text's
 characters, data that was changed or cut short, a second process, a signal, or a kill after which the command is
-repeated. `fault_cases.py` lists them, with the exit code and the message that each must give. None may print a
+repeated. `faults/cases.py` lists them, with the exit code and the message that each must give. None may print a
 traceback or more than one message, and after a kill the repeated command must end as one that was never killed. Exit
 code 1 when a case ends in another way. Takes about ten minutes on two CPU cores; some faults need the right to mount.
 """
@@ -20,9 +20,9 @@ import time
 
 from absl import flags
 
-import fault_cases
-from fault_judge import outcome
-from fault_runner import Inputs
+from faults.cases import CASES
+from faults.judge import outcome
+from faults.runner import Inputs
 from lin_jax import files
 from running import commands, records
 
@@ -31,7 +31,7 @@ _OUT = flags.DEFINE_string("out", "", "JSON file that receives the counts and ev
 
 
 def main(_):
-  cases = [case for case in fault_cases.CASES if re.search(_MATCH.value, case.name)]
+  cases = [case for case in CASES if re.search(_MATCH.value, case.name)]
   if not cases:
     raise ValueError(f"--match={_MATCH.value}: no case of that name")
   start, rows = time.monotonic(), []

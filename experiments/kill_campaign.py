@@ -17,7 +17,7 @@ import tempfile
 
 from absl import flags
 
-from killed_runs import campaign
+from faults.killed_runs import campaign
 from lin_jax import files
 from running import commands, records
 

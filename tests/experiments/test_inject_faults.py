@@ -2,9 +2,9 @@
 
 import pytest
 
-import fault_cases
-from fault_judge import outcome
-from fault_runner import Ended, Inputs
+from faults import cases
+from faults.judge import outcome
+from faults.runner import Ended, Inputs
 
 # The whole list takes minutes: one of each kind that needs no trained model.
 SHORT = ("prepare_data: files of 2000 bytes", "pack: files of 1000 bytes", "train: files of 1000 bytes",
@@ -20,13 +20,13 @@ def inputs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_fault_ends_in_one_message_and_its_code(inputs, tmp_path, name):
-  case, = [case for case in fault_cases.CASES if case.name == name]
+  case, = [case for case in cases.CASES if case.name == name]
   row = outcome(case, inputs, tmp_path / "case")
   assert row["outcome"] == "passed", row
 
 
 def test_cases_have_names_of_their_own():
-  names = [case.name for case in fault_cases.CASES]
+  names = [case.name for case in cases.CASES]
   assert len(names) == len(set(names)) and set(SHORT) <= set(names)
 
 
@@ -38,12 +38,12 @@ def test_cases_have_names_of_their_own():
     (Ended(2, "", "Traceback (most recent call last):\nE: 1\nx.py: a: full\n"), "traceback: x.py"),
 ])
 def test_the_judge_sees_codes_messages_and_tracebacks(ended, problem):
-  assert fault_cases.Case("case", None, 2, "a: full").problem(ended).startswith(problem)
+  assert cases.Case("case", None, 2, "a: full").problem(ended).startswith(problem)
 
 
 def test_a_fault_that_cannot_be_made_is_skipped_and_not_passed(inputs, tmp_path, monkeypatch):
-  monkeypatch.setattr(fault_cases.subprocess, "run", lambda words, **_: fault_cases.subprocess.CompletedProcess(
+  monkeypatch.setattr(cases.subprocess, "run", lambda words, **_: cases.subprocess.CompletedProcess(
       words, 1, "", "mount: only root can do that"))
-  case = fault_cases.full_disk("prepare_data", 0)
+  case = cases.full_disk("prepare_data", 0)
   row = outcome(case, inputs, tmp_path / "case")
   assert row["outcome"] == "skipped" and row["message"] == "mount -t tmpfs: mount: only root can do that"

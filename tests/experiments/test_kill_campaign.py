@@ -2,7 +2,7 @@
 
 import pytest
 
-import killed_runs
+from faults import killed_runs
 from tests.environment import ENVIRONMENT
 from tests.lin_jax import tiny
 

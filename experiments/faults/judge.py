@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from fault_runner import Ended, Inputs
+from .runner import Ended, Inputs
 
 
 class Impossible(Exception):

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import time
 
-from fault_judge import Case, Impossible
-from fault_runner import Process, finish
 from lin_jax import files
 
+from .judge import Case, Impossible
+from .runner import Process, finish
+
 KILLS = 5  # a command is killed at so many moments, spread over the time that it takes
-RECORDS = pathlib.Path(__file__).resolve().parent / "results" / "kernels.jsonl"
+RECORDS = pathlib.Path(__file__).resolve().parents[1] / "results" / "kernels.jsonl"
 # Commands that write, by name: (inputs, where to write) -> words.
 WRITERS = {
     "train": lambda i, out: i.train(out / "run"),

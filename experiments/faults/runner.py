@@ -18,7 +18,7 @@ import time
 import sentencepiece
 from absl import flags
 
-EXPERIMENTS = pathlib.Path(__file__).resolve().parent
+EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1]
 SIZE = ("--config=gla_tiny", "--config.model.width=32", "--config.model.depth=1", "--config.model.mlp_width=32",
         "--config.model.vocab_size=300", "--config.model.mixer.implementation=reference",
         "--config.data.sequence_length=32", "--config.data.batch_size=4", "--config.optim.warmup_steps=1",
@@ -34,7 +34,7 @@ SETTINGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_lev
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONDONTWRITEBYTECODE": "1"}
 # Imports alone, no device and no thread, so that a fork finds what a new process would.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["lin_jax.evaluate", "lin_jax.generate", "lin_jax.training", "fault_runner"])
+_SERVER.set_forkserver_preload(["lin_jax.evaluate", "lin_jax.generate", "lin_jax.training", "faults.runner"])
 
 
 @dataclasses.dataclass
