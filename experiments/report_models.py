@@ -8,18 +8,18 @@ import sys
 
 from absl import flags
 
-import model_page
+from configs import page
 from lin_jax import files
 from running import commands
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _OUT = flags.DEFINE_string("out", str(_RESULTS / "models.md"), "The page.")
-_SMOKE = flags.DEFINE_string("smoke", str(_RESULTS / model_page.SMOKE), "What smoke_models.py wrote, if it was run.")
+_SMOKE = flags.DEFINE_string("smoke", str(_RESULTS / page.SMOKE), "What smoke_models.py wrote, if it was run.")
 _CHECK = flags.DEFINE_bool("check", False, "Write nothing; exit with 1 when the page is not that of the configs.")
 
 
 def main(_):
-  path, text = pathlib.Path(_OUT.value), model_page.render(pathlib.Path(_SMOKE.value))
+  path, text = pathlib.Path(_OUT.value), page.render(pathlib.Path(_SMOKE.value))
   if _CHECK.value:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
       print(f"{path} is not what the configs give: run report_models.py", file=sys.stderr)

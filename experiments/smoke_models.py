@@ -19,7 +19,7 @@ import time
 from absl import flags
 
 import configs
-import model_page
+from configs import page
 from configs.paper import at_340m
 from lin_jax import files
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
@@ -62,7 +62,7 @@ def main(_):
   path = pathlib.Path(_OUT.value) if _OUT.value else None
   if _RESUME.value and not path:
     raise ValueError("--resume needs --out, the file to go on with")
-  rows = model_page.load_smoke(path) if path and path.exists() else []
+  rows = page.load_smoke(path) if path and path.exists() else []
   done = [_identity(record) for record in rows if not record["reason"]] if _RESUME.value else []
   common = training.provenance() | {"run": records.now()}
   runs = [(config, row) for config in map(_config, _FAMILIES.value)

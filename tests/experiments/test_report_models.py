@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 import configs
-import model_page
+from configs import page
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments/results/models.md"
 # Configs whose count neither lies within 1% of the printed size nor rounds to it; the page says why.
@@ -15,22 +15,22 @@ OFF = {"retnet_340m"}
 
 @pytest.fixture(scope="module")
 def models():
-  return {name: model_page.measure(name) for name in configs.CONFIGS}
+  return {name: page.measure(name) for name in configs.CONFIGS}
 
 
 def test_the_page_is_current():
-  assert PAGE.read_text() == model_page.render(PAGE.with_name(model_page.SMOKE)), "run experiments/report_models.py"
+  assert PAGE.read_text() == page.render(PAGE.with_name(page.SMOKE)), "run experiments/report_models.py"
 
 
 def test_every_config_is_on_the_page_with_its_command():
   text = PAGE.read_text()
-  assert set(model_page.SIZES) == set(configs.CONFIGS)
+  assert set(page.SIZES) == set(configs.CONFIGS)
   for name in configs.CONFIGS:
     assert f"`python experiments/train.py --config={name}`" in text
 
 
 def test_sizes_are_those_of_the_papers(models):
-  assert {name for name, model in models.items() if model_page.verdict(model) == "off"} == OFF
+  assert {name for name, model in models.items() if page.verdict(model) == "off"} == OFF
   assert all(models[name].size.note for name in OFF)
   peers = {name: model.peer_difference for name, model in models.items() if model.size.peer}
   assert len(peers) >= 10 and {name for name, off in peers.items() if abs(off) > 0.003} == set()
@@ -45,7 +45,7 @@ def test_the_papers_vocabulary_counts(models):
     (1_286e6, "1.3B", True), (1_349e6, "1.3B", True), (1_351e6, "1.3B", False), (347e6, "340M", False),
     (2.88e9, "3B", True)])
 def test_rounding(count, size, same):
-  assert model_page.rounds_to(count, size) == same
+  assert page.rounds_to(count, size) == same
 
 
 def test_state_of_each_kind(models):
@@ -66,9 +66,9 @@ def test_arithmetic_is_six_times_the_products(models):
 
 
 def test_a_config_without_a_size_is_refused(monkeypatch):
-  monkeypatch.delitem(model_page.SIZES, "gla_340m")
-  with pytest.raises(ValueError, match="config 'gla_340m' has no entry in SIZES of experiments/model_page.py"):
-    model_page.render()
+  monkeypatch.delitem(page.SIZES, "gla_340m")
+  with pytest.raises(ValueError, match="config 'gla_340m' has no entry in SIZES of experiments/configs/page.py"):
+    page.render()
 
 
 def record(**fields):
@@ -79,17 +79,17 @@ def record(**fields):
 
 
 def test_the_smoke_joins_the_page(tmp_path):
-  path = tmp_path / model_page.SMOKE
+  path = tmp_path / page.SMOKE
   path.write_text(json.dumps([record(), record(family="other", reason="out of memory")]))
-  text = model_page.render(path)
+  text = page.render(path)
   assert "| `gla_340m` | 341,707,776 | 10.50 to 7.25 | 150,000 | 31.7% | 218 | 41.2 | 31 |" in text
   assert "| `other` | 341,707,776 | failed: out of memory |" in text
   assert "### NVIDIA H100\n\n16 sequences of 2,048 tokens (drawn), bfloat16, remat `dots`, 30 steps" in text
-  assert "Training smoke" not in model_page.render(tmp_path / "none.json")
+  assert "Training smoke" not in page.render(tmp_path / "none.json")
 
 
 def test_foreign_records_are_refused(tmp_path):
-  path = tmp_path / model_page.SMOKE
+  path = tmp_path / page.SMOKE
   path.write_text('[{"op": "gla"}]')
   with pytest.raises(ValueError, match="not the records of smoke_models.py"):
-    model_page.render(path)
+    page.render(path)

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import model_page
 import smoke_models
+from configs import page
 from lin_jax.model import parameter_count
 from tests.environment import ENVIRONMENT
 from tests.forked import ROOT, Command
@@ -36,7 +36,7 @@ def records(tmp_path_factory):
 
 
 def test_records(records):
-  rows = model_page.load_smoke(records)
+  rows = page.load_smoke(records)
   assert [row["family"] for row in rows] == ["transformer_340m", "linear_attention_340m"]
   for row in rows:
     assert len(row["losses"]) == 12 and row["losses"][-1] == row["loss_last"] < row["loss_first"] == row["losses"][0]
@@ -45,7 +45,7 @@ def test_records(records):
     # A CPU has no known peak. Parameters, two moments and what a step keeps in between, in float32.
     assert row["mfu"] is None and row["memory_gib"] > 3 * 4 * row["parameters"] / 2**30
     assert row["device"] == "cpu" and row["versions"]["jax"] and "--tiny" in row["command"] and not row["reason"]
-  assert "| `linear_attention_340m` |" in model_page.render(records)
+  assert "| `linear_attention_340m` |" in page.render(records)
 
 
 def test_resume_and_failures(records, tmp_path):

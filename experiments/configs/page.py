@@ -8,11 +8,12 @@ import pathlib
 import jax
 from flax import nnx
 
-import configs
 from lin_jax import mixers
 from lin_jax.config import TrainConfig
 from lin_jax.generate import state_bytes
 from lin_jax.model import LanguageModel, abstract_model, layer_mixers
+
+from . import CONFIGS, lookup
 
 SMOKE = "smoke_models.json"
 
@@ -99,9 +100,9 @@ class Model:
 def measure(name: str) -> Model:
   """Raises ValueError for a config that `SIZES` does not know."""
   if name not in SIZES:
-    raise ValueError(f"config {name!r} has no entry in SIZES of experiments/model_page.py: its family, and the paper's "
-                     "size if there is one")
-  config = configs.lookup(name)
+    raise ValueError(f"config {name!r} has no entry in SIZES of experiments/configs/page.py: its family, and the "
+                     "paper's size if there is one")
+  config = lookup(name)
   model, length = abstract_model(config.model), config.data.sequence_length
   parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
   untied = parameters + config.model.tie_embeddings * model.embedding.size
@@ -133,7 +134,7 @@ def verdict(model: Model) -> str:
 
 def render(smoke: pathlib.Path | None = None) -> str:
   """The page; with the table of `smoke_models.py`'s records if that file exists."""
-  models = [measure(name) for name in configs.CONFIGS]
+  models = [measure(name) for name in CONFIGS]
   parts = [_ABOUT, "## Sizes", _ABOUT_SIZES, _table(_SIZE_COLUMNS, map(_size_row, models)),
            "## State and cost", _ABOUT_COST, _table(_COST_COLUMNS, map(_cost_row, models))]
   if smoke and smoke.exists():
