@@ -8,6 +8,7 @@
 
 import os
 import pathlib
+import sys
 
 from absl import flags
 
@@ -36,6 +37,7 @@ _RESAMPLES = 1000  # of the documents, for the standard error of a perplexity
 def main(_):
   if _INCLUDE.value and not pathlib.Path(_INCLUDE.value).is_dir():
     raise ValueError(f"--include_path={_INCLUDE.value}: no such directory")
+  _hide_commands()
   try:
     import lm_eval
     from lm_eval.utils import handle_non_serializable, make_table
@@ -64,6 +66,12 @@ def main(_):
               "dtype": config.model.dtype, "environment": environment() | {"lm_eval": lm_eval.__version__}, **results}
     files.write(_OUT.value, strict_json.dumps(record, indent=2, default=handle_non_serializable) + "\n")
     print(f"written to {_OUT.value}")
+
+
+def _hide_commands():
+  """Removes this folder from `sys.path`, since tasks that import the library `evaluate` would get evaluate.py."""
+  folder = pathlib.Path(__file__).resolve().parent
+  sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry).resolve() != folder]
 
 
 def _tasks():

@@ -18,6 +18,15 @@ from tests.environment import ENVIRONMENT
 from tests.lin_jax import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# As about thirty tasks of the package do, for their metrics: a module of that name is among the commands too.
+SCORING = f"""
+import evaluate
+
+def documents(docs):
+  assert not evaluate.__file__.startswith({str(ROOT / "experiments")!r})
+  assert evaluate.EvaluationModule
+  return docs
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +57,9 @@ def tasks(tmp_path_factory):
   task |= dict(task="last", dataset_kwargs={"data_files": {"test": str(folder / "docs.jsonl")}},
                output_type="loglikelihood", doc_to_target="{{choices[gold]}}", metric_list=[{"metric": "perplexity"}])
   (folder / "last.yaml").write_text(json.dumps(task))
+  (folder / "scoring.py").write_text(SCORING)
+  scored = json.dumps(task | dict(task="scored", process_docs="FUNCTION"))
+  (folder / "scored.yaml").write_text(scored.replace('"FUNCTION"', "!function scoring.documents"))
   return folder
 
 
@@ -59,8 +71,8 @@ def start(cache, *arguments):
 
 
 def test_results_are_printed_and_written(run, tasks, tmp_path):
-  process = start(tmp_path / "cache", f"--workdir={run}", "--tasks=count*,last", f"--include_path={tasks}", "--limit=3",
-                  f"--out={tmp_path}/results.json", "--batch_size=4")
+  process = start(tmp_path / "cache", f"--workdir={run}", "--tasks=count*,last,scored", f"--include_path={tasks}",
+                  "--limit=3", f"--out={tmp_path}/results.json", "--batch_size=4")
   out, err = process.communicate()
   assert process.returncode == 0, err
   assert "|counting|" in out and "results.json" in out
@@ -70,6 +82,7 @@ def test_results_are_printed_and_written(run, tasks, tmp_path):
   # An untrained model gives each of 257 bytes about the same probability; the targets are of two and four bytes.
   assert 257**2 < record["results"]["last"]["perplexity,none"] < 257**4
   assert record["results"]["last"]["perplexity_stderr,none"] > 0 and "os.fork" not in err
+  assert record["results"]["scored"]["perplexity,none"] == record["results"]["last"]["perplexity,none"]
   assert record["context"] is None and record["environment"]["lm_eval"]
 
 
