@@ -20,7 +20,7 @@ from absl import flags
 
 import configs
 from configs import page
-from configs.paper import at_340m
+from configs.gla_paper import at_340m
 from lin_jax import files
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
 from lin_jax.data import train_iterator

@@ -4,20 +4,20 @@ from lin_jax.config import TrainConfig
 
 from .delta_product import delta_product_340m
 from .deltanet import (
-    deltanet_1b3,
-    deltanet_340m,
-    deltanet_global_1b3,
-    deltanet_global_340m,
-    deltanet_swa_1b3,
-    deltanet_swa_340m,
+  deltanet_1b3,
+  deltanet_340m,
+  deltanet_global_1b3,
+  deltanet_global_340m,
+  deltanet_swa_1b3,
+  deltanet_swa_340m,
 )
 from .gated_deltanet import gated_deltanet_1b3
+from .gla_paper import gla_1b3, gla_340m, retnet_1b3, retnet_340m, transformer_1b3, transformer_340m
 from .hgrn2 import hgrn2_1b3, hgrn2_340m
 from .mamba import mamba2_1b3, mamba2_340m, mamba_1b3, mamba_340m
-from .paper import gla_1b3, gla_340m, retnet_1b3, retnet_340m, transformer_1b3, transformer_340m
 from .small import gla_small, transformer_small
 from .tiny import gla_tiny, transformer_tiny
-from .transnormer import tnl_1b, tnl_3b, tnl_7b, tnl_385m
+from .tnl import tnl_1b, tnl_3b, tnl_7b, tnl_385m
 
 CONFIGS = {function.__name__: function for function in (
     gla_tiny, gla_small, gla_340m, gla_1b3, transformer_tiny, transformer_small, transformer_340m, transformer_1b3,

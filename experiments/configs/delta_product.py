@@ -3,7 +3,7 @@
 from lin_jax.config import TrainConfig
 from lin_jax.mixers.delta_product import DeltaProductConfig
 
-from .paper import at_340m
+from .gla_paper import at_340m
 
 
 def delta_product_340m() -> TrainConfig:

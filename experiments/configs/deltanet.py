@@ -1,14 +1,14 @@
 """The runs of the DeltaNet paper, arXiv:2406.06484: DeltaNet and its two hybrids at 340M and 1.3B parameters.
 
-Data and recipe are those of the GLA paper (`paper.py`). No source states the window of the sliding-window hybrid; 2048
-is what later hybrids of this kind have. Attention has heads of 64, as in Transformer++.
+Data and recipe are the GLA paper's (`gla_paper.py`). No source states the window of the sliding-window hybrid; 2048 is
+what later hybrids of this kind have. Attention has heads of 64, as in Transformer++.
 """
 
 from lin_jax.config import TrainConfig
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.delta_net import DeltaNetConfig
 
-from .paper import at_1b3, at_340m
+from .gla_paper import at_1b3, at_340m
 
 _EVERY_OTHER = tuple(range(1, 24, 2))
 _SECOND_AND_MIDDLE = (1, 12)

@@ -5,7 +5,7 @@ from lin_jax.config import ModelConfig, TrainConfig
 from lin_jax.mixers.hgrn2 import HGRN2Config
 
 from .gated_deltanet import gated_deltanet_1b3
-from .paper import at_340m
+from .gla_paper import at_340m
 
 
 def hgrn2_340m() -> TrainConfig:

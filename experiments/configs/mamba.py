@@ -13,7 +13,7 @@ from lin_jax.mixers.mamba import MambaConfig
 from lin_jax.mixers.mamba2 import Mamba2Config
 
 from .gated_deltanet import gated_deltanet_1b3
-from .paper import at_1b3, at_340m
+from .gla_paper import at_1b3, at_340m
 
 
 def mamba_340m() -> TrainConfig:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import configs
-from configs.paper import at_340m
+from configs.gla_paper import at_340m
 from lin_jax import flops, mixers, sharding
 from lin_jax.config import TrainConfig, to_dict
 from lin_jax.mixers.attention import AttentionConfig

@@ -14,7 +14,7 @@ Losses of the paper are in bits.
 from lin_jax.config import MeshConfig, TrainConfig
 from lin_jax.mixers.lightning_attention import LightningAttentionConfig
 
-from .paper import at_1b3, at_340m
+from .gla_paper import at_1b3, at_340m
 
 
 def tnl_385m() -> TrainConfig:
