@@ -37,7 +37,7 @@ _KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V
 
 _SHAPES = flags.DEFINE_list("shapes", [], f"Sets of shapes: {', '.join(cases.SETS)}, or all that fit the device "
                             "(all); none: the one shape of --batch to --value.")
-_OPS = flags.DEFINE_list("ops", list(cases.GATES), "Ops to time; attention is cuDNN's, for comparison.")
+_OPS = flags.DEFINE_list("ops", list(cases.TIMED), "Ops to time; attention is cuDNN's, for comparison.")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Of this repository; none given: all that the device is "
                                      "meant for, the token scan on a CPU only. 'none' for peers alone.")
 _PEERS = flags.DEFINE_list("peers", list(peers.OPS), "Other libraries, where installed; 'none' for none.")

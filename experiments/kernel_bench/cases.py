@@ -13,8 +13,9 @@ import kernels
 from kernels import accuracy, chunks
 
 PASSES = ("forward", "forward_backward")
-# `attention` is causal softmax attention, which has no implementation here: a yardstick for the same shapes.
-GATES = {"gla": ("channel",), "linear_attention": ("none", "constant", "token"), "delta_rule": ("none", "token"),
+# The ops that are timed, and their gates. `attention` is causal softmax attention, which has no implementation here: it
+# is a yardstick for the same shapes.
+TIMED = {"gla": ("channel",), "linear_attention": ("none", "constant", "token"), "delta_rule": ("none", "token"),
          "attention": ("none",)}
 _PIECE = 1024  # tokens whose states the scan's backward pass keeps at a time
 _SCORES = 4096  # tokens whose scores attention in float32 can hold
@@ -49,14 +50,14 @@ def _named_sets():
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
   paper += [("linear_attention", "constant", 16, 2048, H, 128, 128) for H in (8, 16, 32)]
   paper += [("delta_rule", "none", 16, 2048, 16, 128, 128), ("delta_rule", "token", 16, 2048, 6, 256, 512)]
-  grid = [(op, None, B, T, 16, D, D) for B, T in ((16, 2048), (4, 8192), (1, 32768)) for D in (64, 128) for op in GATES]
-  length = [(op, None, 2**17 // T, T, 16, 128, 128) for T in (2**n for n in range(10, 18)) for op in GATES]
+  grid = [(op, None, B, T, 16, D, D) for B, T in ((16, 2048), (4, 8192), (1, 32768)) for D in (64, 128) for op in TIMED]
+  length = [(op, None, 2**17 // T, T, 16, 128, 128) for T in (2**n for n in range(10, 18)) for op in TIMED]
   figures = [(op, None, 32, 2**n, 16, 64, 64) for n in range(10, 15) for op in ("gla", "attention")]
   figures += [(op, gate, 4, 2**n, 32, 128, 128) for n in range(9, 16)
               for op, gate in (("linear_attention", "constant"), ("attention", None))]
   figures += [("delta_rule", "none", 2**14 // T, T, 2048 // D, D, D)
               for D in (64, 128, 256) for T in (2048, 4096, 8192)]
-  cpu = [(op, None, 1, 2048, 4, 64, 64) for op in GATES]
+  cpu = [(op, None, 1, 2048, 4, 64, 64) for op in TIMED]
   return {"paper": ("bfloat16", paper), "grid": ("bfloat16", grid), "length": ("bfloat16", length),
           "figures": ("bfloat16", figures), "cpu": ("float32", cpu)}
 
@@ -79,9 +80,9 @@ def named(name: str, ops: list[str], dtype: str | None = None) -> list[Case]:
 def of_shape(shape, ops: list[str], dtype: str, gate: str | None = None) -> list[Case]:
   """A case for each op and each of its gates (or `gate` only) at the shape B, T, H, K, V. Raises ValueError."""
   for op in ops:
-    if op not in GATES:
-      raise ValueError(f"--ops={op}: unknown; known: {', '.join(GATES)}")
-  return [Case(op, name, *shape, dtype) for op in ops for name in ([gate] if gate else GATES[op])
+    if op not in TIMED:
+      raise ValueError(f"--ops={op}: unknown; known: {', '.join(TIMED)}")
+  return [Case(op, name, *shape, dtype) for op in ops for name in ([gate] if gate else TIMED[op])
           if op != "attention" or shape[-1] == shape[-2]]
 
 

@@ -8,7 +8,7 @@ from kernels import dispatch
 from lin_jax import files
 
 from . import peers
-from .cases import GATES, PASSES, SETS, named
+from .cases import PASSES, SETS, TIMED, named
 from .records import Records, aims
 
 _HEAD = """# Kernel benchmarks
@@ -47,7 +47,7 @@ def _sections(records, device):
   """Name -> heading and measured cases: the named sets, then what is in none of them."""
   measured, sections, seen = records.cases(device), {}, set()
   for name in SETS:
-    cases = [case for case in named(name, list(GATES)) if case in measured]
+    cases = [case for case in named(name, list(TIMED)) if case in measured]
     seen.update(cases)
     sections[name] = f"Set `{name}`", cases
   sections[""] = "Other shapes", [case for case in measured if case not in seen]
@@ -148,7 +148,7 @@ def _provenance(records, device):
 def _lengths(records, device):
   """(op, gate) -> name -> pass -> (length, tokens per second), of the set `length`."""
   found = {}
-  for case in named("length", [op for op in GATES if op != "attention"]):
+  for case in named("length", [op for op in TIMED if op != "attention"]):
     for label in PASSES:
       for name in (*dispatch.TABLE.get(case.op, ()), *peers.OPS):
         row = _row(records, device, case, name, label)

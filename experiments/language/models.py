@@ -46,8 +46,8 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
 COMPARED = tuple(MODELS)
 
 # GLA's layer but for its decay, which is one for each key channel in "gla".
-GATES = {"no_decay": "none", "constant_decay": "constant", "scalar_decay": "token"}
-MODELS |= {name: _model(SimpleGLAConfig(heads=2, decay=decay)) for name, decay in GATES.items()}
+DECAYS = {"no_decay": "none", "constant_decay": "constant", "scalar_decay": "token"}
+MODELS |= {name: _model(SimpleGLAConfig(heads=2, decay=decay)) for name, decay in DECAYS.items()}
 
 # With and without the short convolutions that DeltaNet has and GLA has not.
 CONVOLUTIONS = {"deltanet_no_conv": DeltaNetConfig(heads=4, conv_width=0), "gla_conv": GLAConfig(heads=2, conv_width=4)}

@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from .models import CARRIED, COMPARED, CONVOLUTIONS, GATES, NORM_AND_ACTIVATION
+from .models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, NORM_AND_ACTIVATION
 from .runs import Run
 
 RATES = 2e-3, 1e-3, 4e-3  # most promising first: a sweep that is cut short has it for all models
@@ -36,7 +36,7 @@ def main() -> Sweep:
 
 def gates() -> Sweep:
   """GLA's ablation: no decay, a constant, one a token, one a key channel; 23.21, 16.55, 15.56, 14.77 in the paper."""
-  return Sweep([Run(model, rate) for rate in RATES for model in (*GATES, "gla")], further_seeds=1)
+  return Sweep([Run(model, rate) for rate in RATES for model in (*DECAYS, "gla")], further_seeds=1)
 
 
 def norms() -> Sweep:

@@ -117,7 +117,7 @@ def test_a_constant_decay_is_read_and_not_differentiated():
 
 def test_sets_hold_their_tokens_constant():
   for name, tokens in (("paper", 2**15), ("grid", 2**15), ("length", 2**17), ("cpu", 2**11)):
-    found = cases.named(name, list(cases.GATES))
+    found = cases.named(name, list(cases.TIMED))
     assert {case.B * case.T for case in found} == {tokens}
     assert len(set(found)) == len(found)
   with pytest.raises(ValueError, match="--ops=nope: unknown"):

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from language import execution
-from language.models import CARRIED, COMPARED, CONVOLUTIONS, GATES, MODELS
+from language.models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, MODELS
 from language.report import summary
 from language.runs import Run, finish, setting
 from language.sweeps import SWEEPS, Sweep, further
@@ -33,12 +33,12 @@ def data(tmp_path_factory):
 
 
 def test_sizes_are_matched():
-  counts = {name: parameter_count(MODELS[name]()) for name in (*COMPARED, *GATES, *CONVOLUTIONS, "deltanet_l1_elu1")}
+  counts = {name: parameter_count(MODELS[name]()) for name in (*COMPARED, *DECAYS, *CONVOLUTIONS, "deltanet_l1_elu1")}
   assert max(counts.values()) / min(counts.values()) <= 1.02 and 38e6 < min(counts.values())
   assert {make().vocab_size * make().width for make in MODELS.values()} == {32000 * 512}
   # The state that a layer hands on is the same for those that the papers compare at one size.
   states = {name: jax.eval_shape(lambda name=name: abstract_model(MODELS[name]()).init_state(1, 1))
-            for name in ("gla", "deltanet", "gated_deltanet", *GATES)}
+            for name in ("gla", "deltanet", "gated_deltanet", *DECAYS)}
   assert {name: state[0][0]["memory"].size for name, state in states.items()} == dict.fromkeys(
       states, 8 * 4 * 128 * 128)
 
@@ -62,14 +62,14 @@ def test_sweeps_hold_each_claims_runs(data):
     sizes = {(c.optim.steps, c.data.batch_size * c.data.sequence_length) for c in (r.train_config(data) for r in runs)}
     assert len(sizes) == 1  # matched tokens
     assert len({records.key(setting(validate(run.train_config(data)))) for run in runs}) == len(runs)
-  for runs, models in ((main, COMPARED), (gates, [*GATES, "gla"]), (convolutions, widths)):
+  for runs, models in ((main, COMPARED), (gates, [*DECAYS, "gla"]), (convolutions, widths)):
     assert all(len({run.learning_rate for run in runs if run.model == model}) == 3 for model in models)
   assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 1, 0]
 
 
 def test_gates_differ_in_the_decay_alone():
   shapes = {name: {path: leaf.shape for path, leaf in _parameters(name).items() if "decay" not in path}
-            for name in (*GATES, "gla")}
+            for name in (*DECAYS, "gla")}
   assert all(value == shapes["gla"] for value in shapes.values())
   assert len({tuple(sorted(_parameters(name))) for name in shapes}) == 3  # a constant has no parameters either
 
