@@ -21,9 +21,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from lin_jax import config as configs
 from lin_jax import damage, retention
-from lin_jax.config import CheckpointConfig, TrainConfig
+from lin_jax.config import CheckpointConfig, TrainConfig, to_dict
+from lin_jax.config import load as load_config
 from lin_jax.workdir import prepare
 
 _POSITIONS = "process_*-of-*.json"
@@ -76,7 +76,7 @@ class Checkpoints:
     checksums |= {item: damage.checksums(tree) for item, tree in trees.items()}
     if data is not None:
       items["data"], checksums["data"] = grain.checkpoint.CheckpointSave(data), damage.checksum(data.get_state())
-    items = ocp.args.Composite(**items, config=ocp.args.JsonSave(configs.to_dict(config)),
+    items = ocp.args.Composite(**items, config=ocp.args.JsonSave(to_dict(config)),
                                checksums=ocp.args.JsonSave(checksums))
     self._manager.save(step, args=items, metrics=metrics, force=True)
 
@@ -201,7 +201,7 @@ def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
   from lin_jax.model import LanguageModel
 
   workdir = pathlib.Path(workdir)
-  config = configs.load(workdir / "config.json")
+  config = load_config(workdir / "config.json")
   if not (workdir / "checkpoints").is_dir():
     raise ValueError(f"{workdir}: no checkpoints; was this run stopped before its first save?")
   graph, abstract = nnx.split(nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))), nnx.Param)

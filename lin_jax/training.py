@@ -15,12 +15,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lin_jax import config as configs
 from lin_jax import files, optim, sharding
 from lin_jax import metrics as reporting
 from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
-from lin_jax.config import DataConfig, TrainConfig
+from lin_jax.config import DataConfig, TrainConfig, validate
 from lin_jax.data import TokenDataset, eval_batches, train_iterator
 from lin_jax.loss import next_token_loss
 from lin_jax.manifests import describe
@@ -60,7 +59,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     FloatingPointError: the loss or a gradient is not finite and config.optim.nonfinite is "stop".
   """
   workdir = pathlib.Path(workdir)
-  config, note = workdirs.continued(workdir, configs.validate(config))
+  config, note = workdirs.continued(workdir, validate(config))
   sharding.validate_mesh(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
   graph, optimizer, abstract, create = make_state(config, mesh)

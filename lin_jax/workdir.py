@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 import jax
 
-from lin_jax import config as configs
 from lin_jax import files
-from lin_jax.config import TrainConfig
+from lin_jax.config import TrainConfig, to_dict
+from lin_jax.config import load as load_config
+from lin_jax.config import save as save_config
 from lin_jax.optim import lengthened
 
 # What may change when a run is resumed: it alters how the run is computed, watched and kept, not what it computes.
@@ -33,7 +34,7 @@ def continued(workdir: pathlib.Path, config: TrainConfig) -> tuple[TrainConfig, 
   """
   if not os.path.exists(workdir / "config.json"):  # not so either where there can be no such file
     return config, ""
-  saved = configs.load(workdir / "config.json")
+  saved = load_config(workdir / "config.json")
   if not _differing(saved, config).keys() <= _LENGTH:
     return config, ""
   optim, note = lengthened(saved.optim, config.optim)
@@ -69,7 +70,7 @@ def prepare(workdir: pathlib.Path, config: TrainConfig, data: dict | None = None
   saved, data_file = workdir / "config.json", workdir / "data.json"
   try:
     if saved.exists():
-      _require_same_run(workdir, configs.load(saved), config)
+      _require_same_run(workdir, load_config(saved), config)
       _require_same_data(data_file, data)
     elif any(workdir.glob("checkpoints/*")):
       raise ValueError(f"workdir {str(workdir)!r} holds checkpoints but no config.json that says of which run: choose "
@@ -83,7 +84,7 @@ def prepare(workdir: pathlib.Path, config: TrainConfig, data: dict | None = None
     return
   if data:  # before the config, which makes it a run: after a kill between them there is none without data
     files.write_json(data_file, data)
-  configs.save(config, saved)
+  save_config(config, saved)
   files.write_json(workdir / "environment.json", environment())
 
 
@@ -127,7 +128,7 @@ def _require_same_data(file, data):
 
 def _differing(saved, config):
   """Name to both values of every field outside `RESUMABLE` that differs."""
-  saved, config = (dict(_fields(configs.to_dict(c))) for c in (saved, config))
+  saved, config = (dict(_fields(to_dict(c))) for c in (saved, config))
   return {name: (saved.get(name), config.get(name)) for name in sorted(saved.keys() | config.keys())
           if saved.get(name) != config.get(name)
           and not any(name == prefix or name.startswith(prefix + ".") for prefix in RESUMABLE)}

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from lin_jax import config as configs
 from lin_jax import sharding
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import CheckpointConfig
+from lin_jax.config import save as save_config
 from lin_jax.data import train_iterator
 from lin_jax.training import make_state
 from tests.environment import ENVIRONMENT
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
   config = tiny.config(tiny.write_dataset(tmp_path_factory.mktemp("data") / "tokens"))
   config.model.vocab_size = 257
   state = make_state(config, sharding.make_mesh(config.mesh))[3]()
-  configs.save(config, workdir / "config.json")
+  save_config(config, workdir / "config.json")
   with contextlib.closing(Checkpoints(workdir, CheckpointConfig())) as checkpoints:
     rest = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
     checkpoints.save(1, state.params, rest, train_iterator(config.data, 0, vocab_size=257), config)

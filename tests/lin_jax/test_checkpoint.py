@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lin_jax import config as configs
 from lin_jax.checkpoint import Checkpoints, load_model
 from lin_jax.config import CheckpointConfig
+from lin_jax.config import save as save_config
 from lin_jax.damage import DamagedCheckpoint
 from lin_jax.data import train_iterator
 from lin_jax.model import LanguageModel
@@ -142,7 +142,7 @@ def test_load_model_names_what_is_missing(data, tmp_path):
   with pytest.raises(ValueError, match="config.json: not a saved lin_jax config"):
     load_model(tmp_path)
   config = tiny.config(data)
-  configs.save(config, tmp_path / "config.json")
+  save_config(config, tmp_path / "config.json")
   with pytest.raises(ValueError, match="no checkpoints"):
     load_model(tmp_path)
   checkpoints = Checkpoints(tmp_path, config.checkpoint)
@@ -153,7 +153,7 @@ def test_load_model_names_what_is_missing(data, tmp_path):
   for step in (2, "best"):
     with pytest.raises(ValueError, match=rf"no checkpoint of step {step}; saved: \[3\]"):
       load_model(tmp_path, step)
-  configs.save(dataclasses.replace(config, model=dataclasses.replace(config.model, width=48)), tmp_path / "config.json")
+  save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, width=48)), tmp_path / "config.json")
   with pytest.raises(ValueError, match=r"another model: params embedding has shape \(64, 32\) there, \(64, 48\)"):
     load_model(tmp_path)
 

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from lin_jax import config as configs
 from lin_jax import mixers
+from lin_jax.config import load, save, to_dict
 from lin_jax.mixers.attention import AttentionConfig
 from tests.forked import Command
 from tests.lin_jax import tiny
@@ -17,14 +17,14 @@ def saved(mixer="gla"):
   config = tiny.config("data")
   config.model.mixer = mixers.config_class(mixer).examples()[-1]
   config.model.hybrid_mixer, config.model.hybrid_layers = AttentionConfig(heads=2), (1,)
-  return configs.to_dict(config)
+  return to_dict(config)
 
 
 @pytest.mark.parametrize("mixer", mixers.MIXERS)
 def test_a_damaged_config_loads_or_is_one_message(tmp_path, mixer):
   source, path = random.Random(mixer), tmp_path / "config.json"
   texts = [damaged(saved(mixer), source) for _ in range(20)]
-  assert outcomes(path, texts, lambda: configs.load(path)) > 5
+  assert outcomes(path, texts, lambda: load(path)) > 5
 
 
 CASES = {
@@ -54,7 +54,7 @@ def test_damage_is_named(tmp_path, change, message):
   path = tmp_path / "config.json"
   path.write_text(json.dumps(values))
   with pytest.raises(ValueError, match=f"config.json: .*{message}"):
-    configs.load(path)
+    load(path)
 
 
 FILES = {
@@ -74,19 +74,19 @@ def test_files_that_hold_no_config_are_refused(tmp_path, content, message):
   path.write_bytes(content)
   with pytest.raises(ValueError, match=f"config.json: not a saved lin_jax config .*{message}" if "not a" not in message
                      else message):
-    configs.load(path)
+    load(path)
 
 
 def test_a_norm_that_clips_nothing_survives(tmp_path):
   config = tiny.config("data", clip_norm=float("inf"))
-  configs.save(config, tmp_path / "config.json")
-  assert configs.load(tmp_path / "config.json") == config
+  save(config, tmp_path / "config.json")
+  assert load(tmp_path / "config.json") == config
 
 
 def test_a_byte_order_mark_is_dropped(tmp_path):
   path = tmp_path / "config.json"
   path.write_bytes(b"\xef\xbb\xbf" + json.dumps(saved()).encode())
-  assert configs.to_dict(configs.load(path)) == saved()
+  assert to_dict(load(path)) == saved()
 
 
 def test_commands_refuse_a_damaged_config_with_2(tmp_path):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from lin_jax import config as configs
 from lin_jax import metrics as reporting
 from lin_jax import training
 from lin_jax.checkpoint import Checkpoints, load_model
+from lin_jax.config import load as load_config
 from lin_jax.damage import DamagedCheckpoint
 from lin_jax.training import train
 from tests.lin_jax import tiny
@@ -178,7 +178,7 @@ def test_a_finished_run_is_lengthened_to_the_one_that_its_config_then_describes(
   assert scalars(tmp_path / "run") == scalars(unbroken)
   result = train(tiny.config(data, steps=14), tmp_path / "run")
   assert result["step"] == 14 and "from step 12 to 14; lengthened from 12 to 14 steps: " in capsys.readouterr().out
-  recorded = configs.load(tmp_path / "run" / "config.json")
+  recorded = load_config(tmp_path / "run" / "config.json")
   assert recorded == tiny.config(data, steps=14, decay_steps=12)
   assert train(tiny.config(data, steps=14), tmp_path / "run") == result
   train(recorded, tmp_path / "planned")

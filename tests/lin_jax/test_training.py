@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lin_jax import config as configs
 from lin_jax import metrics as reporting
 from lin_jax import sharding
 from lin_jax.checkpoint import load_model
 from lin_jax.config import MeshConfig
+from lin_jax.config import load as load_config
 from lin_jax.data import eval_batches, train_iterator
 from lin_jax.mixers.gla import GLAConfig
 from lin_jax.training import make_state, make_train_step, train
@@ -153,7 +153,7 @@ def test_run_learns_and_leaves_everything_in_its_workdir(finished):
   assert list((workdir / "profile").rglob("*.xplane.pb"))
   environment = json.loads((workdir / "environment.json").read_text())
   assert environment["jax"] == jax.__version__ and environment["device_count"] == 8
-  assert configs.load(workdir / "config.json") == config
+  assert load_config(workdir / "config.json") == config
   records = reporting.read(workdir / "metrics.jsonl")
   assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
   held_out = {r["step"]: r["bits_per_byte"] for r in records if "bits_per_byte" in r}
@@ -191,7 +191,7 @@ def test_workdir_of_another_config_is_refused(finished, data):
   other.model.width = 64
   with pytest.raises(ValueError, match=r"model.width was 32, now 64, optim.learning_rate was 0.01, now 0.5"):
     train(other, workdir)
-  assert configs.load(workdir / "config.json") == config
+  assert load_config(workdir / "config.json") == config
 
 
 def test_workdir_with_checkpoints_of_an_unknown_run_is_refused(data, tmp_path):
