@@ -19,12 +19,12 @@ import time
 import jax
 from absl import flags
 
-from kernel_tuning import search as tuning
+from kernel_tuning import search
 from kernels import tuned
 from lin_jax import files
 from running import commands
 
-_OPS = flags.DEFINE_list("ops", list(tuning.GATES), "Ops, comma-separated.")
+_OPS = flags.DEFINE_list("ops", list(search.GATE_GROUPS), "Ops, comma-separated.")
 _SHAPES = flags.DEFINE_list("shapes", ["64x64x16", "128x128x16", "128x256x4", "256x512x4"],
                             "KxVxH, or KxV for 16 heads, comma-separated.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k and v; float16 runs as bfloat16.")
@@ -49,25 +49,25 @@ def main(_):
       print(f"{item}: not begun, --limit_seconds={_LIMIT.value} are over")
       continue
     module = importlib.import_module(f"kernels.{item.op}.pallas_triton")
-    best = tuning.tune(item, module, starts(record, item, module), deadline,
+    best = search.tune(item, module, starts(record, item, module), deadline,
                        lambda config, ms, item=item: save(path, record, item, config, ms))
-    print(f"{item}: best {tuning.describe(best)}", flush=True)
+    print(f"{item}: best {search.describe(best)}", flush=True)
     failed += [] if best else [item]
   if failed:
     sys.exit(f"no configuration works for {', '.join(map(str, failed))}")
 
 
-def of_shape(op: str, shape: str) -> list[tuning.Problem]:
+def of_shape(op: str, shape: str) -> list[search.Problem]:
   """The problems that flags name, one a group of gates. Raises ValueError."""
-  if op not in tuning.GATES:
-    raise ValueError(f"--ops={op}: known ops are {', '.join(tuning.GATES)}")
+  if op not in search.GATE_GROUPS:
+    raise ValueError(f"--ops={op}: known ops are {', '.join(search.GATE_GROUPS)}")
   sizes = shape.split("x")
   if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) for size in sizes):
     raise ValueError(f"--shapes={shape}: a shape is KxV or KxVxH, for instance 128x128x16")
   K, V, H = map(int, (*sizes, 16)[:3])
   T = min(2048, _TOKENS.value)
-  return [tuning.Problem(op, gates, K, V, H, _DTYPE.value, (_TOKENS.value // T, T), _MAY_SPILL.value)
-          for gates in tuning.GATES[op]]
+  return [search.Problem(op, gates, K, V, H, _DTYPE.value, (_TOKENS.value // T, T), _MAY_SPILL.value)
+          for gates in search.GATE_GROUPS[op]]
 
 
 def load(path: pathlib.Path, empty: dict) -> dict:
@@ -83,7 +83,7 @@ def load(path: pathlib.Path, empty: dict) -> dict:
   return record
 
 
-def starts(record: dict, problem: tuning.Problem, module) -> list:
+def starts(record: dict, problem: search.Problem, module) -> list:
   """What a search begins with: the record's entry, if it fits the kernels as they are, and the heuristic."""
   found = [entry["config"] for entry in record["configs"]
            if _case(entry) == _case(dataclasses.asdict(problem)) and problem.gates[0] in entry["gates"]]

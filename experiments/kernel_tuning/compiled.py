@@ -18,15 +18,14 @@ from jax.sharding import use_abstract_mesh
 import kernels
 from kernels import tuned
 
-from . import assembler
-from . import search as tuning
+from . import assembler, search
 from .gpus import GPUS, mesh
 
 ROOT = pathlib.Path(kernels.__file__).parent
 SPILLS = pathlib.Path(__file__).parents[1] / "results" / "known_spills.json"
 WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float32")
-OPS = (*tuning.GATES, "selective_scan")
+OPS = (*search.GATE_GROUPS, "selective_scan")
 COLUMNS = [field.name for field in dataclasses.fields(assembler.Kernel)]
 # Tokens of a long program, which is cut into pieces of 8 chunks and more, and of a short one, of 4 to 16 chunks.
 # Strides of few heads are as good as of many.
@@ -58,7 +57,7 @@ class Program:
   def row(self) -> dict:
     """The program as JSON; its configuration on one line."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    return fields | {"config": tuning.describe(self.config)}
+    return fields | {"config": search.describe(self.config)}
 
   def __str__(self):
     return f"{self.gpu} {self.op} {self.K}x{self.V} {self.dtype} {self.gate} {self.source} {self.tokens} tokens"
@@ -79,7 +78,7 @@ def _of_heads(op, gpu):
   for dtype, (K, V) in itertools.product(DTYPES, widths):
     with use_abstract_mesh(GPUS[gpu].abstract):
       config = module.heuristic(K, V, jnp.dtype(dtype), None)
-    for gate in itertools.chain(*tuning.GATES[op]):
+    for gate in itertools.chain(*search.GATE_GROUPS[op]):
       yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
   for gate, K, V, dtype in tuned.listed(op, GPUS[gpu].device):
     with use_abstract_mesh(GPUS[gpu].abstract):
@@ -118,10 +117,10 @@ def _calls(op, K, V, dtype, gate, config, T):
   if op == "selective_scan":
     function, inputs = _selective_scan(K, dtype, gate, config, T)
   else:
-    problem = tuning.Problem(op, (gate,), K, V, H, dtype, (B, T))
-    inputs = jax.eval_shape(lambda: tuning.draw(problem, gate, B=B, T=T, H=H))
-    function = tuning.call(_module(op), K**-0.5, config)
-  both = lambda arrays, cotangents: (function(**arrays), tuning.results(function, arrays, cotangents))
+    problem = search.Problem(op, (gate,), K, V, H, dtype, (B, T))
+    inputs = jax.eval_shape(lambda: search.draw(problem, gate, B=B, T=T, H=H))
+    function = search.call(_module(op), K**-0.5, config)
+  both = lambda arrays, cotangents: (function(**arrays), search.results(function, arrays, cotangents))
   return [_call(eqn) for eqn in _launches(jax.make_jaxpr(both)(*inputs).jaxpr)]
 
 

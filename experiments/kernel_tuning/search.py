@@ -16,8 +16,9 @@ from kernels import accuracy, chunks, tuned
 from . import assembler
 
 # Forms of log_decay that an op takes, in groups that share a configuration: all are checked, the first is timed.
-GATES = {"gla": [("channel",)], "linear_attention": [("token",), ("head",), ("none",)],
-         "delta_rule": [("none",), ("token",)]}
+# "head", a key of the devices' files, is a decay that is constant per head.
+GATE_GROUPS = {"gla": [("channel",)], "linear_attention": [("token",), ("head",), ("none",)],
+               "delta_rule": [("none",), ("token",)]}
 CHECKED = 1100  # tokens of the check
 
 

@@ -6,8 +6,7 @@ import subprocess
 
 import pytest
 
-from kernel_tuning import assembler, compiled
-from kernel_tuning import search as tuning
+from kernel_tuning import assembler, compiled, search
 from kernel_tuning.assembler import Kernel
 from tests.forked import Command
 
@@ -141,7 +140,7 @@ def run(out, *flags, spill=None, sources=""):
 def test_command(tmp_path):
   out = tmp_path / "record.json"
   grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
-  gates = sum(len(group) for groups in tuning.GATES.values() for group in groups)
+  gates = sum(len(group) for groups in search.GATE_GROUPS.values() for group in groups)
   odd = len(compiled.ODD_WIDTHS) * len(compiled.DTYPES)
   total = 3 * (grid * gates + 8) + 2 * ((grid + odd) * gates + 8)
   clean = run(out)

@@ -10,7 +10,7 @@ import types
 import jax
 import pytest
 
-from kernel_tuning import search as tuning
+from kernel_tuning import search
 from kernel_tuning.assembler import Kernel
 from kernel_tuning.search import Problem
 from kernels import tuned
@@ -57,15 +57,15 @@ def module():
 @pytest.fixture
 def clock(monkeypatch):
   """Compiled programs carry their configuration, and times follow from it: FAST forward and no backward are best."""
-  monkeypatch.setattr(tuning.Measure, "compile", lambda self, config: config)
-  monkeypatch.setattr(tuning.Measure, "__call__", lambda self, config: (
+  monkeypatch.setattr(search.Measure, "compile", lambda self, config: config)
+  monkeypatch.setattr(search.Measure, "__call__", lambda self, config: (
       (1.0 if config.forward == FAST else 2.0) + (3.0 if config.backward is None else 4.0)))
-  monkeypatch.setattr(tuning, "CHECKED", 40)
+  monkeypatch.setattr(search, "CHECKED", 40)
 
 
 def test_takes_the_fastest_of_those_that_are_right(module, clock, capsys):
   kept = []
-  best = tuning.tune(PROBLEM, module, [START], time.monotonic() + 600, lambda *found: kept.append(found))
+  best = search.tune(PROBLEM, module, [START], time.monotonic() + 600, lambda *found: kept.append(found))
   assert best == Config(16, FAST, None)
   assert [ms for _, ms in kept] == [6.0, 5.0, 4.0]
   lines = capsys.readouterr().out.splitlines()
@@ -80,20 +80,20 @@ def test_begins_with_the_faster_start(module, clock):
   module.candidates = lambda K, V, dtype: {}
   listed = Config(16, FAST, NARROW)
   for starts in ([START, listed], [listed, START]):
-    assert tuning.tune(PROBLEM, module, starts, time.monotonic() + 600, lambda *_: None) == listed
+    assert search.tune(PROBLEM, module, starts, time.monotonic() + 600, lambda *_: None) == listed
 
 
 def test_nothing_is_kept_when_nothing_works(module, clock):
   module.candidates = lambda K, V, dtype: {"forward": [NARROW, FAST]}
   starts = [Config(16, NARROW, TOO_LARGE)]
-  assert tuning.tune(PROBLEM, module, starts, time.monotonic() + 600, lambda *_: pytest.fail("kept")) is None
+  assert search.tune(PROBLEM, module, starts, time.monotonic() + 600, lambda *_: pytest.fail("kept")) is None
 
 
 def test_an_end_in_time_keeps_the_best_so_far(module, clock, monkeypatch):
   now = iter([0, 0, 2])
-  monkeypatch.setattr(tuning, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+  monkeypatch.setattr(search, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
   kept = []
-  assert tuning.tune(PROBLEM, module, [START], 1, lambda config, ms: kept.append(config)) == Config(16, FAST, NARROW)
+  assert search.tune(PROBLEM, module, [START], 1, lambda config, ms: kept.append(config)) == Config(16, FAST, NARROW)
   assert kept == [START, Config(16, FAST, NARROW)]
 
 
@@ -108,22 +108,22 @@ def test_spilling_kernels_are_rejected(monkeypatch):
     def kernels(self, prefix):
       return {f"{prefix}_scan": Kernel(255, spilled, 0, 128)}
 
-  monkeypatch.setattr(tuning.assembler, "watch", lambda: contextlib.nullcontext(Watch()))
-  monkeypatch.setattr(tuning.jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(search.assembler, "watch", lambda: contextlib.nullcontext(Watch()))
+  monkeypatch.setattr(search.jax, "default_backend", lambda: "gpu")
   spilled = 20
-  with pytest.raises(tuning.Rejected, match=r"spills bytes of registers: {'gla_scan': 20}"):
-    tuning.compile_for(PROBLEM, lambda x: x + 1, 1.0)
+  with pytest.raises(search.Rejected, match=r"spills bytes of registers: {'gla_scan': 20}"):
+    search.compile_for(PROBLEM, lambda x: x + 1, 1.0)
   allowed = dataclasses.replace(PROBLEM, may_spill=True)
-  assert tuning.compile_for(allowed, lambda x: x + 1, 1.0)(1.0) == 2
+  assert search.compile_for(allowed, lambda x: x + 1, 1.0)(1.0) == 2
   spilled = 16
-  assert tuning.compile_for(PROBLEM, lambda x: x + 1, 1.0)(1.0) == 2
+  assert search.compile_for(PROBLEM, lambda x: x + 1, 1.0)(1.0) == 2
 
 
-@pytest.mark.parametrize("op", tuning.GATES)
+@pytest.mark.parametrize("op", search.GATE_GROUPS)
 def test_every_gate_is_checked_and_drawn(op):
   problem = dataclasses.replace(PROBLEM, op=op, timed=(2, 40))
-  shapes = {gate: [x.shape for name, x in tuning.draw(problem, gate, B=2, T=40, H=3)[0].items() if name == "log_decay"]
-            for gates in tuning.GATES[op] for gate in gates}
+  shapes = {gate: [x.shape for name, x in search.draw(problem, gate, B=2, T=40, H=3)[0].items() if name == "log_decay"]
+            for gates in search.GATE_GROUPS[op] for gate in gates}
   assert shapes == {"gla": {"channel": [(2, 40, 3, 16)]},
                     "linear_attention": {"token": [(2, 40, 3)], "head": [(3,)], "none": []},
                     "delta_rule": {"none": [], "token": [(2, 40, 3)]}}[op]
@@ -131,8 +131,8 @@ def test_every_gate_is_checked_and_drawn(op):
 
 def test_milliseconds_times_calls_until_they_are_long_enough(monkeypatch):
   calls = []  # of 4 ms each, on a clock that they alone move
-  monkeypatch.setattr(tuning.time, "perf_counter", lambda: 0.004 * len(calls))
-  assert tuning.milliseconds(lambda x: calls.append(x), [1]) == 4
+  monkeypatch.setattr(search.time, "perf_counter", lambda: 0.004 * len(calls))
+  assert search.milliseconds(lambda x: calls.append(x), [1]) == 4
   assert len(calls) == 1 + (1 + 2 + 4) + 3 * 4  # four calls are the first to take 10 ms
 
 
@@ -153,8 +153,8 @@ sys.modules["kernels.gla.pallas_triton"] = types.SimpleNamespace(
     candidates=lambda K, V, dtype: {"scan": [Tile(16), Tile(32, 8, 3)]},
     configured=lambda *, config, **x: xla_chunked.gla(**x, chunk_size=16))
 import retune
-from kernel_tuning import search as tuning
-tuning.CHECKED = 40
+from kernel_tuning import search
+search.CHECKED = 40
 retune.commands.run(retune.main)
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kernels
-from kernel_tuning import search as tuning
+from kernel_tuning import search
 from kernels import split, tuned
 from tests.close import assert_bounds, relative_error
 from tests.kernels import cases
@@ -72,7 +72,7 @@ def check(op, decay, K, V, dtype, counts, record_property, monkeypatch, compare)
   module = importlib.import_module(f"kernels.{op}.pallas_triton")
   config = tuned.lookup(op, module.Config, gate=decay, K=K, V=V, dtype=dtype) if compare else None
   config = config or module.heuristic(K, V, jnp.dtype(dtype))
-  record_property("config", tuning.describe(config))
+  record_property("config", search.describe(config))
   monkeypatch.setattr(split, "pieces", lambda *_, **__: 1)
   lengths, worst, changed = Lengths(op, decay, K, V, dtype, config.chunk, max(counts)), {}, {}
   for count in counts:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import kernels
-from kernel_tuning import search as tuning
+from kernel_tuning import search
 from kernels import tuned
 from tests.close import assert_bounds, relative_error
 from tests.kernels import cases
@@ -30,7 +30,7 @@ def check(op, case, record_property, monkeypatch):
   """Asserts every error of the case after recording all of them. Returns the configuration that ran."""
   inputs = cases.make_inputs(case)
   config = configuration(op, inputs, case.chunk_size, monkeypatch)
-  record_property("config", tuning.describe(config))
+  record_property("config", search.describe(config))
   actual = cases.results(PALLAS[op], inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size,
                          case.normalize_qk)
   errors = {name: relative_error(actual[name], x) for name, x in cases.expected(inputs).items()}
