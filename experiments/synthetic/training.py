@@ -9,12 +9,11 @@ one call of it, over examples that lie on the device.
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from lin_jax.metrics import Throughput, progress
 from lin_jax.model import LanguageModel
 
 from .batch import Batch
+from .examples import batches, compact
 from .runs import STARTS, Run, without_rate
 
 
@@ -103,19 +103,16 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
   call goes on to the same end. Raises ValueError for runs that differ in more.
   """
   start, run = time.monotonic(), runs[0]
-  if any(without_rate(other.setting()) != without_rate(run.setting()) for other in runs):
-    raise ValueError("runs that are trained side by side may differ in the learning rate and its end alone")
-  peaks, ends = (np.array([getattr(other.train_config().optim, field) for other in runs], np.float32)
-                 for field in ("learning_rate", "final_learning_rate"))
+  peaks, ends = _rates(runs)
   programs, throughput = _programs(_shared(run)), Throughput()
   test = run.build_task().draw(np.random.default_rng([run.seed, 1]), run.test_examples)
-  held_out = _compact(test)
+  held_out = compact(test)
   state, courses, step = programs.create(run.seed, peaks, ends), [Course() for _ in runs], 0
   if unfinished and unfinished.exists():
     state, courses, step, seconds = _restore(unfinished, state)
     start -= seconds
   tokens = run.batch_size * test.tokens.shape[1]
-  for data, rows in _batches(run, step // run.evaluate_every):
+  for data, rows in batches(run, step // run.evaluate_every):
     rows = rows[:run.steps - step]
     keys = jax.random.split(jax.random.fold_in(jax.random.key(run.seed), step), len(rows))
     state, losses = programs.advance(state, data, rows, keys, peaks, ends)
@@ -137,6 +134,14 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
   together = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state[0])) // len(runs),
               "side_by_side": len(runs), "seconds": round(time.monotonic() - start, 2)}
   return [result and result | together for result in results]
+
+
+def _rates(runs):
+  """Learning rates at the peak and at the end of each run, which must be all that the runs differ in."""
+  if any(without_rate(run.setting()) != without_rate(runs[0].setting()) for run in runs):
+    raise ValueError("runs that are trained side by side may differ in the learning rate and its end alone")
+  return [np.array([getattr(run.train_config().optim, field) for run in runs], np.float32)
+          for field in ("learning_rate", "final_learning_rate")]
 
 
 def _judge(course, run, step, loss, said, distance, test):
@@ -183,8 +188,8 @@ def _programs(shared: str) -> Programs:
   build = lambda seed: Answerer(config.model, decodes_last, run.start, run.embedding_dropout, rngs=nnx.Rngs(seed))
   graph = nnx.graphdef(jax.eval_shape(lambda: build(0)))
 
-  def optimizer(peak, end):
-    return optim.make_optimizer(dataclasses.replace(config.optim, learning_rate=peak, final_learning_rate=end))
+  optimizer = lambda peak, end: optim.make_optimizer(
+      dataclasses.replace(config.optim, learning_rate=peak, final_learning_rate=end))
 
   def create(seed, peaks, ends):
     params = nnx.state(build(jax.random.key(seed)))
@@ -263,43 +268,6 @@ def _restore(path, like):
     leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(file.files) - 1)]
     courses, step, seconds = json.loads(str(file["progress"]))
   return jax.tree.unflatten(jax.tree.structure(like), leaves), [Course(**course) for course in courses], step, seconds
-
-
-def _batches(run: Run, first: int = 0) -> Iterator[tuple[dict, np.ndarray]]:
-  """Examples, and the rows of them [evaluate_every, batch_size] that the next steps take; without the `first` items."""
-  examples, needed = run.training_examples(), run.evaluate_every * run.batch_size
-  if not examples:
-    rows = np.arange(needed, dtype=np.int32).reshape(run.evaluate_every, -1)
-    for i in range(first, -(-run.steps // run.evaluate_every)):
-      yield _compact(run.training_task().draw(np.random.default_rng([run.seed, 2, i]), needed)), rows
-    return
-  data = _fixed(run.training_task(), examples, run.seed)
-  rng, order = np.random.default_rng([run.seed, 3]), np.zeros(0, np.int32)
-  for i in itertools.count():
-    while len(order) < needed:
-      epoch = rng.permutation(examples)[:examples // run.batch_size * run.batch_size]
-      order = np.concatenate([order, epoch.astype(np.int32)])
-    if i >= first:
-      yield data, order[:needed].reshape(run.evaluate_every, -1)
-    order = order[needed:]
-
-
-@functools.lru_cache(maxsize=2)
-def _fixed(task, examples, seed):
-  return jax.device_put(_compact(task.draw(np.random.default_rng([seed, 0]), examples)))
-
-
-def _compact(batch: Batch) -> dict[str, np.ndarray]:
-  """The batch with the positions that count, what is to be said there, and their weights, each [count, M]."""
-  counts = (batch.mask > 0).sum(axis=1)
-  # Where their number varies all positions stay, so that batches drawn anew share one compiled program.
-  kept = counts[0] if counts.min() == counts.max() else batch.mask.shape[1]
-  positions = np.argsort(batch.mask == 0, axis=1, kind="stable")[:, :kept].astype(np.int32)
-  targets, weights = (np.take_along_axis(a, positions, axis=1) for a in (batch.targets, batch.mask))
-  compact = {"tokens": batch.tokens, "positions": positions, "targets": targets, "weights": weights}
-  if batch.allowed is not None:
-    compact["allowed"] = np.take_along_axis(batch.allowed, positions[..., None], axis=1)
-  return compact
 
 
 def _sines(positions, width):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from synthetic import TASKS
+from synthetic import TASKS, examples
 from synthetic.batch import Batch
 from synthetic.mqar import MQAR
 from synthetic.runs import HEADS, Run, parse_fields, whole, without_rate
 from synthetic.sweeps import MIXERS, SWEEPS
-from synthetic.training import Answerer, _batches, _compact, _total_variation, class_accuracy, score, train
+from synthetic.training import Answerer, _total_variation, class_accuracy, score, train
 
 RECALL = {"sequence_length": 32, "pairs": 4, "vocab_size": 32}
 SMALL = {"in_context_recall": {"sequence_length": 16}, "noisy_recall": {"sequence_length": 16},
@@ -150,20 +150,20 @@ def test_dropout():
 
 def test_positions_that_count():
   batch = Run("mqar", "gla", RECALL).build_task().draw(np.random.default_rng(0), 5)
-  compact = _compact(batch)
+  compact = examples.compact(batch)
   assert compact["positions"].shape == (5, 4) and (compact["weights"] == 1).all()
   assert (np.take_along_axis(batch.targets, compact["positions"], axis=1) == compact["targets"]).all()
   uneven = dataclasses.replace(batch, mask=batch.mask * (np.arange(32) < 20))
-  compact = _compact(uneven)
+  compact = examples.compact(uneven)
   assert compact["positions"].shape == (5, 32) and compact["weights"].sum() == uneven.mask.sum()
 
 
 def test_epochs_take_every_example_once():
   run = Run("mqar", "gla", RECALL, examples=10, batch_size=3, evaluate_every=2)
-  batches = _batches(run)
+  batches = examples.batches(run)
   rows = np.concatenate([next(batches)[1] for _ in range(3)]).reshape(2, 9)  # two epochs of three batches
   assert all(len(set(epoch)) == 9 for epoch in rows.tolist()) and (rows[0] != rows[1]).any()
-  fresh = _batches(dataclasses.replace(run, examples=0, steps=4))
+  fresh = examples.batches(dataclasses.replace(run, examples=0, steps=4))
   (one, _), (two, _) = fresh
   assert (one["tokens"] != two["tokens"]).any()
 
