@@ -1,14 +1,14 @@
-"""Time a token and memory of decoding against the number of tokens before it, linear mixers beside softmax attention.
+"""Time per token and memory of decoding against the length of the context, for linear mixers and softmax attention.
 
   python experiments/bench_decoding.py --out=experiments/results/decoding.jsonl --limit_seconds=540
   python experiments/bench_decoding.py --tiny                                           # proves the command on a CPU
 
-The context is read in pieces with the state carried, then `lin_jax.generate.decode` draws tokens greedily, in one
-compiled program; the median of its calls counts, all from the same state. Weights are untrained, which takes the same
-time. The cache of attention has room for the context and what is decoded, no more; like every state it is written anew
-by each token, because the layers are a scan. What cannot run is recorded with its reason; a run of which --out holds a
-record, of this device, these versions and this setting, is not made again. Exit codes: 0 done, or the time is over; 1 a
-run failed; 2 a user's error. `report_claims.py` draws the curves.
+The context is read in pieces with the state carried over. Then `lin_jax.generate.decode` draws tokens greedily in one
+compiled program, always from the same state, and the median of its calls counts. Weights are untrained, which takes the
+same time. The cache of attention has room for exactly the context and the decoded tokens. Like every state, it is
+written anew by each token, because the layers are a scan. A run that fails is recorded with its reason. A run is
+skipped when --out has its record for this device, these versions and this setting. Exit codes: 0 done, or the time is
+over; 1 a run failed; 2 a user's error. `report_claims.py` draws the curves.
 """
 
 import functools
@@ -119,7 +119,7 @@ def _measured(name, context):
 
 
 def _line(row):
-  return (f"after {row['setting']['context']:>6,} tokens {row['ms_per_token']:.3f} ms a token, state "
+  return (f"after {row['setting']['context']:>6,} tokens {row['ms_per_token']:.3f} ms per token, state "
           f"{row['state_mib']:,.2f} MiB, {row['memory_gib']:.2f} GiB in all")
 
 

@@ -1,15 +1,15 @@
-"""Training speed and memory against sequence length, at a constant number of tokens a step, for the papers' curves.
+"""Training speed and memory against sequence length, at a constant number of tokens per step, for the papers' curves.
 
   python experiments/bench_training.py --set=gla_fig6 --out=experiments/results/training.jsonl --limit_seconds=540
   python experiments/bench_training.py --set=tnl --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=tnl --tiny                                 # proves the command on a CPU
 
-gla_fig6 is arXiv:2312.06635, figure 6: 1.3B parameters, 16,384 tokens a step; tnl is the training table of
-arXiv:2405.17381: 385M parameters, here 65,536 tokens a step, beside a Transformer++ of that size and vocabulary.
-Windows are one document each, so attention runs its causal kernel without a mask. All programs are compiled first,
-side by side. What cannot run is recorded with its reason. A run of which --out holds a record, of this device, these
-versions and this setting, is not made again. `report_claims.py` draws the curves. Exit codes: 0 done, or the time is
-over; 1 a run failed; 2 a user's error.
+gla_fig6 is figure 6 of arXiv:2312.06635: 1.3B parameters and 16,384 tokens per step. tnl is the training table of
+arXiv:2405.17381: 385M parameters, here with 65,536 tokens per step, beside a Transformer++ of that size and vocabulary.
+Each window is one document, so attention runs its causal kernel without a mask. All programs are compiled first, side
+by side. A run that fails is recorded with its reason. A run is skipped when --out has its record for this device, these
+versions and this setting. `report_claims.py` draws the curves. Exit codes: 0 done, or the time is over; 1 a run failed;
+2 a user's error.
 """
 
 import math
@@ -26,7 +26,7 @@ from speed.training import SWEEPS
 
 _RESULTS = ("tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s", "losses")
 
-_SET = flags.DEFINE_enum("set", "gla_fig6", SWEEPS, "Models, lengths and tokens a step.")
+_SET = flags.DEFINE_enum("set", "gla_fig6", SWEEPS, "Models, lengths and tokens per step.")
 _MODELS = flags.DEFINE_list("models", [], "Which of its models; all if none is given.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "Which of its lengths; all if none is given.")
 _STEPS = flags.DEFINE_integer("steps", 12, "Optimizer steps.", lower_bound=2)
@@ -87,7 +87,7 @@ def _line(row):
   setting = row["setting"]
   mfu = "" if row["mfu"] is None else f", MFU {100 * row['mfu']:.1f}%"
   return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} {row['tokens_per_s']:>9,.0f} tokens/s, "
-          f"{row['step_ms']:.1f} ms a step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s")
+          f"{row['step_ms']:.1f} ms per step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
   python experiments/evaluate.py --workdir=runs/gla_1b3_100b --data=data/english
   python experiments/convert.py --to=hub/gla_tiny --workdir=runs/gla_tiny
 
-`hub/...` is a directory with config.json and model.safetensors, downloaded beforehand. Its tokenizer.model comes along
-where `lin_jax.tokenizer` reads it; without one, generate.py needs --data with a dataset of the same tokenizer. Workdir
-and directory appear when they are complete: a command that was killed is repeated as it was.
+`hub/...` is a directory with config.json and model.safetensors, downloaded beforehand. Its tokenizer.model is copied
+where `lin_jax.tokenizer` can read it. Without one, generate.py needs --data with a dataset of the same tokenizer.
+Workdir and directory appear when they are complete, so a command that was killed is simply repeated.
 """
 
 import pathlib

@@ -2,10 +2,10 @@
 
   python experiments/kill_campaign.py --runs=46 --out=kills.json
 
-Each run is a tiny one in a process of its own, and gets SIGTERM or SIGKILL once, up to 0.3 s after one of the lines
-that it prints, or up to 3 s after its start; then it is started again until it is through. Equal must be: parameters
-and optimizer state bit for bit, the records but for what depends on the clock, the steps in TensorBoard, the
-checkpoints that are kept, and the best one. The exit code is 1 when a run differs.
+Each run is tiny and has its own process. It gets SIGTERM or SIGKILL once, up to 0.3 s after one of the lines that it
+prints or up to 3 s after its start, and is then started again until it finishes. These must be equal: the parameters
+and the optimizer state bit for bit, the records except for what depends on the clock, the steps in TensorBoard, the
+kept checkpoints, and the best one. The exit code is 1 when a run differs.
 """
 
 import contextlib

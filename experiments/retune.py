@@ -58,7 +58,7 @@ def main(_):
 
 
 def of_shape(op: str, shape: str) -> list[search.Problem]:
-  """The problems that flags name, one a group of gates. Raises ValueError."""
+  """The problems that the flags name, one per group of gates. Raises ValueError."""
   if op not in search.GATE_GROUPS:
     raise ValueError(f"--ops={op}: known ops are {', '.join(search.GATE_GROUPS)}")
   sizes = shape.split("x")

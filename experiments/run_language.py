@@ -4,11 +4,11 @@
   JAX_COMPILATION_CACHE_DIR=runs/compiled python experiments/run_language.py --sweep=main --limit_seconds=540 \
       --out=experiments/results/language.jsonl
 
-The first runs of a sweep try learning rates; when all of a model's have a line in --out, the best is run again with
+The first runs of a sweep try learning rates. When all rates of a model have a line in --out, the best is run again with
 other seeds. Each run has its own directory in --workdir, where it is saved when the time is over or SIGTERM comes, and
-resumed exactly; each adds one JSON line to --out when it has ended, and its parameters stay. Commands that share a GPU
-(--models, XLA_PYTHON_CLIENT_MEM_FRACTION) need an --out each. Exit codes: 0 done, or the time is over; 1 a run failed;
-2 a user's error.
+from which it resumes exactly. Each adds one JSON line to --out when it ends, and its parameters stay. Commands that
+share a GPU (--models, XLA_PYTHON_CLIENT_MEM_FRACTION) need an --out each. Exit codes: 0 done, or the time is over; 1 a
+run failed; 2 a user's error.
 """
 
 import dataclasses

@@ -6,10 +6,10 @@
       --out=experiments/results/synthetic.jsonl
 
 Each run appends one JSON line to --out when it has ended. The learning rates of a sweep are trained side by side. A
-sweep skips the runs that have a line there; with it, --task, --mixer and --set select, --mixer_set does not apply, and
-every other option of a run replaces the sweep's value. When --limit_seconds are over, or at SIGTERM, the runs under way
-are saved in a folder beside --out, and the same command goes on with them. Exit codes: 0 done, or the time is over; 1 a
-run failed; 2 a user's error.
+sweep skips the runs that have a line in --out. With --sweep, the flags --task, --mixer and --set select among its runs,
+--mixer_set does not apply, and every other option of a run replaces the sweep's value. When --limit_seconds are over,
+or at SIGTERM, the runs under way are saved in a folder beside --out, and the same command goes on with them. Exit
+codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from synthetic.training import train
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 _OPTIONS = {field.name: _DEFINE[field.type](field.name, field.default, field.metadata["help"])
             for field in dataclasses.fields(Run) if "help" in field.metadata}
-_SET = flags.DEFINE_string("set", "", "Fields of the task: name=value,...; with --sweep, those of the runs to make.")
+_SET = flags.DEFINE_string("set", "", "Fields of the task: name=value,...; with --sweep, of the runs to make.")
 _MIXER_SET = flags.DEFINE_string("mixer_set", "", "Fields of the mixer: name=value,...")
 _SWEEP = flags.DEFINE_string("sweep", "", f"One of {', '.join(SWEEPS)}, in place of one run.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")

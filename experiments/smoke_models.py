@@ -3,10 +3,10 @@
   python experiments/smoke_models.py --out=experiments/results/smoke_models.json --resume --limit_seconds=540
   python experiments/smoke_models.py --tiny --batch_size=4 --sequence_length=64        # proves the command on a CPU
 
-All programs are compiled first and side by side, on as many threads as there are cores; then one family after the other
-takes its steps on the first device, and its memory is given back. One that fails is recorded with its reason and leaves
-the others alone. Without --data the tokens are drawn from Zipf's law, of which a model learns the frequencies at once:
-a loss that does not start at the logarithm of the vocabulary, or does not fall, counts as a failure.
+All programs are compiled first and side by side, on as many threads as there are cores. Then one family after the other
+takes its steps on the first device and returns its memory. A family that fails is recorded with its reason, and the
+others go on. Without --data the tokens are drawn from Zipf's law, whose frequencies a model learns at once. A loss that
+does not start at the logarithm of the vocabulary, or does not fall, counts as a failure.
 """
 
 import gc

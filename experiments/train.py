@@ -4,11 +4,11 @@
   python experiments/train.py --config=gla_tiny --checkpoint=previous
   python experiments/train.py --config=gla_1b3 --workdir=runs/long --config.optim.steps=20000 --config.mesh.fsdp=8
 
-A run, finished or not, is lengthened by a larger --config.optim.steps: at a constant rate (final_learning_rate equal to
-learning_rate) it is then the run that was planned so; a rate that decays does so until the step that was planned and
-then stays, which config.json records as optim.decay_steps. A run is not shortened.
+A larger --config.optim.steps lengthens a run, finished or not. At a constant rate (final_learning_rate equal to
+learning_rate) the result is the run that was planned with so many steps. A rate that decays does so until the step that
+was first planned and then stays, which config.json records as optim.decay_steps. A run cannot be shortened.
 
-The run goes on from its last checkpoint, or from --checkpoint, with later ones set aside.
+The run continues from its last checkpoint, or from --checkpoint, and sets later checkpoints aside.
 
 Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 130 stopped by Ctrl-C with a checkpoint saved; 1
 the loss was not finite; 2 a user's error, or one of the machine, such as a full disk.

@@ -7,11 +7,11 @@ from .gla_paper import at_340m
 
 
 def delta_product_340m() -> TrainConfig:
-  """Gated DeltaProduct with two steps a token, 24 layers of width 1024 with 8 heads (K = V = 128): 342M parameters.
+  """Gated DeltaProduct with two steps per token, 24 layers of width 1024 with 8 heads (K = V = 128): 342M parameters.
 
   Source: arXiv:2502.10297. The paper's models have other sizes, and its data is FineWeb: layout and recipe are this
-  repository's. Depth, heads and state are those of `deltanet_340m`; what a second key and value and the gate add in
-  parameters, the MLP gives back.
+  repository's. Depth, heads and state equal `deltanet_340m`. The MLP is smaller by the parameters that a second key and
+  value and the gate add.
   Command: python experiments/train.py --config=delta_product_340m --workdir=runs/delta_product_340m
   Expected: no published number at this size.
   Obtained: not run yet.

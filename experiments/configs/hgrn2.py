@@ -1,5 +1,5 @@
-"""HGRN2 at the sizes of the other models here. 340M has the data and recipe of `gla_340m`, 1.3B those of
-`gated_deltanet_1b3`, where a paper reports numbers."""
+"""HGRN2 at the other models' sizes. The 340M config has the data and recipe of `gla_340m`; the 1.3B config has
+the data and recipe of `gated_deltanet_1b3`, where a paper reports numbers."""
 
 from lin_jax.config import ModelConfig, TrainConfig
 from lin_jax.mixers.hgrn2 import HGRN2Config

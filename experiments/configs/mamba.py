@@ -1,11 +1,11 @@
 """Mamba and Mamba-2 at the sizes of the other models here: 48 layers of one mixer each, without an MLP branch.
 
 Mamba is the baseline of the GLA and DeltaNet papers, in the sizes 370M and 1.4B of arXiv:2312.00752 (expansion 2, 16
-states a channel, convolution of 4), with the data and recipe of `gla_340m` and `gla_1b3`. The layout of Mamba-2 is that
-of arXiv:2405.21060 (expansion 2, heads of 64 channels, state of 128, convolution of 4), the sizes are those of
-flash-linear-attention's models. 340M has the data and recipe of `gla_340m`, 1.3B those of `gated_deltanet_1b3`, where a
-paper reports numbers. The microbatches are half as large as there, by estimate: 48 layers keep more activations than
-24.
+states per channel, convolution of 4), with the data and recipe of `gla_340m` and `gla_1b3`. The layout of Mamba-2
+follows arXiv:2405.21060 (expansion 2, heads of 64 channels, state of 128, convolution of 4), its sizes follow
+flash-linear-attention's models. The 340M config has the data and recipe of `gla_340m`, the 1.3B config has the data and
+recipe of `gated_deltanet_1b3`, for which a paper reports numbers. The microbatches are half as large as there, by
+estimate: 48 layers keep more activations than 24.
 """
 
 from lin_jax.config import ModelConfig, TrainConfig

@@ -6,8 +6,8 @@ vocabulary nor MLP widths. 2816 is that of the authors' code at width 1024; the 
 GPT-2 dictionary of Metaseq, in which it was trained) in one matrix for embedding and head, are those with which the
 sizes that it does print come out: 385M, 1.0B and 6.8B. The authors' released code has 64000 tokens instead.
 
-Neither learning rate nor batch is published, and the corpus of 2T tokens is not public. The recipes here are those of
-`gla_340m` and `gla_1b3`, so the numbers under Expected are not expected of these runs: they say what the authors got.
+Neither learning rate nor batch is published, and the corpus of 2T tokens is not public. The recipes here come from
+`gla_340m` and `gla_1b3`, so these runs need not reach the numbers under Expected, which the authors got.
 Losses of the paper are in bits.
 """
 

@@ -1,7 +1,4 @@
-"""What a command that met a fault must end in, and what came of it.
-
-Apart from `inject_faults.py`, whose flags other commands have too, so that tests import both.
-"""
+"""How a command that met a fault must end, and how it ended."""
 
 import dataclasses
 import pathlib
@@ -25,7 +22,7 @@ class Case:
   message: str  # regular expression, found in what the command wrote to stderr
 
   def problem(self, ended: Ended) -> str:
-    """What is wrong with the end, or ""."""
+    """The first thing that is wrong with the end, or ""."""
     lines = [line for line in ended.err.splitlines() if re.match(r"\w+\.py: ", line)]
     if "Traceback" in ended.err:
       return f"traceback: {ended.err.splitlines()[-1]}"
@@ -37,7 +34,7 @@ class Case:
 
 
 def outcome(case: Case, inputs: Inputs, folder: pathlib.Path) -> dict:
-  """What came of a case: `outcome` is passed, failed, or skipped where this machine cannot make the fault."""
+  """The row of a case: its `outcome` is passed, failed, or skipped where this machine cannot make the fault."""
   folder.mkdir()
   try:
     ended = case.inject(inputs, folder)

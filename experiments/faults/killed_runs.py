@@ -1,7 +1,4 @@
-"""Tiny runs that are killed and resumed, and what must be equal at their ends.
-
-Apart from `kill_campaign.py`, whose flags other commands have too, so that tests import both.
-"""
+"""Tiny runs that are killed and resumed, and everything that must be equal at their ends."""
 
 import collections
 import contextlib
@@ -53,7 +50,7 @@ def campaign(folder: pathlib.Path, data: pathlib.Path, runs: int, steps: int, se
 
 
 def end(workdir: pathlib.Path) -> dict:
-  """What must be equal at the end of a run."""
+  """Everything that must be equal at the end of a run."""
   from lin_jax import tensorboard
 
   step = load_model(workdir)[0].optim.steps  # which verifies the parameters by their checksums
@@ -67,7 +64,7 @@ def end(workdir: pathlib.Path) -> dict:
 
 
 def _config(data, steps):
-  """Steps that are due for logging, evaluation and saving in every combination."""
+  """A run whose steps are due for logging, evaluation and saving in every combination."""
   vocab_size = read_manifest(data)["tokenizer"]["vocab_size"]
   model = ModelConfig(mixer=GLAConfig(heads=2, gate_rank=4, implementation="reference"), vocab_size=vocab_size,
                       width=32, depth=2, mlp_width=64, dtype="float32")

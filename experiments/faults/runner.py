@@ -1,4 +1,4 @@
-"""Runs commands under faults: what they read, and processes with a limited disk, a closed output, another encoding."""
+"""Runs commands under faults: their inputs, and processes with a limited disk, a closed output or another encoding."""
 
 import atexit
 import dataclasses
@@ -49,8 +49,8 @@ class Ended:
 class Process:
   """`python experiments/script options`, begun.
 
-  It is forked from a process that has imported JAX, or, with `fresh`, started by itself, since the encoding of the
-  output is settled when Python starts.
+  It is forked from a process that has imported JAX. With `fresh` it is a new Python, which settles the encoding of its
+  output when it starts.
 
   Args:
     stdout: a device to which the output goes, or "closed" for a pipe that nobody reads; a file if empty.
@@ -80,7 +80,7 @@ class Process:
       time.sleep(0.01)
 
   def end(self) -> Ended:
-    """What has come of the process; one that hangs is killed."""
+    """How the process ended; one that hangs is killed."""
     if self._fresh:
       code = self._process.wait(SECONDS)
     else:
@@ -123,7 +123,7 @@ def _run(words, env, folder, stdout, largest):
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_compilation_cache_dir", env["JAX_COMPILATION_CACHE_DIR"] or None)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  # Those of the command that injects the faults, which multiprocessing imports here.
+  # The flags of the command that injects the faults, which multiprocessing imports here.
   for flag in list(flags.FLAGS.flags_by_module_dict().get("__mp_main__", [])):
     delattr(flags.FLAGS, flag.name)
   sys.argv = words
@@ -132,7 +132,7 @@ def _run(words, env, folder, stdout, largest):
 
 
 class Inputs:
-  """What the commands read, each made when it is first asked for, by the commands themselves."""
+  """The inputs of the commands. The commands themselves make each one when it is first asked for."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder

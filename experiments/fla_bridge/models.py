@@ -1,9 +1,9 @@
 """Randomly initialised models of flash-linear-attention, to compare with: the only module that imports it as models.
 
 Every parameter is drawn so that it matters: norms, biases and decays leave their defaults, and logits are of order one.
-The recurrent kernels run, whose float32 is not TF32. Triton's autotuner takes the first configuration that fits, since
-nothing is timed; `flash_attn`, which the attention layers ask for, is replaced by PyTorch's attention under the same
-masks.
+The recurrent kernels run, because their float32 is not TF32. Nothing is timed, so Triton's autotuner takes the first
+configuration that fits. PyTorch's attention under the same masks replaces `flash_attn`, which the attention layers ask
+for.
 
 Without a GPU the kernels run in Triton's interpreter (`interpret()`), which is slow but the same code.
 """

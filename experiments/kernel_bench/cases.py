@@ -1,6 +1,6 @@
 """What the kernel benchmark measures: named sets of shapes, their inputs, the bytes they must move, and the check.
 
-Every number is of one layer's call as training makes it: no initial state, and the final state is not asked for.
+Every number is for one layer's call as training makes it: without an initial state, and with the final state unused.
 """
 
 import dataclasses
@@ -176,11 +176,11 @@ def _define(case, arguments):
 
 
 def errors(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
-  """Relative RMS error of each tensor that both have, over the tokens that are wanted; infinite for a NaN."""
+  """Relative RMS error of each tensor that both have, over the tokens of `wanted`; infinite for a NaN."""
   return {name: accuracy.relative_error(x[:, :wanted[name].shape[1]], wanted[name])
           for name, x in actual.items() if name in wanted}
 
 
 def within_bounds(case: Case, found: dict[str, float]) -> bool:
-  """Whether `found` keeps the bounds of `kernels.accuracy`, those of kernels with split products for float32."""
+  """Whether `found` keeps the bounds of `kernels.accuracy`; for float32, the bounds of kernels with split products."""
   return all(error <= accuracy.tolerance(name, case.dtype, split=True) for name, error in found.items())

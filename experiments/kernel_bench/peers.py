@@ -47,12 +47,12 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def jax_function(peer: str, case: Case):
-  """The output of a peer that is written in JAX from the op's arguments by name, None for a peer that is not."""
+  """A function from the op's arguments by name to the output of a peer in JAX; None for a peer in PyTorch."""
   return {"fla": lambda case: None, "jla": _jla, "cudnn": _cudnn}[peer](case)
 
 
 def release() -> None:
-  """Gives the memory that PyTorch keeps for later calls back to the device."""
+  """Returns to the device the memory that PyTorch keeps for later calls."""
   if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
     torch.cuda.empty_cache()
 
@@ -157,7 +157,7 @@ def _torch_peak(torch, call):
 
 
 def _captured(torch, call, sets):
-  """`call` as one CUDA graph an input set: its launches cost what those of a compiled program cost."""
+  """`call` as one CUDA graph per input set, so that a launch costs what it costs a compiled program."""
   stream = torch.cuda.Stream()
   stream.wait_stream(torch.cuda.current_stream())
   with torch.cuda.stream(stream):

@@ -14,7 +14,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Case)]
 
 
 class Records:
-  """The newest record of every call: lines further down in the file replace those above."""
+  """The newest record of every call: a line of the file replaces earlier lines of the same call."""
 
   def __init__(self, path: str | pathlib.Path):
     self._rows = {}
@@ -39,7 +39,7 @@ class Records:
     return self._rows.get((device, case, implementation, label))
 
   def counted(self, device: str, case: Case, implementation: str, label: str) -> dict | None:
-    """The record, if it holds a time and its results were right."""
+    """The record, if it has a time and its results were right."""
     row = self.row(device, case, implementation, label)
     return row if row and row["ms"] is not None and row["within_bounds"] else None
 
@@ -72,7 +72,7 @@ class Aim:
   at_least: bool = False
 
   def margin(self, obtained: float) -> float:
-    """1 and more where the aim is met."""
+    """At least 1 where the aim is met."""
     return obtained / self.wanted if self.at_least else self.wanted / obtained
 
 

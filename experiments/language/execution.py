@@ -13,9 +13,9 @@ from .sweeps import Sweep, further
 
 def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
             limit_seconds: float = 0) -> tuple[int, int, list[str]]:
-  """How many runs it has finished, how many are left as far as can be told by now, and why others have failed.
+  """Returns how many runs it has finished, how many are left as far as can be told by now, and why others have failed.
 
-  Each finished run adds its record to `out`; those that stand there are not made again. When `limit_seconds` (0: no
+  Each finished run adds its record to `out`, and a run with a record is not repeated. When `limit_seconds` (0: no
   limit) are over, or at SIGTERM, the run under way is saved, and the next call resumes it.
   """
   found = records.load(out, "setting", "bits_per_byte", "diverged")

@@ -1,9 +1,9 @@
 """The models that are compared, by name: 42M parameters each, 16.4M of them the embedding of 32,000 tokens.
 
-Width 512, eight blocks; Mamba has fifteen without an MLP. Head sizes are those of the papers' 340M models, so there are
-half as many heads at half the width, and widths that the kernels are tuned for. A mixer that has more parameters than
+Width 512, eight blocks; Mamba has fifteen without an MLP. Heads are as wide as in the papers' 340M models, so there are
+half as many heads at half the width, and the kernels are tuned for them. A mixer that has more parameters than
 the 4 D^2 of attention, GLA and DeltaNet gets a narrower MLP. Gated DeltaNet has DeltaNet's heads, and so its state, in
-place of its authors' keys of three quarters of the width; the sliding window is half the training context of 1024.
+place of its authors' keys of three quarters of the width. The sliding window is half the training context of 1024.
 """
 
 import dataclasses

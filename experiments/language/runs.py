@@ -29,7 +29,7 @@ class Run:
   seed: int = 0
   steps: int = 900
   sequence_length: int = 1024
-  carried_windows: int = 1  # that a row reads one a step with its state kept, without a gradient across
+  carried_windows: int = 1  # that a row reads, one per step; its state is kept, without a gradient across
   tiny: bool = False  # the same layers, thousands of parameters, batches of 512 tokens
 
   def train_config(self, data: str) -> TrainConfig:

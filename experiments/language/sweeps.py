@@ -1,7 +1,7 @@
 """Sweeps by name: lists of runs, and which ones follow from their results.
 
 FLOPs count forward and backward pass (`lin_jax.flops`). The minutes are predicted for one H100, not measured: 0.65M
-tokens a second on average (Mamba a third of that), 10 to 20 seconds to compile a program that is not in the cache.
+tokens per second on average (Mamba a third of that), 10 to 20 seconds to compile a program that is not in the cache.
 
   main     36 runs of 29.5M tokens, 2.8e17 FLOPs: 27 minutes, and 9 for 27 programs
   gates    16 runs of 29.5M tokens, 1.2e17 FLOPs: 11 minutes, and 4; 3 of them fewer after main, whose GLA it shares
@@ -35,7 +35,7 @@ def main() -> Sweep:
 
 
 def gates() -> Sweep:
-  """GLA's ablation: no decay, a constant, one a token, one a key channel; 23.21, 16.55, 15.56, 14.77 in the paper."""
+  """GLA's ablation: no decay, constant, per token, per key channel; in the paper 23.21, 16.55, 15.56 and 14.77."""
   return Sweep([Run(model, rate) for rate in RATES for model in (*DECAYS, "gla")], further_seeds=1)
 
 
@@ -74,7 +74,7 @@ SWEEPS = {function.__name__: function for function in (main, gates, norms, convo
 
 
 def further(sweep: Sweep, bits_per_byte: Callable[[Run], float | None]) -> list[Run]:
-  """The runs with other seeds, of the models of which all learning rates are done.
+  """The runs with other seeds, for models whose learning rates are all done.
 
   `bits_per_byte` of a run is None while it is not done, and infinite if it diverged.
   """

@@ -1,5 +1,5 @@
-"""Runs a command's `main`: what the user or the machine has to mend ends with exit code 2 and one message, Ctrl-C with
-130, and a defect with its traceback."""
+"""Runs a command's `main`: errors of the user or of the machine end with exit code 2 and one message, Ctrl-C with exit
+code 130, and a defect with its traceback."""
 
 import io
 import logging
@@ -99,8 +99,8 @@ def _raised_here(error):
 
 
 class _Output(io.TextIOWrapper):
-  """Standard output that says in its errors what it is. Characters that its encoding lacks are written as their codes,
-  as on standard error, and do not end a run."""
+  """Standard output that names itself in its errors. A character that its encoding lacks is written as its code, as on
+  standard error, and does not end a run."""
 
   def __init__(self, stream):
     super().__init__(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
@@ -121,7 +121,7 @@ class _Output(io.TextIOWrapper):
 
 
 def _system_error(error):
-  """What the operating system has refused, as a message; None for any other error."""
+  """The message for an error of the operating system; None for any other error."""
   if isinstance(error, BrokenPipeError):
     return "standard output was closed before the command had ended"
   if isinstance(error, OSError) and error.errno:
@@ -130,7 +130,7 @@ def _system_error(error):
 
 
 def _thread_error(args):
-  """One line of what the system refuses a thread: of the events for TensorBoard, which are written beside the run."""
+  """Prints one line for a system error in a thread, such as the one that writes the events for TensorBoard."""
   message = _system_error(args.exc_value)
   if message is None:
     threading.__excepthook__(args)

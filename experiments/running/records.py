@@ -1,4 +1,4 @@
-"""JSON lines of training runs: what is done already, in which environment it was done."""
+"""JSON lines of runs: which are done already, and in which environment they were made."""
 
 import datetime
 import json

@@ -19,7 +19,7 @@ _IDENTITY = ("device", "versions", "setting")
 
 
 def chosen(flag: flags.FlagHolder[list[str]], known: Sequence) -> list:
-  """The values of a list flag, those of `known` that it names, or all of them if it names none. Raises ValueError."""
+  """The values of `known` that a list flag names, or all of them if it names none. Raises ValueError."""
   names = {str(value): value for value in known}
   for name in flag.value:
     if name not in names:
@@ -66,7 +66,7 @@ def run(runs: Sequence[tuple[Any, dict]], measure: Callable[[Any], dict], line: 
 
 
 def missing(runs: Sequence[tuple[Any, dict]], path: pathlib.Path | None) -> list[tuple[Any, dict]]:
-  """The runs without a record in `path` of their device, versions and setting. Raises ValueError as `records.load`."""
+  """The runs without a record in `path` for their device, versions and setting. Raises ValueError as `records.load`."""
   done = {_key(record) for record in load(path)} if path else set()
   return [(what, row) for what, row in runs if _key(row) not in done]
 

@@ -1,4 +1,4 @@
-"""How fast a config trains on the first device: its step compiled, fed with drawn tokens, timed, its memory counted.
+"""How fast a config trains on the first device: compiles its step, feeds it drawn tokens, and measures time and memory.
 
 `SWEEPS` are the papers' curves against sequence length.
 """
@@ -72,7 +72,7 @@ def shrunk(config: TrainConfig) -> TrainConfig:
 
 
 def description(config: TrainConfig) -> dict:
-  """What a record says of the model and of how it is trained."""
+  """The fields of a record that describe the model and its training."""
   _, _, abstract, _ = make_state(config, _mesh(config))
   return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
           "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length,
@@ -81,7 +81,7 @@ def description(config: TrainConfig) -> dict:
 
 
 def provenance() -> dict:
-  """`records.provenance`, with a digest of the kernels and the library among the versions: a speed is theirs."""
+  """`records.provenance` with a digest of the kernels and the library among the versions: they decide the speed."""
   digest = hashlib.sha256()
   for source in sorted(path for folder in ("kernels", "lin_jax") for path in (_ROOT / folder).rglob("*")):
     if source.suffix in (".py", ".json"):

@@ -93,7 +93,7 @@ class Run:
 
   def _mixer_config(self):
     fields = {"heads": HEADS[self.mixer]} if self.mixer in HEADS else {}
-    if self.mixer == "gated_delta_net":  # its heads have a size of their own; those of the others divide the width
+    if self.mixer == "gated_delta_net":  # its heads have a size of their own; other mixers' heads divide the width
       fields |= {"head_dim": self.width // int(self.mixer_fields.get("heads", 2)), "expand_v": 1.0}
     return _build(mixers.config_class(self.mixer), self.mixer, fields | self.mixer_fields)
 
