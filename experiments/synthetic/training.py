@@ -102,8 +102,7 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
   Once `over()` after a test, it returns None, with what it has reached in the file `unfinished`, from which the next
   call goes on to the same end. Raises ValueError for runs that differ in more.
   """
-  start, run = time.monotonic(), runs[0]
-  peaks, ends = _rates(runs)
+  start, run, (peaks, ends) = time.monotonic(), runs[0], _rates(runs)
   programs, throughput = _programs(_shared(run)), Throughput()
   test = run.build_task().draw(np.random.default_rng([run.seed, 1]), run.test_examples)
   held_out = compact(test)
@@ -188,12 +187,9 @@ def _programs(shared: str) -> Programs:
   build = lambda seed: Answerer(config.model, decodes_last, run.start, run.embedding_dropout, rngs=nnx.Rngs(seed))
   graph = nnx.graphdef(jax.eval_shape(lambda: build(0)))
 
-  optimizer = lambda peak, end: optim.make_optimizer(
-      dataclasses.replace(config.optim, learning_rate=peak, final_learning_rate=end))
-
   def create(seed, peaks, ends):
     params = nnx.state(build(jax.random.key(seed)))
-    return jax.vmap(lambda peak, end: (params, optimizer(peak, end).init(params)))(peaks, ends)
+    return jax.vmap(lambda peak, end: (params, _optimizer(config, peak, end).init(params)))(peaks, ends)
 
   def loss(params, batch, key):
     answerer = nnx.merge(graph, params)
@@ -204,7 +200,7 @@ def _programs(shared: str) -> Programs:
   def update(state, peak, end, batch, key):
     params, moments = state
     value, grads = jax.value_and_grad(loss)(params, batch, key)
-    updates, moments = optimizer(peak, end).update(grads, moments, params)
+    updates, moments = _optimizer(config, peak, end).update(grads, moments, params)
     return (optax.apply_updates(params, updates), moments), value
 
   def advance(state, data, rows, keys, peaks, ends):
@@ -227,6 +223,10 @@ def _programs(shared: str) -> Programs:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), found)
 
   return Programs(jax.jit(create), jax.jit(advance), jax.jit(answer))
+
+
+def _optimizer(config, peak, end):
+  return optim.make_optimizer(dataclasses.replace(config.optim, learning_rate=peak, final_learning_rate=end))
 
 
 def _shared(run):
