@@ -9,6 +9,7 @@ import sys
 from absl import flags
 
 import commands
+import kernel_front
 import kernel_page
 import kernel_records
 from lin_jax import files
@@ -34,6 +35,8 @@ def main(_):
   for device in records.devices():
     if plot := kernel_page.draw(records, device, path.parent):
       print(plot)
+  if kernel_front.draw(records, front := path.with_name("front.png")):
+    print(front)
 
 
 if __name__ == "__main__":
