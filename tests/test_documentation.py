@@ -43,3 +43,13 @@ def test_named_files_exist(page):
   named |= set(re.findall(r"`([\w-]+\.(?:md|toml|txt))`", text))
   assert named
   assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "experiments/results").glob("*.md")))
+def test_results_pages_link_to_what_exists(page):
+  folder = ROOT / "experiments/results"
+  text = (folder / page).read_text()
+  links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+  links += re.findall(r"`((?:raw/)?[\w-]+\.(?:md|txt))`", text)  # named without a link
+  missing = [link for link in links if not ((folder / link).exists() or (folder / "raw" / link).exists())]
+  assert missing == []

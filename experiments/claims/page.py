@@ -21,7 +21,9 @@ settings disagree, when its verdict rests on a difference no larger than that of
 """
 _PAGES = """## Other pages
 
-- [Runs](runs.md): what each record is, how it was made, and what was found.
+- What each record is, how it was made, and what was found: [numerics](numerics.md) of the kernels,
+  [language](language.md) models of 42M parameters, [synthetic](synthetic.md) tasks, [training](training.md) and its
+  speed, and the [reliability](reliability.md) of the commands.
 - [Kernels](kernels.md): every kernel beside other libraries. [Kernel log](kernel_log.md): what was tried on them.
 - [Models](models.md): the size of every config beside its paper's.
 - `raw/`: what programs printed, and one record per case of the numerics.
