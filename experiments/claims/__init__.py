@@ -6,7 +6,7 @@ from .claim import Claim, Finding, Results
 __all__ = ["CLAIMS", "KINDS", "Claim", "Finding", "Results"]
 
 KINDS = {"Language modelling at matched size and tokens": language.claims(),
-         "Texts longer than those of training": lengths.claims(),
+         "Texts longer than in training": lengths.claims(),
          "Synthetic tasks": synthetic.claims(),
          "Speed of kernels": kernels.claims(),
          "Speed of training and decoding": speed.claims()}

@@ -1,4 +1,4 @@
-"""Claims on texts longer than those of training, from evaluations in the folder `lengths`."""
+"""Claims on texts longer than in training, from evaluations in the folder `lengths`."""
 
 import statistics
 

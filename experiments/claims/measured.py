@@ -49,7 +49,7 @@ RESULTS = [
      "DeltaNet 1.215, Mamba 1.220, TransNormerLLM 1.240, GLA 1.241, RetNet 1.264."),
     ("29.5M tokens, with and without short convolutions", "2 H200",
      "GLA 1.475 and 1.560 bits per byte, DeltaNet 1.527 and 1.617."),
-    ("The gate of that GLA: none, constant, one per token, one per channel", "1 H200",
+    ("The gate of the GLA without convolutions: none, constant, one per token, one per channel", "1 H200",
      "1.792, 1.660, 1.561 and 1.560 bits per byte."),
     ("Trained on 512 tokens: the loss at 8K to 16K over the loss at 256 to 512", "1 H200",
      "GLA x0.995, RetNet x0.993, TransNormerLLM x0.999, DeltaNet x1.066, Transformer++ x1.427."),

@@ -66,7 +66,7 @@ def test_the_answer_counts_claims_and_names_each_sentence_once():
   assert classified([clear, Finding("", (False,))]) == "undecided"  # two settings disagree
   assert classified([clear, run]) == "in part" and classified([Finding("", (False,))] * 2) == "contradicted"
   claims = [claim("A."), dataclasses.replace(claim("A."), setting="larger"), claim("B.")]
-  reproduced, in_part, *_ = by_class(claims, dict(zip(claims, (clear, clear, run), strict=True)))
+  reproduced, _, in_part, _ = by_class(claims, dict(zip(claims, (clear, clear, run), strict=True)))
   assert reproduced == "• A (2 of 2)" and in_part == "• B (1 of 2, 1 not run)"
 
 
