@@ -1,4 +1,4 @@
-"""The front page's picture: speed of forward and backward pass against length, beside softmax attention and the peers."""
+"""The front page's picture: speed of both passes against length, beside softmax attention and other libraries."""
 
 import dataclasses
 import pathlib
@@ -11,7 +11,8 @@ DEVICE = "NVIDIA H200"
 PANELS = {("gla", "channel"): "Gated linear attention", ("delta_rule", "none"): "Delta rule (DeltaNet)"}
 # Colours that stay apart for readers who do not see red and green apart (Okabe and Ito), and a marker for each.
 LINES = {"ours": ("lin_jax", "#0072B2", "o", 2.5), "jla": ("jax-linear-attention", "#E69F00", "s", 1.5),
-         "fla": ("flash-linear-attention", "#009E73", "D", 1.5), "cudnn": ("softmax attention (cuDNN)", "#000000", "^", 1.5)}
+         "fla": ("flash-linear-attention", "#009E73", "D", 1.5),
+         "cudnn": ("softmax attention (cuDNN)", "#000000", "^", 1.5)}
 SHORT_CALL = 16  # sequences of 2,048 tokens, the call that flash-linear-attention was measured in
 
 

@@ -91,3 +91,13 @@ def test_the_page_of_ops_has_every_signature_and_mixer():
     wanted = [str(p) for p in inspect.signature(getattr(ops, op)).parameters]
     assert [name.lstrip("*") for name in names] == wanted, op
   assert [name for name in MIXERS if f"| `{name}` |" not in text] == []
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "experiments/results").glob("*.md")))
+def test_results_pages_link_to_what_exists(page):
+  folder = ROOT / "experiments/results"
+  text = (folder / page).read_text()
+  links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+  links += re.findall(r"`((?:raw/)?[\w-]+\.(?:md|txt))`", text)  # named without a link
+  missing = [link for link in links if not ((folder / link).exists() or (folder / "raw" / link).exists())]
+  assert missing == []
