@@ -8,6 +8,7 @@ import sys
 
 from absl import flags
 
+from kernel_bench import front
 from kernel_bench.page import draw, render
 from kernel_bench.records import Records
 from lin_jax import files
@@ -34,6 +35,8 @@ def main(_):
   for device in records.devices():
     if plot := draw(records, device, path.parent):
       print(plot)
+  if front.draw(records, picture := path.with_name("front.png")):
+    print(picture)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 
 from kernels import cpu_compiler
 
+Implementation = Literal["pallas_triton", "xla_chunked", "reference"]
 TABLE = {
     "delta_rule": ("pallas_triton", "xla_chunked", "reference"),
     "gla": ("pallas_triton", "xla_chunked", "reference"),
@@ -25,7 +27,7 @@ TABLE = {
 PLATFORMS = {"pallas_triton": ("cuda",)}
 
 
-def choose(op: str, implementation: str | None, *arrays, chunk_size: int | None = None) -> Callable:
+def choose(op: str, implementation: Implementation | None, *arrays, chunk_size: int | None = None) -> Callable:
   """The function that computes `op` on `arrays`.
 
   Raises:

@@ -1,9 +1,16 @@
-"""README.md and WORKSPACE.md name files that exist, and the map names every module once."""
+"""Pages name files that exist, the map names every module once, and the Python of the front page runs."""
 
+import inspect
 import pathlib
 import re
 
 import pytest
+from flax import nnx
+
+from lin_jax import checkpoint, ops, tokenizer
+from lin_jax.mixers import MIXERS
+from lin_jax.model import LanguageModel
+from tests.lin_jax import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "lin_jax", "experiments")
@@ -43,3 +50,54 @@ def test_named_files_exist(page):
   named |= set(re.findall(r"`([\w-]+\.(?:md|toml|txt))`", text))
   assert named
   assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def python_blocks(page):
+  return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def test_the_front_page_is_short_and_its_picture_exists():
+  text = (ROOT / "README.md").read_text()
+  assert len(text.splitlines()) <= 100
+  assert all((ROOT / path).exists() for path in re.findall(r"\]\((?!http)([^)#]+)", text))
+
+
+def test_the_front_page_calls_an_op():
+  call, _ = python_blocks("README.md")
+  names = {}
+  exec(compile(call, "README.md", "exec"), names)  # the page's own text
+  assert names["output"].shape == (1, 2048, 4, 64) and names["state"].shape == (1, 4, 64, 64)
+  assert all(float(abs(names[name]).max()) > 0 for name in ("dq", "dk", "dv"))
+
+
+def test_the_front_page_generates(tmp_path, monkeypatch, capsys):
+  _, load = python_blocks("README.md")
+  config = tiny.config("bytes")
+  config.model.vocab_size = tokenizer.ByteTokenizer().vocab_size
+  checkpoint.save_model(tmp_path / "runs" / "gla_tiny", config, LanguageModel(config.model, rngs=nnx.Rngs(0)))
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  exec(compile(load, "README.md", "exec"), names)
+  assert names["tokens"].shape == (1, 100) and capsys.readouterr().out.strip()
+
+
+def test_the_page_of_ops_has_every_signature_and_mixer():
+  text = (ROOT / "kernels" / "README.md").read_text()
+  for op in ops.__all__:
+    if op == "Implementation":
+      continue
+    listed, = re.findall(rf"^    {op}\(([^)]*)\)", text, flags=re.MULTILINE)
+    names = [word.split("=")[0] for word in re.split(r",\s*", listed) if word != "*"]
+    wanted = [str(p) for p in inspect.signature(getattr(ops, op)).parameters]
+    assert [name.lstrip("*") for name in names] == wanted, op
+  assert [name for name in MIXERS if f"| `{name}` |" not in text] == []
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "experiments/results").glob("*.md")))
+def test_results_pages_link_to_what_exists(page):
+  folder = ROOT / "experiments/results"
+  text = (folder / page).read_text()
+  links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+  links += re.findall(r"`((?:raw/)?[\w-]+\.(?:md|txt))`", text)  # named without a link
+  missing = [link for link in links if not ((folder / link).exists() or (folder / "raw" / link).exists())]
+  assert missing == []

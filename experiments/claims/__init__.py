@@ -3,6 +3,11 @@
 from . import kernels, language, lengths, speed, synthetic
 from .claim import Claim, Finding, Results
 
-__all__ = ["CLAIMS", "Claim", "Finding", "Results"]
+__all__ = ["CLAIMS", "KINDS", "Claim", "Finding", "Results"]
 
-CLAIMS = [*language.claims(), *lengths.claims(), *synthetic.claims(), *kernels.claims(), *speed.claims()]
+KINDS = {"Language modelling at matched size and tokens": language.claims(),
+         "Texts longer than in training": lengths.claims(),
+         "Synthetic tasks": synthetic.claims(),
+         "Speed of kernels": kernels.claims(),
+         "Speed of training and decoding": speed.claims()}
+CLAIMS = [claim for claims in KINDS.values() for claim in claims]

@@ -14,10 +14,17 @@ HOLDS, IN_PART, FAILS, NOT_RUN = "holds", "holds in part", "does not hold", "not
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What the records say: the obtained numbers, and for each point of the claim whether it holds (None: no record)."""
+  """What the records say of a claim.
+
+  Attributes:
+    text: the obtained numbers.
+    points: for each point of the claim whether it holds (None: no record).
+    close: for each point whether it rests on a difference smaller than two seeds' (empty: none does).
+  """
 
   text: str
   points: tuple[bool | None, ...]
+  close: tuple[bool, ...] = ()
 
   @property
   def verdict(self) -> str:
@@ -27,6 +34,13 @@ class Finding:
     if all(self.points):
       return HOLDS
     return IN_PART if any(self.points) else FAILS
+
+  @property
+  def decided(self) -> bool:
+    """Whether the points that are not close give the same verdict."""
+    close = self.close or (False,) * len(self.points)
+    clear = tuple(None if near else point for point, near in zip(self.points, close, strict=True))
+    return self.verdict == Finding(self.text, clear).verdict != NOT_RUN
 
   @property
   def run(self) -> int:

@@ -14,7 +14,7 @@ _SCANS = " --ops=delta_rule --implementations=pallas_triton,reference --peers=no
 
 def claims() -> list[Claim]:
   figure, table = _cases("figures", "gla"), _cases("figures", "linear_attention")
-  length = "H16 K=V=128 bfloat16, 131,072 tokens a call"
+  length = "H16 K=V=128 bfloat16, 131,072 tokens per call"
   gla = "GLA's kernel is faster than softmax attention's from 4,096 tokens on."
   flat = "A token costs lightning attention's kernel the same time at every length."
   faster = "Lightning attention's kernel is faster than softmax attention's from 8,192 tokens on."
@@ -101,7 +101,7 @@ def _flat(cases: Sequence[Case], slack):
                    for case in cases if case.T >= 1024 and case.T != 4096]
         if rows:
           texts.append(f"{_pass(label)} " + ", ".join(f"{_length(T)} {ns:.3g}" for T, ns in rows.items()))
-      return Finding("ns a token: " + "; ".join(texts), tuple(points))
+      return Finding("ns per token: " + "; ".join(texts), tuple(points))
 
     return _first(results, on)
 

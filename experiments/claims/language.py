@@ -51,10 +51,11 @@ def _below(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
     margin = {(left, right): factor * found[right]["bits_per_byte"] - found[left]["bits_per_byte"]
               for left, right in known}
     models = dict.fromkeys(model for pair in pairs for model in pair if model in found)
+    close = [pair for pair in known if abs(margin[pair]) < sum(map(spread, pair))]
     texts = [f"{name(model)} {bits(found[model])}" for model in models]
-    texts += [f"{name(left)} and {name(right)} are closer than their seeds" for left, right in known
-              if abs(margin[left, right]) < spread(left) + spread(right)]
-    return Finding("; ".join(texts), tuple(margin[pair] > 0 if pair in margin else None for pair in pairs))
+    texts += [f"{name(left)} and {name(right)} are closer than their seeds" for left, right in close]
+    points = tuple(margin[pair] > 0 if pair in margin else None for pair in pairs)
+    return Finding("; ".join(texts), points, tuple(pair in close for pair in pairs))
 
   return judge
 
@@ -83,7 +84,7 @@ def claims() -> list[Claim]:
       *both(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
             "28.65, 28.39, 28.39", judge=below([("gla", "transformer"), ("gla", "mamba")], _LEVEL)),
       claim("gates", _GLA, "ablation of the gate",
-            "The finer the decay the better: none, constant, one a token, one a channel.",
+            "The finer the decay the better: none, constant, one per token, one per channel.",
             "23.21, 16.55, 15.56, 14.77 (340M, training perplexity)",
             _below("gates", [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay"),
                              ("gla", "scalar_decay")])),
@@ -116,4 +117,4 @@ def _deltanet(sweep, results):
   better = _below(sweep, [("deltanet", "retnet"), ("deltanet", "gla")])(results)
   level = _below(sweep, [("deltanet", "mamba"), ("deltanet", "transformer")], _LEVEL)(results)
   texts = dict.fromkeys(text for finding in (better, level) for text in finding.text.split("; ") if text)
-  return Finding("; ".join(texts), better.points + level.points)
+  return Finding("; ".join(texts), better.points + level.points, better.close + level.close)

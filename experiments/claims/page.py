@@ -1,7 +1,8 @@
-"""The page of claims as markdown: a row for each, with its verdict, and the tables behind them."""
+"""The page of claims as markdown: the answer, the measured results, a row for each claim, the tables behind them."""
 
-from . import CLAIMS, language, synthetic
+from . import CLAIMS, KINDS, language, synthetic
 from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, Results, percent
+from .measured import RESULTS
 from .plots import PLOTS
 
 PAPERS = {"2312.06635": "Gated Linear Attention", "2405.17381": "Lightning Attention, TransNormerLLM",
@@ -9,40 +10,94 @@ PAPERS = {"2312.06635": "Gated Linear Attention", "2405.17381": "Lightning Atten
 _HEAD = """# Claims of the papers
 
 Generated from the records beside it by `python experiments/report_claims.py`; do not edit.
-
-Each row is a claim of a paper, and what this repository's runs say of it. A claim is split into points, the comparisons
-that it makes; it *holds* when all of them were run and hold, *in part* when some hold, and is *not run* before any has
-its record. Settings are smaller than the papers'. A verdict is of the setting beside it and not of the paper's own.
-A synthetic task counts for a model when one of the learning rates has solved it or all were tried.
-
-Other pages: [runs](runs.md), what each record is and how it was made; [kernels](kernels.md), every kernel against other
-libraries; [models](models.md), every config beside its paper's size; [kernel log](kernel_log.md), what was tried.
 """
+_READING = """
+A claim is split into points, which are the comparisons that it makes; the numbers in parentheses say how many hold. It
+*holds* when all of its points were run and hold, and *in part* when some hold. A claim that was tried in two settings
+counts twice above and is named once. It is *undecided* when its settings disagree, when its verdict rests on a
+difference no larger than that of two seeds, or when it was not run. Settings are smaller than the papers', so a verdict
+is about our setting and not about the paper's own.
+"""
+_MEASURED = """
+A pair of times such as 0.67 / 2.49 ms is of the forward pass and of forward and backward pass together. Losses to other
+libraries, failures and departures from the papers are in bold.
+"""
+_PAGES = """## Other pages
+
+- Findings by subject, with their records and commands: [numerics](numerics.md) of the kernels, [language](language.md)
+  models of 42M parameters, [synthetic](synthetic.md) tasks, [training](training.md) and its speed, and the
+  [reliability](reliability.md) of the commands.
+- [Kernels](kernels.md) beside other libraries at every shape, and the [log](kernel_log.md) of the work on them.
+- [Models](models.md): the size of every config beside its paper's.
+- `raw/`: printed output of programs, and the numerics case by case.
+"""
+_CLASSES = "reproduced", "contradicted", "in part", "undecided"
 
 
 def render(results: Results) -> str:
-  found = [(claim, claim.judge(results)) for claim in CLAIMS]
-  verdicts = [finding.verdict for _, finding in found]
-  counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (HOLDS, IN_PART, FAILS, NOT_RUN))
-  parts = [_HEAD, f"{len(found)} claims: {counts}."]
+  found = {claim: claim.judge(results) for claim in CLAIMS}
+  commands = list(dict.fromkeys(claim.command for claim in CLAIMS))
+  parts = [_HEAD, *_answer(found), "## What was measured", _MEASURED,
+           _table(["run", "machine", "result"], RESULTS), _PAGES, "## Claim by claim",
+           "A synthetic task counts for a model when one of the learning rates has solved it or all were tried. The "
+           "last column leads to the command that makes the records."]
   for paper, title in PAPERS.items():
-    parts += [f"## {title} (arXiv:{paper})",
-              _table(["claim", "where", "paper", "our setting", "our result", "points", "verdict", "command"],
-                     [_row(claim, finding) for claim, finding in found if claim.paper == paper])]
-  parts += _tables(results)
-  parts += [f"![{plot.title}]({plot.file})" for plot in PLOTS if plot.drawn(results)]
+    parts += [f"### {title} (arXiv:{paper})",
+              _table(["claim", "where", "paper", "our setting", "our result", "points", "verdict", "made by"],
+                     [_row(claim, finding, commands) for claim, finding in found.items() if claim.paper == paper])]
+  parts += ["## Tables", *_tables(results)]
+  if plots := [f"![{plot.title}]({plot.file})" for plot in PLOTS if plot.drawn(results)]:
+    parts += ["## Plots", *plots]
+  parts += ["## Commands", "\n".join(f"{number}. `{command}`" for number, command in enumerate(commands, 1))]
   return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _row(claim, finding):
-  points = f"{sum(map(bool, finding.points))} of {finding.run}" + (
-      f", {len(finding.points) - finding.run} not run" if finding.run < len(finding.points) else "")
+def _answer(found):
+  """How many claims of each kind have which verdict, and the claims themselves."""
+  counts = [[kind, *(sum(found[claim].verdict == verdict for claim in claims) for verdict in
+                     (HOLDS, IN_PART, FAILS, NOT_RUN))] for kind, claims in KINDS.items()]
+  total = [sum(column) for column in zip(*(numbers for _, *numbers in counts))]
+  rows = [[f"**{kind}**", *map(str, numbers), str(sum(numbers))] for kind, *numbers in [*counts, ["All", *total]]]
+  sentences = [[f"**{name}**", text] for name, text in zip(_CLASSES, by_class(CLAIMS, found), strict=True) if text]
+  holds, in_part, fails, not_run = total
+  return [f"Of {sum(total)} claims, {holds} hold, {in_part} hold in part, {fails} do not hold, {not_run} are not run.",
+          _table(["claims on", "hold", "hold in part", "do not hold", "not run", "all"], rows),
+          "Each claim once, by what the runs here say of it:",
+          _table(["", "claims, and how many of their points hold"], sentences), _READING]
+
+
+def by_class(claims, found):
+  """The sentences of `claims` in a cell for each of `_CLASSES`, with the points that hold in all settings together."""
+  cells = {name: [] for name in _CLASSES}
+  for text in dict.fromkeys(claim.text for claim in claims):
+    findings = [found[claim] for claim in claims if claim.text == text]
+    points = sum((finding.points for finding in findings), ())
+    cells[classified(findings)].append(f"• {text.rstrip('.')} ({_points(points)})")
+  return ["<br>".join(texts) for texts in cells.values()]
+
+
+def classified(findings):
+  """Which of `_CLASSES` the findings of one sentence, one for each setting, put it in."""
+  verdicts = {finding.verdict for finding in findings}
+  if verdicts == {HOLDS, FAILS} or not all(finding.decided for finding in findings):
+    return "undecided"
+  return {(HOLDS,): "reproduced", (FAILS,): "contradicted"}.get(tuple(verdicts), "in part")
+
+
+def _points(points):
+  known = [point for point in points if point is not None]
+  missing = len(points) - len(known)
+  return f"{sum(known)} of {len(known)}" + (f", {missing} not run" if missing else "")
+
+
+def _row(claim, finding, commands):
+  points = _points(finding.points)
   if not finding.run:
     points, result = "", "the command's records are not all there: it takes more GPU time"
   else:
     result = finding.text
   return [claim.text, claim.place, claim.printed, claim.setting, result, points, f"**{finding.verdict}**",
-          f"`{claim.command}`"]
+          f"[{commands.index(claim.command) + 1}](#commands)"]
 
 
 def _tables(results):
@@ -58,8 +113,8 @@ def _tables(results):
     if apart := _apart(found):
       parts.append(f"Seeds of one model are up to {apart:.3f} bits per byte apart: a smaller difference says little.")
     elif rows and (apart := _apart(language.rows(results, "main"))):
-      parts.append(f"One seed a model. Those of sweep `main` are up to {apart:.3f} bits per byte apart: a smaller "
-                   "difference says little.")
+      parts.append(f"One seed per model. The seeds of sweep `main` are up to {apart:.3f} bits per byte apart: a "
+                   "smaller difference says little.")
   points = [(setting, width) for setting in synthetic.MQAR_SETTINGS for width in synthetic.WIDTHS]
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mqar(results, mixer, *point)) for point in points)]
           for mixer in synthetic.NAMES]
@@ -69,7 +124,7 @@ def _tables(results):
   if not_begun:
     length, pairs = synthetic.MQAR_SETTINGS[-1]
     parts.append(f"{not_begun} of {tried} models recall less than 2% of {pairs} pairs in {length} tokens: a quarter of "
-                 "the papers' epochs ends before they begin to learn, and which of two such is ahead says nothing.")
+                 "the papers' epochs ends before they begin to learn, so the order of such models says nothing.")
   tasks = list(dict.fromkeys(run.task for run in synthetic.sweeps.mad()))
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mad(results, mixer, task)) for task in tasks),
            _cell(synthetic.mad_average(results, mixer))] for mixer in synthetic.NAMES]

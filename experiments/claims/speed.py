@@ -30,7 +30,7 @@ def decoding(results: Results) -> tuple[str, dict[tuple[str, int], dict]]:
 
 
 def claims() -> list[Claim]:
-  setting = "1.3B, 16,384 tokens a step, 2K to 16K, float32 parameters and moments, bfloat16 compute"
+  setting = "1.3B, 16,384 tokens per step, 2K to 16K, float32 parameters and moments, bfloat16 compute"
   command = lambda name: f"python experiments/bench_training.py --set={name} --out=experiments/results/{TRAINING}"
   fig6 = SWEEPS["gla_fig6"].lengths
   gla, transformer, mamba, delta = "gla_1b3", "transformer_1b3", "mamba_1b3", "deltanet_1b3"
@@ -45,10 +45,10 @@ def claims() -> list[Claim]:
       Claim(_DELTA, "throughput figure", "DeltaNet trains faster than Transformer++ from 8,192 tokens on.", "curves",
             setting, command("gla_fig6"), _faster("gla_fig6", [(delta, transformer, length) for length in fig6[2:]])),
       Claim(_TNL, "training speed table", "TransNormerLLM trains as fast at every length.",
-            "38,615 tokens/s at 1K, 38,278 at 64K", "385M, 65,536 tokens a step; a point holds within 5% of 2K",
+            "38,615 tokens/s at 1K, 38,278 at 64K", "385M, 65,536 tokens per step; a point holds within 5% of 2K",
             command("tnl"), _flat_training),
       Claim(_TNL, "training speed table", "TransNormerLLM trains faster than the Transformer at every length.",
-            "38,615 and 35,931 at 1K; 38,278 and 5,643 at 64K", "385M and 383M, 65,536 tokens a step", command("tnl"),
+            "38,615 and 35,931 at 1K; 38,278 and 5,643 at 64K", "385M and 383M, 65,536 tokens per step", command("tnl"),
             _faster("tnl", [("tnl_385m", "transformer_385m", length) for length in SWEEPS["tnl"].lengths])),
       Claim(_TNL, "inference", "TransNormerLLM decodes in the same time and memory after any number of tokens, the "
             "Transformer's memory grows.", "2,819.6 tokens/s; 252 to 967 of others (7B)",
@@ -57,7 +57,7 @@ def claims() -> list[Claim]:
 
 
 def _faster(name, pairs):
-  """A point for each (left, right, length): left trains more tokens a second than right."""
+  """A point for each (left, right, length): left trains more tokens per second than right."""
 
   def judge(results):
     device, rows = training(results, name)

@@ -15,15 +15,30 @@ _HEAD = """# Kernel benchmarks
 
 Generated from `kernels.jsonl` by `python experiments/report_kernels.py`; do not edit.
 
-Times are milliseconds a call, of one layer's op as training makes it: no initial state, final state unused. A time
-counts only after output and gradients were compared with the float32 scan. On a GPU calls are queued back to back and
-the median batch counts; a PyTorch peer gets the better of eager calls and a CUDA graph. GB/s is of the one-pass floor:
-every argument read once and every result written once, in the backward pass again. MiB is the peak of one call:
-arguments, results and everything between. Both are of the implementation that runs when none is named. `xN` is the
-peer's time over ours; within 3% of 1 it counts as even. cuDNN's column is causal softmax attention at the same shape:
-another function, for comparison. Among the versions `kernels` is a digest of this repository's kernel sources. Of every
-call the newest record counts, so that an aim or `xN` may compare records of different days and sources: `runs.md` says
-which do.
+- A time is in milliseconds per call of one layer's op as training makes it, without an initial state and with the final
+  state unused. It counts only after output and gradients were compared with the float32 scan. On a GPU the calls are
+  queued back to back and the median batch counts. A PyTorch peer gets the better of eager calls and a CUDA graph.
+- GB/s refers to the one-pass floor, which reads every argument once and writes every result once, and does so again in
+  the backward pass. MiB is the peak of one call: arguments, results and everything between. Both are of the
+  implementation that runs when none is named.
+- `xN` is the peer's time divided by ours; within 3% of 1 it counts as even. cuDNN's column is causal softmax attention
+  at the same shape, which is another function and stands there for comparison.
+- The last three columns say of our record when it was made, from which kernel sources (a digest), and whether the
+  program that was measured is the one that ships. The newest record of every call counts, so an aim or `xN` may compare
+  records of different days and sources. [Kernel sources](#kernel-sources) says what each digest is.
+
+The records are made by the following command:
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python experiments/bench_kernels.py --shapes=all \\
+        --out=experiments/results/kernels.jsonl
+"""
+_SOURCES = """## Kernel sources
+
+The column "ships" says *yes* where the traced kernels are those of the present sources, and *no (loop starts)* where
+they were until 29 November 2026. Since then the loops of all GPU kernels start at an index from memory, so that no
+compiler knows how many chunks they run over. The passes of 16 shapes together take 0.96 to 1.01 times as long as
+before, and a forward pass 0.89 to 1.03 times (`raw/loop_start_speed_h200.json`). Where the column says *no* alone, the
+program has changed in other ways too.
 """
 _EVEN = 1.03
 
@@ -40,6 +55,10 @@ def render(records: Records) -> str:
         chosen = [case for case in cases if (case.op, case.gate) == (op, gate)]
         parts += [f"### {heading}: `{op}`, {_gate_text(gate)}", *_comparison(records, device, chosen, name)]
     parts += _provenance(records, device)
+  if records.sources:
+    parts += [_SOURCES, _table(["sources", "date", "ships", "what was measured"], [
+        [f"`{digest}`", source["date"], _shipping(source), source["what"]]
+        for digest, source in records.sources.items()])]
   return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -104,10 +123,12 @@ def _comparison(records, device, cases, name):
         if row and row["ms"] is None:
           reasons.setdefault((name, row["reason"]), []).append(f"{_shape(case)} {label}")
       ratios = {peer: row["ms"] / ours["ms"] for peer, row in others.items()} if ours else {}
-      ours = [_digits(ours["gb_per_s"]), f"{ours['peak_mib']:.0f}"] if ours else ["", ""]
-      rows.append([_shape(case), label, *cells, *ours,
-                   *(f"x{ratios[peer]:.2f}" if peer in ratios else "" for peer in rivals), _verdict(ratios)])
-  head = ["shape", "pass", *names, "GB/s", "MiB", *(f"{peer} / ours" for peer in rivals), "verdict"]
+      cost = [_digits(ours["gb_per_s"]), f"{ours['peak_mib']:.0f}"] if ours else ["", ""]
+      rows.append([_shape(case), label, *cells, *cost,
+                   *(f"x{ratios[peer]:.2f}" if peer in ratios else "" for peer in rivals), _verdict(ratios),
+                   *_origin(records, ours)])
+  head = ["shape", "pass", *names, "GB/s", "MiB", *(f"{peer} / ours" for peer in rivals), "verdict", "date", "sources",
+          "ships"]
   notes = [f"- `{name}` cannot run {calls[0]}{f' and {len(calls) - 1} more' * (len(calls) > 1)}: {reason}"
            for (name, reason), calls in reasons.items()]
   notes += ["- \\* measured in another run than ours"] * mixed
@@ -120,6 +141,25 @@ def _verdict(ratios):
   if lost:
     return f"lost to {', '.join(lost)}"
   return f"even with {', '.join(even)}" if even else "won" if ratios else ""
+
+
+def _origin(records, row):
+  """When the record was made, of which kernel sources, and whether its program ships; unknown where nothing says so."""
+  if row is None:
+    return ["", "", ""]
+  digest = row["versions"].get("kernels", "")
+  ships = _ships(records.sources[digest], f"{row['op']} {row['gate']}") if digest in records.sources else "unknown"
+  return [row["run"][:10], f"`{digest}`" if digest else "", ships]
+
+
+def _ships(source, kernel):
+  return ("yes" if kernel in source["same_program_as_ships"] else
+          "no (loop starts)" if kernel in source["loop_start_differs"] else "no")
+
+
+def _shipping(source):
+  named = [*source["same_program_as_ships"], *source["loop_start_differs"]]
+  return "<br>".join(f"{kernel}: {_ships(source, kernel)}" for kernel in named) or "no"
 
 
 def _row(records, device, case, name, label):

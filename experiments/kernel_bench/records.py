@@ -14,10 +14,17 @@ _FIELDS = [field.name for field in dataclasses.fields(Case)]
 
 
 class Records:
-  """The newest record of every call: a line of the file replaces earlier lines of the same call."""
+  """The newest record of every call: a line of the file replaces earlier lines of the same call.
+
+  Attributes:
+    sources: by digest of the kernel sources what `kernel_sources.json` beside the records says of it: its `date`,
+      `what` was measured, and two lists of ops with their gates. The traced kernels of `same_program_as_ships` are the
+      present ones; the kernels of `loop_start_differs` were, until all loops began to start at an index from memory.
+  """
 
   def __init__(self, path: str | pathlib.Path):
-    self._rows = {}
+    self._rows, described = {}, pathlib.Path(path).with_name("kernel_sources.json")
+    self.sources = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
     for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
       try:
         row = json.loads(line)

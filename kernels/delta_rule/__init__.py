@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from kernels import chunks, containment, contract, dispatch
 from kernels.delta_rule import reference
 from kernels.delta_rule.reference import step
+from kernels.dispatch import Implementation
 
 __all__ = ["delta_rule", "step"]
 
@@ -16,7 +17,7 @@ def delta_rule(
     log_decay: Float[Array, "B T H"] | None = None, *, normalize_qk: bool = False,
     initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
     scale: float | Float[Array, ""] | None = None, chunk_size: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """The delta rule: S_t = a_t S_{t-1} + beta_t k_t^T (v_t - a_t k_t S_{t-1}) and o_t = scale * q_t S_t, per head.
 
@@ -35,7 +36,8 @@ def delta_rule(
       in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
       reaches the tokens before it in its chunk, but with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
-    chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
+    chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
+      number skips the configuration that was measured for the device, and 128 is not for "pallas_triton".
     implementation: "xla_chunked", "pallas_triton" (K up to 256) or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
@@ -56,6 +58,14 @@ def delta_rule(
     alone takes jax.jvp of the op itself.
   Source: Yang et al., arXiv:2406.06484, section 3 (delta rule, chunks); arXiv:2412.06464, section 3 (with decay);
     Grazzi et al., arXiv:2411.12537, section 4 (beta in [0, 2]).
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from lin_jax.ops import delta_rule
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 32))  # [batch, time, heads, channels]
+    >>> beta = jax.nn.sigmoid(jax.random.normal(jax.random.key(1), (2, 100, 4)))
+    >>> output, state = delta_rule(q, k, v, beta, normalize_qk=True)
+    >>> output.shape, state.shape
+    ((2, 100, 4, 32), (2, 4, 32, 32))
   """
   contract.check("delta_rule", q, k, v, log_decay, initial_state, segment_ids)
   chunk_size = contract.chunk_size_of("delta_rule", chunk_size)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import chunks, containment, contract, dispatch
+from kernels.dispatch import Implementation
 from kernels.gla import reference
 from kernels.gla.reference import step
 
@@ -13,7 +14,7 @@ __all__ = ["gla", "step"]
 def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"],
         log_decay: Float[Array, "B T G K"], *, initial_state: Float[Array, "B H K V"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None, scale: float | Float[Array, ""] | None = None,
-        chunk_size: int | None = None, implementation: str | None = None,
+        chunk_size: int | None = None, implementation: Implementation | None = None,
         ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Gated linear attention: S_t = diag(exp(log_decay_t)) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, per head.
 
@@ -26,7 +27,8 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
       in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
       reaches the tokens before it in its chunk, but with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
-    chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
+    chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
+      number skips the configuration that was measured for the device, and 128 is not for "pallas_triton".
     implementation: "pallas_triton", "xla_chunked" or "reference"; None takes the first that supports the inputs and
       the default backend (`kernels.explain` says which).
   Returns:
@@ -45,6 +47,13 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
     alone takes jax.jvp of the op itself.
   Source: Yang et al., arXiv:2312.06635, sections 4.2 and 4.3.
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from lin_jax.ops import gla
+    >>> q, k, v, gate = jax.random.normal(jax.random.key(0), (4, 2, 100, 4, 32))  # [batch, time, heads, channels]
+    >>> output, state = gla(q, k, v, jax.nn.log_sigmoid(gate) / 16)
+    >>> output.shape, state.shape
+    ((2, 100, 4, 32), (2, 4, 32, 32))
   """
   contract.check("gla", q, k, v, log_decay, initial_state, segment_ids)
   chunk_size = contract.chunk_size_of("gla", chunk_size)

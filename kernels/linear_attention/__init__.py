@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import chunks, containment, contract, dispatch
+from kernels.dispatch import Implementation
 from kernels.linear_attention import reference
 from kernels.linear_attention.reference import step
 
@@ -15,7 +16,7 @@ def linear_attention(
     log_decay: Float[Array, "H"] | Float[Array, "B T H"] | None = None, *,
     initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
     scale: float | Float[Array, ""] | None = None, chunk_size: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Linear attention: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, per head.
 
@@ -29,7 +30,8 @@ def linear_attention(
       in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
       reaches the tokens before it in its chunk, but with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
-    chunk_size: tokens per chunk, a power of two in [16, 128]; chosen by shape if None. T need not be a multiple.
+    chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
+      number skips the configuration that was measured for the device, and 128 is not for "pallas_triton".
     implementation: "pallas_triton" (K up to 256), "xla_chunked" or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
@@ -49,6 +51,14 @@ def linear_attention(
     alone takes jax.jvp of the op itself.
   Source: Sun et al., arXiv:2307.08621, section 2 (constant); Qin et al., arXiv:2405.17381, section 3 (chunks); Dao and
     Gu, arXiv:2405.21060, section 6 (per token).
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from lin_jax.ops import linear_attention
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 32))  # [batch, time, heads, channels]
+    >>> log_decay = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(4.0)))  # RetNet's, one per head
+    >>> output, state = linear_attention(q, k, v, log_decay)
+    >>> output.shape, state.shape
+    ((2, 100, 4, 32), (2, 4, 32, 32))
   """
   contract.check("linear_attention", q, k, v, log_decay, initial_state, segment_ids)
   chunk_size = contract.chunk_size_of("linear_attention", chunk_size)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import chunks, containment, contract, dispatch
+from kernels.dispatch import Implementation
 from kernels.selective_scan import reference, xla_chunked
 from kernels.selective_scan.reference import step
 
@@ -16,7 +17,7 @@ FASTEST = -0.5 * float(jnp.finfo(jnp.float32).max)
 def selective_scan(
     x: Float[Array, "B T D"], step_size: Float[Array, "B T D"], a: Float[Array, "D N"], b: Float[Array, "B T N"],
     c: Float[Array, "B T N"], *, initial_state: Float[Array, "B D N"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None, implementation: str | None = None,
+    segment_ids: Int[Array, "B T"] | None = None, implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
   """Selective scan: h_t = exp(step_size_t a) h_{t-1} + step_size_t x_t b_t and y_t = sum of c_t h_t, per channel.
 
@@ -44,6 +45,15 @@ def selective_scan(
     and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
     alone takes jax.jvp of the op itself.
   Source: Gu and Dao, arXiv:2312.00752, section 3.2, with exp(step_size a) for the decay and step_size b for the input.
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from lin_jax.ops import selective_scan
+    >>> x, step = jax.random.normal(jax.random.key(0), (2, 2, 100, 64))  # [batch, time, channels]
+    >>> b, c = jax.random.normal(jax.random.key(1), (2, 2, 100, 16))  # [batch, time, states]
+    >>> rates = -jnp.broadcast_to(jnp.arange(1.0, 17.0), (64, 16))
+    >>> output, state = selective_scan(x, jax.nn.softplus(step), rates, b, c)
+    >>> output.shape, state.shape
+    ((2, 100, 64), (2, 64, 16))
   """
   _check(x, step_size, a, b, c, initial_state, segment_ids)
   # A step size of 0 times -inf would be NaN; sequences are filled up with such steps, too.

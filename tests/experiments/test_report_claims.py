@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from claims import CLAIMS, Finding, Results, language, lengths, speed, synthetic
-from claims.page import render
+from claims import CLAIMS, Claim, Finding, Results, language, lengths, speed, synthetic
+from claims.page import by_class, classified, render
 from claims.plots import PLOTS
 from kernel_bench.cases import PASSES, named
 from language import sweeps as language_sweeps
@@ -45,6 +45,35 @@ def finding(results, text, sweep=""):
     ((True, False), "holds in part"), ((False, None), "does not hold")])
 def test_verdict(points, verdict):
   assert Finding("", points).verdict == verdict
+
+
+@pytest.mark.parametrize("points, close, decided", [
+    ((True, True), (), True), ((True, True), (False, True), False), ((False, False), (False, True), True),
+    ((False,), (True,), False), ((True, False), (False, True), True), ((True, False), (True, False), False),
+    ((None,), (), False)])
+def test_a_verdict_is_decided_by_points_that_are_not_close(points, close, decided):
+  assert Finding("", points, close).decided == decided
+
+
+def claim(text):
+  return Claim("2312.06635", "table", text, "", "", "python", None)
+
+
+def test_the_answer_counts_claims_and_names_each_sentence_once():
+  clear, close, run = Finding("", (True,)), Finding("", (True,), (True,)), Finding("", (False, True, None))
+  assert [classified([finding]) for finding in (clear, close, run, Finding("", (None,)))] == [
+      "reproduced", "undecided", "in part", "undecided"]
+  assert classified([clear, Finding("", (False,))]) == "undecided"  # two settings disagree
+  assert classified([clear, run]) == "in part" and classified([Finding("", (False,))] * 2) == "contradicted"
+  claims = [claim("A."), dataclasses.replace(claim("A."), setting="larger"), claim("B.")]
+  reproduced, _, in_part, _ = by_class(claims, dict(zip(claims, (clear, clear, run), strict=True)))
+  assert reproduced == "• A (2 of 2)" and in_part == "• B (1 of 2, 1 not run)"
+
+
+def test_the_answer_comes_first_and_has_every_claim():
+  answer, _ = render(Results(RESULTS)).split("## What was measured")
+  assert f"Of {len(CLAIMS)} claims" in answer and len(answer.splitlines()) < 50
+  assert [claim.text for claim in CLAIMS if f"• {claim.text.rstrip('.')} (" not in answer] == []
 
 
 def mqar_runs(mixer, length, width):
@@ -137,7 +166,8 @@ def test_models_with_one_seed_are_taken_to_vary_as_in_the_main_sweep(tmp_path):
   write(tmp_path, language.FILE, rows)
   found = finding(Results(tmp_path), "GLA models text better than RetNet.", "long")
   assert found.points == (True,) and "GLA and RetNet are closer than their seeds" in found.text
-  assert "One seed a model. Those of sweep `main` are up to 0.040 bits per byte apart" in render(Results(tmp_path))
+  page = render(Results(tmp_path))
+  assert "One seed per model. The seeds of sweep `main` are up to 0.040 bits per byte apart" in page
 
 
 def test_claims_name_runs_of_the_sweeps():
@@ -219,7 +249,8 @@ def test_long_texts_are_compared_with_the_trained_length(tmp_path):
   results = Results(tmp_path)
   flat = finding(results, "GLA, RetNet and TransNormerLLM stay as good far beyond the length of training.")
   assert flat.points == (True, False, None) and flat.text == "GLA x1.010; RetNet x1.050"
-  assert finding(results, "Softmax attention does not (here: a loss 10% higher).").points == (True,)
+  assert finding(results, "Softmax attention gets worse far beyond the length of training (here: by 10% or more)."
+                 ).points == (True,)
   carried, = (claim.text for claim in CLAIMS if "state carried" in claim.text)
   assert finding(results, carried).points == (True, None)
 

@@ -51,7 +51,7 @@ def test_page_says_what_is_won_lost_refused_and_wrong(tmp_path):
   # The newest record counts; a wrong peer is shown and wins nothing.
   assert line(text, "| B16 T2048 H16 K128 V128 | forward |") == [
       "B16 T2048 H16 K128 V128", "forward", "0.400", "1.00*", "0.200 (off by 2e-01)", "0.300", "1000", "64", "x2.50",
-      "", "x0.75", "lost to cudnn"]
+      "", "x0.75", "lost to cudnn", "2026-01-01", "", "unknown"]
   assert line(text, "| forward_backward | 3.00 |")[3] == "cannot run"
   assert "`fla` cannot run B16 T2048 H16 K128 V128 forward_backward: RuntimeError: none here" in text
   assert "\\* measured in another run" in text
@@ -65,7 +65,30 @@ def test_a_difference_within_the_noise_is_no_win(tmp_path, ms, verdict):
   case = Case("gla", "channel", 16, 2048, 16, 128, 128, "bfloat16")
   rows = [record(case, "pallas_triton", "forward", 0.4), record(case, "fla", "forward", ms)]
   text = render(records(tmp_path / "k.jsonl", rows))
-  assert line(text, "| B16 T2048 H16 K128 V128 | forward | 0.400 |")[-1] == verdict
+  assert line(text, "| B16 T2048 H16 K128 V128 | forward | 0.400 |")[-4] == verdict
+
+
+def test_page_says_of_which_sources_a_record_is(tmp_path):
+  square = Case("gla", "channel", 16, 2048, 16, 128, 128, "bfloat16")
+  described = {
+      "aaa": {"date": "2026-01-01", "what": "1st.", "same_program_as_ships": ["gla channel"], "loop_start_differs": []},
+      "bbb": {"date": "2026-01-02", "what": "2nd.", "same_program_as_ships": [], "loop_start_differs": ["gla channel"]},
+      "ccc": {"date": "2026-01-03", "what": "3rd.", "same_program_as_ships": ["gla token"], "loop_start_differs": []}}
+  (tmp_path / "kernel_sources.json").write_text(json.dumps(described))
+  rows = [record(dataclasses.replace(square, B=B), "pallas_triton", "forward", 0.4, versions={"kernels": digest})
+          for B, digest in ((1, "aaa"), (2, "bbb"), (4, "ccc"), (8, "ddd"))]
+  text = render(records(tmp_path / "k.jsonl", rows))
+  origins = [line(text, f"| B{B} T2048 H16 K128 V128 | forward |")[-3:] for B in (1, 2, 4, 8)]
+  assert {date for date, *_ in origins} == {"2026-01-01"}  # when it was measured
+  assert [rest for _, *rest in origins] == [
+      ["`aaa`", "yes"], ["`bbb`", "no (loop starts)"], ["`ccc`", "no"], ["`ddd`", "unknown"]]
+  assert line(text, "| `aaa` | 2026-01-01 |") == ["`aaa`", "2026-01-01", "gla channel: yes", "1st."]
+
+
+def test_committed_records_are_of_described_sources():
+  known = Records(COMMITTED).sources
+  digests = [json.loads(text)["versions"].get("kernels") for text in COMMITTED.read_text().splitlines()]
+  assert {digest for digest in digests if digest} == known.keys()
 
 
 def test_aims_are_met_missed_or_not_measured(tmp_path):
