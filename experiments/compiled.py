@@ -112,6 +112,12 @@ def calls(program: Program) -> dict[str, Call]:
   return found
 
 
+def traced(calls: dict[str, Call]) -> str:
+  """Digest of a program's calls. Where it is equal, one version of JAX compiles the same code."""
+  text = "\n".join(f"{name}\n{call.key}" for name, call in calls.items())
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @functools.cache
 def _calls(op, K, V, dtype, gate, config, T):
   if op == "selective_scan":
