@@ -65,15 +65,15 @@ def main(_):
   run, fault = (rebase, "other kernel calls") if _REBASE.value else (compile_missing, "a fault")
   start = time.perf_counter()
   with deadline.deadline(_LIMIT.value) as over:
-    count, faulty = run(record, wanted, over)
+    count, done, faulty = run(record, wanted, over)
   if not _MATCH.value:
     record.save()
-  print(f"{count} programs wanted, {time.perf_counter() - start:.0f} s; {faulty} programs with {fault}")
+  print(f"{count} programs wanted, {done} done, {time.perf_counter() - start:.0f} s; {faulty} programs with {fault}")
   sys.exit(1 if faulty else 0)
 
 
 def compile_missing(record, wanted, over):
-  """Compiles what the record lacks; how many programs that was, and how many of them have a fault."""
+  """Compiles what the record lacks; how many programs are wanted, are done, and have a fault."""
   made_by = {"versions": versions(), "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)]}
   builds = {op: {"sources": compiled.sources(op)} | made_by for op in compiled.OPS}
   wanted = [program for program in wanted if _MATCH.value or record.build(program) != builds[program.op]]
@@ -81,31 +81,33 @@ def compile_missing(record, wanted, over):
   # Gates of one width share kernels, and tracing takes as long as compiling: a process does both, for one width.
   key = lambda p: (p.op, p.gpu, p.K, p.V, p.dtype, p.source, p.tokens)
   groups = (list(group) for _, group in itertools.groupby(wanted, key))
-  faulty, saved = 0, time.perf_counter()
+  done, faulty, saved = 0, 0, time.perf_counter()
   for program, entry in in_processes(functools.partial(compile_group, _ASSEMBLERS.value), groups, over):
     faults = compiled.faults(entry)
+    done += 1
     faulty += bool(faults)
     print(f"{program}: {'; '.join(faults) or 'ok'} | {summary(entry)}", flush=True)
     record.add(entry, builds[program.op])
     if not _MATCH.value and time.perf_counter() - saved > SAVE_SECONDS:
       record.save()
       saved = time.perf_counter()
-  return len(wanted), faulty
+  return len(wanted), done, faulty
 
 
 def rebase(record, wanted, over):
-  """Accepts these sources where calls are equal; how many programs were of other sources, and how many differ."""
+  """Accepts these sources where calls are equal; how many programs are of other ones, are done, and differ."""
   sources = {op: compiled.sources(op) for op in compiled.OPS}
   wanted = [program for program in wanted if (record.build(program) or {}).get("sources") != sources[program.op]]
   groups = collections.defaultdict(list)  # calls do not depend on the GPU
   for program in wanted:
     groups[dataclasses.replace(program, gpu="", source="")].append(program)
-  different = 0
+  done, different = 0, 0
   for program, digest in in_processes(trace_group, groups.values(), over):
+    done += 1
     if not record.rebase(program, digest, sources[program.op]):
       different += 1
       print(f"{program}: its kernel calls are not those of the record", flush=True)
-  return len(wanted), different
+  return len(wanted), done, different
 
 
 def in_processes(function, groups, over):

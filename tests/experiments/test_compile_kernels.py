@@ -205,6 +205,10 @@ def test_rebase_accepts_sources_of_equal_calls_without_a_toolchain(tmp_path):
   assert "0 programs wanted" in rebase(sources="renamed").stdout
   assert "0 programs wanted" in run(out, sources="renamed").stdout
 
+  late = rebase("--limit_seconds=1e-9", sources="other")
+  assert f"{len(before['programs'])} programs wanted, 0 done, " in late.stdout
+  assert json.loads(out.read_text())["programs"] == after["programs"]
+
   other = rebase("--ops=gla", "--gpus=sm_80,sm_89", sources="other", calls="other")
   grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
   assert other.returncode == 1 and f"{2 * grid} programs with other kernel calls" in other.stdout
