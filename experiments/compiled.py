@@ -73,16 +73,16 @@ def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
 
 
 def _of_heads(op, gpu):
-  module = _module(op)
+  configs = importlib.import_module(f"kernels.{op}.pallas_triton_config")
   widths = [*itertools.product(WIDTHS, (*WIDTHS, 512)), *(ODD_WIDTHS if gpu in SHORT_GPUS else ())]
   for dtype, (K, V) in itertools.product(DTYPES, widths):
     with use_abstract_mesh(GPUS[gpu].abstract):
-      config = module.heuristic(K, V, jnp.dtype(dtype), None)
+      config = configs.heuristic(K, V, jnp.dtype(dtype), None)
     for gate in itertools.chain(*tuning.GATES[op]):
       yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
   for gate, K, V, dtype in tuned.listed(op, GPUS[gpu].device):
     with use_abstract_mesh(GPUS[gpu].abstract):
-      config = tuned.lookup(op, module.Config, gate=gate, K=K, V=V, dtype=dtype)
+      config = tuned.lookup(op, configs.Config, gate=gate, K=K, V=V, dtype=dtype)
     yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
 
 

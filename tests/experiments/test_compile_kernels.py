@@ -110,7 +110,7 @@ def test_digest_is_that_of_the_code_that_kernels_need(tmp_path, monkeypatch):
 
 # The command on ops of one tile, with a compiler that finds what the width of the tile says.
 COMMAND = """
-import dataclasses, types
+import dataclasses, sys, types
 import compiled, tuning
 from assembler import Kernel
 from kernels.tuned import Tile
@@ -122,8 +122,9 @@ class Config:
 
 heuristic = lambda K, V, dtype, chunk_size: Config(64, Tile(K))
 compiled.tuned.listed = lambda op, device: []
-compiled._module = lambda op: types.SimpleNamespace(Config=Config, heuristic=heuristic, MOST_STATES=32,
-                                                    block_size=lambda N, dtype: N // 4)
+compiled._module = lambda op: types.SimpleNamespace(MOST_STATES=32, block_size=lambda N, dtype: N // 4)
+for op in tuning.GATES:
+  sys.modules[f"kernels.{op}.pallas_triton_config"] = types.SimpleNamespace(Config=Config, heuristic=heuristic)
 compiled.sources = lambda op: op + SOURCES
 compiled.calls = lambda program: {"gla_scan": compiled.Call(f"{program.K}{CALLS}", "gla_scan", None, ())}
 compiled.compile_calls = lambda gpu, calls, _: {x.key: Kernel(255, SPILL[gpu], 1024, 128, 8) for x in calls}
