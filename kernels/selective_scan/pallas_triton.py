@@ -84,11 +84,11 @@ def _backward(block, residuals, cotangents):
   dx, ds, dbc, da, dstates = _launch(
       functools.partial(_backward_kernel, resets=resets is not None, block=block), name="selective_scan_backward",
       grid=grid, loop=True,
-      in_specs=[tokens, tokens, rates, shared, shared, tokens, blocks, state, *reset[:resets is not None]],
+      in_specs=[tokens, tokens, rates, shared, shared, tokens, blocks, state, *given(resets is not None, reset)],
       out_specs=[tokens, tokens, sums, state, state],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape, jnp.float32),
                  jax.ShapeDtypeStruct((D // CHANNELS, P, T // block, ROWS, N), operand(x.dtype)),
-                 *[jax.ShapeDtypeStruct((P, D, N), jnp.float32)] * 2])(
+                 jax.ShapeDtypeStruct((P, D, N), jnp.float32), jax.ShapeDtypeStruct((P, D, N), jnp.float32)])(
           x, step_size, LOG2E * a, *_wide(b, c), dy, states, dstates, *_scaled(resets))
   dbc = jnp.sum(dbc, axis=0, dtype=jnp.float32)
   dc, db = (dbc[:, :, i:i + block].reshape(P, T, N).astype(x.dtype) for i in (0, ROWS // 2))
@@ -229,7 +229,7 @@ def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
   y, *saved, final = _launch(
       functools.partial(_forward_kernel, resets=resets is not None, save=save, block=block),
       name="selective_scan_forward", grid=grid, loop=True,
-      in_specs=[tokens, tokens, rates, shared, shared, state, *reset[:resets is not None]],
+      in_specs=[tokens, tokens, rates, shared, shared, state, *given(resets is not None, reset)],
       out_specs=[tokens, *given(save, blocks), state],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype),
                  *given(save, jax.ShapeDtypeStruct((P, T // block, D, N), operand(x.dtype))),
@@ -247,7 +247,7 @@ def _entry_states(x, step_size, a, b, resets, initial_state, block, *, reverse):
   update = _launch(
       functools.partial(_piece_kernel, resets=resets is not None, reverse=reverse, block=block),
       name="selective_scan_piece", grid=grid, loop=True,
-      in_specs=[tokens, tokens, rates, shared, *reset[:resets is not None]],
+      in_specs=[tokens, tokens, rates, shared, *given(resets is not None, reset)],
       out_specs=state, out_shape=jax.ShapeDtypeStruct((P, D, N), jnp.float32))(
           x, step_size, LOG2E * a, *_wide(b), *_scaled(resets))
   exponent = jnp.sum(step_size, axis=1)[:, :, None] * a[None]
@@ -260,7 +260,7 @@ def _specs(P, T, D, N):
   """The grid, and the blocks of x and the like, b and c, a, states, resets."""
   return ((D // CHANNELS, P), pl.BlockSpec((None, T, CHANNELS), lambda d, p: (p, 0, d)),
           pl.BlockSpec((None, T, N), lambda d, p: (p, 0, 0)), pl.BlockSpec((CHANNELS, N), lambda d, p: (d, 0)),
-          pl.BlockSpec((None, CHANNELS, N), lambda d, p: (p, d, 0)), [pl.BlockSpec((None, T), lambda d, p: (p, 0))])
+          pl.BlockSpec((None, CHANNELS, N), lambda d, p: (p, d, 0)), pl.BlockSpec((None, T), lambda d, p: (p, 0)))
 
 
 def _wide(*arrays):
