@@ -111,7 +111,7 @@ def rebase(record, wanted, over):
 
 
 def in_processes(function, groups, over):
-  """What `function` gives for each group of programs, as it is there; no group is begun after `over()`."""
+  """Results of `function` for each group of programs, as they are there; no group is begun after `over()`."""
   with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
     running = set()
     for group in itertools.chain(groups, [None] * os.cpu_count()):
