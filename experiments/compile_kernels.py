@@ -4,6 +4,7 @@
   pip install --target=cuda130 --no-deps nvidia-cuda-nvcc==13.0.88
   python experiments/compile_kernels.py --assemblers=cuda130/nvidia/cu13/bin/ptxas
   python experiments/compile_kernels.py --gpus=sm_90a --ops=gla --match='256x512 bfloat16'
+  python experiments/compile_kernels.py --rebase
 
 A program is the forward and backward pass under the heuristic's answer, at every point of a grid of widths, dtypes and
 gates, or under an entry of `kernels/tuned`. Exit status 1 when a kernel spills registers (for an entry more than 16
@@ -12,9 +13,16 @@ product of its PTX, as the installed assembler makes it or one of --assemblers. 
 shared memory and products of every kernel, and how it was built. A run adds what the record lacks of its kernels,
 measured configurations first, then odd widths, and goes on where a limit of time or a signal stopped it; `pending`
 counts what is not compiled since the kernels changed. One with --match only prints.
+
+The record also keeps a digest of each program's traced kernel calls. After a change of the sources that leaves these
+calls equal, as new names do, --rebase notes the new sources as what the entries were built from. It needs no CUDA
+toolchain. It prints the programs whose calls differ, leaves them pending, and then has exit status 1.
 """
 
+import collections
 import concurrent.futures
+import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -38,6 +46,7 @@ _GPUS = flags.DEFINE_list("gpus", list(compiled.GPUS), "Architectures, comma-sep
 _MATCH = flags.DEFINE_string("match", "", "Compiles only the programs whose line contains this regular expression.")
 _ASSEMBLERS = flags.DEFINE_list("assemblers", [], "Further ptxas programs that have to keep every product.")
 _OUT = flags.DEFINE_string("out", "experiments/results/compiled_kernels.json", "The record.")
+_REBASE = flags.DEFINE_bool("rebase", False, "Compiles nothing: accepts sources whose traced kernel calls are equal.")
 _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no program after this time; 0 for no limit.", lower_bound=0)
 SAVE_SECONDS = 30
 _PACKAGES = "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"
@@ -51,35 +60,61 @@ def main(_):
   jax.config.update("jax_platforms", "cpu")
   record = Record(pathlib.Path(_OUT.value))
   wanted = [program for program in compiled.programs(_OPS.value, _GPUS.value) if re.search(_MATCH.value, str(program))]
-  wanted = [program for program in wanted if _MATCH.value or not record.has(program)]
-  wanted.sort(key=lambda program: (program.source != "tuned", (program.K, program.V) not in compiled.ODD_WIDTHS))
-  faulty, start = 0, time.perf_counter()
-  saved = start
+  run, fault = (rebase, "other kernel calls") if _REBASE.value else (compile_missing, "a fault")
+  start = time.perf_counter()
   with deadline.deadline(_LIMIT.value) as over:
-    for program, entry in compile_all(wanted, over):
-      faults = compiled.faults(entry)
-      faulty += bool(faults)
-      print(f"{program}: {'; '.join(faults) or 'ok'} | {summary(entry)}", flush=True)
-      record.add(program, entry)
-      if not _MATCH.value and time.perf_counter() - saved > SAVE_SECONDS:
-        record.save()
-        saved = time.perf_counter()
+    count, done, faulty = run(record, wanted, over)
   if not _MATCH.value:
     record.save()
-  print(f"{len(wanted)} programs wanted, {time.perf_counter() - start:.0f} s; {faulty} programs with a fault")
+  print(f"{count} programs wanted, {done} done, {time.perf_counter() - start:.0f} s; {faulty} programs with {fault}")
   sys.exit(1 if faulty else 0)
 
 
-def compile_all(programs, over):
-  """Pairs of program and record entry, as they are there; none is begun after `over()`."""
+def compile_missing(record, wanted, over):
+  """Compiles what the record lacks; how many programs are wanted, are done, and have a fault."""
+  made_by = {"versions": versions(), "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)]}
+  builds = {op: {"sources": compiled.sources(op)} | made_by for op in compiled.OPS}
+  wanted = [program for program in wanted if _MATCH.value or record.build(program) != builds[program.op]]
+  wanted.sort(key=lambda program: (program.source != "tuned", (program.K, program.V) not in compiled.ODD_WIDTHS))
   # Gates of one width share kernels, and tracing takes as long as compiling: a process does both, for one width.
   key = lambda p: (p.op, p.gpu, p.K, p.V, p.dtype, p.source, p.tokens)
-  groups = (list(group) for _, group in itertools.groupby(programs, key))
+  groups = (list(group) for _, group in itertools.groupby(wanted, key))
+  done, faulty, saved = 0, 0, time.perf_counter()
+  for program, entry in in_processes(functools.partial(compile_group, _ASSEMBLERS.value), groups, over):
+    faults = compiled.faults(entry)
+    done += 1
+    faulty += bool(faults)
+    print(f"{program}: {'; '.join(faults) or 'ok'} | {summary(entry)}", flush=True)
+    record.add(entry, builds[program.op])
+    if not _MATCH.value and time.perf_counter() - saved > SAVE_SECONDS:
+      record.save()
+      saved = time.perf_counter()
+  return len(wanted), done, faulty
+
+
+def rebase(record, wanted, over):
+  """Accepts these sources where calls are equal; how many programs are of other ones, are done, and differ."""
+  sources = {op: compiled.sources(op) for op in compiled.OPS}
+  wanted = [program for program in wanted if (record.build(program) or {}).get("sources") != sources[program.op]]
+  groups = collections.defaultdict(list)  # calls do not depend on the GPU
+  for program in wanted:
+    groups[dataclasses.replace(program, gpu="", source="")].append(program)
+  done, different = 0, 0
+  for program, digest in in_processes(trace_group, groups.values(), over):
+    done += 1
+    if not record.rebase(program, digest, sources[program.op]):
+      different += 1
+      print(f"{program}: its kernel calls are not those of the record", flush=True)
+  return len(wanted), done, different
+
+
+def in_processes(function, groups, over):
+  """Results of `function` for each group of programs, as they are there; no group is begun after `over()`."""
   with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
     running = set()
     for group in itertools.chain(groups, [None] * os.cpu_count()):
       if group and not over():
-        running.add(pool.submit(compile_group, _ASSEMBLERS.value, group))
+        running.add(pool.submit(function, group))
       while running and (len(running) >= os.cpu_count() or not group):
         done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
         for future in done:
@@ -91,8 +126,15 @@ def compile_group(assemblers, programs):
   calls = [compiled.calls(program) for program in programs]
   different = {call.key: call for named in calls for call in named.values()}
   kernels = compiled.compile_calls(programs[0].gpu, list(different.values()), assemblers)
-  return [(program, program.row() | compiled.outcome({name: kernels[call.key] for name, call in named.items()}))
+  return [(program, program.row() | {"traced": compiled.traced(named)} | compiled.outcome(
+      {name: kernels[call.key] for name, call in named.items()}))
           for program, named in zip(programs, calls, strict=True)]
+
+
+def trace_group(programs):
+  """Pairs of program and digest of its kernel calls, which all of the group share."""
+  digest = compiled.traced(compiled.calls(programs[0]))
+  return [(program, digest) for program in programs]
 
 
 def summary(entry: dict) -> str:
@@ -119,16 +161,21 @@ class Record:
       self._entries = {compiled.identity(entry): entry for entry in old["programs"]}
     except (ValueError, KeyError, TypeError) as e:
       raise ValueError(f"--out={path}: not a record of this command: {e!r}") from e
-    made_by = {"versions": versions(), "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)]}
-    self._current = {op: {"sources": compiled.sources(op)} | made_by for op in compiled.OPS}
 
-  def has(self, program: compiled.Program) -> bool:
-    """Whether the program was compiled from these sources by these versions."""
+  def build(self, program: compiled.Program) -> dict | None:
+    """The build that the program's entry comes from, None without an entry."""
     entry = self._entries.get(compiled.identity(program.row()))
-    return entry is not None and self._builds[entry["build"]] == self._current[program.op]
+    return entry and self._builds[entry["build"]]
 
-  def add(self, program: compiled.Program, entry: dict) -> None:
-    build = self._current[program.op]
+  def rebase(self, program: compiled.Program, digest: str, sources: str) -> bool:
+    """Notes that the program's build is one of these `sources` too, if the digest of its calls is the entry's."""
+    entry = self._entries.get(compiled.identity(program.row()))
+    if entry is None or entry["traced"] != digest:
+      return False
+    self.add(entry, self._builds[entry["build"]] | {"sources": sources})
+    return True
+
+  def add(self, entry: dict, build: dict) -> None:
     name = hashlib.sha256(json.dumps(build).encode()).hexdigest()[:12]
     self._builds[name] = build
     self._entries[compiled.identity(entry)] = entry | {"build": name}

@@ -48,8 +48,10 @@ def main(_):
     if time.monotonic() > deadline:
       print(f"{item}: not begun, --limit_seconds={_LIMIT.value} are over")
       continue
-    module = importlib.import_module(f"kernels.{item.op}.pallas_triton")
-    best = search.tune(item, module, starts(record, item, module), deadline,
+    module, configs = (importlib.import_module(f"kernels.{item.op}.{name}")
+                       for name in ("pallas_triton", "pallas_triton_config"))
+    best = search.tune(item, module, starts(record, item, configs),
+                       configs.candidates(item.K, item.V, jax.numpy.dtype(item.dtype)), deadline,
                        lambda config, ms, item=item: save(path, record, item, config, ms))
     print(f"{item}: best {search.describe(best)}", flush=True)
     failed += [] if best else [item]
@@ -83,16 +85,16 @@ def load(path: pathlib.Path, empty: dict) -> dict:
   return record
 
 
-def starts(record: dict, problem: search.Problem, module) -> list:
+def starts(record: dict, problem: search.Problem, configs) -> list:
   """What a search begins with: the record's entry, if it fits the kernels as they are, and the heuristic."""
   found = [entry["config"] for entry in record["configs"]
            if _case(entry) == _case(dataclasses.asdict(problem)) and problem.gates[0] in entry["gates"]]
   try:
-    listed = [tuned.to_config(module.Config, fields, str(problem)) for fields in found]
+    listed = [tuned.to_config(configs.Config, fields, str(problem)) for fields in found]
   except ValueError as e:
     print(f"entry ignored: {e}", flush=True)
     listed = []
-  return [*listed, module.heuristic(problem.K, problem.V, jax.numpy.dtype(problem.dtype), None)]
+  return [*listed, configs.heuristic(problem.K, problem.V, jax.numpy.dtype(problem.dtype), None)]
 
 
 def save(path, record, problem, config, ms):

@@ -1,19 +1,10 @@
 """Chunk algebra of gated recurrences in plain jnp, shared by the implementations that work chunk by chunk.
 
-Inside a chunk of C tokens the pair weights of an elementwise gate are, for i >= j and g = log_decay <= 0,
-
-  P_ij = sum_d q_id k_jd exp(sum of g_d over (j, i])
-
-Writing the exponent as a difference of cumulative sums cancels when a gate is strong and overflows when it is split
-between q and k. The dyadic levels s = 1, 2, 4, ..., C/2 do neither. Tokens i > j belong to exactly one level: the s for
-which i lies in the second and j in the first half of one block of 2s tokens. Let E_s[r] sum g from the middle of that
-block to row r: up to and including r in a second half, over the rows after r in a first half. Then E_s <= 0 and
-
-  P = sum_s pairs_s * ((q * exp(E_s)) (k * exp(E_s))^T) + diag(q . k)
-
-Only queries of second and keys of first halves enter a level, so one array Z_s holds both, and a level is the matrix
-product Z_s Z_s^T. It is exact for any gate, a reset included. Two more sums carry the state: `upto` each row from the
-start of the chunk, and `after` each row to its end.
+The pair weights of a gate per channel come from dyadic levels, which `kernels/gla/README.md` derives: a sum of
+products of decayed queries and keys, each exponent a sum of gates between the middle of a block and a row. That is
+exact for any gate, a reset included, where differences of cumulative sums cancel or overflow. Only queries of second
+and keys of first halves enter a level, so one array Z_s holds both. Two more sums carry the state: `upto` each row
+from the start of the chunk, and `after` each row to its end.
 """
 
 import functools

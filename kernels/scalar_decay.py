@@ -69,7 +69,7 @@ def between(decay, C, transposed):
 
 
 def weigh(x, *weights):
-  """Rows of x times each weight that there is."""
+  """Rows of x times each weight that is not None."""
   for weight in weights:
     if weight is not None:
       x = x * (weight if jnp.ndim(weight) == 0 else weight[:, None])
@@ -77,7 +77,7 @@ def weigh(x, *weights):
 
 
 def gate_block(log_decay, rows, chunked):
-  """The gates that a program reads: none, its head's constant, or those of `rows` tokens; arrays and their blocks."""
+  """Kernel operands and BlockSpecs for the gates: none, one per head, or one per token for `rows` tokens."""
   if log_decay is None:
     return [], []
   if log_decay.ndim == 1:

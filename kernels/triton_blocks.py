@@ -106,35 +106,44 @@ def tile_width(size, widest=None):
   return width if widest is None else min(width, widest)
 
 
+def given(flag, *items):
+  """The items if `flag`, otherwise none: operands, blocks and outputs that only some launches of a kernel have."""
+  return items if flag else ()
+
+
 def rows_and_columns(size):
   """Row and column index of every entry of a `[size, size]` matrix."""
   shape = (size, size)
   return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def halves(x):
-  """float32 `x` as a sum of two bfloat16 arrays, of 16 significant bits together.
+def leading_bits(x):
+  """float32 `x` cut to the 8 significant bits that bfloat16 holds.
 
-  The first is cut from the bit pattern: a cast there and back could be simplified away.
+  It is cut from the bit pattern, because a cast to bfloat16 and back could be simplified away.
   """
-  head = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32)
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def halves(x):
+  """float32 `x` as a sum of two bfloat16 arrays, of 16 significant bits together."""
+  head = leading_bits(x)
   return head.astype(jnp.bfloat16), (x - head).astype(jnp.bfloat16)
 
 
 def masked_sum(mask, x, dot, parts):
   """`mask @ x` for a `[C, C]` matrix of -1, 0 and 1 and float32 `[C, D]`, through bfloat16 products.
 
-  `x` is cut into `parts` pieces of 8 significant bits, so that every product is exact: two parts carry 16 bits of each
-  term, three all 24. All but the last are cut by truncating the bit pattern: a cast to bfloat16 and back could be
-  simplified away.
+  `x` is cut into `parts` of 8 significant bits, so that every product is exact: two parts carry 16 bits of each term,
+  three all 24.
   """
   mask = mask.astype(jnp.bfloat16)
   total = None
   for part in range(parts):
     head = x
     if part < parts - 1:
-      bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-      head = jax.lax.bitcast_convert_type(bits, jnp.float32)
+      head = leading_bits(x)
       x = x - head
     product = dot(mask, head.astype(jnp.bfloat16))
     total = product if total is None else total + product

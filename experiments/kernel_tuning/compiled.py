@@ -73,16 +73,16 @@ def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
 
 
 def _of_heads(op, gpu):
-  module = _module(op)
+  configs = importlib.import_module(f"kernels.{op}.pallas_triton_config")
   widths = [*itertools.product(WIDTHS, (*WIDTHS, 512)), *(ODD_WIDTHS if gpu in SHORT_GPUS else ())]
   for dtype, (K, V) in itertools.product(DTYPES, widths):
     with use_abstract_mesh(GPUS[gpu].abstract):
-      config = module.heuristic(K, V, jnp.dtype(dtype), None)
+      config = configs.heuristic(K, V, jnp.dtype(dtype), None)
     for gate in itertools.chain(*search.GATE_GROUPS[op]):
       yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
   for gate, K, V, dtype in tuned.listed(op, GPUS[gpu].device):
     with use_abstract_mesh(GPUS[gpu].abstract):
-      config = tuned.lookup(op, module.Config, gate=gate, K=K, V=V, dtype=dtype)
+      config = tuned.lookup(op, configs.Config, gate=gate, K=K, V=V, dtype=dtype)
     yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
 
 
@@ -110,6 +110,12 @@ def calls(program: Program) -> dict[str, Call]:
     before = sum(other.name == call.name for other in found.values())
     found[f"{call.name}__{before}" if before else call.name] = call
   return found
+
+
+def traced(calls: dict[str, Call]) -> str:
+  """Digest of a program's calls. Where it is equal, one version of JAX compiles the same code."""
+  text = "\n".join(f"{name}\n{call.key}" for name, call in calls.items())
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache

@@ -43,15 +43,16 @@ class Rejected(Exception):
   """A configuration that must not ship; the message says why."""
 
 
-def tune(problem: Problem, module, starts: list, deadline: float, keep: Callable):
+def tune(problem: Problem, module, starts: list, candidates: dict[str, list], deadline: float, keep: Callable):
   """The fastest configuration of one pass over the fields from the fastest of `starts`, or None if none works.
 
-  `keep(config, ms)` is called with each one that is faster than those before. `deadline` is a `time.monotonic()`.
+  `candidates` are the values of each field that are tried. `keep(config, ms)` is called with each configuration that is
+  faster than those before. `deadline` is a `time.monotonic()`.
   """
   check, measure = Check(problem, module), Measure(problem, module)
   best, ms = starts[0], float("inf")
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    for field, values in {"": starts, **module.candidates(problem.K, problem.V, jnp.dtype(problem.dtype))}.items():
+    for field, values in {"": starts, **candidates}.items():
       configs = [dataclasses.replace(best, **{field: value}) if field else value for value in values]
       programs = [(config, pool.submit(check.compile, config), pool.submit(measure.compile, config))
                   for config in dict.fromkeys(configs) if not field or config != best]

@@ -31,6 +31,9 @@
 # | $S_t$ | $K \times V$ | state after token $t$; $S_0$ is given |
 # | $T, C$ | | length of the sequence and of a chunk |
 #
+# Letters of the chunk form are as in `kernels/delta_rule/README.md`, which has the backward pass and the GPU
+# kernels.
+#
 # The derivation runs in float64, so that "equal" can mean equal to twelve digits. The kernels run in float32.
 
 # %%
@@ -266,9 +269,10 @@ assert error(A @ (bc[:, None] * vc), u) < 1e-12
 assert error(A @ (bc[:, None] * kc), w) < 1e-12
 
 # %% [markdown]
-# Only the difference $U - W S$ is ever needed. It is one product with $A$, applied to what the state lacks:
+# Only the difference $U - W S$ is ever needed. It is one product with $A$, applied to what the state
+# lacks, and takes the name $U$ from here on:
 #
-# $$U = A\, \mathrm{diag}(\beta)\, (V - K S) .$$
+# $$R = V - K S, \qquad U = A\, \mathrm{diag}(\beta)\, R .$$
 
 # %%
 written = A @ (bc[:, None] * (vc - kc @ S0))
@@ -280,9 +284,9 @@ assert error(S0 + kc.T @ written, states[-1]) < 1e-12
 # ## 5. Chunkwise form
 #
 # Token $i$ reads $q_i S + \sum_{j \le i} (q_i \cdot k_j)\, u_j$: linear attention over the pseudo-values. With
-# $M$ the lower triangle of ones,
+# $D$ the lower triangle of ones (and decays, where the rule has them),
 #
-# $$O = Q S + \big( (Q K^\top) \odot M \big)\, U, \qquad S' = S + K^\top U .$$
+# $$O = Q S + \big( (Q K^\top) \odot D \big)\, U, \qquad S' = S + K^\top U .$$
 #
 # The triangular system is solved by substitution; section 6 shows why not by other means.
 

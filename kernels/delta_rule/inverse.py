@@ -1,14 +1,13 @@
-"""The triangular inverse that a chunk of the delta rule needs, as a kernel.
+"""The kernel that finds Y, the triangular inverse of a chunk of the delta rule. Letters as in `README.md`.
 
-With A the strictly lower part of K K^T and b = diag(beta), (I + b A)^-1 = I - b Y and (I + A b)^-1 = I - Y b for one
-and the same Y, the solution of (I + A b) Y = A. Y is strictly lower, finite and free of divisions for every beta; for
-keys of norm 1 and beta up to 2 no entry is larger than 1, because Y_ij = k_i^T (product of I - beta k k^T) k_j. A decay
-only multiplies its entries: along every path from token j to token i the gates are the same.
+Y solves (I + X b) Y = X, so that (I + b X)^-1 = I - b Y. It is strictly lower, finite and free of divisions for every
+beta; for keys of norm 1 and beta up to 2 no entry is larger than 1 without decay, because then Y_ij = k_i^T (product
+of I - beta k k^T) k_j. It is found without decay and multiplied by D at the end.
 
-A program holds one chunk of one head, in float32, in blocks of 16 rows. The diagonal blocks are found by forward
-substitution, all at once with one lane a column, and the others follow from them: Z = A_ij - sum over j <= m < i of
-A_im b_m Y_mj, Y_ij = Z - Y_ii b_i Z. Correlated keys make the powers of A larger than Y by many orders of magnitude,
-so a product of powers would lose every digit.
+A program holds one chunk of one head, in float32, in blocks of 16 rows. Forward substitution finds all diagonal blocks
+at once with one lane per column, and the others follow from them: Z = X_ij - sum over j <= m < i of X_im b_m Y_mj,
+Y_ij = Z - Y_ii b_i Z. Correlated keys make the powers of X larger than Y by many orders of magnitude, so a product of
+powers would lose every digit.
 """
 
 import functools
@@ -19,38 +18,39 @@ from jax.experimental import pallas as pl
 
 from kernels import triton_blocks
 from kernels.scalar_decay import UNIT, decay_of
-from kernels.triton_blocks import halves, operand, rows_and_columns
+from kernels.triton_blocks import given, halves, leading_bits, operand, rows_and_columns
 
 SIZE = 16  # rows of a block, the least that a product takes
 DEPTH = 64  # K columns of one product in float32; in 16 bits twice as many, for as many bytes under way
+WARPS = 1  # per program: its 32 lanes hold the columns of two diagonal blocks
 STEP = 8  # columns of multiples that a lane holds at once
-PIECES = 3  # of 8 significant bits: a float32
+PARTS = 3  # of 8 significant bits: a float32
 EPSILON = 1e-6  # under the root of a norm, as in `kernels.chunks.normalize`
 
 
 def inverse(q, k, beta, log_decay, normalize_qk, chunk):
-  """D * Y `[B, H, N, parts, C, C]`, and three `[B, T, H]`: sums of gates, and 1 / norm of the rows of q and k.
+  """Y `[B, H, N, parts, C, C]`, and three `[B, T, H]`: sums of gates, and 1 / norm of the rows of q and k.
 
-  D is the decay from token j to token i, 1 without gates. D * Y is the sum of its parts: two of bfloat16 for 16-bit
-  inputs, one of float32 for float32. Its 16 x 16 blocks above the diagonal are left as they are in memory. The sums are
-  those of a `scalar_decay.Decay`, None without gates. Without `normalize_qk` the norms are None; with it Y is that of
-  normalized keys.
+  Y is the sum of its parts: two of bfloat16 for 16-bit inputs, one of float32 for float32. Its 16 x 16 blocks above the
+  diagonal are left as they are in memory. The sums of gates are as in `scalar_decay.Decay`, None without gates. Without
+  `normalize_qk` the norms are None; with it, Y is that of normalized keys.
   """
   (B, T, H, K), C = k.shape, chunk
   dtype, gated = operand(k.dtype), log_decay is not None
   parts = 1 if dtype == jnp.float32 else 2
   keys = pl.BlockSpec((None, C, None, K), lambda n, h, b: (b, n, h, 0))
   rows = pl.BlockSpec((None, C, None), lambda n, h, b: (b, n, h))
+  norms = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
   y, *others = triton_blocks.launch(
       functools.partial(_inverse_kernel, gated=gated, normalized=normalize_qk,
                         depth=min(DEPTH if parts == 1 else 2 * DEPTH, K)),
-      name="delta_rule_inverse", grid=(T // C, H, B), in_specs=[keys, rows, *[rows] * gated, *[keys] * normalize_qk],
+      name="delta_rule_inverse", grid=(T // C, H, B),
+      in_specs=[keys, rows, *given(gated, rows), *given(normalize_qk, keys)],
       out_specs=[pl.BlockSpec((None, None, None, parts, C, C), lambda n, h, b: (b, h, n, 0, 0, 0)),
-                 *[rows] * (gated + 2 * normalize_qk)],
+                 *given(gated, rows), *given(normalize_qk, rows, rows)],
       out_shape=[jax.ShapeDtypeStruct((B, H, T // C, parts, C, C), dtype),
-                 *[jax.ShapeDtypeStruct((B, T, H), jnp.int32)] * gated,
-                 *[jax.ShapeDtypeStruct((B, T, H), jnp.float32)] * 2 * normalize_qk],
-      num_warps=1, num_stages=1)(k, beta, *[log_decay] * gated, *[q] * normalize_qk)
+                 *given(gated, jax.ShapeDtypeStruct((B, T, H), jnp.int32)), *given(normalize_qk, norms, norms)],
+      num_warps=WARPS, num_stages=1)(k, beta, *given(gated, log_decay), *given(normalize_qk, q))
   return y, others.pop(0) if gated else None, *(others or (None, None))
 
 
@@ -67,25 +67,25 @@ def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, depth, dot):
   norm = lambda x, axis: jax.lax.rsqrt(jnp.sum(jnp.where(row == column, x, 0.0), axis=axis) + EPSILON)
   if normalized:
     norm_refs[0][...] = norm(_overlaps(q_ref, depth, dtype, dot), 1)
-  a = _overlaps(k_ref, depth, dtype, dot)
+  overlaps = _overlaps(k_ref, depth, dtype, dot)
   if normalized:
-    of_rows, of_columns = norm(a, 1), norm(a, 0)
+    of_rows, of_columns = norm(overlaps, 1), norm(overlaps, 0)
     norm_refs[1][...] = of_rows
-    a = a * of_rows[:, None] * of_columns[None]
-  a = jnp.where(row > column, a, 0.0)
-  multiples = a * -beta_ref[...][None]
-  own = _substitute(_diagonal(a), _diagonal(multiples))
+    overlaps = overlaps * of_rows[:, None] * of_columns[None]
+  overlaps = jnp.where(row > column, overlaps, 0.0)
+  multiples = overlaps * -beta_ref[...][None]
+  own = _substitute(_diagonal(overlaps), _diagonal(multiples))
   own_multiples = own * -jnp.broadcast_to(beta_ref[...].reshape(-1, SIZE), own.shape[1:])[None]
   if gated:
     rows = [pl.ds(i * SIZE, SIZE) for i in blocks]
     sums = _sums([g_ref[r] for r in rows])
     for r, x in zip(rows, sums):
       sums_ref[r] = x
-  a, multiples = _blocks(a), _blocks(multiples)
+  overlaps, multiples = _blocks(overlaps), _blocks(multiples)
   y = {(i, i): _entry(own, 1, i) for i in blocks}
   for i in blocks:
     for j in reversed(range(i)):
-      z = _block(a, i, j) + sum(_product(_block(multiples, i, m), y[m, j], dot) for m in range(j, i))
+      z = _block(overlaps, i, j) + sum(_product(_block(multiples, i, m), y[m, j], dot) for m in range(j, i))
       y[i, j] = z + _product(_entry(own_multiples, 1, i), z, dot)
     for j in range(i + 1):
       found = y[i, j]
@@ -122,16 +122,15 @@ def _decay(sums, i, j):
 
 
 def _product(a, b, dot):
-  """a @ b in float32, as exact as three passes of TF32: bfloat16 pieces take fewer instructions to cut and to move."""
-  a, b = _pieces(a), _pieces(b)
-  return sum(dot(a[i], b[n - i]) for n in reversed(range(PIECES)) for i in range(n + 1))
+  """a @ b in float32, as exact as three passes of TF32: bfloat16 parts take fewer instructions to cut and to move."""
+  a, b = _parts(a), _parts(b)
+  return sum(dot(a[i], b[n - i]) for n in reversed(range(PARTS)) for i in range(n + 1))
 
 
-def _pieces(x):
+def _parts(x):
   found = []
-  for _ in range(PIECES - 1):
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-    head = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  for _ in range(PARTS - 1):
+    head = leading_bits(x)
     found.append(head.astype(jnp.bfloat16))
     x = x - head
   return *found, x.astype(jnp.bfloat16)
@@ -163,19 +162,19 @@ def _diagonal(x):
   return jnp.sum(jnp.where(_index(x, 0) == (_index(x, 2) & (count - 1)), x, -0.0), axis=0)
 
 
-def _substitute(a, multiples):
+def _substitute(overlaps, multiples):
   """Y of diagonal blocks `[16, blocks, 16]`: row j is final when its multiples, which come negated, are in those below.
 
   Triton keeps the layout of the products' results until an axis is added. The axes added here make it spread columns
   over lanes and rows over registers, and give each lane its block's multiples; the last line goes back.
   """
-  row = _index(a, 0)
-  y = jnp.sum(a[..., None], axis=3)
-  multiples = multiples.reshape(*a.shape[:2], SIZE // STEP, STEP)
+  row = _index(overlaps, 0)
+  y = jnp.sum(overlaps[..., None], axis=3)
+  multiples = multiples.reshape(*overlaps.shape[:2], SIZE // STEP, STEP)
   for j in range(SIZE - 1):
     if j % STEP == 0:
       some = _entry(multiples, 2, j // STEP).transpose(0, 2, 1)[..., None]
       some = jnp.broadcast_to(some, (*some.shape[:3], SIZE))
     final = jnp.broadcast_to(_entry(y, 0, j)[None], y.shape)
     y = jnp.where(row > j, _entry(some, 1, j % STEP) * final + y, y)
-  return jnp.where(row > _index(a, 2), y, a)
+  return jnp.where(row > _index(overlaps, 2), y, overlaps)

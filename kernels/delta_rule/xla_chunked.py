@@ -1,25 +1,7 @@
 """The delta rule chunk by chunk in plain jnp, for every device; forward and backward.
 
-With q scaled, S the state entering and S' the one leaving a chunk, `between`, `upto`, `after`, `total` as in
-`kernels.chunks.exponents`, and D = exp(between) below and on the diagonal, 0 above, token i writes k_i^T U_i, where U
-solves a triangular system (arXiv:2406.06484, section 3.2; with decay arXiv:2412.06464, section 3.3):
-
-  (I + L) U = beta * E                         L = beta * X with X = D * (K K^T) below the diagonal, 0 elsewhere
-  E = V - exp(upto) * (K S)                    P = D * (Q K^T)
-  O = P U + exp(upto) * (Q S)                  S' = exp(total) S + (K * exp(after))^T U
-
-The papers apply A = (I + L)^-1 to beta * V and to beta * exp(upto) * K. One product, with what the state S lacks, needs
-fewer operations, and no gradient of A:
-
-  dU = P^T dO + exp(after) * (K dS')           dV = beta * dR with dR = A^T dU
-  dP = dO U^T                                  dX = beta * dL with dL = -dR U^T below the diagonal, 0 elsewhere
-  dbeta = rowsum(dR * E) + rowsum(dL * X)      dS = exp(total) dS' + (Q * exp(upto))^T dO - (K * exp(upto))^T dV
-  dQ = (D * dP) K + exp(upto) * (dO S^T)
-  dK = (D * dP)^T Q + (D * dX + its transpose) K + exp(after) * (U dS'^T) - exp(upto) * (dV S^T)
-
-The cotangent of an exponent is P * dP + X * dX, query and key times their shares of dQ and dK, or for the total
-exp(total) * sum(S * dS'). The sums that form the exponents, transposed, give dlog_decay: none is a difference of larger
-terms. Without decay there is nothing to form.
+`README.md` of this folder has the symbols and derives both passes, which the bodies below follow line by line. They
+multiply q by the scale first.
 
 Every product takes float32 operands, whatever the inputs are. Where keys are alike, the writes of a chunk all but
 cancel in its sums, and so do their cotangents; where beta is 2, no error fades. Rounding normalised keys to bfloat16
@@ -97,18 +79,18 @@ def _forward_chunk(scale, rows, state, x):
   q, k, v, beta, gate = _heads_first(x)
   q, k = scale * rows(q), rows(k)
   decays = between, upto, after, total = _decays(_exponents(gate), k.shape[2])
-  *_, new = _write(k, v, beta, decays, state)
+  *_, u = _write(k, v, beta, decays, state)
   scores = between * dot("bhik,bhjk->bhij", q, k)
-  output = dot("bhij,bhjv->bhiv", scores, new) + upto * dot("bhik,bhkv->bhiv", q, state)
-  return _next_state(state, total, k * after, new), jnp.swapaxes(output.astype(v.dtype), 1, 2)
+  output = dot("bhij,bhjv->bhiv", scores, u) + upto * dot("bhik,bhkv->bhiv", q, state)
+  return _next_state(state, total, k * after, u), jnp.swapaxes(output.astype(v.dtype), 1, 2)
 
 
 def _state_chunk(rows, state, x):
   k, v, beta, gate = _heads_first(x)
   k = rows(k)
   decays = _, _, after, total = _decays(_exponents(gate), k.shape[2])
-  *_, new = _write(k, v, beta, decays, state)
-  return _next_state(state, total, k * after, new), state
+  *_, u = _write(k, v, beta, decays, state)
+  return _next_state(state, total, k * after, u), state
 
 
 def _backward_chunk(scale, rows, dstate, x):
@@ -118,26 +100,26 @@ def _backward_chunk(scale, rows, dstate, x):
   q = scale * q
   exponents, transpose = jax.vjp(_exponents, gate)
   decays = between, upto, after, total = _decays(exponents, k.shape[2])
-  overlaps, error, inverse, new = _write(k, v, beta, decays, state)
+  overlaps, right, inverse, u = _write(k, v, beta, decays, state)
 
   scores = between * dot("bhik,bhjk->bhij", q, k)
-  dnew = dot("bhij,bhiv->bhjv", scores, do) + after * dot("bhik,bhkv->bhiv", k, dstate)
-  dright = dot("bhij,bhiv->bhjv", inverse, dnew)
-  dscores = dot("bhiv,bhjv->bhij", do, new)
-  dlower = -_below(k.shape[2]) * dot("bhiv,bhjv->bhij", dright, new)
-  dv, doverlaps = beta * dright, beta * dlower
-  dbeta = chunks.rowsum(dright * error) + chunks.rowsum(dlower * overlaps)
+  du = dot("bhij,bhiv->bhjv", scores, do) + after * dot("bhik,bhkv->bhiv", k, dstate)
+  f = dot("bhij,bhiv->bhjv", inverse, du)
+  dscores = dot("bhiv,bhjv->bhij", do, u)
+  dlower = -_below(k.shape[2]) * dot("bhiv,bhjv->bhij", f, u)
+  dv, doverlaps = beta * f, beta * dlower
+  dbeta = chunks.rowsum(f * right) + chunks.rowsum(dlower * overlaps)
   dqk, dkk = between * dscores, between * doverlaps
   dq_state = upto * dot("bhiv,bhkv->bhik", do, state)
-  dk_error = -upto * dot("bhiv,bhkv->bhik", dv, state)
-  dk_state = after * dot("bhiv,bhkv->bhik", new, dstate)
+  dk_right = -upto * dot("bhiv,bhkv->bhik", dv, state)
+  dk_state = after * dot("bhiv,bhkv->bhik", u, dstate)
   dq = dot("bhij,bhjk->bhik", dqk, k) + dq_state
-  dk = (dot("bhij,bhik->bhjk", dqk, q) + dot("bhij,bhjk->bhik", dkk + dkk.mT, k)) + dk_error + dk_state
+  dk = (dot("bhij,bhik->bhjk", dqk, q) + dot("bhij,bhjk->bhik", dkk + dkk.mT, k)) + dk_right + dk_state
 
   dgate = None
   if gate is not None:
     dtotal = total * jnp.sum(state * dstate, axis=(-2, -1), keepdims=True)
-    dgate, = transpose((scores * dscores + overlaps * doverlaps, chunks.rowsum(q * dq_state + k * dk_error),
+    dgate, = transpose((scores * dscores + overlaps * doverlaps, chunks.rowsum(q * dq_state + k * dk_right),
                         chunks.rowsum(k * dk_state), dtotal))
   dstate = _next_state(dstate, total, q * upto, do) - dot("bhik,bhiv->bhkv", k * upto, dv)
   gradients = *transpose_q(scale * dq), *transpose_k(dk), dv.astype(v.dtype), dbeta, dgate
@@ -145,12 +127,12 @@ def _backward_chunk(scale, rows, dstate, x):
 
 
 def _write(k, v, beta, decays, state):
-  """X, E, A and U."""
+  """X, R, A and U."""
   between, upto, _, _ = decays
   overlaps = _below(k.shape[2]) * between * dot("bhik,bhjk->bhij", k, k)
-  error = chunks.wide(v) - upto * dot("bhik,bhkv->bhiv", k, state)
+  right = chunks.wide(v) - upto * dot("bhik,bhkv->bhiv", k, state)
   inverse = chunks.unit_lower_inverse(beta * overlaps)
-  return overlaps, error, inverse, dot("bhij,bhjv->bhiv", inverse, beta * error)
+  return overlaps, right, inverse, dot("bhij,bhjv->bhiv", inverse, beta * right)
 
 
 def _next_state(state, total, x, y):

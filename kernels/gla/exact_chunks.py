@@ -1,17 +1,12 @@
 """The chunks of gated linear attention whose gates are too strong to be split into factors, as Pallas kernels.
 
-`kernels.gla.pallas_triton` writes P = lower triangle of X Y^T with factors that hold each gate's decay up to the middle
-of the chunk. A chunk of which one half decays by more than `LIMIT` overflows them. Here its P comes from dyadic levels
-s = 1, 2, 4, ..., C/2. A pair belongs to level s when i lies in the second and j in the first half of one block of 2s
-tokens. With E_s the sum of g, the gate in base 2, between the middle of the block and a row,
+A chunk of which one half decays by more than `LIMIT` overflows the factors of `pallas_triton_factors`. Here its P
+comes from the dyadic levels of `README.md`. All exponents are sums of terms <= 0, never differences of cumulative
+sums, so the scheme is exact for any gate (a reset included) and consists of matrix products only. Its backward takes
+dP mirrored into a symmetric matrix: with Z_s the rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs
+of s) * dP Z_s holds the rows of dQ and dK likewise.
 
-  P = lower triangle of sum_s (pairs of s) * ((Q * 2^E_s) (K * 2^E_s)^T) + diag(Q K^T)
-
-All exponents are sums of terms <= 0, never differences of cumulative sums, so the scheme is exact for any gate (a reset
-included) and consists of matrix products only. Its backward takes dP mirrored into a symmetric matrix: with Z_s the
-rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs of s) * dP Z_s holds those of dQ and dK likewise.
-
-The kernels run over the flags of the other chunks too and leave those alone: in trained models they find no work.
+The kernels look at the flags of the other chunks too and leave those alone: in trained models they find no work.
 """
 
 import functools
@@ -28,7 +23,10 @@ from kernels.triton_blocks import LOG2E, masked_sum, operand, rows_and_columns
 WEAKEST = -40 * LOG2E  # of one gate, in base 2: a decay of 4e-18
 LIMIT = -60 * LOG2E  # of half a chunk, in base 2: factors up to 1e26, whose products with data and sums are finite
 GROUP = 32  # chunks a program looks through
-KEYS = {"scores": 32, "dqkg": 16}  # K columns of a product and of a program; 8 warps: what spills least
+# K columns of a product of scores and of a program of gradients, V columns of a product, and warps: what spills least.
+KEYS = {"scores": 32, "dqkg": 16}
+VALUES = {"dscores": 32, "dqkg": 16}
+WARPS = 8
 
 
 # Gates and exponents. `g` is in base 2; matrices are [C, C] with a row for each result and a column for each term.
@@ -147,16 +145,7 @@ def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref
 
   def run(n):
     rows = pl.ds(n * C, C)
-
-    def add_tile(i, carry):
-      dq, dk, through = carry
-      tile = pl.ds(i * block_v, block_v)
-      v, do = v_ref[rows, tile].astype(dtype), do_ref[rows, tile].astype(dtype)
-      state, dstate = states_ref[n, :, tile], dstates_ref[n, :, tile]
-      through += jnp.sum(state.astype(jnp.float32) * dstate.astype(jnp.float32), axis=1)
-      return dq + dot(do, state.T), dk + dot(v, dstate.T), through
-
-    dq, dk, through = jax.lax.fori_loop(0, v_ref.shape[1] // block_v, add_tile, (wide, wide, jnp.sum(wide, axis=0)))
+    dq, dk, through = _from_states(v_ref, do_ref, states_ref, dstates_ref, n, rows, wide, dtype, block_v, dot)
     g = gates(g_ref, rows, slice(None))
     q = lambda: q_ref[rows, :].astype(jnp.float32) * scale
     k = lambda: k_ref[rows, :].astype(jnp.float32)
@@ -186,7 +175,21 @@ def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref
   _each_unbounded(bounded_ref, start, run)
 
 
-# Launches: one program a (K tile, group of chunks, head, row of the batch).
+def _from_states(v_ref, do_ref, states_ref, dstates_ref, n, rows, wide, dtype, block_v, dot):
+  """The states' parts of dQ and dK of chunk n, without decays, and the sums of M * dM over V's columns."""
+
+  def add_tile(i, carry):
+    dq, dk, through = carry
+    tile = pl.ds(i * block_v, block_v)
+    v, do = v_ref[rows, tile].astype(dtype), do_ref[rows, tile].astype(dtype)
+    state, dstate = states_ref[n, :, tile], dstates_ref[n, :, tile]
+    through += jnp.sum(state.astype(jnp.float32) * dstate.astype(jnp.float32), axis=1)
+    return dq + dot(do, state.T), dk + dot(v, dstate.T), through
+
+  return jax.lax.fori_loop(0, v_ref.shape[1] // block_v, add_tile, (wide, wide, jnp.sum(wide, axis=0)))
+
+
+# Launches: one program per K tile, group of chunks, head and row of the batch.
 
 
 def _group(N):
@@ -219,8 +222,8 @@ def scores(bounded, q, k, g, scale, chunk):
 
 def dscores(bounded, v, do, chunk):
   """dP of the same chunks, mirrored into a symmetric matrix."""
-  return _launch_square(functools.partial(_dscores_kernel, block=min(32, v.shape[3])), "gla_exact_dscores",
-                        bounded, (v, do), chunk)
+  block = min(VALUES["dscores"], v.shape[3])
+  return _launch_square(functools.partial(_dscores_kernel, block=block), "gla_exact_dscores", bounded, (v, do), chunk)
 
 
 def _launch_square(kernel, name, bounded, inputs, C, masks=()):
@@ -229,7 +232,8 @@ def _launch_square(kernel, name, bounded, inputs, C, masks=()):
       kernel, name=name, grid=(1, N // _group(N), H, B), loop=True,
       in_specs=[_flags(N), *[_whole(x) for x in masks], *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]],
       out_specs=_squares(N, C),
-      out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(inputs[0].dtype)), num_warps=8, num_stages=1)(
+      out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(inputs[0].dtype)),
+      num_warps=WARPS, num_stages=1)(
           bounded, *masks, *inputs)
 
 
@@ -241,11 +245,11 @@ def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chu
   state = pl.BlockSpec((None, None, _group(N), block, V), lambda t, n, h, b: (b, h, n, t, 0))
   rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, h, n, 0, t))
   return triton_blocks.launch(
-      functools.partial(_dqkg_kernel, scale=scale, block_v=16), name="gla_exact_dqkg",
+      functools.partial(_dqkg_kernel, scale=scale, block_v=VALUES["dqkg"]), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B), loop=True,
       in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state,
                 keys, keys, keys],
       out_specs=[keys] * 3,
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={11: 0, 12: 1, 13: 2},
-      num_warps=8, num_stages=1)(
+      num_warps=WARPS, num_stages=1)(
           bounded, masks, decays, dscores(bounded, v, do, chunk), q, k, g, v, do, states, dstates, *gradients)

@@ -1,20 +1,11 @@
 """Gated linear attention chunk by chunk in plain jnp, for every device; forward and backward.
 
-With q scaled, S the state entering and S' the one leaving a chunk, and `upto`, `after`, P, Z as in `kernels.chunks`
-(arXiv:2312.06635, section 4.3):
-
-  O = (Q * exp(upto)) S + P V                  S' = diag(exp(total)) S + (K * exp(after))^T V
-
-Given dO and dS', with dP_ij = dO_i . V_j:
-
-  dS = diag(exp(total)) dS' + (Q * exp(upto))^T dO          dV = P^T dO + (K * exp(after)) dS'
-  dQ = exp(upto) * (dO S^T) + from P                        dK = exp(after) * (V dS'^T) + from P
-
-and from level s of P, dZ_s = (pairs_s * dP + its transpose) Z_s. The cotangent of an exponent is query times its share
-of dQ, key times its share of dK, Z_s * dZ_s, or for the total exp(total) * rowsum(S * dS'). Their sums are dlog_decay:
-none is a difference of larger terms, so gates that all but close keep their relative precision.
+`README.md` of this folder has the symbols and derives both passes. The scores P of a chunk and their gradients come
+from the dyadic levels of `kernels.chunks`, so every exponent is a sum of gates and never a difference of sums: gates
+that all but close keep their relative precision.
 
 The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
+Source: arXiv:2312.06635, section 4.3.
 """
 
 import functools

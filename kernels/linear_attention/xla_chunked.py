@@ -1,25 +1,11 @@
 """Linear attention with scalar decay chunk by chunk in plain jnp, for every device; forward and backward.
 
-With S the state entering and S' the one leaving a chunk, the decays between its tokens are exp of
-
-  between_ij = sum of log_decay over (j, i], for i >= j         upto_i = the sum up to and including i
-  after_j = the sum over the tokens after j                     total = the sum over the chunk
-
-and with D = exp(between) below and on the diagonal, 0 above, q scaled, P = D * (Q K^T) (arXiv:2405.17381, section 3)
-
-  O = P V + exp(upto) * (Q S)                  S' = exp(total) S + (K * exp(after))^T V
-
-Given dO and dS', with dA = D * (dO V^T):
-
-  dQ = dA K + exp(upto) * (dO S^T)             dK = dA^T Q + exp(after) * (V dS'^T)
-  dV = P^T dO + (K * exp(after)) dS'           dS = exp(total) dS' + (Q * exp(upto))^T dO
-
-The cotangent of an exponent is P * (dO V^T), query times its share of dQ, key times its share of dK, or for the total
-exp(total) * sum(S * dS'). The exponents are sums of log_decay, each formed directly, so a reset costs no precision, and
-dlog_decay is the transpose of these sums: none is a difference of larger terms. A constant decay makes the exponents
-multiples of it, and without decay there is nothing to form.
+`README.md` of this folder has the symbols and derives both passes. The logarithms of the decays are sums of log_decay,
+each formed directly, so a reset costs no precision, and dlog_decay is the transpose of these sums: none is a difference
+of larger terms. A constant decay makes them multiples of it, and without decay there is nothing to form.
 
 The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
+Source: arXiv:2405.17381, section 3.
 """
 
 import functools
@@ -122,8 +108,8 @@ def _backward_chunk(scale, constant, dstate, x):
 
   scores = scale * between * dot("bhik,bhjk->bhij", q, k)
   q = scale * chunks.wide(q)
-  dweights = dot("bhiv,bhjv->bhij", do, v)
-  dproducts = between * dweights
+  dscores = dot("bhiv,bhjv->bhij", do, v)
+  dproducts = between * dscores
   dq_state = upto * dot("bhiv,bhkv->bhik", do, state)
   dk_state = after * dot("bhiv,bhkv->bhik", v, dstate)
   dq = dot("bhij,bhjk->bhik", dproducts, k) + dq_state
@@ -133,7 +119,7 @@ def _backward_chunk(scale, constant, dstate, x):
   dgate = None
   if exponents is not None:
     dtotal = total * jnp.sum(state * dstate, axis=(-2, -1), keepdims=True)
-    dexponents = scores * dweights, chunks.rowsum(q * dq_state), chunks.rowsum(k * dk_state), dtotal
+    dexponents = scores * dscores, chunks.rowsum(q * dq_state), chunks.rowsum(k * dk_state), dtotal
     if constant is None:
       _, dgate = transpose(dexponents)
     else:

@@ -1,24 +1,12 @@
 """Selective scan as Pallas kernels for the Triton backend, with their `custom_vjp`.
 
 A program is one warp: it walks through time with the states H `[16 channels, N]` of its channels in registers, in
-blocks of a few tokens that are unrolled. With E_t = exp(s_t a + reset_t), W_t = E_t H_{t-1} and u_t = s_t x_t (the
-backward pass is derived in `xla_chunked`; (x) is the outer product over channels and N),
+blocks of a few tokens that are unrolled. The backward pass forms W_t of a block again, keeps them in registers, and
+walks back. `README.md` of this folder has the symbols, the gradients, and each kernel with what it reads and writes.
 
-  forward    H_t = W_t + u_t (x) b_t         y_t = H_t c_t
-  backward   G_t = dy_t (x) c_t + E_{t+1} G_{t+1};   dc_t, db_t = sums over channels of dy_t H_t and u_t G_t
-
-| pass | kernel | bytes a token-channel at N = 16, bfloat16, blocks of 8: reads | writes |
-| forward | `selective_scan_forward` | x 2, s 4, b and c 8 (L2) | y 2; for a gradient H before each block 4 |
-| backward | `selective_scan_backward` | x 2, s 4, dy 2, H 4, b and c 8 (L2) | dx 2, ds 4, parts of db and dc 4 |
-
-The backward pass forms W_t of a block again, keeps them in registers, and walks back. By the count of instructions the
-forward pass is bound by powers of two, of which a multiprocessor computes sixteen a cycle, and the backward pass by the
-rest of its arithmetic. The sums over channels are products with a constant matrix: between threads they would take 24
-to 64 shuffles a token, on the tensor cores they take 4 instructions. Their operands are rounded to bfloat16, or for
-float32 inputs cut into two such numbers. Each program writes its part, and XLA adds up the D / 16 parts.
-
-Where few rows and channels leave the GPU idle, `kernels.split` cuts the sequence, and `selective_scan_piece` finds
-what each piece adds to its entry state; what it keeps is exp(a sum of s), so that cutting is exact.
+Sums over channels are products with a constant matrix, whose operands are rounded to bfloat16, or for float32 inputs
+cut into two such numbers. Each program writes its part of db and dc, and XLA adds up the D / 16 parts. Where few rows
+and channels leave the GPU idle, `kernels.split` cuts the sequence, exactly.
 """
 
 import functools
@@ -30,13 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels import split, triton_blocks
-from kernels.triton_blocks import LOG2E, operand, tile_width
+from kernels.triton_blocks import LOG2E, given, operand, tile_width
 
 CHANNELS = 16  # of a program
 MOST_STATES = 32  # a channel: more do not fit into registers
 ROWS = 16  # of the product that sums over channels: dc of up to 8 tokens, then their db
 # Programs of one warp that keep a multiprocessor as busy as one program of several warps, which `split` counts.
 WARPS = 32
+ENOUGH = 128  # such programs from which a sequence is not cut; more were not tried
+# Blocks that count as one chunk when a sequence is cut: pieces shorter than about 256 tokens do not repay their launch.
+PIECE_BLOCKS = 4
 
 
 def supports(x, step_size, a, *others, chunk_size=None) -> str | None:
@@ -55,9 +46,7 @@ def block_size(N: int, dtype) -> int:
 def selective_scan(x, step_size, a, b, c, resets, initial_state):
   """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are added to the logs of the decays."""
   (B, T, D), block = x.shape, block_size(a.shape[1], x.dtype)
-  # A block is short for a chunk: pieces shorter than about 256 tokens do not repay their launch. More programs than 128
-  # were not tried.
-  pieces = split.pieces(-(-D // CHANNELS) * B // WARPS, T, 4 * block, enough=128)
+  pieces = split.pieces(-(-D // CHANNELS) * B // WARPS, T, PIECE_BLOCKS * block, enough=ENOUGH)
   return configured(x, step_size, a, b, c, resets, initial_state, block=block, pieces=pieces)
 
 
@@ -95,11 +84,11 @@ def _backward(block, residuals, cotangents):
   dx, ds, dbc, da, dstates = _launch(
       functools.partial(_backward_kernel, resets=resets is not None, block=block), name="selective_scan_backward",
       grid=grid, loop=True,
-      in_specs=[tokens, tokens, rates, shared, shared, tokens, blocks, state, *reset[:resets is not None]],
+      in_specs=[tokens, tokens, rates, shared, shared, tokens, blocks, state, *given(resets is not None, reset)],
       out_specs=[tokens, tokens, sums, state, state],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape, jnp.float32),
                  jax.ShapeDtypeStruct((D // CHANNELS, P, T // block, ROWS, N), operand(x.dtype)),
-                 *[jax.ShapeDtypeStruct((P, D, N), jnp.float32)] * 2])(
+                 jax.ShapeDtypeStruct((P, D, N), jnp.float32), jax.ShapeDtypeStruct((P, D, N), jnp.float32)])(
           x, step_size, LOG2E * a, *_wide(b, c), dy, states, dstates, *_scaled(resets))
   dbc = jnp.sum(dbc, axis=0, dtype=jnp.float32)
   dc, db = (dbc[:, :, i:i + block].reshape(P, T, N).astype(x.dtype) for i in (0, ROWS // 2))
@@ -162,12 +151,7 @@ def _backward_kernel(*refs, resets, block, start, dot):
   row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, CHANNELS), 0)
   first, second = (row < ROWS // 2).astype(jnp.int32), (row >= ROWS // 2).astype(jnp.int32)
   token = jax.lax.broadcasted_iota(jnp.int32, (ROWS, a.shape[1]), 0) % (ROWS // 2)
-  parts = 2 if x_ref.dtype == jnp.float32 else 1
-
-  def over_channels(mask, x):
-    if parts > 1:
-      return triton_blocks.masked_sum(mask, x, dot, parts)
-    return dot(mask.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+  over_channels = functools.partial(_over_channels, exact=x_ref.dtype == jnp.float32, dot=dot)
 
   def load(t):
     s, x = s_ref[t, :], x_ref[t, :].astype(jnp.float32)
@@ -176,8 +160,8 @@ def _backward_kernel(*refs, resets, block, start, dot):
   def step(i, carry):
     dstate, da = carry
     i = blocks - 1 - i
-    # Adding nothing of `dstate` ties the states to it: the compiler would else compute all of them, from the loads on,
-    # a second time in the layout of the products' operands.
+    # A false dependency on `dstate` (plus zero) stops the compiler from computing the states, from the loads on, a
+    # second time in the layout of the products' operands.
     state = fma(dstate, jnp.zeros_like(dstate), states_ref[i].astype(jnp.float32))
     kept = []
     for t in (i * block + j for j in range(block)):
@@ -205,6 +189,13 @@ def _backward_kernel(*refs, resets, block, start, dot):
   da_ref[...] = da
 
 
+def _over_channels(mask, x, *, exact, dot):
+  """Sums over the channels, with 16 bits of each term if `exact`, else with 8."""
+  if exact:
+    return triton_blocks.masked_sum(mask, x, dot, parts=2)
+  return dot(mask.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+
+
 def _exponent(s, a, r_ref, t, fma):
   """s a + reset of token t, in base 2."""
   return fma(s[:, None], a, r_ref[0][t]) if r_ref else s[:, None] * a
@@ -226,7 +217,7 @@ def _arithmetic(dot):
           lambda x: instruction("ex2.approx.ftz.f32 $0, $1;", x))
 
 
-# Launches. One program a (block of channels, piece).
+# Launches: one program per block of channels and piece.
 
 
 def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
@@ -238,10 +229,10 @@ def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
   y, *saved, final = _launch(
       functools.partial(_forward_kernel, resets=resets is not None, save=save, block=block),
       name="selective_scan_forward", grid=grid, loop=True,
-      in_specs=[tokens, tokens, rates, shared, shared, state, *reset[:resets is not None]],
-      out_specs=[tokens, *[blocks] * save, state],
+      in_specs=[tokens, tokens, rates, shared, shared, state, *given(resets is not None, reset)],
+      out_specs=[tokens, *given(save, blocks), state],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype),
-                 *[jax.ShapeDtypeStruct((P, T // block, D, N), operand(x.dtype))] * save,
+                 *given(save, jax.ShapeDtypeStruct((P, T // block, D, N), operand(x.dtype))),
                  jax.ShapeDtypeStruct((P, D, N), jnp.float32)])(
           x, step_size, LOG2E * a, *_wide(b, c), states, *_scaled(resets))
   return y, saved[0] if save else None, split.exit_state(final, initial_state.shape[0], reverse=False)
@@ -256,7 +247,7 @@ def _entry_states(x, step_size, a, b, resets, initial_state, block, *, reverse):
   update = _launch(
       functools.partial(_piece_kernel, resets=resets is not None, reverse=reverse, block=block),
       name="selective_scan_piece", grid=grid, loop=True,
-      in_specs=[tokens, tokens, rates, shared, *reset[:resets is not None]],
+      in_specs=[tokens, tokens, rates, shared, *given(resets is not None, reset)],
       out_specs=state, out_shape=jax.ShapeDtypeStruct((P, D, N), jnp.float32))(
           x, step_size, LOG2E * a, *_wide(b), *_scaled(resets))
   exponent = jnp.sum(step_size, axis=1)[:, :, None] * a[None]
@@ -269,7 +260,7 @@ def _specs(P, T, D, N):
   """The grid, and the blocks of x and the like, b and c, a, states, resets."""
   return ((D // CHANNELS, P), pl.BlockSpec((None, T, CHANNELS), lambda d, p: (p, 0, d)),
           pl.BlockSpec((None, T, N), lambda d, p: (p, 0, 0)), pl.BlockSpec((CHANNELS, N), lambda d, p: (d, 0)),
-          pl.BlockSpec((None, CHANNELS, N), lambda d, p: (p, d, 0)), [pl.BlockSpec((None, T), lambda d, p: (p, 0))])
+          pl.BlockSpec((None, CHANNELS, N), lambda d, p: (p, d, 0)), pl.BlockSpec((None, T), lambda d, p: (p, 0)))
 
 
 def _wide(*arrays):

@@ -1,16 +1,10 @@
-"""Selective scan in plain jnp, for every device: forward and backward with one state kept for each chunk of tokens.
+"""Selective scan in plain jnp, for every device: forward and backward with one state kept per chunk of tokens.
 
-Every entry of the state has a decay of its own, so pairs of tokens share no weights and a chunk has no form as matrix
-products: inside a chunk the tokens follow one another. With E_t = exp(s_t a), or 0 at a reset, u_t = s_t x_t for the
-step size s_t, W_t = E_t H_{t-1} and G_t the cotangent of H_t,
+`README.md` of this folder has the symbols and the gradients. Every entry of the state has a decay of its own, so a
+chunk has no form as matrix products: inside a chunk the tokens follow one another.
 
-  H_t = W_t + u_t b_t^T        y_t = H_t c_t                G_t = dy_t c_t^T + E_{t+1} G_{t+1}
-  dc_t = H_t^T dy_t            db_t = G_t^T u_t             du_t = G_t b_t
-  dx_t = s_t du_t              ds_t = x_t du_t + sum over n of (G_t W_t) a        da = sum over t of s_t (G_t W_t)
-
-A reset makes E_t and W_t zero, and its gradient with them. The forward pass saves its inputs and, when a gradient is
-wanted, the state that enters each chunk. The backward pass takes the chunks from the last to the first, forms the
-states of one again, and walks back through it.
+The forward pass saves its inputs and, when a gradient is wanted, the state that enters each chunk. The backward pass
+takes the chunks from the last to the first, forms the states of one again, and walks back through it.
 """
 
 import jax

@@ -1,15 +1,19 @@
 """The compile check: what it reads from the assembler, what it calls a fault, and its exit status and record."""
 
+import functools
 import json
 import pathlib
 import subprocess
+import sys
 
 import pytest
 
 from kernel_tuning import assembler, compiled, search
 from kernel_tuning.assembler import Kernel
+from tests.environment import ENVIRONMENT
 from tests.forked import Command
 
+EXPERIMENTS = pathlib.Path(compiled.__file__).parents[1]
 PTXAS = """\
 ptxas warning : Registers are spilled to local memory in function 'gla_dqkg', 120 bytes spill stores, \
 124 bytes spill loads
@@ -104,8 +108,8 @@ def test_digest_is_that_of_the_code_that_kernels_need(tmp_path, monkeypatch):
 
 # The command on ops of one tile, with a compiler that finds what the width of the tile says.
 COMMAND = """
-import dataclasses, types
-from kernel_tuning import compiled
+import dataclasses, sys, types
+from kernel_tuning import compiled, search
 from kernel_tuning.assembler import Kernel
 from kernels.tuned import Tile
 
@@ -116,21 +120,23 @@ class Config:
 
 heuristic = lambda K, V, dtype, chunk_size: Config(64, Tile(K))
 compiled.tuned.listed = lambda op, device: []
-compiled._module = lambda op: types.SimpleNamespace(Config=Config, heuristic=heuristic, MOST_STATES=32,
-                                                    block_size=lambda N, dtype: N // 4)
+compiled._module = lambda op: types.SimpleNamespace(MOST_STATES=32, block_size=lambda N, dtype: N // 4)
+for op in search.GATE_GROUPS:
+  sys.modules[f"kernels.{op}.pallas_triton_config"] = types.SimpleNamespace(Config=Config, heuristic=heuristic)
 compiled.sources = lambda op: op + SOURCES
-compiled.calls = lambda program: {"gla_scan": compiled.Call(str(program.K), "gla_scan", None, ())}
+compiled.calls = lambda program: {"gla_scan": compiled.Call(f"{program.K}{CALLS}", "gla_scan", None, ())}
 compiled.compile_calls = lambda gpu, calls, _: {x.key: Kernel(255, SPILL[gpu], 1024, 128, 8) for x in calls}
 import compile_kernels
 compile_kernels.assembler.version = lambda path=None: "13"
-compile_kernels.versions = lambda: {"jax": "0"}
+compile_kernels.versions = lambda: dict(VERSIONS)
 compile_kernels.commands.run(compile_kernels.main)
 """
 
 
-def run(out, *flags, spill=None, sources=""):
+def run(out, *flags, spill=None, sources="", calls="", versions=(("jax", "0"),)):
   spill = dict.fromkeys(compiled.GPUS, 0) | (spill or {})
-  (script := out.with_name("script.py")).write_text(f"SPILL = {spill}; SOURCES = {sources!r}\n{COMMAND}")
+  names = f"SPILL = {spill}; SOURCES = {sources!r}; CALLS = {calls!r}; VERSIONS = {versions}"
+  (script := out.with_name("script.py")).write_text(f"{names}\n{COMMAND}")
   process = Command(script, f"--out={out}", *flags)
   stdout, stderr = process.communicate()
   assert "Traceback" not in stderr, stderr
@@ -156,7 +162,8 @@ def test_command(tmp_path):
   assert record["builds"][first.pop("build")] == {"sources": "gla", "versions": {"jax": "0"}, "assemblers": ["13"]}
   assert first == {
       "op": "gla", "gpu": "sm_80", "K": 16, "V": 16, "dtype": "bfloat16", "gate": "channel", "source": "heuristic",
-      "config": "chunk=64 scan=16/4/2", "tokens": 2048, "kernels": {"gla_scan": [255, 0, 1024, 128, 8]}}
+      "config": "chunk=64 scan=16/4/2", "tokens": 2048, "kernels": {"gla_scan": [255, 0, 1024, 128, 8]},
+      "traced": compiled.traced({"gla_scan": compiled.Call("16", "gla_scan", None, ())})}
 
   again = run(out)
   assert "0 programs wanted" in again.stdout and json.loads(out.read_text()) == record
@@ -179,3 +186,54 @@ def test_command(tmp_path):
 
   wrong = run(out, "--gpus=sm_70")
   assert wrong.returncode == 2 and "--gpus=sm_70: known are sm_80, sm_89, sm_90a, sm_100a" in wrong.stderr
+
+
+def test_rebase_accepts_sources_of_equal_calls_without_a_toolchain(tmp_path):
+  out = tmp_path / "record.json"
+  assert run(out).returncode == 0
+  before = json.loads(out.read_text())
+  rebase = functools.partial(run, out, "--rebase", versions=None)
+
+  renamed = rebase(sources="renamed")
+  assert renamed.returncode == 0 and renamed.stdout.endswith("; 0 programs with other kernel calls\n")
+  after = json.loads(out.read_text())
+  unnamed = lambda record: [entry | {"build": None} for entry in record["programs"]]
+  assert unnamed(after) == unnamed(before) and after["pending"] == {}
+  assert {build["sources"] for build in after["builds"].values()} == {f"{op}renamed" for op in compiled.OPS}
+  assert all(build["versions"] == {"jax": "0"} for build in after["builds"].values())
+  assert "0 programs wanted" in rebase(sources="renamed").stdout
+  assert "0 programs wanted" in run(out, sources="renamed").stdout
+
+  late = rebase("--limit_seconds=1e-9", sources="other")
+  assert f"{len(before['programs'])} programs wanted, 0 done, " in late.stdout
+  assert json.loads(out.read_text())["programs"] == after["programs"]
+
+  other = rebase("--ops=gla", "--gpus=sm_80,sm_89", sources="other", calls="other")
+  grid = len(compiled.WIDTHS) * (len(compiled.WIDTHS) + 1) * len(compiled.DTYPES)
+  assert other.returncode == 1 and f"{2 * grid} programs with other kernel calls" in other.stdout
+  assert "sm_89 gla 128x64 bfloat16 channel heuristic 2048 tokens: its kernel calls are not" in other.stdout
+  assert json.loads(out.read_text())["programs"] == after["programs"]
+  assert json.loads(out.read_text())["pending"]["gla sm_89"] == grid
+
+
+# The digests of one program per op, in an order that the process is told.
+DIGESTS = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from kernel_tuning import compiled
+for op in sys.argv[1:]:
+  program = next(p for p in compiled.programs([op], ["sm_90a"]) if p.K in (16, 128) and p.tokens == compiled.SHORT)
+  calls = compiled.calls(program)
+  assert not any(".py" in call.key or "0x" in call.key for call in calls.values())
+  print(op, compiled.traced(calls))
+"""
+
+
+def test_digest_of_calls_is_equal_in_every_process(tmp_path):
+  (script := tmp_path / "script.py").write_text(DIGESTS)
+  forked = Command(script, *compiled.OPS)
+  other = subprocess.run([sys.executable, script, *compiled.OPS[::-1]], capture_output=True, text=True,
+                         env=ENVIRONMENT | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(EXPERIMENTS)})
+  found = [sorted(text.splitlines()) for text in (forked.communicate()[0], other.stdout)]
+  assert len(found[0]) == len(compiled.OPS) and found[0] == found[1], other.stderr

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from kernel_tuning import compiled
@@ -43,3 +44,12 @@ def test_every_known_spill_is_one_of_the_record():
   found = {f"{WANTED[compiled.identity(entry)]} {name}": compiled.kernel(row).spill_bytes
            for entry in RECORD["programs"] for name, row in entry["kernels"].items()}
   assert [name for name, spilled in compiled.known_spills().items() if found.get(name) != spilled] == []
+
+
+def test_digests_are_those_of_the_kernel_calls():
+  """One program per op, where JAX is of the version that compiled it."""
+  entries = {entry["op"]: entry for entry in RECORD["programs"] if entry["tokens"] == compiled.SHORT}
+  for op, entry in entries.items():
+    if RECORD["builds"][entry["build"]]["versions"]["jax"] == jax.__version__:
+      assert entry["traced"] == compiled.traced(compiled.calls(WANTED[compiled.identity(entry)])), op
+  assert list(entries) == list(compiled.OPS)

@@ -30,6 +30,7 @@ class Config:
 
 
 START = Config(16, NARROW, NARROW)
+FIELDS = {"forward": [NARROW, FAST], "backward": [NARROW, WRONG_GRADIENT, TOO_LARGE, None]}
 
 
 @jax.custom_jvp
@@ -50,8 +51,7 @@ def configured(q, k, v, log_decay, initial_state, *, scale, config):
 
 @pytest.fixture
 def module():
-  fields = {"forward": [NARROW, FAST], "backward": [NARROW, WRONG_GRADIENT, TOO_LARGE, None]}
-  return types.SimpleNamespace(Config=Config, configured=configured, candidates=lambda K, V, dtype: fields)
+  return types.SimpleNamespace(configured=configured)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def clock(monkeypatch):
 
 def test_takes_the_fastest_of_those_that_are_right(module, clock, capsys):
   kept = []
-  best = search.tune(PROBLEM, module, [START], time.monotonic() + 600, lambda *found: kept.append(found))
+  best = search.tune(PROBLEM, module, [START], FIELDS, time.monotonic() + 600, lambda *found: kept.append(found))
   assert best == Config(16, FAST, None)
   assert [ms for _, ms in kept] == [6.0, 5.0, 4.0]
   lines = capsys.readouterr().out.splitlines()
@@ -77,23 +77,22 @@ def test_takes_the_fastest_of_those_that_are_right(module, clock, capsys):
 
 
 def test_begins_with_the_faster_start(module, clock):
-  module.candidates = lambda K, V, dtype: {}
   listed = Config(16, FAST, NARROW)
   for starts in ([START, listed], [listed, START]):
-    assert search.tune(PROBLEM, module, starts, time.monotonic() + 600, lambda *_: None) == listed
+    assert search.tune(PROBLEM, module, starts, {}, time.monotonic() + 600, lambda *_: None) == listed
 
 
 def test_nothing_is_kept_when_nothing_works(module, clock):
-  module.candidates = lambda K, V, dtype: {"forward": [NARROW, FAST]}
-  starts = [Config(16, NARROW, TOO_LARGE)]
-  assert search.tune(PROBLEM, module, starts, time.monotonic() + 600, lambda *_: pytest.fail("kept")) is None
+  starts, fields = [Config(16, NARROW, TOO_LARGE)], {"forward": [NARROW, FAST]}
+  assert search.tune(PROBLEM, module, starts, fields, time.monotonic() + 600, lambda *_: pytest.fail("kept")) is None
 
 
 def test_an_end_in_time_keeps_the_best_so_far(module, clock, monkeypatch):
   now = iter([0, 0, 2])
   monkeypatch.setattr(search, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
   kept = []
-  assert search.tune(PROBLEM, module, [START], 1, lambda config, ms: kept.append(config)) == Config(16, FAST, NARROW)
+  best = search.tune(PROBLEM, module, [START], FIELDS, 1, lambda config, ms: kept.append(config))
+  assert best == Config(16, FAST, NARROW)
   assert kept == [START, Config(16, FAST, NARROW)]
 
 
@@ -148,9 +147,10 @@ class Config:
   chunk: int
   scan: Tile
 
-sys.modules["kernels.gla.pallas_triton"] = types.SimpleNamespace(
+sys.modules["kernels.gla.pallas_triton_config"] = types.SimpleNamespace(
     Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(16, Tile(16)),
-    candidates=lambda K, V, dtype: {"scan": [Tile(16), Tile(32, 8, 3)]},
+    candidates=lambda K, V, dtype: {"scan": [Tile(16), Tile(32, 8, 3)]})
+sys.modules["kernels.gla.pallas_triton"] = types.SimpleNamespace(
     configured=lambda *, config, **x: xla_chunked.gla(**x, chunk_size=16))
 import retune
 from kernel_tuning import search
@@ -212,8 +212,8 @@ every = Problem("linear_attention", ("token", "head", "none"), 16, 16, 1, "bfloa
 head = dataclasses.replace(every, gates=("head",))
 for problem, chunk in ((every, 16), (head, 32), (dataclasses.replace(every, K=32), 64)):
   retune.save(path, record, problem, Config(chunk, Tile(16)), 1.0)
-module = types.SimpleNamespace(Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(0, Tile(16)))
-assert [config.chunk for config in retune.starts(record, head, module)] == [32, 0]
+configs = types.SimpleNamespace(Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(0, Tile(16)))
+assert [config.chunk for config in retune.starts(record, head, configs)] == [32, 0]
 """
 
 

@@ -1,0 +1,49 @@
+"""How GLA's GPU kernels are configured: the fields, values worth timing, and a choice without a record."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kernels.triton_blocks import tile_width
+from kernels.tuned import Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Chunk and tiles of the kernels. `heuristic` always has an answer, `kernels.tuned` the measured ones."""
+
+  chunk: int  # tokens per chunk
+  depth: int  # K columns of one product in the scans
+  scores: Tile | None  # K columns of one product of scores; None: the scans compute P
+  factors: Tile  # K columns per program of factors
+  scan: Tile  # V columns per program of the forward scan
+  reverse_scan: Tile  # V columns per program of the reversed scan
+  dqkg: Tile  # K columns per program of the gradients, which takes as many V columns at a time
+
+
+def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
+  """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
+  wide, most = dtype == jnp.float32, K > 128
+  # Stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first.
+  scan = Tile(tile_width(V, 16 if wide or most else 32), 8 if wide or most else 4, 3 if wide and most else 2)
+  # With 4 warps and a single tile of V the loop over tiles is unrolled into more than the registers hold.
+  keys = Tile(tile_width(K, 16 if wide else 32), 4 if wide or V > 32 else 8, 1)
+  scores = Tile(64, 4, 1) if wide and K > 64 else None
+  depth = 64 if wide else tile_width(K)
+  return Config(chunk_size or (16 if wide else 64), depth, scores, keys, scan, scan, keys)
+
+
+def candidates(K: int, V: int, dtype) -> dict[str, list]:
+  """The values worth timing for each field, around those that were fastest on an H100."""
+  wide = dtype == jnp.float32
+  tiles = lambda size, *values: list(dict.fromkeys(Tile(tile_width(size, w), *launch) for w, *launch in values))
+  if wide:
+    scan, keys = tiles(V, (16, 4, 1), (32, 4, 1), (32, 8, 1)), tiles(K, (16, 4, 1), (32, 4, 1))
+  else:
+    scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1))
+    # With 4 warps and a single tile of 64 columns the loop over tiles is unrolled into more than the registers hold.
+    keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), *([(64, 4, 1), (64, 4, 2), (64, 4, 3)] if V > 64 else []))
+  # Where many V tiles would each compute P again, and its accumulator costs the registers of a second program.
+  scores = [Tile(64, 4, 2)] if not wide and K > 128 else []
+  return {"scores": scores, "depth": sorted({32 if wide else 64, tile_width(K)}), "scan": scan, "reverse_scan": scan,
+          "dqkg": keys, "factors": tiles(K, (64, 4, 1), (128, 4, 1))}

@@ -1,0 +1,143 @@
+"""The scan over chunks as a Pallas kernel, forward and reversed, and the scores P of wide heads.
+
+A program of the scan carries the state of a tile of V's columns in registers through all chunks. Letters as in
+`README.md` of this folder. In reverse k, q and dO stand in the places of q, k and v.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels import split, triton_blocks
+from kernels.scalar_decay import between, decay_of, gate_block, weigh
+from kernels.triton_blocks import given, operand
+
+
+def _scores_kernel(*refs, gated, transposed, scale, depth, dot):
+  q_ref, k_ref, *g_ref, p_ref = refs
+  (C, K), dtype = q_ref.shape, p_ref.dtype
+  decay = decay_of(g_ref[0][...] if gated else None, C)
+  tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
+  p = sum(dot(q_ref[:, tile].astype(dtype), k_ref[:, tile].astype(dtype).T) for tile in tiles)
+  p_ref[...] = (between(decay, C, transposed) * (scale * p)).astype(dtype)
+
+
+def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, depth, start, dot):
+  q_ref, k_ref, v_ref, *refs = refs
+  g_ref = refs.pop(0) if gated else None
+  p_ref = refs.pop(0) if scores else None
+  initial_ref, *refs, final_ref = refs
+  o_ref = refs.pop(0) if outputs else None
+  states_ref = refs.pop(0) if save else None
+  T, K = k_ref.shape
+  tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
+  run = functools.partial(_scan_chunk, q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, chunk=chunk, tiles=tiles,
+                          reverse=reverse, scale=scale, dot=dot)
+  states = jax.lax.fori_loop(start, T // chunk, lambda i, states: run(T // chunk - 1 - i if reverse else i, states),
+                             tuple(initial_ref[tile, :] for tile in tiles))
+  for tile, state in zip(tiles, states):
+    final_ref[tile, :] = state
+
+
+def _scan_chunk(q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, n, states, *, chunk, tiles, reverse, scale, dot):
+  """The state behind chunk `n` from the one before it, with the chunk's output where there is an `o_ref`."""
+  dtype, rows = operand(k_ref.dtype), pl.ds(n * chunk, chunk)
+  decay = decay_of(g_ref[rows if g_ref.shape else ...] if g_ref is not None else None, chunk)
+  weights = (decay.upto, scale), (decay.after,)
+  query_weights, key_weights = weights[::-1] if reverse else weights
+  load = lambda ref, columns=slice(None): ref[rows, columns].astype(dtype)
+  weighted = lambda v: weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
+  add = lambda k, u, state: dot(k.T, u) + (state if decay.total is None else decay.total * state)
+  # What is added to a state of several K tiles is read when it is needed: held from the start it spills. With P to
+  # compute, k is there anyway.
+  late = len(tiles) > 1 and (p_ref is not None or (dtype == jnp.float32 and o_ref is None))
+  v = load(v_ref)
+  p, o, next_states, u = 0.0, 0.0, [], None if late else weighted(v)
+  for tile, state in zip(tiles, states):
+    k, entry = None if late else load(k_ref, tile), state.astype(dtype)
+    if states_ref is not None:
+      states_ref[n, tile, :] = entry
+    if o_ref is not None:
+      q = load(q_ref, tile)
+      o += dot(q, entry)
+      if p_ref is None:
+        p += dot(q, k.T)
+    if late:
+      dot.barrier(dtype)
+    else:
+      next_states.append(add(k, u, state))
+
+  def add_late():
+    v = load(v_ref)
+    u = weighted(v)
+    for tile, state in zip(tiles, states):
+      next_states.append(add(load(k_ref, tile), u, state))
+      dot.barrier(dtype)
+    return v
+
+  # Which comes first, the next state or the output, decides whether float32 or 16-bit operands spill.
+  if late and dtype == jnp.float32:
+    v = add_late()
+  if o_ref is not None:
+    p = p_ref[n] if p_ref is not None else (between(decay, chunk, transposed=reverse) * (scale * p)).astype(dtype)
+    o_ref[rows, :] = (weigh(o, *query_weights) + dot(p, v)).astype(o_ref.dtype)
+  if late and dtype != jnp.float32:
+    add_late()
+  return tuple(next_states)
+
+
+# Launches: one program per V tile, head and row of the batch; of scores one per chunk, head and row of the batch.
+
+
+def scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, save=True, reverse=False):
+  """Output if `outputs`, entry state of each chunk if `save`, and final state, of pieces that follow each other."""
+  run = functools.partial(_launch, q, k, v, log_decay, scale=scale, config=config, reverse=reverse)
+  B, T = initial_state.shape[0], v.shape[1]
+  if v.shape[0] > B:
+    (update,) = run(jnp.zeros((v.shape[0], *initial_state.shape[1:]), jnp.float32), outputs=False, save=False)
+    kept = jnp.ones((v.shape[0], v.shape[2]), jnp.float32)
+    if log_decay is not None:
+      kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay[None])
+    initial_state = split.entry_states(initial_state, kept[..., None, None], update, reverse)
+  *found, final = run(initial_state, outputs=outputs, save=save)
+  return found[0] if outputs else None, found[-1] if save else None, split.exit_state(final, B, reverse)
+
+
+def _launch(q, k, v, log_decay, initial_state, *, scale, config, reverse, outputs, save):
+  (B, T, H, K), V = k.shape, v.shape[3]
+  tile = config.reverse_scan if reverse else config.scan
+  block, N = min(tile.block, V), T // config.chunk
+  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
+  values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, t))
+  state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
+  states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
+  gate, gate_spec = gate_block(log_decay, T, chunked=False)
+  p, p_spec = [], []
+  if config.scores and outputs:
+    p = [_scores(q, k, log_decay, scale, config, reverse)]
+    p_spec = [pl.BlockSpec((None, None, N, config.chunk, config.chunk), lambda t, h, b: (b, h, 0, 0, 0))]
+  return triton_blocks.launch(
+      functools.partial(_scan_kernel, gated=bool(gate), scores=bool(p), outputs=outputs, save=save, reverse=reverse,
+                        scale=scale, chunk=config.chunk, depth=min(config.depth, K)),
+      name="linear_attention_scan" if outputs else "linear_attention_piece", grid=(V // block, H, B), loop=True,
+      in_specs=[keys, keys, values, *gate_spec, *p_spec, state],
+      out_specs=[*given(outputs, values), *given(save, states), state],
+      out_shape=[*given(outputs, jax.ShapeDtypeStruct(v.shape, v.dtype)),
+                 *given(save, jax.ShapeDtypeStruct((B, H, N, K, V), operand(v.dtype))),
+                 jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)],
+      num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, v, *gate, *p, initial_state)
+
+
+def _scores(q, k, log_decay, scale, config, transposed):
+  """P `[B, H, N, C, C]`, or its transpose when q and k are exchanged."""
+  (B, T, H, K), C, tile = q.shape, config.chunk, config.scores
+  keys = pl.BlockSpec((None, C, None, K), lambda t, n, h, b: (b, n, h, 0))
+  gate, gate_spec = gate_block(log_decay, C, chunked=True)
+  return triton_blocks.launch(
+      functools.partial(_scores_kernel, gated=bool(gate), transposed=transposed, scale=scale, depth=min(tile.block, K)),
+      name="linear_attention_scores", grid=(1, T // C, H, B), in_specs=[keys, keys, *gate_spec],
+      out_specs=pl.BlockSpec((None, None, None, C, C), lambda t, n, h, b: (b, h, n, 0, 0)),
+      out_shape=jax.ShapeDtypeStruct((B, H, T // C, C, C), operand(q.dtype)), num_warps=tile.num_warps,
+      num_stages=tile.num_stages)(q, k, *gate)
