@@ -157,7 +157,7 @@ def test_steps_of_a_model_equal_parallel():
 
 def test_gates_stay_float32():
   mixer = create(HGRN2Config(heads=HEADS, conv_width=3), dtype=jnp.bfloat16)
-  q, k, v, log_decay, _ = mixer._project(inputs().astype(jnp.bfloat16), None, None)
+  (q, k, v, log_decay), _ = mixer.project(inputs().astype(jnp.bfloat16), None, None)
   assert q.dtype == k.dtype == v.dtype == jnp.bfloat16 and log_decay.dtype == jnp.float32
   assert np.abs(log_decay - log_decay.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
 
