@@ -13,7 +13,6 @@ arXiv:2411.12537).
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jax import Array
 
 from kernels import delta_rule
 from kernels.delta_rule import step as delta_step
-from lin_jax.layers import Linear, RMSNorm, align, param
+from lin_jax.layers import Linear, RMSNorm, align, param, time_step_biases
 from lin_jax.mixers import register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
@@ -109,9 +108,3 @@ class GatedDeltaNet(MatrixMemory):
 def log_rates(key: Array, shape: tuple[int, ...], dtype) -> Array:
   """Initializer of A_log: the log of a uniform sample of (0, 16]."""
   return jnp.log(16 * (1 - jax.random.uniform(key, shape, dtype)))
-
-
-def time_step_biases(key: Array, shape: tuple[int, ...], dtype) -> Array:
-  """Initializer of dt_bias: the inverse softplus of a log-uniform sample of [1e-3, 1e-1]."""
-  dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
-  return dt + jnp.log(-jnp.expm1(-dt))

@@ -19,12 +19,11 @@ from flax import nnx
 
 from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
-from lin_jax.layers import Linear, ShortConvolution, align, param
+from lin_jax.layers import Linear, ShortConvolution, align, param, time_step_biases
 from lin_jax.mixers import register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads
 
 A_RANGE = (1.0, 16.0)
-DT_RANGE = (1e-3, 1e-1)
 
 
 @dataclasses.dataclass
@@ -74,7 +73,7 @@ class Mamba2(MatrixMemory):
     self.convolutions = nnx.List([BiasedConvolution(size, config.conv_width, axis=axis, **linear)
                                   for size, axis in sizes.values()])
     self.A_log = param(rngs, _log_uniform_start(A_RANGE), (config.heads,), ("heads",))
-    self.dt_bias = param(rngs, dt_bias_start, (config.heads,), ("heads",))
+    self.dt_bias = param(rngs, time_step_biases, (config.heads,), ("heads",))
     self.D = param(rngs, nnx.initializers.ones, (config.heads,), ("heads",))
     self.norm_scale = param(rngs, nnx.initializers.ones, (inner,), ("heads",))
     self.output = Linear(inner, width, ("heads", "embed"), **linear)
@@ -131,10 +130,3 @@ def _scale_heads(scale, x):
 def _log_uniform_start(bounds):
   """Initializer: the log of a uniform variable."""
   return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *bounds))
-
-
-def dt_bias_start(key, shape, dtype):
-  """Initializer: softplus of it is log-uniform in DT_RANGE."""
-  low, high = jnp.log(jnp.asarray(DT_RANGE, dtype))
-  dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
-  return dt + jnp.log(-jnp.expm1(-dt))

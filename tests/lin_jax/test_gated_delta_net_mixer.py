@@ -10,7 +10,8 @@ from flax import nnx
 
 from lin_jax import mixers
 from lin_jax.config import ModelConfig, OptimConfig
-from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig, log_rates, time_step_biases
+from lin_jax.layers import time_step_biases
+from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig, log_rates
 from lin_jax.model import LanguageModel
 from lin_jax.optim import make_optimizer
 from tests.close import assert_close
