@@ -22,6 +22,8 @@ from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
+# elu1 is formed as in flash-linear-attention and in the recorded runs: in bfloat16 it rounds to 0 below -5, which the
+# function of the same name in `lin_jax.mixers.linear_attention` avoids.
 ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
 NORMS = ("l2", "l1")
 
