@@ -24,7 +24,7 @@ from kernels.selective_scan import step as selective_scan_step
 from lin_jax.layers import Linear, align, param, time_step_biases
 from lin_jax.mixers import register, require
 from lin_jax.mixers.mamba2 import BiasedConvolution
-from lin_jax.sharding import shard_heads
+from lin_jax.sharding import map_over_heads
 
 
 @dataclasses.dataclass
@@ -80,7 +80,7 @@ class Mamba(nnx.Module):
       return selective_scan(v, dt, a, k, q, initial_state=memory, segment_ids=segment_ids,
                             implementation=self.implementation)
 
-    scan = shard_heads(scan, "bth,bth,hn,btn,btn,bhn,bt->bth,bhn")
+    scan = map_over_heads(scan, "bth,bth,hn,btn,btn,bhn,bt->bth,bhn")
     y, memory = scan(v, self._step_size(v), self._rates(), self.key(v), self.query(v), memory, segment_ids)
     y = self._finish(x, checkpoint_name(y, "mixer_output"), v)
     return y, None if state is None else {"memory": memory, "inputs": inputs}

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from lin_jax.layers import Linear, ShortConvolution, convolve
-from lin_jax.sharding import shard_heads
+from lin_jax.sharding import map_over_heads
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class OpConfig:
 class MatrixMemory(nnx.Module):
   """A mixer without layers. Its state is the float32 memory and what `project` keeps of the tokens before."""
 
-  layout: str  # axes of the op's arrays, in the letters of `shard_heads`
+  layout: str  # axes of the op's arrays, in the letters of `map_over_heads`
   scale: float | None = None  # of the queries; None is 1 / sqrt(K)
   flops_per_entry = 4  # of the memory and per token: two for the write and two for the read
   gate: Linear | None = None
@@ -54,7 +54,7 @@ class MatrixMemory(nnx.Module):
       return self.mix(*arrays, scale=self.scale, initial_state=memory, segment_ids=segment_ids,
                       chunk_size=self.chunk_size, implementation=self.implementation)
 
-    mix = shard_heads(mix, f"bhkv,bt,{self.layout}->bthv,bhkv")
+    mix = map_over_heads(mix, f"bhkv,bt,{self.layout}->bthv,bhkv")
     o, memory = mix(None if state is None else state["memory"], segment_ids, *arrays)
     y = self.finish(x, checkpoint_name(o, "mixer_output"), arrays[2])
     return y, None if state is None else {"memory": memory, **kept}
@@ -100,6 +100,6 @@ def short_convolutions(channels: Sequence[int], taps: int, *, dtype, rngs: nnx.R
   return nnx.List([ShortConvolution(size, taps, axis="heads", dtype=dtype, rngs=rngs) for size in channels if taps])
 
 
-def by_heads(x: Float[Array, "B T C"], heads: int) -> Float[Array, "B T H C/H"]:
+def by_heads(x: Float[Array, "B T C"], heads: int) -> Float[Array, "B T H _"]:
   """The channels of x as those of `heads` heads."""
   return x.reshape(*x.shape[:2], heads, -1)
