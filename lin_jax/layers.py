@@ -112,11 +112,11 @@ class ShortConvolution(nnx.Module):
     self.kernel = param(rngs, init, (taps, channels), (None, axis))
     self.dtype = jnp.dtype(dtype)
 
-  def init_state(self, batch: int) -> Float[Array, "B taps-1 C"]:
+  def init_state(self, batch: int) -> Float[Array, "B past C"]:
     taps, channels = self.kernel.shape[-2:]
     return jnp.zeros((batch, taps - 1, channels), self.dtype)
 
-  def __call__(self, x: Float[Array, "B T C"], state: Float[Array, "B taps-1 C"] | None = None,
+  def __call__(self, x: Float[Array, "B T C"], state: Float[Array, "B past C"] | None = None,
                segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T C"], Array]:
     kernel = self.kernel[...].astype(self.dtype)
     taps, time = kernel.shape[0], x.shape[1]

@@ -110,8 +110,9 @@ def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:
   return jnp.cumsum(share.at[0].set(0.0), axis=0)
 
 
-def gates(f: Float[Array, "*x"], bound: Float[Array, "*x"] | None) -> tuple[Float[Array, "*x"], Float[Array, "*x"]]:
-  """1 - forget gate and log(forget gate), in float32 and each to its own relative precision."""
+def gates(f: Float[Array, "*x"], bound: Float[Array, "*#x"] | None) -> tuple[Float[Array, "*x"], Float[Array, "*x"]]:
+  """1 - forget gate and log(forget gate), in float32 and each to its own relative precision; the bound broadcasts to f.
+  """
   if bound is None:
     return jax.nn.sigmoid(-f), jax.nn.log_sigmoid(f)
   # Neither logarithm below has an infinite derivative, whose product with zero would be none.
