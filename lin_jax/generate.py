@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,8 +44,9 @@ class Sampling:
       raise ValueError(f"vocab_size={self.vocab_size}: must not be negative (0 draws from all)")
 
 
-def generate(model: LanguageModel, prompt: Int[Array, "B P"], steps: int, *, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, vocab_size: int = 0, key: Array | None = None) -> Int[Array, "B steps"]:
+def generate(model: LanguageModel, prompt: Int[Array, "B P"] | Sequence[Sequence[int]], steps: int, *,
+             temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, vocab_size: int = 0,
+             key: Array | None = None) -> Int[Array, "B steps"]:
   """`steps` tokens that continue each prompt (P >= 1); equal keys give equal tokens. Key 0 if None.
 
   The other options are those of `Sampling`. Raises ValueError for token ids outside the vocabulary, sampling values

@@ -5,6 +5,7 @@ dimension, which `lin_jax.sharding` maps to a mesh axis. Kernels start from N(0,
 a caller passes an initializer; residual output projections are not rescaled by depth (the GLA paper's code does not).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,6 +20,12 @@ NORMAL = nnx.initializers.normal(0.02)
 def param(rngs: nnx.Rngs, init: Callable, shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
   """A float32 parameter with logical axis names; placement is left to the caller's jit (`out_shardings`)."""
   return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), out_sharding=tuple(axes), eager_sharding=False)
+
+
+def time_step_biases(key: Array, shape: Sequence[int], dtype) -> Array:
+  """Initializer of the bias under a softplus that gives time steps: these start log-uniform in [1e-3, 1e-1]."""
+  dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+  return dt + jnp.log(-jnp.expm1(-dt))
 
 
 class Linear(nnx.Module):
@@ -105,11 +112,11 @@ class ShortConvolution(nnx.Module):
     self.kernel = param(rngs, init, (taps, channels), (None, axis))
     self.dtype = jnp.dtype(dtype)
 
-  def init_state(self, batch: int) -> Float[Array, "B taps-1 C"]:
+  def init_state(self, batch: int) -> Float[Array, "B past C"]:
     taps, channels = self.kernel.shape[-2:]
     return jnp.zeros((batch, taps - 1, channels), self.dtype)
 
-  def __call__(self, x: Float[Array, "B T C"], state: Float[Array, "B taps-1 C"] | None = None,
+  def __call__(self, x: Float[Array, "B T C"], state: Float[Array, "B past C"] | None = None,
                segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T C"], Array]:
     kernel = self.kernel[...].astype(self.dtype)
     taps, time = kernel.shape[0], x.shape[1]

@@ -108,21 +108,21 @@ def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, bat
     return dweights, (token_loss, correct, dh.astype(h.dtype))
 
   dweights = jnp.zeros(weights.shape, jnp.float32) if gradients else None
-  dweights, outputs = jax.lax.scan(chunk, dweights, tuple(_split(x, N) for x in (hidden, targets, mask)))
-  token_loss, correct, dhidden = (None if x is None else _merge(x, T) for x in outputs)
+  dweights, outputs = jax.lax.scan(chunk, dweights, tuple(_to_chunks(x, N) for x in (hidden, targets, mask)))
+  token_loss, correct, dhidden = (None if x is None else _from_chunks(x, T) for x in outputs)
   metrics = {"targets": mask.sum(), "correct": correct.sum()}
   total, metrics, dweights = jax.lax.psum((token_loss.sum(), metrics, dweights), batch_axes)
   return total, metrics | {"token_loss": token_loss}, dhidden, dweights
 
 
-def _split(x, N):
+def _to_chunks(x, N):
   """[B, T, ...] to [N, B, ceil(T / N), ...]; the padding of zeros carries mask 0."""
   padding = -x.shape[1] % N
   x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
   return jnp.moveaxis(x.reshape(x.shape[0], N, -1, *x.shape[2:]), 1, 0)
 
 
-def _merge(x, T):
-  """Inverse of `_split`: [N, B, C, ...] to [B, T, ...]."""
+def _from_chunks(x, T):
+  """Inverse of `_to_chunks`: [N, B, C, ...] to [B, T, ...]."""
   x = jnp.moveaxis(x, 0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]

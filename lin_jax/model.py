@@ -68,16 +68,17 @@ class Block(nnx.Module):
 
     def apply(block, x, state, segment_ids):
       y, state = _checkpoint(mix, remat.mixer)(block, x, state, segment_ids)
-      return block.feed(shard_batch(x + y)), state
+      return block.mlp_branch(shard_batch(x + y)), state
 
     return _checkpoint(apply, remat.block)(self, x, state, segment_ids)
 
   def step(self, x: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
     with jax.named_scope("mixer"):
       y, state = self.mixer.step(self.mixer_norm(x), state)
-    return self.feed(x + y), state
+    return self.mlp_branch(x + y), state
 
-  def feed(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+  def mlp_branch(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """x plus the MLP of its norm; x itself in a block without an MLP."""
     if self.mlp is None:
       return x
     with jax.named_scope("mlp"):
@@ -115,10 +116,10 @@ class LanguageModel(nnx.Module):
       state: of `init_state` or of an earlier call; continues that sequence.
       segment_ids: documents packed in a row; nothing passes where the id changes. The first segment continues `state`.
     """
-    return self.read(self.embed(tokens), state, segment_ids)
+    return self.hidden_from_embeddings(self.embed(tokens), state, segment_ids)
 
-  def read(self, x: Float[Array, "B T D"], state: Any = None, segment_ids: Int[Array, "B T"] | None = None,
-           ) -> tuple[Float[Array, "B T D"], Any]:
+  def hidden_from_embeddings(self, x: Float[Array, "B T D"], state: Any = None,
+                             segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], Any]:
     """`hidden` of embedded tokens, for what changes embeddings in between, such as dropout."""
     states = []
     for run, run_state in zip(self._runs(), [None] * len(self.runs) if state is None else state, strict=True):

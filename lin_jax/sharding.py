@@ -2,7 +2,7 @@
 
 `data` and `fsdp` split the batch; `fsdp` also splits every matrix along the model width; `tensor` splits heads, MLP
 width and vocabulary. Parameters are placed by jit's `out_shardings`, activations by `shard_batch`, and ops whose
-kernels the compiler cannot partition run on local blocks through `shard_heads`. The last two act only under
+kernels the compiler cannot partition run on local blocks through `map_over_heads`. The last two act only under
 `jax.set_mesh`.
 """
 
@@ -87,7 +87,7 @@ def shard_batch(x: Array) -> Array:
   return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *(None,) * (x.ndim - 1)))
 
 
-def shard_heads(fn: Callable, layouts: str) -> Callable:
+def map_over_heads(fn: Callable, layouts: str) -> Callable:
   """`fn` applied to each device's batch rows and heads; plain `fn` when no mesh is in use.
 
   `layouts` names the dimensions of every argument and result, as "bthk,bthv->bthv": `b` is split over the batch axes,

@@ -261,22 +261,18 @@ def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = N
 def _microbatches(tree, count, axis=0):
   """`axis` of B rows to B / count, after a new first axis: every count-th row, so that no row leaves its device."""
 
-  def split(x):
+  def regroup(x):
     x = jnp.moveaxis(x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1:]), axis + 1, 0)
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*(None,) * (axis + 1), sharding.BATCH_AXES))
 
-  return jax.tree.map(split, tree)
+  return jax.tree.map(regroup, tree)
 
 
 def _join(tree, axis):
   """Inverse of `_microbatches`."""
-
-  def join(x):
-    x = jnp.moveaxis(x, 0, axis + 1)
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:])
-
-  return jax.tree.map(join, tree)
+  tree = jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis + 1), tree)
+  return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:]), tree)
 
 
 def _restore(checkpoints, step, abstract, batches, config):

@@ -13,7 +13,13 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax  # noqa: E402
 import jaxlib  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+import tests.shapes  # noqa: E402, F401  (for the next line, which looks it up by name)
+
+# Every function of these packages checks the arrays that it takes and returns against its annotations.
+jaxtyping.install_import_hook(["kernels", "lin_jax"], "tests.shapes.check")
 
 from kernel_tuning import assembler  # noqa: E402
 from kernels import cpu_compiler  # noqa: E402
@@ -21,6 +27,14 @@ from kernels import cpu_compiler  # noqa: E402
 cpu_compiler.switch_off()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def unchecked_arrays():
+  """Arrays of wrong shapes reach the errors that the packages raise themselves, as they do for users."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -217,11 +217,9 @@ for name in ("mqar", "rewritten"):
 class AddingNet(DeltaNet):
   Config = dataclasses.make_dataclass("AddingNetConfig", [], bases=(DeltaNetConfig,))
 
-  def __call__(self, x, state=None, segment_ids=None):
-    q, k, v, _ = self._project(x, state, segment_ids)
+  def mix(self, q, k, v, beta, **options):
     q, k = (a * jax.lax.rsqrt(jnp.sum(a * a, axis=-1, keepdims=True) + 1e-6) for a in (q, k))
-    output, _ = kernels.linear_attention(q, k, v * self._beta(x)[..., None], chunk_size=self.chunk_size)
-    return self._finish(x, output), state
+    return kernels.linear_attention(q, k, v * beta[..., None], **options)
 
 
 # %%

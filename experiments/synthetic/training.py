@@ -58,7 +58,7 @@ class Answerer(nnx.Module):
     if key is not None and self.dropout:
       kept = jax.random.bernoulli(key, 1 - self.dropout, embedded.shape)
       embedded = jnp.where(kept, embedded / (1 - self.dropout), 0)
-    hidden, _ = self.model.read(embedded)
+    hidden, _ = self.model.hidden_from_embeddings(embedded)
     if self.decoder is None:
       return jnp.take_along_axis(hidden, positions[..., None], axis=1)
     encoding = _sines(positions, hidden.shape[-1]).astype(hidden.dtype)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from kernels import chunks, containment, contract, dispatch
 from kernels.delta_rule import reference
@@ -16,7 +16,7 @@ def delta_rule(
     q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"], beta: Float[Array, "B T H"],
     log_decay: Float[Array, "B T H"] | None = None, *, normalize_qk: bool = False,
     initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
-    scale: float | Float[Array, ""] | None = None, chunk_size: int | None = None,
+    scale: float | Real[Array, ""] | None = None, chunk_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """The delta rule: S_t = a_t S_{t-1} + beta_t k_t^T (v_t - a_t k_t S_{t-1}) and o_t = scale * q_t S_t, per head.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import chunks
+from kernels.chunk_states import next_state, scalar_decays
 
 dot = chunks.product(jnp.float32)
 
@@ -78,19 +79,19 @@ def _split(size, q, k, v, beta, log_decay):
 def _forward_chunk(scale, rows, state, x):
   q, k, v, beta, gate = _heads_first(x)
   q, k = scale * rows(q), rows(k)
-  decays = between, upto, after, total = _decays(_exponents(gate), k.shape[2])
+  decays = between, upto, after, total = scalar_decays(_exponents(gate), k.shape[2])
   *_, u = _write(k, v, beta, decays, state)
   scores = between * dot("bhik,bhjk->bhij", q, k)
   output = dot("bhij,bhjv->bhiv", scores, u) + upto * dot("bhik,bhkv->bhiv", q, state)
-  return _next_state(state, total, k * after, u), jnp.swapaxes(output.astype(v.dtype), 1, 2)
+  return next_state(state, total, k * after, u, dot), jnp.swapaxes(output.astype(v.dtype), 1, 2)
 
 
 def _state_chunk(rows, state, x):
   k, v, beta, gate = _heads_first(x)
   k = rows(k)
-  decays = _, _, after, total = _decays(_exponents(gate), k.shape[2])
+  decays = _, _, after, total = scalar_decays(_exponents(gate), k.shape[2])
   *_, u = _write(k, v, beta, decays, state)
-  return _next_state(state, total, k * after, u), state
+  return next_state(state, total, k * after, u, dot), state
 
 
 def _backward_chunk(scale, rows, dstate, x):
@@ -99,7 +100,7 @@ def _backward_chunk(scale, rows, dstate, x):
   (q, transpose_q), (k, transpose_k) = (jax.vjp(rows, x) for x in (q, k))
   q = scale * q
   exponents, transpose = jax.vjp(_exponents, gate)
-  decays = between, upto, after, total = _decays(exponents, k.shape[2])
+  decays = between, upto, after, total = scalar_decays(exponents, k.shape[2])
   overlaps, right, inverse, u = _write(k, v, beta, decays, state)
 
   scores = between * dot("bhik,bhjk->bhij", q, k)
@@ -121,7 +122,7 @@ def _backward_chunk(scale, rows, dstate, x):
     dtotal = total * jnp.sum(state * dstate, axis=(-2, -1), keepdims=True)
     dgate, = transpose((scores * dscores + overlaps * doverlaps, chunks.rowsum(q * dq_state + k * dk_right),
                         chunks.rowsum(k * dk_state), dtotal))
-  dstate = _next_state(dstate, total, q * upto, do) - dot("bhik,bhiv->bhkv", k * upto, dv)
+  dstate = next_state(dstate, total, q * upto, do, dot) - dot("bhik,bhiv->bhkv", k * upto, dv)
   gradients = *transpose_q(scale * dq), *transpose_k(dk), dv.astype(v.dtype), dbeta, dgate
   return dstate, _heads_first(gradients)
 
@@ -135,21 +136,8 @@ def _write(k, v, beta, decays, state):
   return overlaps, right, inverse, dot("bhij,bhjv->bhiv", inverse, beta * right)
 
 
-def _next_state(state, total, x, y):
-  return total * state + dot("bhik,bhiv->bhkv", x, y)
-
-
 def _exponents(gate):
   return None if gate is None else chunks.exponents(gate)
-
-
-def _decays(exponents, size):
-  """exp of the exponents, zero above the diagonal; ones without decay."""
-  causal = np.tril(np.ones((1, 1, size, size), bool))
-  if exponents is None:
-    return causal.astype(np.float32), 1.0, 1.0, 1.0
-  between, *others = exponents
-  return jnp.exp(jnp.where(causal, between, -jnp.inf)), *(jnp.exp(x) for x in others)
 
 
 def _below(size):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import chunks
+from kernels.chunk_states import next_state
 
 
 def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
@@ -66,7 +67,7 @@ def _forward_chunk(scale, state, x):
   scores, upto, after, _, _ = _intra(q, k, g, dot)
   output = (dot("bhij,bhjv->bhiv", scores, v) + dot("bhik,bhkv->bhiv", q * upto, state) +
             chunks.rowsum(q * k) * chunks.wide(v))
-  return _next_state(state, upto[:, :, -1], k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
+  return next_state(state, upto[:, :, -1, :, None], k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
 
 
 def _state_chunk(state, x):
@@ -74,7 +75,7 @@ def _state_chunk(state, x):
   after_terms = chunks.level_masks(g.shape[2])[0][-1]
   after = jnp.exp(chunks.einsum("ij,bhjk->bhik", after_terms, g))
   total = jnp.exp(jnp.sum(g, axis=2))
-  return _next_state(state, total, chunks.wide(k) * after, v, chunks.product(k.dtype)), state
+  return next_state(state, total[..., None], chunks.wide(k) * after, v, chunks.product(k.dtype)), state
 
 
 def _backward_chunk(scale, dstate, x):
@@ -99,7 +100,7 @@ def _backward_chunk(scale, dstate, x):
   dexponents = jnp.concatenate([rows * drows, (q * dq_state)[:, :, None], (k * dk_state)[:, :, None]], axis=2)
   dtotal = total * jnp.sum(state * dstate, axis=-1)
   dg = chunks.sum_exponent_cotangents(dexponents) + dtotal[:, :, None]
-  dstate = _next_state(dstate, total, q * upto, do, dot)
+  dstate = next_state(dstate, total[..., None], q * upto, do, dot)
   return dstate, chunks.heads_first([*(x.astype(dtype) for x in (scale * dq, dk, dv)), dg])
 
 
@@ -111,10 +112,6 @@ def _intra(q, k, g, dot):
   rows = decay * jnp.where(second[None, None] > 0, q[:, :, None], k[:, :, None])
   scores = jnp.sum(pairs[None, None] * dot("bhlik,bhljk->bhlij", rows, rows), axis=2)
   return scores, upto, after, decay, rows
-
-
-def _next_state(state, total, x, y, dot):
-  return total[..., None] * state + dot("bhik,bhiv->bhkv", x, y)
 
 
 def _chunk_size(T, K, V):

@@ -1,7 +1,7 @@
 """Linear attention with scalar decay: the op's contract, its checks, and what every implementation may rely on."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from kernels import chunks, containment, contract, dispatch
 from kernels.dispatch import Implementation
@@ -15,7 +15,7 @@ def linear_attention(
     q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"],
     log_decay: Float[Array, "H"] | Float[Array, "B T H"] | None = None, *,
     initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
-    scale: float | Float[Array, ""] | None = None, chunk_size: int | None = None,
+    scale: float | Real[Array, ""] | None = None, chunk_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """Linear attention: S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t and o_t = scale * q_t S_t, per head.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import chunks
+from kernels.chunk_states import next_state, scalar_decays
 
 # Chunks per iteration of the compiled loops: on a CPU, two take three quarters of the time that one takes.
 UNROLL = 2
@@ -87,24 +88,24 @@ def _gates(log_decay, T, size):
 def _forward_chunk(scale, constant, state, x):
   (q, k, v), gate = chunks.heads_first(x[0]), x[1]
   dot, k = chunks.product(q.dtype), chunks.wide(k)
-  between, upto, after, total = _decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
+  between, upto, after, total = scalar_decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
   # Weights after the products: what they would round before it, a sum over channels that cancels would magnify.
   scores = scale * between * dot("bhik,bhjk->bhij", q, k)
   output = dot("bhij,bhjv->bhiv", scores, v) + scale * upto * dot("bhik,bhkv->bhiv", q, state)
-  return _next_state(state, total, k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
+  return next_state(state, total, k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
 
 
 def _state_chunk(constant, state, x):
   (k, v), gate = chunks.heads_first(x[:2]), x[2]
-  _, _, after, total = _decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
-  return _next_state(state, total, chunks.wide(k) * after, v, chunks.product(k.dtype)), state
+  _, _, after, total = scalar_decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
+  return next_state(state, total, chunks.wide(k) * after, v, chunks.product(k.dtype)), state
 
 
 def _backward_chunk(scale, constant, dstate, x):
   (q, k, v, do), gate, state = chunks.heads_first(x[0]), x[1], x[2]
   dtype, dot, k = q.dtype, chunks.product(q.dtype), chunks.wide(k)
   exponents, transpose = jax.vjp(lambda *x: _exponents(*x, v.shape[2]), constant, gate)
-  between, upto, after, total = _decays(exponents, v.shape[2])
+  between, upto, after, total = scalar_decays(exponents, v.shape[2])
 
   scores = scale * between * dot("bhik,bhjk->bhij", q, k)
   q = scale * chunks.wide(q)
@@ -124,7 +125,7 @@ def _backward_chunk(scale, constant, dstate, x):
       _, dgate = transpose(dexponents)
     else:
       dgate, _ = transpose(tuple(jnp.sum(x, axis=0, keepdims=True) for x in dexponents))
-  dstate = _next_state(dstate, total, q * upto, do, dot)
+  dstate = next_state(dstate, total, q * upto, do, dot)
   return dstate, (chunks.heads_first(x.astype(dtype) for x in (scale * dq, dk, dv)), dgate)
 
 
@@ -132,30 +133,13 @@ def _exponents(constant, gate, size):
   """`between`, `upto`, `after`, `total`: `[B, H, C, C]`, two `[B, H, C, 1]`, `[B, H, 1, 1]`; B = 1 if constant."""
   if gate is None:
     return None
+  if constant is None:
+    return chunks.exponents(jnp.swapaxes(gate, 1, 2))
   row, column = np.indices((size, size))
-  below = np.float32(row > column)
-  if constant is not None:
-    constant, rows = constant[None, :, None, None], np.arange(size, dtype=np.float32)[None, None, :, None]
-    # Nothing decays after the last token, and what fills up its chunk comes after it.
-    return (constant * (np.float32(row - column) * below)[None, None], constant * (rows + 1),
-            constant * jnp.maximum(gate - 1 - rows, 0), constant * gate)
-  g = jnp.swapaxes(gate, 1, 2)
-  sums = functools.partial(chunks.einsum, "ir,bhrj->bhij")
-  upto = np.float32(row >= column)
-  return sums(upto, below[None, None] * g), sums(upto, g), sums(below.T, g), jnp.sum(g, axis=2, keepdims=True)
-
-
-def _decays(exponents, size):
-  """exp of the exponents, zero above the diagonal; ones without decay."""
-  causal = np.tril(np.ones((1, 1, size, size), bool))
-  if exponents is None:
-    return causal.astype(np.float32), 1.0, 1.0, 1.0
-  between, *others = exponents
-  return jnp.exp(jnp.where(causal, between, -jnp.inf)), *(jnp.exp(x) for x in others)
-
-
-def _next_state(state, total, x, y, dot):
-  return total * state + dot("bhik,bhiv->bhkv", x, y)
+  constant, rows = constant[None, :, None, None], np.arange(size, dtype=np.float32)[None, None, :, None]
+  # Nothing decays after the last token, and what fills up its chunk comes after it.
+  return (constant * np.float32(np.maximum(row - column, 0))[None, None], constant * (rows + 1),
+          constant * jnp.maximum(gate - 1 - rows, 0), constant * gate)
 
 
 def _chunk_size(T, K, V):

@@ -9,6 +9,7 @@ The module's contract (`B` batch, `T` time, `D` width):
   flops_per_token(sequence_length) -> int                         forward pass, projections included
 and, only of a mixer that depends on its place in the stack,
   set_layers(mixers, layers, depth)                               static; see `set_layers` below
+`matrix_memory.MatrixMemory` has all of these but the constructor for mixers whose op keeps a matrix per head.
 """
 
 import dataclasses

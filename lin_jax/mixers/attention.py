@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from kernels import dispatch
 from lin_jax.layers import Linear, rotary, segment_runs
 from lin_jax.mixers import register, require
-from lin_jax.sharding import shard_heads
+from lin_jax.sharding import map_over_heads
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
       runs, window = segment_runs(segment_ids), None
       mask = (self._visible(positions, positions) & (runs[:, :, None] == runs[:, None, :]))[:, None]
     attend = functools.partial(_attention, is_causal=True, local_window_size=window)
-    o = shard_heads(attend, "bthk,bshk,bshk,b1ts->bthk")(q, k, v, mask)
+    o = map_over_heads(attend, "bthk,bshk,bshk,b1ts->bthk")(q, k, v, mask)
     return self._finish(checkpoint_name(o, "mixer_output")), None
 
   def _extend(self, x, state, segment_ids):
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
       key_runs = jnp.pad(runs, ((0, 0), (slots, 0)))
       visible &= runs[:, :, None] == key_runs[:, None, :]
       key_positions = jnp.where(key_runs == runs[:, -1:], key_positions, -1)
-    attend = shard_heads(_attention, "bthk,bshk,bshk,b1ts->bthk")
+    attend = map_over_heads(_attention, "bthk,bshk,bshk,b1ts->bthk")
     y = self._finish(attend(q, keys, values, visible[:, None]))
     # Only the last `slots` tokens are written, so that no slot is written twice; older ones are gone from the ring.
     kept = min(time, slots)

@@ -15,22 +15,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
 
 from kernels import delta_rule
 from kernels.delta_rule import step as delta_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution, convolve
+from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
+# elu1 is formed as in flash-linear-attention and in the recorded runs: in bfloat16 it rounds to 0 below -5, which the
+# function of the same name in `lin_jax.mixers.linear_attention` avoids.
 ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
 NORMS = ("l2", "l1")
 
 
 @dataclasses.dataclass
-class DeltaNetConfig:
+class DeltaNetConfig(OpConfig):
   """Defaults are the paper's 340M model: heads of 128 at width 1024, convolutions of 4 taps, no output gate."""
 
   heads: int = 8
@@ -41,8 +40,6 @@ class DeltaNetConfig:
   qk_norm: str = "l2"  # "l1" divides by the sum of absolute values
   output_gate: bool = False  # swish gate on the normalised output
   allow_neg_eigval: bool = False  # beta in (0, 2) in place of (0, 1)
-  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
 
   @staticmethod
   def examples() -> list["DeltaNetConfig"]:
@@ -52,20 +49,21 @@ class DeltaNetConfig:
 
 
 @register("delta_net")
-class DeltaNet(nnx.Module):
+class DeltaNet(MatrixMemory):
   """The DeltaNet layer. Its state is the float32 matrix memory and, with convolutions, their last inputs."""
 
   Config = DeltaNetConfig
+  layout = "bthk,bthk,bthv,bth"
+  flops_per_entry = 6  # two reads and a write
 
   def __init__(self, config: DeltaNetConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     for field, known in (("qk_activation", ACTIVATIONS), ("qk_norm", NORMS)):
       require(config, field, getattr(config, field) in known, f"must be one of {', '.join(known)}")
     key_width, value_width = head_widths(config, width)
+    super().__init__(config, (config.heads, key_width // config.heads, value_width // config.heads))
     self.heads = config.heads
     self.qk_activation, self.qk_norm = config.qk_activation, config.qk_norm
     self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
-    self.chunk_size = config.chunk_size or None
-    self.implementation = config.implementation or None
     linear = dict(dtype=dtype, rngs=rngs)
     self.query = Linear(width, key_width, ("embed", "heads"), **linear)
     self.key = Linear(width, key_width, ("embed", "heads"), **linear)
@@ -74,60 +72,25 @@ class DeltaNet(nnx.Module):
     self.gate = Linear(width, value_width, ("embed", "heads"), **linear) if config.output_gate else None
     self.norm = RMSNorm(value_width // config.heads, eps=norm_eps, rngs=rngs)
     self.output = Linear(value_width, width, ("heads", "embed"), **linear)
-    channels = (key_width, key_width, value_width) if config.conv_width else ()
-    self.convolutions = nnx.List([ShortConvolution(size, config.conv_width, axis="heads", **linear)
-                                  for size in channels])
+    channels = (key_width, key_width, value_width)
+    self.convolutions = short_convolutions(channels, config.conv_width, **linear)
 
-  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
-               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
-    q, k, v, inputs = self._project(x, state, segment_ids)
-
-    def attend(q, k, v, beta, memory, segment_ids):
-      return delta_rule(q, k, v, beta, normalize_qk=self.qk_norm == "l2", initial_state=memory,
-                        segment_ids=segment_ids, chunk_size=self.chunk_size, implementation=self.implementation)
-
-    attend = shard_heads(attend, "bthk,bthk,bthv,bth,bhkv,bt->bthv,bhkv")
-    o, memory = attend(q, k, v, self._beta(x), None if state is None else state["memory"], segment_ids)
-    y = self._finish(x, checkpoint_name(o, "mixer_output"))
-    return y, None if state is None else {"memory": memory, "inputs": inputs}
-
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
-    x = x[:, None]
-    q, k, v, inputs = self._project(x, state, None)
-    token = (a[:, 0] for a in (q, k, v, self._beta(x)))
-    memory, o = delta_step(state["memory"], *token, normalize_qk=self.qk_norm == "l2")
-    o = (o * q.shape[-1] ** -0.5).astype(v.dtype)
-    return self._finish(x, o[:, None])[:, 0], {"memory": memory, "inputs": inputs}
-
-  def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory, the same for any `max_length`."""
-    key_width, value_width = self.key.kernel.shape[-1], self.value.kernel.shape[-1]
-    memory = jnp.zeros((batch, self.heads, key_width // self.heads, value_width // self.heads), jnp.float32)
-    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
-
-  def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, and the recurrence's three products with the state; the chunked form's extra are not counted."""
-    linears = [self.query, self.key, self.value, self.beta, self.output] + ([self.gate] if self.gate else [])
-    mixing = 6 * self.key.kernel.shape[-1] * self.value.kernel.shape[-1] // self.heads
-    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
-
-  def _project(self, x, state, segment_ids):
-    """q, k [B,T,H,K], v [B,T,H,V], and the convolutions' new states. The op divides by an L2 norm, this by an L1."""
-    qkv, inputs = convolve(self.convolutions, [self.query(x), self.key(x), self.value(x)],
-                           None if state is None else state["inputs"], segment_ids)
-    q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in qkv)
+  def project(self, x, state, segment_ids):
+    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
+    q, k, v = (by_heads(a, self.heads) for a in qkv)
     q, k = (ACTIVATIONS[self.qk_activation](a) for a in (q, k))
-    if self.qk_norm == "l1":
+    if self.qk_norm == "l1":  # the op divides by the L2 norm itself
       q, k = _normalize_l1(q), _normalize_l1(k)
-    return q, k, jax.nn.silu(v), inputs
+    return (q, k, jax.nn.silu(v), self._beta(x)), kept
+
+  def mix(self, *arrays, **options):
+    return delta_rule(*arrays, normalize_qk=self.qk_norm == "l2", **options)
+
+  def mix_step(self, memory, *arrays):
+    return delta_step(memory, *arrays, normalize_qk=self.qk_norm == "l2")
 
   def _beta(self, x):
     return self.beta_scale * jax.nn.sigmoid(self.beta(x))
-
-  def _finish(self, x, o):
-    """Head norm, output gate if any, output projection: o [B,T,H,V] -> [B,T,D]."""
-    o = self.norm(o).reshape(*x.shape[:2], -1)
-    return self.output(o if self.gate is None else o * jax.nn.silu(self.gate(x)))
 
 
 def _normalize_l1(x):

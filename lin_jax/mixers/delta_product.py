@@ -12,19 +12,13 @@ with the first, and the query, zero before, with the last.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
 
-from kernels import delta_rule
-from kernels.delta_rule import step as delta_step
-from lin_jax.layers import Linear, ShortConvolution
+from lin_jax.layers import Linear
 from lin_jax.mixers import register, require
 from lin_jax.mixers.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.matrix_memory import short_convolutions
 
 
 @dataclasses.dataclass
@@ -46,12 +40,14 @@ class GatedDeltaProduct(GatedDeltaNet):
   """The Gated DeltaProduct layer. Its state is that of Gated DeltaNet, with the wider inputs of its convolutions."""
 
   Config = DeltaProductConfig
+  layout = "btnhk,btnhk,btnhv,btnh,btnh"
 
   def __init__(self, config: DeltaProductConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     require(config, "householders", config.householders >= 1, "must be at least 1")
     require(config, "value_heads", config.value_heads in (0, config.heads), f"must be heads={config.heads}, or 0")
     super().__init__(config, width=width, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
     self.householders = n = config.householders
+    self.flops_per_entry = 4 * n + 2  # a read and a write per step, and the output's read
     key_width, value_width = self.query.kernel.shape[-1], self.output.kernel.shape[-2]
     linear = dict(dtype=dtype, rngs=rngs)
     self.key = Linear(width, n * key_width, ("embed", "heads"), **linear)
@@ -59,54 +55,28 @@ class GatedDeltaProduct(GatedDeltaNet):
     self.beta = Linear(width, n * config.heads, ("embed", "heads"), output_dtype=jnp.float32, **linear)
     if not config.decay:
       self.decay = self.A_log = self.dt_bias = None
-    channels = (key_width, n * key_width, n * value_width) if config.conv_width else ()
-    self.convolutions = nnx.List([ShortConvolution(size, config.conv_width, axis="heads", **linear)
-                                  for size in channels])
+    channels = (key_width, n * key_width, n * value_width)
+    self.convolutions = short_convolutions(channels, config.conv_width, **linear)
 
-  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
-               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+  def mix(self, *arrays, segment_ids, **options):
     n = self.householders
-    *arrays, inputs = self._arrays(x, state, segment_ids)
+    arrays = (None if a is None else a.reshape(a.shape[0], -1, *a.shape[3:]) for a in arrays)
+    segment_ids = None if segment_ids is None else jnp.repeat(segment_ids, n, axis=1)
+    o, memory = super().mix(*arrays, segment_ids=segment_ids, **options)
+    return o[:, n - 1::n], memory
 
-    def attend(q, k, v, beta, log_decay, memory, segment_ids):
-      return delta_rule(q, k, v, beta, log_decay, normalize_qk=True, initial_state=memory, segment_ids=segment_ids,
-                        chunk_size=self.chunk_size, implementation=self.implementation)
-
-    attend = shard_heads(attend, "bthk,bthk,bthv,bth,bth,bhkv,bt->bthv,bhkv")
-    memory = None if state is None else state["memory"]
-    o, memory = attend(*arrays, memory, None if segment_ids is None else jnp.repeat(segment_ids, n, axis=1))
-    y = self._finish(x, checkpoint_name(o[:, n - 1::n], "mixer_output"))
-    return y, None if state is None else {"memory": memory, "inputs": inputs}
-
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
-    x, memory = x[:, None], state["memory"]
-    *arrays, inputs = self._arrays(x, state, None)
+  def mix_step(self, memory, *arrays):
     for j in range(self.householders):
-      memory, o = delta_step(memory, *jax.tree.map(lambda a, j=j: a[:, j], arrays), normalize_qk=True)
-    q, _, v, *_ = arrays
-    o = (o * q.shape[-1] ** -0.5).astype(v.dtype)
-    return self._finish(x, o[:, None])[:, 0], {"memory": memory, "inputs": inputs}
+      memory, o = super().mix_step(memory, *(None if a is None else a[:, j] for a in arrays))
+    return memory, o
 
-  def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory, the same for any `max_length`."""
-    key_dim, value_dim = (size // self.heads for size in (self.query.kernel.shape[-1], self.output.kernel.shape[-2]))
-    memory = jnp.zeros((batch, self.heads, key_dim, value_dim), jnp.float32)
-    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
-
-  def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, two products with the state a step and one that reads it; the chunked form's are not counted."""
-    linears = [self.query, self.key, self.value, self.beta, self.decay, self.gate, self.output]
-    mixing = (4 * self.householders + 2) * self.query.kernel.shape[-1] // self.heads * self.output.kernel.shape[-2]
-    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions) if layer is not None) + mixing
-
-  def _arrays(self, x, state, segment_ids):
-    """q, k [B,nT,H,K] before their L2 norm, v [B,nT,H,V], beta, log_decay [B,nT,H] or None, convolutions' states."""
+  def project(self, x, state, segment_ids):
+    """q, k [B,T,n,H,K] before their L2 norm, v [B,T,n,H,V], beta and log_decay [B,T,n,H] or None."""
     n = self.householders
-    q, k, v, inputs = self._project(x, state, segment_ids)
+    q, k, v, kept = self._project(x, state, segment_ids)
     # The steps of a head lie side by side among the channels, so that heads can be split over devices.
     k, v, beta = (jnp.moveaxis(a.reshape(*x.shape[:2], self.heads, n, -1), 3, 2) for a in (k, v, self._beta(x)))
     steps = jnp.arange(n)[:, None]
     log_decay = None if self.decay is None else jnp.where(steps == 0, self._log_decay(x)[:, :, None], 0.0)
     q = jnp.where(steps[..., None] == n - 1, q[:, :, None], jnp.zeros_like(q[:, :, None]))
-    arrays = q, k, v, beta[..., 0], log_decay
-    return *jax.tree.map(lambda a: a.reshape(x.shape[0], -1, *a.shape[3:]), arrays), inputs
+    return (q, k, v, beta[..., 0], log_decay), kept

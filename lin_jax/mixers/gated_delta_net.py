@@ -13,24 +13,21 @@ arXiv:2411.12537).
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
 
 from kernels import delta_rule
 from kernels.delta_rule import step as delta_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution, align, convolve, param
+from lin_jax.layers import Linear, RMSNorm, align, param, time_step_biases
 from lin_jax.mixers import register, require
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
 
 @dataclasses.dataclass
-class GatedDeltaNetConfig:
+class GatedDeltaNetConfig(OpConfig):
   """Defaults are the 1.3B model's: 6 heads with keys of 256 and values of 512 at width 2048, output gate."""
 
   heads: int = 6  # of queries and keys
@@ -40,8 +37,6 @@ class GatedDeltaNetConfig:
   conv_width: int = 4  # taps of the short convolution on q, k and v; 0 is none
   output_gate: bool = True  # swish gate on the normalised output
   allow_neg_eigval: bool = False  # beta in (0, 2) in place of (0, 1)
-  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
 
   @staticmethod
   def examples() -> list["GatedDeltaNetConfig"]:
@@ -50,10 +45,12 @@ class GatedDeltaNetConfig:
 
 
 @register("gated_delta_net")
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(MatrixMemory):
   """The Gated DeltaNet layer. Its state is the float32 matrix memory and, with convolutions, their last inputs."""
 
   Config = GatedDeltaNetConfig
+  layout = "bthk,bthk,bthv,bth,bth"
+  flops_per_entry = 6  # two reads and a write
 
   def __init__(self, config: GatedDeltaNetConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     for field in ("heads", "head_dim"):
@@ -64,9 +61,8 @@ class GatedDeltaNet(nnx.Module):
     require(config, "expand_v", value_dim >= 1 and value_dim % 1 == 0,
             f"gives {value_dim} channels for head_dim={config.head_dim}: must be a whole number, at least 1")
     self.heads, self.value_heads = config.heads, config.value_heads or config.heads
+    super().__init__(config, (self.value_heads, config.head_dim, int(value_dim)))
     self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
-    self.chunk_size = config.chunk_size or None
-    self.implementation = config.implementation or None
     key_width, value_width = config.heads * config.head_dim, self.value_heads * int(value_dim)
     linear = dict(dtype=dtype, rngs=rngs)
     self.query = Linear(width, key_width, ("embed", "heads"), **linear)
@@ -80,52 +76,25 @@ class GatedDeltaNet(nnx.Module):
     self.gate = Linear(width, value_width, ("embed", "heads"), **linear) if config.output_gate else None
     self.norm = RMSNorm(int(value_dim), eps=norm_eps, rngs=rngs)
     self.output = Linear(value_width, width, ("heads", "embed"), **linear)
-    channels = (key_width, key_width, value_width) if config.conv_width else ()
-    self.convolutions = nnx.List([ShortConvolution(size, config.conv_width, axis="heads", **linear)
-                                  for size in channels])
+    channels = (key_width, key_width, value_width)
+    self.convolutions = short_convolutions(channels, config.conv_width, **linear)
 
-  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
-               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
-    q, k, v, inputs = self._project(x, state, segment_ids)
+  def project(self, x, state, segment_ids):
+    q, k, v, kept = self._project(x, state, segment_ids)
+    return (q, k, v, self._beta(x), self._log_decay(x)), kept
 
-    def attend(q, k, v, beta, log_decay, memory, segment_ids):
-      return delta_rule(q, k, v, beta, log_decay, normalize_qk=True, initial_state=memory, segment_ids=segment_ids,
-                        chunk_size=self.chunk_size, implementation=self.implementation)
+  def mix(self, *arrays, **options):
+    return delta_rule(*arrays, normalize_qk=True, **options)
 
-    attend = shard_heads(attend, "bthk,bthk,bthv,bth,bth,bhkv,bt->bthv,bhkv")
-    memory = None if state is None else state["memory"]
-    o, memory = attend(q, k, v, self._beta(x), self._log_decay(x), memory, segment_ids)
-    y = self._finish(x, checkpoint_name(o, "mixer_output"))
-    return y, None if state is None else {"memory": memory, "inputs": inputs}
-
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
-    x = x[:, None]
-    q, k, v, inputs = self._project(x, state, None)
-    q, k = (jnp.repeat(a, self.value_heads // self.heads, axis=2) for a in (q, k))
-    token = (a[:, 0] for a in (q, k, v, self._beta(x), self._log_decay(x)))
-    memory, o = delta_step(state["memory"], *token, normalize_qk=True)
-    o = (o * q.shape[-1] ** -0.5).astype(v.dtype)
-    return self._finish(x, o[:, None])[:, 0], {"memory": memory, "inputs": inputs}
-
-  def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory, the same for any `max_length`."""
-    key_dim, value_dim = self.key.kernel.shape[-1] // self.heads, self.value.kernel.shape[-1] // self.value_heads
-    memory = jnp.zeros((batch, self.value_heads, key_dim, value_dim), jnp.float32)
-    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
-
-  def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, and the recurrence's three products with the state; the chunked form's extra are not counted."""
-    linears = [self.query, self.key, self.value, self.beta, self.decay, self.output]
-    linears += [self.gate] if self.gate else []
-    mixing = 6 * self.key.kernel.shape[-1] // self.heads * self.value.kernel.shape[-1]
-    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
+  def mix_step(self, memory, q, k, *arrays):
+    q, k = (jnp.repeat(a, self.value_heads // self.heads, axis=1) for a in (q, k))
+    return delta_step(memory, q, k, *arrays, normalize_qk=True)
 
   def _project(self, x, state, segment_ids):
-    """q, k [B,T,G,K] before their L2 norm, v [B,T,H,V], and the convolutions' new states."""
-    qkv, inputs = convolve(self.convolutions, [self.query(x), self.key(x), self.value(x)],
-                           None if state is None else state["inputs"], segment_ids)
+    """q, k [B,T,G,K] before their L2 norm, v [B,T,H,V], and what the state keeps."""
+    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
     heads = (self.heads, self.heads, self.value_heads)
-    return *(jax.nn.silu(a).reshape(*a.shape[:2], n, -1) for a, n in zip(qkv, heads, strict=True)), inputs
+    return *(by_heads(jax.nn.silu(a), n) for a, n in zip(qkv, heads, strict=True)), kept
 
   def _beta(self, x):
     return self.beta_scale * jax.nn.sigmoid(self.beta(x))
@@ -135,18 +104,7 @@ class GatedDeltaNet(nnx.Module):
     rate = align(jnp.exp(self.A_log[...]), logits)
     return -rate * jax.nn.softplus(logits + align(self.dt_bias[...], logits))
 
-  def _finish(self, x, o):
-    """Head norm, output gate if any, output projection: o [B,T,H,V] -> [B,T,D]."""
-    o = self.norm(o).reshape(*x.shape[:2], -1)
-    return self.output(o if self.gate is None else o * jax.nn.silu(self.gate(x)))
-
 
 def log_rates(key: Array, shape: tuple[int, ...], dtype) -> Array:
   """Initializer of A_log: the log of a uniform sample of (0, 16]."""
   return jnp.log(16 * (1 - jax.random.uniform(key, shape, dtype)))
-
-
-def time_step_biases(key: Array, shape: tuple[int, ...], dtype) -> Array:
-  """Initializer of dt_bias: the inverse softplus of a log-uniform sample of [1e-3, 1e-1]."""
-  dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
-  return dt + jnp.log(-jnp.expm1(-dt))

@@ -12,22 +12,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
 
 from kernels import gla
 from kernels.gla import step as gla_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution, convolve
+from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
 # Xavier with gain 2^-2.5 for queries, keys and gates, as in the authors' training code.
 SMALL_XAVIER = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
 
 
 @dataclasses.dataclass
-class GLAConfig:
+class GLAConfig(OpConfig):
   """Defaults are the paper's: 4 heads, keys of half the width, values of the full width, no convolution."""
 
   heads: int = 4
@@ -36,8 +33,6 @@ class GLAConfig:
   gate_rank: int = 16
   gate_temperature: float = 16.0
   conv_width: int = 0  # taps of a short convolution on q, k and v; 0 is none
-  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
 
   @staticmethod
   def examples() -> list["GLAConfig"]:
@@ -45,19 +40,20 @@ class GLAConfig:
 
 
 @register("gla")
-class GatedLinearAttention(nnx.Module):
+class GatedLinearAttention(MatrixMemory):
   """The GLA layer. Its state is the float32 matrix memory and, with a convolution, its last inputs."""
 
   Config = GLAConfig
+  layout = "bthk,bthk,bthv,bthk"
+  mix, mix_step = staticmethod(gla), staticmethod(gla_step)
 
   def __init__(self, config: GLAConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     require(config, "gate_rank", config.gate_rank >= 1, "must be at least 1")
     require(config, "gate_temperature", config.gate_temperature > 0, "must be positive")
     key_width, value_width = head_widths(config, width)
+    super().__init__(config, (config.heads, key_width // config.heads, value_width // config.heads))
     self.heads = config.heads
     self.temperature = config.gate_temperature
-    self.chunk_size = config.chunk_size or None
-    self.implementation = config.implementation or None
     small = dict(dtype=dtype, rngs=rngs, init=SMALL_XAVIER)
     self.query = Linear(width, key_width, ("embed", "heads"), **small)
     self.key = Linear(width, key_width, ("embed", "heads"), **small)
@@ -69,53 +65,14 @@ class GatedLinearAttention(nnx.Module):
                             init=SMALL_XAVIER)
     self.norm = RMSNorm(value_width // config.heads, eps=norm_eps, rngs=rngs)
     self.output = Linear(value_width, width, ("heads", "embed"), dtype=dtype, rngs=rngs)
-    channels = (key_width, key_width, value_width) if config.conv_width else ()
-    self.convolutions = nnx.List([ShortConvolution(size, config.conv_width, axis="heads", dtype=dtype, rngs=rngs)
-                                  for size in channels])
+    channels = (key_width, key_width, value_width)
+    self.convolutions = short_convolutions(channels, config.conv_width, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
-               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
-    q, k, v, inputs = self._project(x, state, segment_ids)
-
-    def attend(q, k, v, log_decay, memory, segment_ids):
-      return gla(q, k, v, log_decay, initial_state=memory, segment_ids=segment_ids, chunk_size=self.chunk_size,
-                 implementation=self.implementation)
-
-    attend = shard_heads(attend, "bthk,bthk,bthv,bthk,bhkv,bt->bthv,bhkv")
-    o, memory = attend(q, k, v, self._log_decay(x), None if state is None else state["memory"], segment_ids)
-    y = self._finish(x, checkpoint_name(o, "mixer_output"))
-    return y, None if state is None else {"memory": memory, "inputs": inputs}
-
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
-    x = x[:, None]
-    q, k, v, inputs = self._project(x, state, None)
-    memory, o = gla_step(state["memory"], *(a[:, 0] for a in (q, k, v, self._log_decay(x))))
-    o = (o * q.shape[-1] ** -0.5).astype(v.dtype)
-    return self._finish(x, o[:, None])[:, 0], {"memory": memory, "inputs": inputs}
-
-  def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory, the same for any `max_length`."""
-    key_width, value_width = self.key.kernel.shape[-1], self.value.kernel.shape[-1]
-    memory = jnp.zeros((batch, self.heads, key_width // self.heads, value_width // self.heads), jnp.float32)
-    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
-
-  def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
-    linears = (self.query, self.key, self.value, self.gate, self.decay_in, self.decay_out, self.output)
-    mixing = 4 * self.key.kernel.shape[-1] * self.value.kernel.shape[-1] // self.heads
-    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
-
-  def _project(self, x, state, segment_ids):
-    """q, k [B,T,H,K], v [B,T,H,V], and the convolutions' new states."""
-    qkv, inputs = convolve(self.convolutions, [self.query(x), self.key(x), self.value(x)],
-                           None if state is None else state["inputs"], segment_ids)
+  def project(self, x, state, segment_ids):
+    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
     qkv = map(jax.nn.silu, qkv) if self.convolutions else qkv
-    return *(a.reshape(*a.shape[:2], self.heads, -1) for a in qkv), inputs
+    return (*(by_heads(a, self.heads) for a in qkv), self._log_decay(x)), kept
 
   def _log_decay(self, x):
     log_decay = jax.nn.log_sigmoid(self.decay_out(self.decay_in(x))) / self.temperature
-    return log_decay.reshape(*x.shape[:2], self.heads, -1)
-
-  def _finish(self, x, o):
-    """Head norm, swish output gate, output projection: o [B,T,H,V] -> [B,T,D]."""
-    return self.output(self.norm(o).reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x)))
+    return by_heads(log_decay, self.heads)

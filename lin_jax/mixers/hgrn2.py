@@ -25,26 +25,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kernels import gla
 from kernels.gla import step as gla_step
-from lin_jax.layers import Linear, RMSNorm, ShortConvolution, convolve, param
+from lin_jax.layers import Linear, RMSNorm, ShortConvolution, param
 from lin_jax.mixers import register, require
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads
 
 
 @dataclasses.dataclass
-class HGRN2Config:
+class HGRN2Config(OpConfig):
   """Defaults are those of the published 340M layer at width 1024: the state is expanded width / heads = 128 times."""
 
   heads: int = 8
   learned_bound: bool = True  # of the forget gate, from below; without it the bound is 0
   norm_eps: float = 0.0  # of the layer's own norm, 1e-5 in flash-linear-attention; 0 is that of the model
   conv_width: int = 0  # taps of a short convolution on q, f and i; 0 is none
-  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
 
   @staticmethod
   def examples() -> list["HGRN2Config"]:
@@ -52,18 +49,19 @@ class HGRN2Config:
 
 
 @register("hgrn2")
-class HGRN2(nnx.Module):
+class HGRN2(MatrixMemory):
   """The HGRN2 token mixer. Its state is the float32 matrix memory and, with a convolution, its last inputs."""
 
   Config = HGRN2Config
+  layout = "bthk,bthk,bthv,bthk"
+  mix, mix_step = staticmethod(gla), staticmethod(gla_step)
 
   def __init__(self, config: HGRN2Config, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     require(config, "heads", config.heads >= 1, "must be at least 1")
     require(config, "heads", width % config.heads == 0, f"must divide the width {width}")
     require(config, "norm_eps", config.norm_eps >= 0, "must not be negative")
+    super().__init__(config, (config.heads, width // config.heads, width // config.heads))
     self.heads = config.heads
-    self.chunk_size = config.chunk_size or None
-    self.implementation = config.implementation or None
     # The forget gate leaves the compute dtype at its first product: rounded gates compound over thousands of tokens.
     dtypes = (dtype, jnp.float32, dtype)
     self.query, self.forget, self.input = (
@@ -88,44 +86,11 @@ class HGRN2(nnx.Module):
       for mixer, own in bounded:
         mixer.lower_bound = bounds[np.searchsorted(numbers[order], own)]
 
-  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
-               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
-    q, k, v, log_decay, inputs = self._project(x, state, segment_ids)
-
-    def attend(q, k, v, log_decay, memory, segment_ids):
-      return gla(q, k, v, log_decay, initial_state=memory, segment_ids=segment_ids, chunk_size=self.chunk_size,
-                 implementation=self.implementation)
-
-    attend = shard_heads(attend, "bthk,bthk,bthv,bthk,bhkv,bt->bthv,bhkv")
-    o, memory = attend(q, k, v, log_decay, None if state is None else state["memory"], segment_ids)
-    y = self._finish(checkpoint_name(o, "mixer_output"))
-    return y, None if state is None else {"memory": memory, "inputs": inputs}
-
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
-    *arrays, inputs = self._project(x[:, None], state, None)
-    q, k, v, log_decay = (a[:, 0] for a in arrays)
-    memory, o = gla_step(state["memory"], q, k, v, log_decay)
-    o = (o * q.shape[-1] ** -0.5).astype(v.dtype)
-    return self._finish(o[:, None])[:, 0], {"memory": memory, "inputs": inputs}
-
-  def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory, the same for any `max_length`."""
-    head_dim = self.input.kernel.shape[-1] // self.heads
-    memory = jnp.zeros((batch, self.heads, head_dim, head_dim), jnp.float32)
-    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
-
-  def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
-    layers = self.query, self.forget, self.input, self.output, *self.convolutions
-    return sum(layer.flops_per_token() for layer in layers) + 4 * self.input.kernel.shape[-1]**2 // self.heads
-
-  def _project(self, x, state, segment_ids):
-    """q, k, v and log_decay [B,T,H,K], and the convolutions' new states."""
-    projected, inputs = convolve(self.convolutions, [self.query(x), self.forget(x), self.input(x)],
-                                 None if state is None else state["inputs"], segment_ids)
-    q, f, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in projected)
+  def project(self, x, state, segment_ids):
+    projected, kept = self.convolved((self.query, self.forget, self.input), x, state, segment_ids)
+    q, f, v = (by_heads(a, self.heads) for a in projected)
     k, log_decay = gates(f, self._bound())
-    return jax.nn.silu(q), k.astype(v.dtype), v, log_decay, inputs
+    return (jax.nn.silu(q), k.astype(v.dtype), v, log_decay), kept
 
   def _bound(self):
     """[1,1,H,K], or None without one."""
@@ -134,7 +99,7 @@ class HGRN2(nnx.Module):
     bound = jax.nn.sigmoid(self.bound_logits[...]) if self.lower_bound is None else self.lower_bound
     return bound.reshape(1, 1, self.heads, -1)
 
-  def _finish(self, o):
+  def finish(self, x, o, v):
     """Norm over all heads and output projection: o [B,T,H,V] -> [B,T,D]."""
     return self.output(self.norm(o.reshape(*o.shape[:2], -1)))
 
@@ -145,8 +110,9 @@ def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:
   return jnp.cumsum(share.at[0].set(0.0), axis=0)
 
 
-def gates(f: Float[Array, "*x"], bound: Float[Array, "*x"] | None) -> tuple[Float[Array, "*x"], Float[Array, "*x"]]:
-  """1 - forget gate and log(forget gate), in float32 and each to its own relative precision."""
+def gates(f: Float[Array, "*x"], bound: Float[Array, "*#x"] | None) -> tuple[Float[Array, "*x"], Float[Array, "*x"]]:
+  """1 - forget gate and log(forget gate), in float32 and each to its own relative precision; the bound broadcasts to f.
+  """
   if bound is None:
     return jax.nn.sigmoid(-f), jax.nn.log_sigmoid(f)
   # Neither logarithm below has an infinite derivative, whose product with zero would be none.

@@ -22,26 +22,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
 
 from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
 from lin_jax.layers import Linear, SimpleRMSNorm, param
 from lin_jax.mixers import register, require
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads
 
 
 @dataclasses.dataclass
-class LightningAttentionConfig:
+class LightningAttentionConfig(OpConfig):
   """Defaults are those of the 385M model at width 1024: heads of 128 channels."""
 
   heads: int = 8
   lrpe: bool = False  # learnable rotary angles; they double the state
   decay: str = "alibi"  # or "paper"
-  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
 
   @staticmethod
   def examples() -> list["LightningAttentionConfig"]:
@@ -49,18 +44,20 @@ class LightningAttentionConfig:
 
 
 @register("lightning_attention")
-class LightningAttention(nnx.Module):
+class LightningAttention(MatrixMemory):
   """The layer. Its state is the float32 matrix memory and, with angles, the number of tokens seen."""
 
   Config = LightningAttentionConfig
+  layout, scale = "bthk,bthk,bthv,h", 1.0
+  mix, mix_step = staticmethod(linear_attention), staticmethod(linear_attention_step)
 
   def __init__(self, config: LightningAttentionConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     require(config, "heads", config.heads >= 1, "must be at least 1")
     require(config, "heads", width % config.heads == 0, f"must divide the width {width}")
     require(config, "decay", config.decay in DECAYS, f"must be one of {', '.join(DECAYS)}")
+    head_dim = width // config.heads
+    super().__init__(config, (config.heads, 2 * head_dim if config.lrpe else head_dim, head_dim))
     self.heads, self.decay = config.heads, config.decay
-    self.chunk_size = config.chunk_size or None
-    self.implementation = config.implementation or None
     self.query, self.key, self.value, self.gate = (
         Linear(width, width, ("embed", "heads"), dtype=dtype, rngs=rngs) for _ in range(4))
     self.norm = SimpleRMSNorm(eps=norm_eps)
@@ -75,58 +72,28 @@ class LightningAttention(nnx.Module):
       decays = [DECAYS[mixer.decay](mixer.heads, layer, depth) for layer in numbers]
       mixer.log_decay = jnp.asarray(np.stack(decays), jnp.float32)
 
-  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
-               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
-    q, k, v, seen = self._project(x, state)
-
-    def attend(q, k, v, log_decay, memory, segment_ids):
-      return linear_attention(q, k, v, log_decay, initial_state=memory, segment_ids=segment_ids, scale=1.0,
-                              chunk_size=self.chunk_size, implementation=self.implementation)
-
-    attend = shard_heads(attend, "bthk,bthk,bthv,h,bhkv,bt->bthv,bhkv")
-    o, memory = attend(q, k, v, self._log_decay(), None if state is None else state["memory"], segment_ids)
-    y = self._finish(x, checkpoint_name(o, "mixer_output"))
-    return y, None if state is None else {"memory": memory, **seen}
-
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
-    x = x[:, None]
-    q, k, v, seen = self._project(x, state)
-    memory, o = linear_attention_step(state["memory"], q[:, 0], k[:, 0], v[:, 0], self._log_decay())
-    return self._finish(x, o[:, None].astype(v.dtype))[:, 0], {"memory": memory, **seen}
-
   def init_state(self, batch: int, max_length: int) -> dict:
     """An empty memory, the same for any `max_length`."""
-    head_dim = self.value.kernel.shape[-1] // self.heads
-    if self.theta is None:
-      return {"memory": jnp.zeros((batch, self.heads, head_dim, head_dim), jnp.float32)}
-    memory = jnp.zeros((batch, self.heads, 2 * head_dim, head_dim), jnp.float32)
-    return {"memory": memory, "length": jnp.zeros(batch, jnp.int32)}
+    length = {} if self.theta is None else {"length": jnp.zeros(batch, jnp.int32)}
+    return {"memory": self.empty_memory(batch), **length}
 
-  def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
-    width = self.value.kernel.shape[-1]
-    linears = self.query, self.key, self.value, self.gate, self.output
-    mixing = 4 * width**2 // self.heads
-    return sum(linear.flops_per_token() for linear in linears) + (mixing if self.theta is None else 2 * mixing)
-
-  def _project(self, x, state):
-    """q, k [B,T,H,K] with their positions, v [B,T,H,V], and what the state keeps besides its memory."""
+  def project(self, x, state, segment_ids):
     projected = jax.nn.silu(self.query(x)), jax.nn.silu(self.key(x)), self.value(x)
-    q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in projected)
+    q, k, v = (by_heads(a, self.heads) for a in projected)
     if self.theta is None:
-      return q, k, v, {}
+      return (q, k, v, self._log_decay()), {}
     # Only differences of positions count, so they run on across segments.
     length = jnp.zeros(x.shape[:1], jnp.int32) if state is None else state["length"]
     positions = (length[:, None] + jnp.arange(x.shape[1])[None]).astype(jnp.float32)
     angles = positions[..., None, None] * self.theta[...].reshape(1, 1, self.heads, -1)
     wave = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     q, k = ((jnp.tile(a.astype(jnp.float32), 2) * wave).astype(a.dtype) for a in (q, k))
-    return q, k, v, {"length": length + x.shape[1]}
+    return (q, k, v, self._log_decay()), {"length": length + x.shape[1]}
 
   def _log_decay(self):
     return jnp.asarray(DECAYS[self.decay](self.heads, 0, 2), jnp.float32) if self.log_decay is None else self.log_decay
 
-  def _finish(self, x, o):
+  def finish(self, x, o, v):
     """Norm over all heads, output gate, output projection: o [B,T,H,V] -> [B,T,D]."""
     return self.output(self.norm(o.reshape(*x.shape[:2], -1)) * self.gate(x))
 

@@ -23,7 +23,8 @@ from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
 from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.matrix_memory import OpConfig
+from lin_jax.sharding import map_over_heads
 
 EPSILON = 1e-10
 
@@ -38,7 +39,7 @@ NONNEGATIVE = ("elu1", "relu")
 
 
 @dataclasses.dataclass
-class LinearAttentionConfig:
+class LinearAttentionConfig(OpConfig):
   """Defaults are those of a baseline beside GLA: 4 heads, q, k and v of the full width."""
 
   heads: int = 4
@@ -47,8 +48,6 @@ class LinearAttentionConfig:
   feature_map: str = "identity"  # or "elu1", "relu"
   normalizer: bool = False  # divides by the query times the sum of keys
   head_norm: bool = True
-  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
 
   @staticmethod
   def examples() -> list["LinearAttentionConfig"]:
@@ -83,7 +82,7 @@ class LinearAttention(nnx.Module):
       return linear_attention(q, k, v, initial_state=memory, segment_ids=segment_ids, chunk_size=self.chunk_size,
                               implementation=self.implementation)
 
-    attend = shard_heads(attend, "bthk,bthk,bthv,bhkv,bt->bthv,bhkv")
+    attend = map_over_heads(attend, "bthk,bthk,bthv,bhkv,bt->bthv,bhkv")
     q, k, values = self._project(x)
     mixed = {name: attend(q, k, v, None if state is None else state[name], segment_ids) for name, v in values.items()}
     y = self._finish({name: checkpoint_name(o, "mixer_output") for name, (o, _) in mixed.items()})

@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 
 from kernels import selective_scan
 from kernels.selective_scan import step as selective_scan_step
-from lin_jax.layers import Linear, align, param
+from lin_jax.layers import Linear, align, param, time_step_biases
 from lin_jax.mixers import register, require
-from lin_jax.mixers.mamba2 import BiasedConvolution, dt_bias_start
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.mamba2 import BiasedConvolution
+from lin_jax.sharding import map_over_heads
 
 
 @dataclasses.dataclass
@@ -65,7 +65,7 @@ class Mamba(nnx.Module):
     start = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     # The step size leaves the compute dtype at its last product: rounded decays compound over thousands of tokens.
     self.dt = Linear(rank, inner, ("embed", "heads"), init=start, output_dtype=jnp.float32, **linear)
-    self.dt_bias = param(rngs, dt_bias_start, (inner,), ("heads",))
+    self.dt_bias = param(rngs, time_step_biases, (inner,), ("heads",))
     # Stored as a vector, channel by channel: it is no matrix, and weight decay is for matrices only.
     self.A_log = param(rngs, _a_log_start(config.state_size), (inner * config.state_size,), ("heads",))
     self.skip = param(rngs, nnx.initializers.ones, (inner,), ("heads",))
@@ -80,7 +80,7 @@ class Mamba(nnx.Module):
       return selective_scan(v, dt, a, k, q, initial_state=memory, segment_ids=segment_ids,
                             implementation=self.implementation)
 
-    scan = shard_heads(scan, "bth,bth,hn,btn,btn,bhn,bt->bth,bhn")
+    scan = map_over_heads(scan, "bth,bth,hn,btn,btn,bhn,bt->bth,bhn")
     y, memory = scan(v, self._step_size(v), self._rates(), self.key(v), self.query(v), memory, segment_ids)
     y = self._finish(x, checkpoint_name(y, "mixer_output"), v)
     return y, None if state is None else {"memory": memory, "inputs": inputs}

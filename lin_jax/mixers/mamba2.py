@@ -16,22 +16,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
 
 from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
-from lin_jax.layers import Linear, ShortConvolution, align, convolve, param
+from lin_jax.layers import Linear, ShortConvolution, align, param, time_step_biases
 from lin_jax.mixers import register, require
-from lin_jax.sharding import shard_heads
+from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads
 
 A_RANGE = (1.0, 16.0)
-DT_RANGE = (1e-3, 1e-1)
 
 
 @dataclasses.dataclass
-class Mamba2Config:
+class Mamba2Config(OpConfig):
   """Defaults are the published ones at width 1024: 32 heads of 64 channels, one group of B and C of 128 channels."""
 
   heads: int = 32
@@ -39,8 +35,6 @@ class Mamba2Config:
   state_size: int = 128  # channels of B and C
   expand: float = 2.0  # width of x and z / model width, over all heads
   conv_width: int = 4  # taps of the short convolution on x, B and C
-  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
 
   @staticmethod
   def examples() -> list["Mamba2Config"]:
@@ -49,10 +43,11 @@ class Mamba2Config:
 
 
 @register("mamba2")
-class Mamba2(nnx.Module):
+class Mamba2(MatrixMemory):
   """The Mamba-2 layer. Its state is the float32 matrix memory and the convolutions' last inputs."""
 
   Config = Mamba2Config
+  scale = 1.0
 
   def __init__(self, config: Mamba2Config, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     for field in ("heads", "groups", "state_size"):
@@ -62,12 +57,12 @@ class Mamba2(nnx.Module):
     if inner < 1 or inner % config.heads:
       raise ValueError(f"expand={config.expand} of width {width} gives {inner} channels: not divisible by "
                        f"heads={config.heads}")
+    super().__init__(config, (config.heads, config.state_size, inner // config.heads))
     self.heads, self.groups = config.heads, config.groups
     self.norm_eps = norm_eps
-    self.chunk_size = config.chunk_size or None
-    self.implementation = config.implementation or None
     # A single group serves the heads of every device, so each computes it whole.
     shared = "heads" if config.groups > 1 else None
+    self.layout = "btgk,btgk,bthv,bth,bth" if config.groups == 1 else "bthk,bthk,bthv,bth,bth"
     sizes = {"value": (inner, "heads"), "key": (config.groups * config.state_size, shared),
              "query": (config.groups * config.state_size, shared)}
     linear = dict(dtype=dtype, rngs=rngs)
@@ -78,53 +73,24 @@ class Mamba2(nnx.Module):
     self.convolutions = nnx.List([BiasedConvolution(size, config.conv_width, axis=axis, **linear)
                                   for size, axis in sizes.values()])
     self.A_log = param(rngs, _log_uniform_start(A_RANGE), (config.heads,), ("heads",))
-    self.dt_bias = param(rngs, dt_bias_start, (config.heads,), ("heads",))
+    self.dt_bias = param(rngs, time_step_biases, (config.heads,), ("heads",))
     self.D = param(rngs, nnx.initializers.ones, (config.heads,), ("heads",))
     self.norm_scale = param(rngs, nnx.initializers.ones, (inner,), ("heads",))
     self.output = Linear(inner, width, ("heads", "embed"), **linear)
 
-  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
-               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
-    q, k, v, inputs = self._project(x, state, segment_ids)
-    dt, log_decay = self._time_steps(x)
+  def project(self, x, state, segment_ids):
+    """q, k [B,T,G,N], v [B,T,H,V] before its time step, dt and log_decay [B,T,H]."""
+    vkq, kept = self.convolved((self.value, self.key, self.query), x, state, segment_ids)
+    v, k, q = (by_heads(jax.nn.silu(a), heads)
+               for a, heads in zip(vkq, (self.heads, self.groups, self.groups), strict=True))
+    return (q, k, v, *self._time_steps(x)), kept
 
-    def attend(q, k, v, log_decay, memory, segment_ids):
-      return linear_attention(q, k, v, log_decay, initial_state=memory, segment_ids=segment_ids, scale=1.0,
-                              chunk_size=self.chunk_size, implementation=self.implementation)
+  def mix(self, q, k, v, dt, log_decay, **options):
+    return linear_attention(q, k, _scale_heads(dt, v), log_decay, **options)
 
-    shared = "btgk" if self.groups == 1 else "bthk"
-    attend = shard_heads(attend, f"{shared},{shared},bthv,bth,bhkv,bt->bthv,bhkv")
-    o, memory = attend(q, k, _scale_heads(dt, v), log_decay, None if state is None else state["memory"], segment_ids)
-    y = self._finish(x, checkpoint_name(o, "mixer_output"), v)
-    return y, None if state is None else {"memory": memory, "inputs": inputs}
-
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
-    x = x[:, None]
-    q, k, v, inputs = self._project(x, state, None)
-    dt, log_decay = self._time_steps(x)
-    q, k = (jnp.repeat(a[:, 0], self.heads // self.groups, axis=1) for a in (q, k))
-    memory, o = linear_attention_step(state["memory"], q, k, _scale_heads(dt, v)[:, 0], log_decay[:, 0])
-    return self._finish(x, o[:, None].astype(v.dtype), v)[:, 0], {"memory": memory, "inputs": inputs}
-
-  def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory, the same for any `max_length`."""
-    key_dim, value_dim = self.key.kernel.shape[-1] // self.groups, self.value.kernel.shape[-1] // self.heads
-    memory = jnp.zeros((batch, self.heads, key_dim, value_dim), jnp.float32)
-    return {"memory": memory, "inputs": [conv.init_state(batch) for conv in self.convolutions]}
-
-  def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, convolutions, and the recurrence's write and read; the chunked form's scores are not counted."""
-    linears = (self.gate, self.value, self.key, self.query, self.dt, self.output)
-    mixing = 4 * self.key.kernel.shape[-1] // self.groups * self.value.kernel.shape[-1]
-    return sum(layer.flops_per_token() for layer in (*linears, *self.convolutions)) + mixing
-
-  def _project(self, x, state, segment_ids):
-    """q, k [B,T,G,N], v [B,T,H,V] before its time step, and the convolutions' new states."""
-    arrays, inputs = convolve(self.convolutions, [self.value(x), self.key(x), self.query(x)],
-                              None if state is None else state["inputs"], segment_ids)
-    v, k, q = (jax.nn.silu(a).reshape(*a.shape[:2], heads, -1)
-               for a, heads in zip(arrays, (self.heads, self.groups, self.groups), strict=True))
-    return q, k, v, inputs
+  def mix_step(self, memory, q, k, v, dt, log_decay):
+    q, k = (jnp.repeat(a, self.heads // self.groups, axis=1) for a in (q, k))
+    return linear_attention_step(memory, q, k, _scale_heads(dt, v), log_decay)
 
   def _time_steps(self, x):
     """dt and log_decay [B,T,H], float32."""
@@ -132,7 +98,7 @@ class Mamba2(nnx.Module):
     dt = jax.nn.softplus(dt + align(self.dt_bias[...], dt))
     return dt, -align(jnp.exp(self.A_log[...]), dt) * dt
 
-  def _finish(self, x, o, v):
+  def finish(self, x, o, v):
     """Skip, gate, norm over the heads of a group, output projection: o and v [B,T,H,V] -> [B,T,D]."""
     skip = _scale_heads(self.D[...][None, None], v.astype(jnp.float32))
     o = (o.astype(jnp.float32) + skip).reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x).astype(jnp.float32))
@@ -157,17 +123,10 @@ class BiasedConvolution(ShortConvolution):
 
 
 def _scale_heads(scale, x):
-  """`scale` [B,T,H] times `x` [B,T,H,V], in float32 and then in the dtype of `x`."""
+  """`scale` [..., H] times `x` [..., H, V], in float32 and then in the dtype of `x`."""
   return (scale[..., None] * x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _log_uniform_start(bounds):
   """Initializer: the log of a uniform variable."""
   return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *bounds))
-
-
-def dt_bias_start(key, shape, dtype):
-  """Initializer: softplus of it is log-uniform in DT_RANGE."""
-  low, high = jnp.log(jnp.asarray(DT_RANGE, dtype))
-  dt = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
-  return dt + jnp.log(-jnp.expm1(-dt))

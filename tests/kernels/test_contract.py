@@ -76,14 +76,14 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 @every_op
-def test_bad_numbers_are_named(op, name):
+def test_bad_numbers_are_named(op, name, unchecked_arrays):
   changed, message = NUMBERS[name]
   with pytest.raises(ValueError, match=f"{op}: {message}"):
     getattr(kernels, op)(*ARGUMENTS[op], **changed)
 
 
 @every_op
-def test_what_must_be_static_is_named(op):
+def test_what_must_be_static_is_named(op, unchecked_arrays):
   fn = functools.partial(getattr(kernels, op), *ARGUMENTS[op])
   with pytest.raises(ValueError, match=rf"{op}: chunk_size=.*Tracer.*; {SIZES}"):
     jax.jit(lambda size: fn(chunk_size=size))(16)
@@ -96,7 +96,7 @@ def test_what_must_be_static_is_named(op):
       kernels.delta_rule(X, X, X, 0.5)
 
 
-def test_numbers_in_the_place_of_arrays_are_named():
+def test_numbers_in_the_place_of_arrays_are_named(unchecked_arrays):
   with pytest.raises(ValueError, match="selective_scan: step_size is a float; it must be an array$"):
     kernels.selective_scan(X[0], 0.1, X[0, 0], X[0], X[0])
   with pytest.raises(ValueError, match="linear_attention: log_decay is a float; it must be an array or None"):
@@ -117,7 +117,7 @@ def test_x64_changes_no_type(op, implementation):
 
 
 @every_op
-def test_float64_is_named(op):
+def test_float64_is_named(op, unchecked_arrays):
   with jax.enable_x64(True):
     wide = [x.astype("float64") for x in ARGUMENTS[op]]
     with pytest.raises(ValueError, match="q has dtype float64; it must be bfloat16, float16 or float32"):

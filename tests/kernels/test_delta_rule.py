@@ -228,14 +228,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_shapes_are_named(name):
+def test_bad_shapes_are_named(name, unchecked_arrays):
   shapes = dict(q=(2, 8, 2, 4), k=(2, 8, 2, 4), v=(2, 8, 4, 6), beta=(2, 8, 4), log_decay=(2, 8, 4))
   changed, message = BAD[name]
   with pytest.raises(ValueError, match=f"delta_rule: .*{message}"):
     delta_rule(**{key: jnp.zeros(shape) for key, shape in (shapes | changed).items()})
 
 
-def test_bad_dtypes_and_values_are_named():
+def test_bad_dtypes_and_values_are_named(unchecked_arrays):
   x, beta = jnp.zeros((1, 8, 2, 4)), jnp.zeros((1, 8, 2))
   with pytest.raises(ValueError, match="q, k, v have dtypes float32, bfloat16, float32; they must be equal"):
     delta_rule(x, x.astype(jnp.bfloat16), x, beta)

@@ -347,7 +347,7 @@ SHAPES = dict(x=(2, 8, 4), step_size=(2, 8, 4), a=(4, 3), b=(2, 8, 3), c=(2, 8, 
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_shapes_are_named(name):
+def test_bad_shapes_are_named(name, unchecked_arrays):
   changed, message = BAD[name]
   with pytest.raises(ValueError, match=f"selective_scan: .*{message}"):
     selective_scan(**{key: jnp.zeros(shape) for key, shape in (SHAPES | changed).items()})
@@ -359,7 +359,7 @@ def test_bad_shapes_are_named(name):
     (dict(step_size="bfloat16"), "step_size has dtype bfloat16; it must be float32"),
     (dict(a="bfloat16"), "a has dtype bfloat16; it must be float32"),
 ], ids=str)
-def test_bad_dtypes_are_named(changed, message):
+def test_bad_dtypes_are_named(changed, message, unchecked_arrays):
   arrays = {name: jnp.zeros(shape, changed.get(name, "float32")) for name, shape in SHAPES.items()}
   with pytest.raises(ValueError, match=message):
     selective_scan(**arrays)

@@ -136,6 +136,6 @@ def test_more_tokens_than_memory_holds_are_refused_whatever_the_state(model):
     (dict(prompt=np.array([[0, VOCABULARY]])), r"prompt token 50: ids must lie in \[0, 50\)"),
     (dict(prompt=np.array([[0, -1]])), r"prompt token -1: ids must lie in \[0, 50\)"),
 ])
-def test_bad_arguments_are_refused(model, arguments, message):
+def test_bad_arguments_are_refused(model, arguments, message, unchecked_arrays):
   with pytest.raises(ValueError, match=message):
     generate(model, **{"prompt": np.zeros((1, 2), int), "steps": 2, **arguments})

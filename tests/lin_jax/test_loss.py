@@ -93,7 +93,7 @@ def test_memory_is_a_chunk_of_logits():
   assert chunked < full / 8
 
 
-def test_shapes_that_disagree_are_named():
+def test_shapes_that_disagree_are_named(unchecked_arrays):
   hidden, unembedding, targets, mask = case()
   with pytest.raises(ValueError, match=r"targets \(8, 20\)"):
     next_token_loss(hidden, unembedding, targets[:, :20], mask)

@@ -145,7 +145,7 @@ def test_ops_see_local_blocks_without_communication(mesh):
     shapes.append((q.shape, segment_ids.shape))
     return gla(q, k, v, log_decay, initial_state=state, segment_ids=segment_ids)
 
-  op = sharding.shard_heads(op, "bthk,bthk,bthv,bthk,bhkv,bt->bthv,bhkv")
+  op = sharding.map_over_heads(op, "bthk,bthk,bthv,bthk,bhkv,bt->bthv,bhkv")
   with jax.set_mesh(mesh):
     def place(shape, *spec):
       return jax.device_put(jnp.ones(shape), NamedSharding(mesh, P(BATCH, *spec)))
@@ -156,13 +156,13 @@ def test_ops_see_local_blocks_without_communication(mesh):
   assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
 
-def test_shard_heads_without_a_mesh_is_the_function():
-  assert sharding.shard_heads(lambda x, y: (x.shape, y), "bth,b->b")(jnp.ones((3, 5, 7)), None) == ((3, 5, 7), None)
+def test_map_over_heads_without_a_mesh_is_the_function():
+  assert sharding.map_over_heads(lambda x, y: (x.shape, y), "bth,b->b")(jnp.ones((3, 5, 7)), None) == ((3, 5, 7), None)
 
 
 def test_heads_must_divide(mesh):
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="3 heads: not divisible by the mesh axis tensor=2"):
-    sharding.shard_heads(lambda x: x, "bthk->bthk")(jnp.ones((8, 1, 3, 1)))
+    sharding.map_over_heads(lambda x: x, "bthk->bthk")(jnp.ones((8, 1, 3, 1)))
 
 
 @pytest.mark.parametrize("axes, devices, shape", [

@@ -6,65 +6,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from lin_jax import mixers, sharding
+from lin_jax import sharding
 from lin_jax.config import MeshConfig
 from lin_jax.mixers.mamba2 import Mamba2Config
-from tests.close import assert_close
+from tests.close import assert_close, assert_uniform
+from tests.lin_jax.mixers.formulas import by_heads, convolve, rms_norm, silu, wide
+from tests.lin_jax.mixers.small import BATCH, TIME, WIDTH, assert_stays_float32, call, create, inputs, jit, start
 
-WIDTH, BATCH, TIME, HEADS, STATE = 32, 2, 13, 4, 6
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+HEADS, STATE = 4, 6
 
 
 def small(groups=1):
   return Mamba2Config(heads=HEADS, groups=groups, state_size=STATE)
 
 
-def create(config, width=WIDTH, dtype=jnp.float32):
-  return mixers.build(config, width=width, norm_eps=1e-3, dtype=dtype, rngs=nnx.Rngs(0))
-
-
 @functools.cache
 def build(groups=1, dtype=jnp.float32):
   """A mixer away from its start: decays well below one that differ by head, and skips and scales that are not one."""
 
-  def start():
-    mixer = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, create(small(groups), dtype=dtype))
+  def uneven():
+    mixer = create(small(groups), dtype=dtype, norm_eps=1e-3)
     mixer.dt_bias[...] = jnp.linspace(-3, 0, HEADS)
     mixer.A_log[...] = jnp.linspace(-1, 0.5, HEADS)
     mixer.D[...] = jnp.linspace(-2, 3, HEADS)
     mixer.norm_scale[...] = jnp.linspace(0.5, 2, mixer.norm_scale.shape[0])
     return mixer
 
-  return jit(start)()
-
-
-def inputs():
-  return jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
-
-
-call = jit(lambda mixer, x: mixer(x))
-
-
-def swish(x):
-  return x / (1 + np.exp(-x))
+  return jit(uneven)()
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_is_the_published_layer(groups):
   mixer = build(groups)
   inner, shared = 2 * WIDTH, groups * STATE
-  wide = lambda param: np.asarray(param[...], np.float64)
   in_proj = np.concatenate([wide(getattr(mixer, name).kernel) for name in ("gate", "value", "key", "query", "dt")], 1)
   kernel, bias = (np.concatenate([wide(getattr(conv, name)) for conv in mixer.convolutions], axis=-1)
                   for name in ("kernel", "bias"))
   z, xBC, dt = np.split(np.asarray(inputs(), np.float64) @ in_proj, [inner, 2 * inner + 2 * shared], axis=-1)
-  xBC = np.pad(xBC, ((0, 0), (3, 0), (0, 0)))
-  xBC = swish(bias + sum(kernel[i] * xBC[:, i:i + TIME] for i in range(4)))
+  xBC = silu(bias + convolve(xBC, kernel))
   x, B, C = np.split(xBC, [inner, inner + shared], axis=-1)
-  x = x.reshape(BATCH, TIME, HEADS, -1)
-  B, C = (a.reshape(BATCH, TIME, groups, STATE).repeat(HEADS // groups, axis=2) for a in (B, C))
+  x = by_heads(x, HEADS)
+  B, C = (by_heads(a, groups).repeat(HEADS // groups, axis=2) for a in (B, C))
   dt = np.log1p(np.exp(dt + wide(mixer.dt_bias)))
   decay = np.exp(-np.exp(wide(mixer.A_log)) * dt)
   memory, outputs = np.zeros((BATCH, HEADS, inner // HEADS, STATE)), []
@@ -72,8 +55,8 @@ def test_is_the_published_layer(groups):
     write = np.einsum("bh,bhn,bhp->bhpn", dt[:, t], B[:, t], x[:, t])
     memory = decay[:, t, :, None, None] * memory + write
     outputs.append(np.einsum("bhpn,bhn->bhp", memory, C[:, t]) + wide(mixer.D)[:, None] * x[:, t])
-  y = (np.stack(outputs, axis=1).reshape(BATCH, TIME, inner) * swish(z)).reshape(BATCH, TIME, groups, -1)
-  y = (y / np.sqrt(np.mean(y**2, axis=-1, keepdims=True) + 1e-3)).reshape(BATCH, TIME, inner)
+  y = by_heads(np.stack(outputs, axis=1).reshape(BATCH, TIME, inner) * silu(z), groups)
+  y = rms_norm(y, 1e-3).reshape(BATCH, TIME, inner)
   assert_close("output", call(mixer, inputs())[0], y * wide(mixer.norm_scale) @ wide(mixer.output.kernel), 1e-5)
 
 
@@ -97,21 +80,16 @@ def test_groups_that_the_devices_do_not_divide():
 
 def test_decays_stay_float32():
   mixer = build(dtype=jnp.bfloat16)
-  for a in mixer._time_steps(inputs().astype(jnp.bfloat16)):
-    assert a.dtype == jnp.float32
-    assert np.abs(a - a.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
+  for a in mixer._time_steps(inputs(dtype=jnp.bfloat16)):
+    assert_stays_float32(a)
 
 
 def test_parameters_start_in_the_published_ranges():
-  mixer = create(Mamba2Config(heads=512, state_size=8), width=256)
+  mixer = start(Mamba2Config(heads=512, state_size=8), width=256)
   for name, values, low, high in (("A", np.exp(mixer.A_log[...]), 1, 16),
                                   ("log dt", np.log(jax.nn.softplus(mixer.dt_bias[...])), np.log(1e-3), np.log(1e-1)),
                                   ("bias", np.asarray(mixer.convolutions[0].bias[...]), -0.5, 0.5)):
-    margin = 1e-4 * (high - low)
-    assert values.min() >= low - margin and values.max() <= high + margin, name
-    # Uniform: mean in the middle, within 5 standard errors, and standard deviation of range / sqrt(12).
-    assert abs(values.mean() - (low + high) / 2) < 5 * (high - low) / np.sqrt(12 * len(values)), name
-    assert abs(values.std() * np.sqrt(12) / (high - low) - 1) < 0.1, name
+    assert_uniform(name, values, low, high)
   assert (mixer.D[...] == 1).all() and (mixer.norm_scale[...] == 1).all()
 
 

@@ -1,32 +1,23 @@
 """Multi-scale retention against the paper's recurrence, token by token in float64, and its error messages."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax import mixers
 from lin_jax.mixers.retention import RetentionConfig
 from tests.close import assert_close, relative_error
+from tests.lin_jax.mixers.formulas import by_heads, rms_norm, silu, weights, wide
+from tests.lin_jax.mixers.small import BATCH, WIDTH, call, create, inputs
 
-WIDTH, BATCH, TIME, HEADS = 32, 2, 40, 2
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def create(config, width=WIDTH):
-  mixer = mixers.build(config, width=width, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
-  # Activations near 1, and a head norm whose scale is not all ones.
-  return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x * jnp.linspace(0.5, 1.5, x.size), mixer)
+HEADS, TIME = 2, 40
 
 
 def recurrence(mixer, x, decay, base=10000.0):
   """The paper's layer: each pair of q and k is a complex number that turns with its position."""
-  weight = {name: np.asarray(getattr(mixer, name).kernel[...], np.float64)
-            for name in ("query", "key", "value", "gate", "output")}
-  q, k, v = ((x @ weight[name]).reshape(BATCH, TIME, HEADS, -1) for name in ("query", "key", "value"))
+  weight = weights(mixer, "query", "key", "value", "gate", "output")
+  q, k, v = (by_heads(x @ weight[name], HEADS) for name in ("query", "key", "value"))
   half = q.shape[-1] // 2
   turn = np.exp(1j * np.arange(TIME)[:, None] * base ** (-np.arange(half) / half))[None, :, None]
   q, k = ((a[..., :half] + 1j * a[..., half:]) * turn for a in (q, k))
@@ -34,16 +25,14 @@ def recurrence(mixer, x, decay, base=10000.0):
   for t in range(TIME):
     memory = decay[:, None, None] * memory + k[:, t, :, :, None].conj() * v[:, t, :, None, :]
     outputs.append(np.einsum("bhk,bhkv->bhv", q[:, t], memory).real / np.sqrt(2 * half))
-  o = np.stack(outputs, axis=1)
-  o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + 1e-6) * np.asarray(mixer.norm.scale[...], np.float64)
-  gate = x @ weight["gate"]
-  return (o.reshape(BATCH, TIME, -1) * gate / (1 + np.exp(-gate))) @ weight["output"]
+  o = rms_norm(np.stack(outputs, axis=1)) * wide(mixer.norm.scale)
+  return (o.reshape(BATCH, TIME, -1) * silu(x @ weight["gate"])) @ weight["output"]
 
 
 def test_is_the_papers_layer():
-  mixer = create(RetentionConfig(heads=HEADS))
-  x = np.random.default_rng(0).standard_normal((BATCH, TIME, WIDTH))
-  actual = jit(lambda mixer, x: mixer(x)[0])(mixer, jnp.asarray(x, jnp.float32))
+  mixer, x = create(RetentionConfig(heads=HEADS)), wide(inputs(TIME))
+  mixer.norm.scale[...] = jnp.linspace(0.5, 1.5, mixer.norm.scale.size)
+  actual, _ = call(mixer, inputs(TIME))
   decay = np.array([1 - 1 / 32, 1 - 1 / 64])
   assert_close("output", actual, recurrence(mixer, x, decay), 1e-5)
   # The bound tells this layer from its neighbours: swapped decays, and another rotary base.

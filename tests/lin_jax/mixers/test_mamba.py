@@ -6,53 +6,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from lin_jax import mixers, optim, sharding
+from lin_jax import optim, sharding
 from lin_jax.config import MeshConfig
 from lin_jax.mixers.mamba import MambaConfig
-from tests.close import assert_close
+from tests.close import assert_close, assert_uniform
+from tests.lin_jax.mixers.formulas import convolve, silu, wide
+from tests.lin_jax.mixers.small import BATCH, TIME, WIDTH, assert_stays_float32, call, inputs, jit, start
 
-WIDTH, BATCH, TIME, STATE, RANK = 32, 2, 13, 3, 5
+STATE, RANK = 3, 5
 SMALL = MambaConfig(state_size=STATE, dt_rank=RANK)
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def create(config=SMALL, width=WIDTH, dtype=jnp.float32):
-  return mixers.build(config, width=width, norm_eps=1e-6, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 @functools.cache
 def build(dtype=jnp.float32):
   """A mixer away from its start: decays well below one that differ by channel and state, and skips that are not one."""
 
-  def start():
-    mixer = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, create(dtype=dtype))
+  def uneven():
+    mixer = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, start(SMALL, dtype=dtype))
     mixer.dt_bias[...] = jnp.linspace(-3, 0, 2 * WIDTH)
     mixer.A_log[...] = jnp.linspace(-1, 0.5, 2 * WIDTH * STATE)
     mixer.skip[...] = jnp.linspace(-2, 3, 2 * WIDTH)
     return mixer
 
-  return jit(start)()
-
-
-def inputs():
-  return jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
-
-
-def swish(x):
-  return x / (1 + np.exp(-x))
+  return jit(uneven)()
 
 
 def test_is_the_published_layer():
   """In the parameters of the paper's code: one input projection, x_proj for dt, B and C in this order."""
   mixer, D = build(), 2 * WIDTH
-  wide = lambda param: np.asarray(param[...], np.float64)
   in_proj = np.concatenate([wide(mixer.value.kernel), wide(mixer.gate.kernel)], axis=1)
   x_proj = np.concatenate([wide(getattr(mixer, name).kernel) for name in ("rank", "key", "query")], axis=1)
   x, z = np.split(np.asarray(inputs(), np.float64) @ in_proj, [D], axis=-1)
-  x, kernel = np.pad(x, ((0, 0), (3, 0), (0, 0))), wide(mixer.convolution.kernel)
-  x = swish(wide(mixer.convolution.bias) + sum(kernel[i] * x[:, i:i + TIME] for i in range(4)))
+  x = silu(wide(mixer.convolution.bias) + convolve(x, mixer.convolution.kernel))
   dt, B, C = np.split(x @ x_proj, [RANK, RANK + STATE], axis=-1)
   dt = np.log1p(np.exp(dt @ wide(mixer.dt.kernel) + wide(mixer.dt_bias)))
   A = -np.exp(wide(mixer.A_log).reshape(D, STATE))
@@ -60,8 +46,8 @@ def test_is_the_published_layer():
   for t in range(TIME):
     memory = np.exp(dt[:, t, :, None] * A) * memory + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None]
     outputs.append(np.einsum("bdn,bn->bd", memory, C[:, t]) + wide(mixer.skip) * x[:, t])
-  y = np.stack(outputs, axis=1) * swish(z)
-  assert_close("output", jit(lambda mixer, x: mixer(x)[0])(mixer, inputs()), y @ wide(mixer.output.kernel), 1e-5)
+  y = np.stack(outputs, axis=1) * silu(z)
+  assert_close("output", call(mixer, inputs())[0], y @ wide(mixer.output.kernel), 1e-5)
 
 
 def test_channels_on_two_devices_equal_one():
@@ -79,26 +65,21 @@ def test_channels_on_two_devices_equal_one():
 
 def test_step_sizes_stay_float32():
   dt = build(jnp.bfloat16)._step_size(jnp.ones((BATCH, TIME, 2 * WIDTH), jnp.bfloat16))
-  assert dt.dtype == jnp.float32
-  assert np.abs(dt - dt.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
+  assert_stays_float32(dt)
 
 
 def test_parameters_start_in_the_published_ranges():
-  mixer = create(MambaConfig(), width=256)
+  mixer = start(MambaConfig(), width=256)
   for name, values, low, high in (("log dt", np.log(jax.nn.softplus(mixer.dt_bias[...])), np.log(1e-3), np.log(1e-1)),
                                   ("dt", np.asarray(mixer.dt.kernel[...]).ravel(), -0.25, 0.25),
                                   ("bias", np.asarray(mixer.convolution.bias[...]), -0.5, 0.5)):
-    margin = 1e-4 * (high - low)
-    assert values.min() >= low - margin and values.max() <= high + margin, name
-    # Uniform: mean in the middle, within 5 standard errors, and standard deviation of range / sqrt(12).
-    assert abs(values.mean() - (low + high) / 2) < 5 * (high - low) / np.sqrt(12 * len(values)), name
-    assert abs(values.std() * np.sqrt(12) / (high - low) - 1) < 0.1, name
+    assert_uniform(name, values, low, high)
   assert_close("A", mixer._rates(), np.broadcast_to(-np.arange(1, 17), (512, 16)), 1e-6)
   assert (mixer.skip[...] == 1).all()
 
 
 def test_rates_are_free_of_weight_decay():
-  decayed = optim.matrices(jax.eval_shape(create))
+  decayed = optim.matrices(jax.eval_shape(lambda: start(SMALL)))
   assert not decayed.A_log and not decayed.skip and not decayed.dt_bias and decayed.dt.kernel
 
 
@@ -110,22 +91,22 @@ def test_rates_are_free_of_weight_decay():
 ], ids=str)
 def test_bad_configs(config, message):
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(lambda: create(config))
+    jax.eval_shape(lambda: start(config))
 
 
 def test_channels_that_the_devices_do_not_divide():
   mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=4), jax.devices()[:4])
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="54 heads: not divisible by the mesh axis tensor=4"):
-    jax.eval_shape(lambda: create(MambaConfig(expand=1.5), width=36)(jnp.zeros((2, TIME, 36))))
+    jax.eval_shape(lambda: start(MambaConfig(expand=1.5), width=36)(jnp.zeros((2, TIME, 36))))
 
 
 def test_implementation_is_passed_on():
   with pytest.raises(ValueError, match="nonesuch"):
-    jax.eval_shape(lambda: create(MambaConfig(implementation="nonesuch"))(inputs()))
+    jax.eval_shape(lambda: start(MambaConfig(implementation="nonesuch"))(inputs()))
 
 
 def test_size_of_the_published_layer():
-  mixer = jax.eval_shape(lambda: create(MambaConfig(), width=1024))
+  mixer = jax.eval_shape(lambda: start(MambaConfig(), width=1024))
   # In and out projections, x_proj and dt_proj, the convolution and its bias, dt_bias, A and D.
   projections = 1024 * 4096 + 2048 * 1024 + 2048 * (64 + 32) + 64 * 2048
   assert sum(leaf.size for leaf in jax.tree.leaves(mixer)) == projections + 2048 * (5 + 1 + 16 + 1)

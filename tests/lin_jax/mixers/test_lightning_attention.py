@@ -8,36 +8,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax import mixers, sharding
+from lin_jax import sharding
 from lin_jax.config import MeshConfig, ModelConfig
 from lin_jax.mixers.lightning_attention import LightningAttentionConfig, alibi_slopes
 from lin_jax.model import LanguageModel, parameter_count
 from lin_jax.optim import matrices
 from tests.close import assert_close
+from tests.lin_jax.mixers.formulas import by_heads, rms_norm, silu, weights
+from tests.lin_jax.mixers.small import BATCH, TIME, WIDTH, call, create, inputs, jit
 
-WIDTH, BATCH, TIME, HEADS, DEPTH = 32, 2, 13, 4, 3
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-call = jit(lambda lm, tokens, state=None, segment_ids=None: lm(tokens, state, segment_ids))
-
-
-def create(config, width=WIDTH, dtype=jnp.float32):
-  mixer = mixers.build(config, width=width, norm_eps=1e-3, dtype=dtype, rngs=nnx.Rngs(0))
-  return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, mixer)
-
-
-def inputs():
-  return jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
-
-
-def swish(x):
-  return x / (1 + np.exp(-x))
+HEADS, DEPTH = 4, 3
+LAYERS = ("query", "key", "value", "gate", "output")
 
 
 def layer(x, weight, decay, theta=None, eps=1e-3):
   """The equations in float64; `theta` [H,K] turns scores as complex numbers, not as the mixer's doubled channels."""
   x = np.asarray(x, np.float64)
-  q, k = swish(x @ weight["query"]), swish(x @ weight["key"])
-  q, k, v = (a.reshape(*x.shape[:2], HEADS, -1) for a in (q, k, x @ weight["value"]))
+  q, k = silu(x @ weight["query"]), silu(x @ weight["key"])
+  q, k, v = (by_heads(a, HEADS) for a in (q, k, x @ weight["value"]))
   if theta is not None:
     turn = np.exp(1j * np.arange(x.shape[1])[:, None, None] * theta)[None]
     q, k = q * turn, k * turn.conj()
@@ -45,28 +33,21 @@ def layer(x, weight, decay, theta=None, eps=1e-3):
   for t in range(x.shape[1]):
     memory = decay[None, :, None, None] * memory + k[:, t, :, :, None] * v[:, t, :, None, :]
     outputs.append(np.einsum("bhk,bhkv->bhv", q[:, t], memory).real.reshape(len(x), -1))
-  o = np.stack(outputs, axis=1)
-  o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + eps)
-  return (o * (x @ weight["gate"])) @ weight["output"]
-
-
-def weights(mixer):
-  return {name: np.asarray(getattr(mixer, name).kernel[...], np.float64)
-          for name in ("query", "key", "value", "gate", "output")}
+  return (rms_norm(np.stack(outputs, axis=1), eps) * (x @ weight["gate"])) @ weight["output"]
 
 
 @pytest.mark.parametrize("lrpe", [False, True])
 @pytest.mark.parametrize("rule", ["alibi", "paper"])
 def test_is_the_papers_layer(rule, lrpe):
-  mixer = create(LightningAttentionConfig(heads=HEADS, lrpe=lrpe, decay=rule))
+  mixer = create(LightningAttentionConfig(heads=HEADS, lrpe=lrpe, decay=rule), norm_eps=1e-3)
   theta = None
   if lrpe:
     np.testing.assert_allclose(mixer.theta[...], 10000.0 ** (-2 * np.arange(WIDTH) / WIDTH), rtol=1e-5)
     mixer.theta[...] = jnp.linspace(0, 2, WIDTH)
     theta = np.linspace(0, 2, WIDTH).reshape(HEADS, -1)
   slopes = {"alibi": (1 + 1e-5) * np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256]), "paper": np.array([0, 2, 4, 6])}[rule]
-  actual, _ = jit(lambda mixer, x: mixer(x))(mixer, inputs())
-  assert_close("output", actual, layer(inputs(), weights(mixer), np.exp(-slopes), theta), 1e-5)
+  actual, _ = call(mixer, inputs())
+  assert_close("output", actual, layer(inputs(), weights(mixer, *LAYERS), np.exp(-slopes), theta), 1e-5)
 
 
 def test_alibi_slopes():
@@ -98,14 +79,14 @@ def log_decays(rule):
 def test_model_is_the_papers(rule):
   _, init = transnormer(rule)
   lm = init()
-  norm = lambda x: x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-3)
+  norm = functools.partial(rms_norm, eps=1e-3)
   embedding = np.asarray(lm.embedding[...], np.float64)
   x = np.sqrt(WIDTH) * embedding[np.asarray(ids())]
   blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for stack, i in (
       (lm.runs[0][0], 0), (lm.runs[1][0], 0), (lm.runs[1][0], 1))]
   theta = np.asarray(blocks[0].mixer.theta[...], np.float64).reshape(HEADS, -1)
   for i, block in enumerate(blocks):
-    x = x + layer(norm(x), weights(block.mixer), np.exp(log_decays(rule)[i]), None if i else theta)
+    x = x + layer(norm(x), weights(block.mixer, *LAYERS), np.exp(log_decays(rule)[i]), None if i else theta)
     gate, up, down = (np.asarray(linear.kernel[...], np.float64)
                       for linear in (block.mlp.gate, block.mlp.up, block.mlp.down))
     x = x + ((norm(x) @ gate) * (norm(x) @ up)) @ down
@@ -160,7 +141,7 @@ def test_eight_devices_equal_one():
 
 def test_angles_stay_float32():
   # Turned by bfloat16 positions, scores at one distance would differ by where they are.
-  mixer = create(LightningAttentionConfig(heads=HEADS, lrpe=True), dtype=jnp.bfloat16)
+  mixer = create(LightningAttentionConfig(heads=HEADS, lrpe=True), dtype=jnp.bfloat16, norm_eps=1e-3)
   state = mixer.init_state(1, 0)
   x = jnp.ones((1, 2, WIDTH), jnp.bfloat16)
   near, _ = mixer(x, state)

@@ -1,60 +1,25 @@
 """Gated DeltaProduct against the paper's recurrence in numpy float64, and its relation to Gated DeltaNet."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax import mixers
 from lin_jax.mixers.delta_product import DeltaProductConfig
 from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
 from tests.close import assert_close
-
-WIDTH, BATCH, TIME = 32, 2, 11
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def create(config, width=WIDTH):
-  mixer = mixers.build(config, width=width, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
-  return jax.tree.map(lambda p: 10 * p if p.ndim > 1 else p, mixer)  # activations near 1
-
-
-def inputs():
-  return jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
-
-
-def call(mixer, x):
-  return jit(lambda mixer, x: mixer(x, None, None)[0])(mixer, x)
-
-
-def wide(param):
-  return np.asarray(param[...], np.float64)
-
-
-def silu(x):
-  return x / (1 + np.exp(-x))
-
-
-def unit(x):
-  return x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
-
-
-def convolve(x, kernel):
-  padded = np.concatenate([np.zeros((BATCH, len(kernel) - 1, x.shape[-1])), x], axis=1)
-  return sum(kernel[i] * padded[:, i:i + TIME] for i in range(len(kernel)))
+from tests.lin_jax.mixers.formulas import by_heads, convolve, rms_norm, silu, unit, wide
+from tests.lin_jax.mixers.small import BATCH, TIME, call, create, inputs, jit
 
 
 def expected(mixer, config, x):
   x, H, n = np.asarray(x, np.float64), config.heads, config.householders
   qkv = [x @ wide(linear.kernel) for linear in (mixer.query, mixer.key, mixer.value)]
   if config.conv_width:
-    qkv = [convolve(y, wide(conv.kernel)) for y, conv in zip(qkv, mixer.convolutions, strict=True)]
-  q = unit(silu(qkv[0]).reshape(BATCH, TIME, H, -1))
-  k = unit(silu(qkv[1]).reshape(BATCH, TIME, H, n, -1))
-  v = silu(qkv[2]).reshape(BATCH, TIME, H, n, -1)
+    qkv = [convolve(y, conv.kernel) for y, conv in zip(qkv, mixer.convolutions, strict=True)]
+  q = unit(by_heads(silu(qkv[0]), H))
+  k = unit(by_heads(silu(qkv[1]), H, n))
+  v = by_heads(silu(qkv[2]), H, n)
   beta = (2 if config.allow_neg_eigval else 1) / (1 + np.exp(-x @ wide(mixer.beta.kernel)).reshape(BATCH, TIME, H, n))
   decay = np.ones((BATCH, TIME, H))
   if config.decay:
@@ -70,7 +35,7 @@ def expected(mixer, config, x):
         key = k[b, t, h, j]
         memory = memory + beta[b, t, h, j] * np.outer(key, v[b, t, h, j] - key @ memory)
       o[b, t, h] = q[b, t, h] @ memory / np.sqrt(k.shape[-1])
-  o = (o / np.sqrt((o**2).mean(axis=-1, keepdims=True) + 1e-6)).reshape(BATCH, TIME, -1)
+  o = rms_norm(o).reshape(BATCH, TIME, -1)
   return (o * silu(x @ wide(mixer.gate.kernel)) if config.output_gate else o) @ wide(mixer.output.kernel)
 
 
@@ -82,7 +47,7 @@ def expected(mixer, config, x):
 ], ids=["two", "three", "plain"])
 def test_is_the_papers_recurrence(config):
   mixer = create(config)
-  assert_close("output", call(mixer, inputs()), expected(mixer, config, inputs()), 1e-5)
+  assert_close("output", call(mixer, inputs())[0], expected(mixer, config, inputs()), 1e-5)
 
 
 def test_one_step_a_token_is_gated_delta_net():
@@ -90,7 +55,7 @@ def test_one_step_a_token_is_gated_delta_net():
   product, net = (jit(lambda config=config: create(config))() for config in (
       DeltaProductConfig(householders=1, **shape), GatedDeltaNetConfig(**shape)))
   nnx.update(net, nnx.state(product))
-  assert_close("output", call(product, inputs()), call(net, inputs()), 1e-6)
+  assert_close("output", call(product, inputs())[0], call(net, inputs())[0], 1e-6)
 
 
 def test_flops_per_token():

@@ -1,72 +1,52 @@
 """HGRN2 against the paper's recurrence in float64, its gates and bounds, alone and in a model, and its errors."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.hgrn2 import HGRN2Config, gates, lower_bounds
 from lin_jax.model import LanguageModel, parameter_count
 from tests.close import assert_close
+from tests.lin_jax.mixers.formulas import by_heads, convolve, rms_norm, sigmoid, silu, weights
+from tests.lin_jax.mixers.small import BATCH, TIME, WIDTH, assert_stays_float32, call, create, inputs, jit
 
-WIDTH, BATCH, TIME, HEADS = 32, 2, 13, 4
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+HEADS = 4
 
 
-def create(config, width=WIDTH, dtype=jnp.float32):
-  mixer = mixers.build(config, width=width, norm_eps=1e-3, dtype=dtype, rngs=nnx.Rngs(0))
-  # Initial weights leave gates nearly flat, and a scale of ones would not show whether it is applied.
-  mixer = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, mixer)
-  mixer.norm.scale[...] = jnp.linspace(0.5, 2, width)
+def uneven(config, dtype=jnp.float32):
+  """A mixer whose norm has a scale that shows where it is applied, and whose bounds differ by channel."""
+  mixer = create(config, dtype=dtype, norm_eps=1e-3)
+  mixer.norm.scale[...] = jnp.linspace(0.5, 2, WIDTH)
   if mixer.bound_logits is not None:
-    mixer.bound_logits[...] = jnp.linspace(-3, 3, width)
+    mixer.bound_logits[...] = jnp.linspace(-3, 3, WIDTH)
   return mixer
-
-
-def inputs():
-  return jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
-
-
-def sigmoid(x):
-  return 1 / (1 + np.exp(-x))
-
-
-def convolve(x, kernel):
-  taps = len(kernel)
-  x = np.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
-  return sum(kernel[i] * x[:, i:i + TIME] for i in range(taps))
 
 
 @pytest.mark.parametrize("learned, placed, conv_width", [(False, False, 0), (True, False, 3), (True, True, 0)])
 def test_is_the_papers_layer(learned, placed, conv_width):
-  mixer = create(HGRN2Config(heads=HEADS, learned_bound=learned, conv_width=conv_width))
+  mixer = uneven(HGRN2Config(heads=HEADS, learned_bound=learned, conv_width=conv_width))
   # By itself the layer is the second of two, of which the first has logits of zero.
   lower_bound = sigmoid(np.linspace(-3, 3, WIDTH)) if learned else np.zeros(WIDTH)
   if placed:
     lower_bound = np.linspace(0, 0.95, WIDTH)
     mixer.lower_bound = jnp.asarray(lower_bound, jnp.float32)
-  weight = {name: np.asarray(getattr(mixer, name).kernel[...], np.float64)
-            for name in ("query", "forget", "input", "output")}
+  weight = weights(mixer, "query", "forget", "input", "output")
   q, f, i = (np.asarray(inputs(), np.float64) @ weight[name] for name in ("query", "forget", "input"))
   if conv_width:
-    q, f, i = (convolve(x, np.asarray(conv.kernel[...])) for x, conv in zip((q, f, i), mixer.convolutions, strict=True))
-  q = q * sigmoid(q)
+    q, f, i = (convolve(x, conv.kernel) for x, conv in zip((q, f, i), mixer.convolutions, strict=True))
+  q = silu(q)
   f = lower_bound + (1 - lower_bound) * sigmoid(f)
-  q, f, i = (x.reshape(BATCH, TIME, HEADS, -1) for x in (q, f, i))
+  q, f, i = (by_heads(x, HEADS) for x in (q, f, i))
   memory, outputs = np.zeros((BATCH, HEADS, 8, 8)), []
   for t in range(TIME):
     memory = f[:, t, :, :, None] * memory + (1 - f[:, t, :, :, None]) * i[:, t, :, None, :]
     outputs.append(np.einsum("bhk,bhkv->bhv", q[:, t], memory).reshape(BATCH, -1) / np.sqrt(8))
-  o = np.stack(outputs, axis=1)
-  o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + 1e-3) * np.linspace(0.5, 2, WIDTH)
-  actual, _ = jit(lambda mixer, x: mixer(x))(mixer, inputs())
-  assert_close("output", actual, o @ weight["output"], 1e-5)
+  o = rms_norm(np.stack(outputs, axis=1), 1e-3) * np.linspace(0.5, 2, WIDTH)
+  assert_close("output", call(mixer, inputs())[0], o @ weight["output"], 1e-5)
 
 
 @pytest.mark.parametrize("bound", [None, 0.0, 1e-9, 0.3, 0.5, 0.9, 0.999])
@@ -156,10 +136,10 @@ def test_steps_of_a_model_equal_parallel():
 
 
 def test_gates_stay_float32():
-  mixer = create(HGRN2Config(heads=HEADS, conv_width=3), dtype=jnp.bfloat16)
-  q, k, v, log_decay, _ = mixer._project(inputs().astype(jnp.bfloat16), None, None)
-  assert q.dtype == k.dtype == v.dtype == jnp.bfloat16 and log_decay.dtype == jnp.float32
-  assert np.abs(log_decay - log_decay.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
+  mixer = uneven(HGRN2Config(heads=HEADS, conv_width=3), dtype=jnp.bfloat16)
+  (q, k, v, log_decay), _ = mixer.project(inputs(dtype=jnp.bfloat16), None, None)
+  assert q.dtype == k.dtype == v.dtype == jnp.bfloat16
+  assert_stays_float32(log_decay)
 
 
 @pytest.mark.parametrize("config, message", [

@@ -1,34 +1,29 @@
 """Linear attention against the papers' formulas in float64: sums over all earlier tokens, and its error messages."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from lin_jax import mixers
 from lin_jax.mixers.linear_attention import FEATURE_MAPS, LinearAttentionConfig
 from tests.close import assert_close, relative_error
+from tests.lin_jax.mixers.formulas import by_heads, rms_norm, weights, wide
+from tests.lin_jax.mixers.small import BATCH, WIDTH, call, create, inputs, jit
 
-WIDTH, BATCH, TIME, HEADS = 32, 2, 40, 2
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+HEADS, TIME = 2, 40
 MAPS = {"identity": lambda x: x, "elu1": lambda x: np.where(x > 0, x + 1, np.exp(x)),
         "relu": lambda x: np.maximum(x, 0)}
 
 
-def create(config, width=WIDTH):
-  mixer = mixers.build(config, width=width, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
-  # Activations near 1, and a head norm whose scale is not all ones.
-  return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x * jnp.linspace(0.5, 1.5, x.size), mixer)
+def scaled(config):
+  """A mixer whose head norm has a scale that is not all ones."""
+  return jax.tree.map(lambda x: x if x.ndim > 1 else x * jnp.linspace(0.5, 1.5, x.size), create(config))
 
 
 def formula(mixer, x, phi, normalizer, head_norm):
   """Each output from the weights of all tokens up to it, as the papers write it before the recurrence."""
-  weight = {name: np.asarray(getattr(mixer, name).kernel[...], np.float64)
-            for name in ("query", "key", "value", "output")}
-  q, k, v = ((x @ weight[name]).reshape(BATCH, TIME, HEADS, -1) for name in ("query", "key", "value"))
+  weight = weights(mixer, "query", "key", "value", "output")
+  q, k, v = (by_heads(x @ weight[name], HEADS) for name in ("query", "key", "value"))
   q, k, outputs = phi(q), phi(k), []
   for t in range(TIME):
     scores = np.einsum("bhk,bshk->bhs", q[:, t], k[:, :t + 1]) / np.sqrt(q.shape[-1])
@@ -37,7 +32,7 @@ def formula(mixer, x, phi, normalizer, head_norm):
     outputs.append(np.einsum("bhs,bshv->bhv", scores, v[:, :t + 1]))
   o = np.stack(outputs, axis=1)
   if head_norm:
-    o = o / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + 1e-6) * np.asarray(mixer.norm.scale[...], np.float64)
+    o = rms_norm(o) * wide(mixer.norm.scale)
   return o.reshape(BATCH, TIME, -1) @ weight["output"]
 
 
@@ -46,9 +41,8 @@ def formula(mixer, x, phi, normalizer, head_norm):
     ("elu1", False, True)])
 def test_is_the_papers_layer(feature_map, normalizer, head_norm):
   config = LinearAttentionConfig(heads=HEADS, feature_map=feature_map, normalizer=normalizer, head_norm=head_norm)
-  mixer = create(config)
-  x = np.random.default_rng(0).standard_normal((BATCH, TIME, WIDTH))
-  actual = jit(lambda mixer, x: mixer(x)[0])(mixer, jnp.asarray(x, jnp.float32))
+  mixer, x = scaled(config), wide(inputs(TIME))
+  actual, _ = call(mixer, inputs(TIME))
   assert_close("output", actual, formula(mixer, x, MAPS[feature_map], normalizer, head_norm), 1e-5)
   # The bound tells this layer from those with another feature map.
   for name in MAPS.keys() - {feature_map}:
@@ -57,10 +51,8 @@ def test_is_the_papers_layer(feature_map, normalizer, head_norm):
 
 def test_normalised_weights_average_the_values():
   config = LinearAttentionConfig(heads=HEADS, feature_map="elu1", normalizer=True, head_norm=False)
-  mixer = create(config)
-  x = jnp.asarray(np.random.default_rng(0).standard_normal((BATCH, 1, WIDTH)), jnp.float32)
-  actual = jit(lambda mixer, x: mixer(x)[0])(mixer, x)
-  assert_close("first output", actual, mixer.output(mixer.value(x)), 1e-5)
+  mixer, x = create(config), inputs(1)
+  assert_close("first output", call(mixer, x)[0], mixer.output(mixer.value(x)), 1e-5)
 
 
 def test_relu_may_see_no_key():

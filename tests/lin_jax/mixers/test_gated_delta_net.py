@@ -1,60 +1,30 @@
 """Gated DeltaNet against the paper's formulas in numpy float64; the start of its decay, and no weight decay on it."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax import mixers
 from lin_jax.config import ModelConfig, OptimConfig
-from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig, log_rates, time_step_biases
+from lin_jax.layers import time_step_biases
+from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig, log_rates
 from lin_jax.model import LanguageModel
 from lin_jax.optim import make_optimizer
 from tests.close import assert_close
-
-WIDTH, BATCH, TIME = 32, 2, 13
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def create(config, width=WIDTH, dtype=jnp.float32):
-  mixer = mixers.build(config, width=width, norm_eps=1e-6, dtype=dtype, rngs=nnx.Rngs(0))
-  # Activations near 1, where the decay and beta vary from token to token.
-  return jax.tree.map(lambda p: 10 * p if p.ndim > 1 else p, mixer)
-
-
-def inputs(dtype=jnp.float32):
-  return jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH)).astype(dtype)
-
-
-def wide(param):
-  return np.asarray(param[...], np.float64)
-
-
-def silu(x):
-  return x / (1 + np.exp(-x))
-
-
-def unit(x):
-  return x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6)
-
-
-def convolve(x, kernel):
-  padded = np.concatenate([np.zeros((BATCH, len(kernel) - 1, x.shape[-1])), x], axis=1)
-  return sum(kernel[i] * padded[:, i:i + TIME] for i in range(len(kernel)))
+from tests.lin_jax.mixers.formulas import by_heads, convolve, rms_norm, silu, unit, wide
+from tests.lin_jax.mixers.small import BATCH, TIME, WIDTH, assert_stays_float32, call, create, inputs, jit
 
 
 def expected(mixer, config, x):
   x = np.asarray(x, np.float64)
   qkv = [x @ wide(linear.kernel) for linear in (mixer.query, mixer.key, mixer.value)]
   if config.conv_width:
-    qkv = [convolve(y, wide(conv.kernel)) for y, conv in zip(qkv, mixer.convolutions, strict=True)]
+    qkv = [convolve(y, conv.kernel) for y, conv in zip(qkv, mixer.convolutions, strict=True)]
   heads = config.value_heads or config.heads
-  q, k = (unit(silu(y).reshape(BATCH, TIME, config.heads, -1)) for y in qkv[:2])
+  q, k = (unit(by_heads(silu(y), config.heads)) for y in qkv[:2])
   q, k = (np.repeat(y, heads // config.heads, axis=2) for y in (q, k))
-  v = silu(qkv[2]).reshape(BATCH, TIME, heads, -1)
+  v = by_heads(silu(qkv[2]), heads)
   beta = (2 if config.allow_neg_eigval else 1) / (1 + np.exp(-x @ wide(mixer.beta.kernel)))
   decay = np.exp(-np.exp(wide(mixer.A_log)) * np.log1p(np.exp(x @ wide(mixer.decay.kernel) + wide(mixer.dt_bias))))
   assert decay.min() < 0.7 and decay.max() > 0.95  # neither all kept nor all forgotten
@@ -65,7 +35,7 @@ def expected(mixer, config, x):
     memory = transition @ memory + write * key * v[:, t, :, None, :]
     outputs.append(np.einsum("bhk,bhkv->bhv", q[:, t], memory) / np.sqrt(k.shape[-1]))
   o = np.stack(outputs, axis=1)
-  o = (o / np.sqrt((o**2).mean(axis=-1, keepdims=True) + 1e-6)).reshape(BATCH, TIME, -1)
+  o = rms_norm(o).reshape(BATCH, TIME, -1)
   return (o * silu(x @ wide(mixer.gate.kernel)) if config.output_gate else o) @ wide(mixer.output.kernel)
 
 
@@ -76,15 +46,13 @@ def expected(mixer, config, x):
 ], ids=["paper", "grouped", "bare"])
 def test_is_the_papers_layer(config):
   mixer = create(config)
-  actual = jit(lambda mixer, x: mixer(x, None, None)[0])(mixer, inputs())
-  assert_close("output", actual, expected(mixer, config, inputs()), 1e-5)
+  assert_close("output", call(mixer, inputs())[0], expected(mixer, config, inputs()), 1e-5)
 
 
 def test_decay_and_beta_stay_float32():
   mixer = create(GatedDeltaNetConfig(heads=2, head_dim=8), dtype=jnp.bfloat16)
-  for gate in jit(lambda mixer, x: (mixer._log_decay(x), mixer._beta(x)))(mixer, inputs(jnp.bfloat16)):
-    assert gate.dtype == jnp.float32
-    assert np.abs(gate - gate.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
+  for gate in jit(lambda mixer, x: (mixer._log_decay(x), mixer._beta(x)))(mixer, inputs(dtype=jnp.bfloat16)):
+    assert_stays_float32(gate)
 
 
 def test_decay_starts_as_published():

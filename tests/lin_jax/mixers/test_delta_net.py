@@ -1,58 +1,29 @@
 """DeltaNet against the paper's formulas, token by token in numpy float64."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from lin_jax import mixers
 from lin_jax.mixers.delta_net import DeltaNetConfig
 from tests.close import assert_close
+from tests.lin_jax.mixers.formulas import by_heads, convolve, rms_norm, sigmoid, silu, unit, weights, wide
+from tests.lin_jax.mixers.small import BATCH, TIME, WIDTH, assert_stays_float32, call, create, inputs, jit
 
-WIDTH, BATCH, TIME = 32, 2, 13
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def create(config, width=WIDTH, dtype=jnp.float32):
-  mixer = mixers.build(config, width=width, norm_eps=1e-6, dtype=dtype, rngs=nnx.Rngs(0))
-  # Activations near 1, where the activations differ from each other and beta from 1/2.
-  return jax.tree.map(lambda p: 10 * p if p.ndim > 1 else p, mixer)
-
-
-def inputs(dtype=jnp.float32):
-  return jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH)).astype(dtype)
-
-
-def sigmoid(x):
-  return 1 / (1 + np.exp(-x))
-
-
-def convolve(x, kernel):
-  taps = len(kernel)
-  padded = np.concatenate([np.zeros((BATCH, taps - 1, x.shape[-1])), x], axis=1)
-  return sum(kernel[i] * padded[:, i:i + TIME] for i in range(taps))
-
-
-ACTIVATIONS = {"silu": lambda x: x * sigmoid(x), "relu": lambda x: np.maximum(x, 0), "identity": lambda x: x,
+ACTIVATIONS = {"silu": silu, "relu": lambda x: np.maximum(x, 0), "identity": lambda x: x,
                "elu1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))}
-NORMS = {"l2": lambda x: x / np.sqrt((x**2).sum(axis=-1, keepdims=True) + 1e-6),
-         "l1": lambda x: x / (np.abs(x).sum(axis=-1, keepdims=True) + 1e-6)}
+NORMS = {"l2": unit, "l1": lambda x: x / (np.abs(x).sum(axis=-1, keepdims=True) + 1e-6)}
 
 
 def expected(mixer, config, x):
-  weight = {name: np.asarray(getattr(mixer, name).kernel[...], np.float64)
-            for name in ("query", "key", "value", "beta", "output")}
+  weight = weights(mixer, "query", "key", "value", "beta", "output")
   x = np.asarray(x, np.float64)
   qkv = [x @ weight[name] for name in ("query", "key", "value")]
   if config.conv_width:
-    kernels = [np.asarray(conv.kernel[...], np.float64) for conv in mixer.convolutions]
-    qkv = [convolve(y, kernel) for y, kernel in zip(qkv, kernels, strict=True)]
-  q, k, v = (y.reshape(BATCH, TIME, config.heads, -1) for y in qkv)
+    qkv = [convolve(y, conv.kernel) for y, conv in zip(qkv, mixer.convolutions, strict=True)]
+  q, k, v = (by_heads(y, config.heads) for y in qkv)
   q, k = (NORMS[config.qk_norm](ACTIVATIONS[config.qk_activation](y)) for y in (q, k))
-  v = ACTIVATIONS["silu"](v)
+  v = silu(v)
   beta = sigmoid(x @ weight["beta"]) * (2 if config.allow_neg_eigval else 1)
   memory, outputs = np.zeros((BATCH, config.heads, k.shape[-1], v.shape[-1])), []
   for t in range(TIME):
@@ -61,9 +32,9 @@ def expected(mixer, config, x):
     memory = transition @ memory + write * key * v[:, t, :, None, :]
     outputs.append(np.einsum("bhk,bhkv->bhv", q[:, t], memory) / np.sqrt(k.shape[-1]))
   o = np.stack(outputs, axis=1)
-  o = (o / np.sqrt((o**2).mean(axis=-1, keepdims=True) + 1e-6)).reshape(BATCH, TIME, -1)
+  o = rms_norm(o).reshape(BATCH, TIME, -1)
   if config.output_gate:
-    o = o * ACTIVATIONS["silu"](x @ np.asarray(mixer.gate.kernel[...], np.float64))
+    o = o * silu(x @ wide(mixer.gate.kernel))
   return o @ weight["output"]
 
 
@@ -76,16 +47,14 @@ def expected(mixer, config, x):
 ], ids=lambda config: f"{config.qk_activation}-{config.qk_norm}")
 def test_is_the_papers_layer(config):
   mixer = create(config)
-  actual = jit(lambda mixer, x: mixer(x, None, None)[0])(mixer, inputs())
-  assert_close("output", actual, expected(mixer, config, inputs()), 1e-5)
+  assert_close("output", call(mixer, inputs())[0], expected(mixer, config, inputs()), 1e-5)
 
 
 def test_beta_stays_float32_and_doubles():
-  x = inputs(jnp.bfloat16)
+  x = inputs(dtype=jnp.bfloat16)
   beta, doubled = (create(DeltaNetConfig(heads=2, allow_neg_eigval=double), dtype=jnp.bfloat16)._beta(x)
                    for double in (False, True))
-  assert beta.dtype == jnp.float32
-  assert np.abs(beta - beta.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
+  assert_stays_float32(beta)
   assert 0 < beta.min() and beta.max() < 1
   np.testing.assert_array_equal(doubled, 2 * beta)
 

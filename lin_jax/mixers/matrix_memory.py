@@ -1,0 +1,105 @@
+"""The base of mixers whose op keeps a matrix per head: projections, the op, a head norm with an optional gate, output.
+
+A subclass builds its layers, says in `layout` which arrays its op takes, and defines three methods:
+  project(x[B,T,D], state, segment_ids) -> (arrays, kept)    arrays of the op, which begin with q, k, v, and what the
+                                                             state keeps besides the memory
+  mix(*arrays, **options) -> (o[B,T,H,V], memory)            the op, with its usual options
+  mix_step(memory, *arrays) -> (memory, o[B,H,V])            the op's step on the arrays of one token, without `scale`
+`finish` is for mixers that do something else after the op. `B` batch, `T` time, `D` width, `H` heads, `K` and `V` key
+and value channels per head.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from lin_jax.layers import Linear, ShortConvolution, convolve
+from lin_jax.sharding import map_over_heads
+
+
+@dataclasses.dataclass(kw_only=True)
+class OpConfig:
+  """How a mixer calls its op."""
+
+  chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
+  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+
+
+class MatrixMemory(nnx.Module):
+  """A mixer without layers. Its state is the float32 memory and what `project` keeps of the tokens before."""
+
+  layout: str  # axes of the op's arrays, in the letters of `map_over_heads`
+  scale: float | None = None  # of the queries; None is 1 / sqrt(K)
+  flops_per_entry = 4  # of the memory and per token: two for the write and two for the read
+  gate: Linear | None = None
+
+  def __init__(self, config: OpConfig, memory_shape: tuple[int, int, int]):
+    self.memory_shape = memory_shape
+    self.chunk_size = config.chunk_size or None
+    self.implementation = config.implementation or None
+
+  def __call__(self, x: Float[Array, "B T D"], state: dict | None = None,
+               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], dict | None]:
+    arrays, kept = self.project(x, state, segment_ids)
+
+    def mix(memory, segment_ids, *arrays):
+      return self.mix(*arrays, scale=self.scale, initial_state=memory, segment_ids=segment_ids,
+                      chunk_size=self.chunk_size, implementation=self.implementation)
+
+    mix = map_over_heads(mix, f"bhkv,bt,{self.layout}->bthv,bhkv")
+    o, memory = mix(None if state is None else state["memory"], segment_ids, *arrays)
+    y = self.finish(x, checkpoint_name(o, "mixer_output"), arrays[2])
+    return y, None if state is None else {"memory": memory, **kept}
+
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
+    x = x[:, None]
+    arrays, kept = self.project(x, state, None)
+    token = (a if a is None or "t" not in axes else a[:, 0]
+             for a, axes in zip(arrays, self.layout.split(","), strict=True))
+    memory, o = self.mix_step(state["memory"], *token)
+    q, _, v, *_ = arrays
+    o = (o * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)).astype(v.dtype)
+    return self.finish(x, o[:, None], v)[:, 0], {"memory": memory, **kept}
+
+  def init_state(self, batch: int, max_length: int) -> dict:
+    """An empty memory and empty convolutions, the same for any `max_length`."""
+    return {"memory": self.empty_memory(batch), "inputs": [conv.init_state(batch) for conv in self.convolutions]}
+
+  def empty_memory(self, batch: int) -> Float[Array, "B H K V"]:
+    return jnp.zeros((batch, *self.memory_shape), jnp.float32)
+
+  def flops_per_token(self, sequence_length: int) -> int:
+    """All projections and convolutions, and the recurrence; the chunked form's extra products are not counted."""
+    layers = [layer for layer in (*vars(self).values(), *getattr(self, "convolutions", ())) if isinstance(
+        layer, Linear | ShortConvolution)]
+    return sum(layer.flops_per_token() for layer in layers) + self.flops_per_entry * math.prod(self.memory_shape)
+
+  def convolved(self, layers: Sequence[Linear], x: Float[Array, "B T D"], state: dict | None,
+                segment_ids: Int[Array, "B T"] | None) -> tuple[list[Array], dict[str, Any]]:
+    """The projections of x by `layers`, each after its convolution if there are any, and the convolutions' states."""
+    states = None if state is None else state["inputs"]
+    outputs, inputs = convolve(self.convolutions, [layer(x) for layer in layers], states, segment_ids)
+    return outputs, {"inputs": inputs}
+
+  def finish(self, x: Float[Array, "B T D"], o: Float[Array, "B T H V"], v: Array) -> Float[Array, "B T D"]:
+    """Head norm, swish output gate if there is one, output projection. A mixer with a skip connection reads v."""
+    o = self.norm(o).reshape(*x.shape[:2], -1)
+    return self.output(o if self.gate is None else o * jax.nn.silu(self.gate(x)))
+
+
+def short_convolutions(channels: Sequence[int], taps: int, *, dtype, rngs: nnx.Rngs) -> nnx.List:
+  """One convolution per array of so many channels, split over devices as heads; none if `taps` is 0."""
+  return nnx.List([ShortConvolution(size, taps, axis="heads", dtype=dtype, rngs=rngs) for size in channels if taps])
+
+
+def by_heads(x: Float[Array, "B T C"], heads: int) -> Float[Array, "B T H _"]:
+  """The channels of x as those of `heads` heads."""
+  return x.reshape(*x.shape[:2], heads, -1)

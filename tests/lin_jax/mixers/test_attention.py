@@ -1,0 +1,95 @@
+"""Softmax attention against its formula, its cache, its error messages, and cuDNN's kernels on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lin_jax.mixers.attention import AttentionConfig
+from tests.close import assert_close
+from tests.lin_jax.mixers.small import BATCH, TIME, call, create, inputs, steps
+
+
+@pytest.mark.parametrize("kv_heads, window", [(4, 0), (2, 0), (1, 5), (4, 1)])
+def test_is_masked_softmax(kv_heads, window):
+  mixer = create(AttentionConfig(heads=4, kv_heads=kv_heads, window=window))
+  x = inputs()
+  q, k, v = mixer._project(x, jnp.broadcast_to(jnp.arange(TIME), (BATCH, TIME)))
+  k, v = (jnp.repeat(a, 4 // kv_heads, axis=2) for a in (k, v))
+  distance = np.arange(TIME)[:, None] - np.arange(TIME)[None]
+  visible = (distance >= 0) & (distance < (window or TIME))
+  scores = np.where(visible, np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(8), -np.inf)
+  weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+  o = np.einsum("bhts,bshk->bthk", weights / weights.sum(axis=-1, keepdims=True), v).reshape(BATCH, TIME, -1)
+  assert_close("output", call(mixer, x)[0], o @ np.asarray(mixer.output.kernel[...]), 1e-5)
+
+
+def test_ring_cache_holds_only_the_window():
+  mixer = create(AttentionConfig(heads=4, window=5))
+  state = mixer.init_state(BATCH, 1000)
+  assert state["key"].shape == (BATCH, 5, 4, 8)
+  x = inputs(40)
+  prefill, state = call(mixer, x[:, :17], state)
+  rest, state = steps(mixer, x[:, 17:], state)
+  assert_close("output", jnp.concatenate([prefill, rest], axis=1), call(mixer, x)[0], 1e-5)
+  assert sorted(state["position"][0].tolist()) == [35, 36, 37, 38, 39]
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_prompt_longer_than_the_cache(window):
+  mixer = create(AttentionConfig(heads=4, window=window))
+  with pytest.raises(ValueError, match="13 tokens do not fit a cache of max_length=12"):
+    mixer(inputs(), mixer.init_state(BATCH, 12), None)
+
+
+@pytest.mark.parametrize("config, message", [
+    (AttentionConfig(heads=0), "heads=0: must be at least 1"),
+    (AttentionConfig(heads=4, kv_heads=-2), "kv_heads=-2: must not be negative"),
+    (AttentionConfig(heads=4, window=-1), "window=-1: must not be negative"),
+    (AttentionConfig(heads=4, rope_base=0.0), "rope_base=0.0: must be positive"),
+    (AttentionConfig(heads=5), "heads=5"),
+    (AttentionConfig(heads=4, kv_heads=3), "kv_heads=3 must divide heads=4"),
+], ids=str)
+def test_bad_configs(config, message):
+  with pytest.raises(ValueError, match=message):
+    create(config)
+
+
+def test_flops_per_token():
+  attention = jax.eval_shape(lambda: create(AttentionConfig(), width=1024))
+  assert attention.flops_per_token(3) == 2 * 4 * 1024**2 + 4 * 1024 * 2
+  window = jax.eval_shape(lambda: create(AttentionConfig(window=2, kv_heads=4), width=1024))
+  assert window.flops_per_token(4) == 2 * (2 * 1024**2 + 2 * 1024 * 256) + 4 * 1024 * 7 / 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("config", [AttentionConfig(heads=4), AttentionConfig(heads=4, kv_heads=2, window=64)], ids=str)
+def test_cudnn_equals_xla(config, packed):
+  x = inputs(256, width=256).astype(jnp.bfloat16)
+  segment_ids = jnp.repeat(jnp.array([1, 2]), np.array([100, 156]), total_repeat_length=256)[None].repeat(2, axis=0)
+
+  def run(dtype):
+    mixer = create(config, width=256, dtype=dtype)
+
+    def loss(x):
+      return jnp.square(mixer(x, None, segment_ids if packed else None)[0].astype(jnp.float32)).sum()
+
+    with jax.default_matmul_precision("highest"):
+      return jax.jit(jax.value_and_grad(loss)).lower(x.astype(dtype))
+
+  flash, plain = run(jnp.bfloat16), run(jnp.float32)
+  assert "fmha" in flash.as_text() and "fmha" not in plain.as_text()
+  actual, expected = flash.compile()(x), plain.compile()(x.astype(jnp.float32))
+  assert_close("loss", actual[0], expected[0], 1e-2)
+  assert_close("dx", actual[1].astype(jnp.float32), expected[1], 3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompt", [96, 97])
+def test_gpu_prefill_then_steps(prompt):
+  mixer = create(AttentionConfig(heads=4, window=64), width=256, dtype=jnp.bfloat16)
+  x = inputs(128, width=256).astype(jnp.bfloat16)
+  first, state = call(mixer, x[:, :prompt], mixer.init_state(BATCH, 128))
+  y = jnp.concatenate([first, steps(mixer, x[:, prompt:], state)[0]], axis=1)
+  assert_close("output", y.astype(jnp.float32), call(mixer, x)[0].astype(jnp.float32), 2e-2)

@@ -1,0 +1,56 @@
+"""GLA against the paper's recurrence, token by token in float64; its decay's precision, and its error messages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lin_jax.mixers.gla import GLAConfig
+from tests.close import assert_close
+from tests.lin_jax.mixers.formulas import by_heads, rms_norm, sigmoid, silu, weights, wide
+from tests.lin_jax.mixers.small import BATCH, TIME, assert_stays_float32, call, create, inputs
+
+
+def test_is_the_papers_layer():
+  config = GLAConfig(heads=2, gate_rank=4)
+  mixer = create(config)
+  x = wide(inputs())
+  weight = weights(mixer, "query", "key", "value", "gate", "decay_in", "decay_out", "output")
+  q, k, v = (by_heads(x @ weight[name], 2) for name in ("query", "key", "value"))
+  logits = x @ weight["decay_in"] @ weight["decay_out"] + wide(mixer.decay_out.bias)
+  decay = by_heads(sigmoid(logits) ** (1 / 16), 2)
+  memory, outputs = np.zeros((BATCH, 2, 8, 16)), []
+  for t in range(TIME):
+    memory = decay[:, t, :, :, None] * memory + k[:, t, :, :, None] * v[:, t, :, None, :]
+    outputs.append(np.einsum("bhk,bhkv->bhv", q[:, t], memory) / np.sqrt(8))
+  o = rms_norm(np.stack(outputs, axis=1)).reshape(BATCH, TIME, -1)
+  assert_close("output", call(mixer, inputs())[0], (o * silu(x @ weight["gate"])) @ weight["output"], 1e-5)
+
+
+def test_decay_stays_float32():
+  mixer = create(GLAConfig(heads=2, gate_rank=4), dtype=jnp.bfloat16)
+  assert_stays_float32(mixer._log_decay(inputs(dtype=jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("config, message", [
+    (GLAConfig(heads=3), "expand_k=0.5 of width 32 gives 16 channels: not divisible by heads=3"),
+    (GLAConfig(expand_k=0.0), "expand_k=0.0"),
+    (GLAConfig(heads=0), "heads=0: must be at least 1"),
+    (GLAConfig(heads=2, gate_rank=0), "gate_rank=0: must be at least 1"),
+    (GLAConfig(heads=2, gate_temperature=0.0), "gate_temperature=0.0: must be positive"),
+    (GLAConfig(heads=2, conv_width=1), "taps=1"),
+], ids=str)
+def test_bad_configs(config, message):
+  with pytest.raises(ValueError, match=message):
+    create(config)
+
+
+def test_passes_its_implementation_on():
+  with pytest.raises(ValueError, match="nonesuch"):
+    create(GLAConfig(implementation="nonesuch"))(inputs(), None, None)
+
+
+def test_flops_per_token():
+  # 3 d^2 + 2 (d^2 / 2) weights, the low-rank gate, and a write and a read of 4 states of 128 x 256.
+  gla = jax.eval_shape(lambda: create(GLAConfig(), width=1024))
+  assert gla.flops_per_token(2048) == 2 * (4 * 1024**2 + 1024 * 16 + 16 * 512) + 4 * 4 * 128 * 256
