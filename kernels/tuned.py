@@ -52,7 +52,7 @@ def lookup[C](op: str, config_class: type[C], *, gate: str, K: int, V: int, dtyp
 
 def gate_key(log_decay) -> str:
   """The form of log_decay under which entries are listed: what has a gate of its own."""
-  return "none" if log_decay is None else {1: "head", 3: "token", 4: "channel"}[log_decay.ndim]
+  return "none" if log_decay is None else {1: "constant", 3: "token", 4: "channel"}[log_decay.ndim]
 
 
 def listed(op: str, device: str) -> list[tuple[str, int, int, str]]:

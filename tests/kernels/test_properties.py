@@ -14,8 +14,8 @@ from tests.close import assert_close, tolerance
 from tests.kernels.cases import Case, expected, make_inputs, results
 
 # Ops over heads of queries, keys and values; selective_scan has tests of its own.
-FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "head"), ("linear_attention", "none"),
-         ("delta_rule", "token"), ("delta_rule", "none")]
+FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "constant"),
+         ("linear_attention", "none"), ("delta_rule", "token"), ("delta_rule", "none")]
 CHUNKED = {op: functools.partial(getattr(kernels, op), implementation="xla_chunked") for op, _ in FORMS}
 every_form = pytest.mark.parametrize("op, decay", FORMS)
 # Those whose gates a token has for itself.
@@ -240,7 +240,7 @@ def test_16_bit_gates_are_widened_first(op, decay, gate_dtype):
 def scratch(op, decay, T):
   """Bytes of temporary arrays of a gradient, and of its arguments."""
   shapes = {name: (1, T, 4, 64) for name in "qkv"} | ({"beta": (1, T, 4)} if op == "delta_rule" else {})
-  shapes["log_decay"] = {"channel": (1, T, 4, 64), "token": (1, T, 4), "head": (4,), "none": None}[decay]
+  shapes["log_decay"] = {"channel": (1, T, 4, 64), "token": (1, T, 4), "constant": (4,), "none": None}[decay]
   arrays = {name: shape and jax.ShapeDtypeStruct(shape, "bfloat16" if name in "qkv" else "float32")
             for name, shape in shapes.items()}
   loss = lambda x: jnp.sum(CHUNKED[op](**x)[0].astype(jnp.float32)**2)
@@ -267,7 +267,7 @@ def closed(op, decay, where):
   """Inputs with gates of -inf."""
   x = inputs(op, decay)
   gates = x.arrays["log_decay"]
-  if decay == "head":
+  if decay == "constant":
     gates = gates.at[slice(1, None) if where == "in half" else slice(None)].set(-jnp.inf)
   elif where == "in half" and decay == "channel":
     gates = gates.at[:, 20:40, :, ::2].set(-jnp.inf)
@@ -286,11 +286,11 @@ def test_gates_of_minus_infinity_forget(op, decay):
     assert not np.any(actual["dlog_decay"][np.isneginf(x.arrays["log_decay"])]), where
 
 
-@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "head")])
+@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "constant")])
 def test_gates_of_minus_infinity_forget_in_kernels(op, decay):
   x = inputs(op, decay, B=1, T=20, H=1, V=8)
   for row in ([0, 5, 6, 19], range(20)):
-    at = 0 if decay == "head" else (slice(None), np.asarray(row))
+    at = 0 if decay == "constant" else (slice(None), np.asarray(row))
     gates = x.arrays["log_decay"].at[at].set(-jnp.inf)
     x = dataclasses.replace(x, arrays=x.arrays | {"log_decay": gates})
     actual, wanted = results(implementations(op)["pallas_triton"], x.arrays, None, x.cotangents), expected(x)
