@@ -18,7 +18,7 @@ BOUNDS = {
                "dlog_decay": 2e-2, "dbeta": 2e-2,
                "dx": 8e-3, "db": 8e-3, "dc": 8e-3, "dstep_size": 2e-2, "da": 2e-2},
     "float32": dict.fromkeys(_TENSORS, 1e-5),
-    "split": dict.fromkeys(_TENSORS, 1e-4),  # float32 operands multiplied in several products of fewer bits
+    "multi-pass": dict.fromkeys(_TENSORS, 1e-4),  # float32 operands, each product several of fewer bits
 }
 # Error of one entry of a 16-bit output, over the sum of the magnitudes of its terms: scale |q| (decay) |k| |v|, and
 # scale |q| (decay) |state|, where the delta rule has what it writes in the place of v. bfloat16 rounds by 2^-9 at most;
@@ -26,9 +26,12 @@ BOUNDS = {
 ENTRY = 1e-2
 
 
-def tolerance(name: str, dtype, *, split: bool = False) -> float:
-  """Bound for the tensor `name` of an op on inputs of `dtype`; `split` for kernels with split-precision products."""
-  precision = "16-bit" if jnp.dtype(dtype).itemsize == 2 else "split" if split else "float32"
+def tolerance(name: str, dtype, *, multi_pass: bool = False) -> float:
+  """Bound for the tensor `name` of an op on inputs of `dtype`.
+
+  `multi_pass` is for kernels that multiply float32 operands in several passes of fewer bits.
+  """
+  precision = "16-bit" if jnp.dtype(dtype).itemsize == 2 else "multi-pass" if multi_pass else "float32"
   return BOUNDS[precision][name]
 
 

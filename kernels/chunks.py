@@ -43,7 +43,7 @@ def repeat_heads(x, heads):
   return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def split(x, size):
+def to_chunks(x, size):
   """`[B, T, H, D]` to chunks `[N, B, size, H, D]`; zeros fill the last one, which leaves a state unchanged."""
   B, T, H, D = x.shape
   x = jnp.pad(x, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
@@ -51,7 +51,7 @@ def split(x, size):
 
 
 def merge(x, T):
-  """Inverse of `split`: `[N, B, C, H, D]` to `[B, T, H, D]`."""
+  """Inverse of `to_chunks`: `[N, B, C, H, D]` to `[B, T, H, D]`."""
   N, B, C, H, D = x.shape
   return jnp.moveaxis(x, 0, 1).reshape(B, N * C, H, D)[:, :T]
 

@@ -90,7 +90,7 @@ class Dot:
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
   def barrier(self, dtype):
-    """For operands of float32, whose pieces for several products do not fit the registers together."""
+    """For operands of float32, whose parts for several products do not fit the registers together."""
     if dtype == jnp.float32 and not self.interpret:
       plt.debug_barrier()
 
@@ -128,8 +128,8 @@ def leading_bits(x):
 
 def halves(x):
   """float32 `x` as a sum of two bfloat16 arrays, of 16 significant bits together."""
-  head = leading_bits(x)
-  return head.astype(jnp.bfloat16), (x - head).astype(jnp.bfloat16)
+  high = leading_bits(x)
+  return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def masked_sum(mask, x, dot, parts):
@@ -141,10 +141,10 @@ def masked_sum(mask, x, dot, parts):
   mask = mask.astype(jnp.bfloat16)
   total = None
   for part in range(parts):
-    head = x
+    high = x
     if part < parts - 1:
-      head = leading_bits(x)
-      x = x - head
-    product = dot(mask, head.astype(jnp.bfloat16))
+      high = leading_bits(x)
+      x = x - high
+    product = dot(mask, high.astype(jnp.bfloat16))
     total = product if total is None else total + product
   return total

@@ -86,7 +86,7 @@ def describe(config) -> str:
 
 class Check:
   """Comparison of a configuration with the float32 scan for every form of the gate, on a small batch that is ragged and
-  so long that the kernels split it."""
+  so long that the kernels cut it into pieces."""
 
   def __init__(self, problem, module):
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
@@ -109,7 +109,7 @@ class Check:
       actual = program(*self.inputs[gate])
       for name, expected in self.expected[gate].items():
         error = accuracy.relative_error(actual[name], expected)
-        bound = accuracy.tolerance(name, self.problem.dtype, split=True)
+        bound = accuracy.tolerance(name, self.problem.dtype, multi_pass=True)
         if not error <= bound:
           raise Rejected(f"gate {gate}: {name} has relative error {error:.1e} over {bound:.0e}")
 

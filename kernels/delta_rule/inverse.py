@@ -130,9 +130,9 @@ def _product(a, b, dot):
 def _parts(x):
   found = []
   for _ in range(PARTS - 1):
-    head = leading_bits(x)
-    found.append(head.astype(jnp.bfloat16))
-    x = x - head
+    high = leading_bits(x)
+    found.append(high.astype(jnp.bfloat16))
+    x = x - high
   return *found, x.astype(jnp.bfloat16)
 
 

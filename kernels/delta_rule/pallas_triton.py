@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import chunks, split, triton_blocks, tuned
+from kernels import chunks, pieces, triton_blocks, tuned
 from kernels.delta_rule.pallas_triton_config import Config, heuristic
 from kernels.delta_rule.pallas_triton_gradients import gradients
 from kernels.delta_rule.pallas_triton_operands import prepare
@@ -47,13 +47,13 @@ def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=F
   """The op under an explicit configuration."""
   (B, T, H, K), V = q.shape, v.shape[3]
   dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, min(config.width, tile_width(V)))
-  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.span, enough=ENOUGH)
-  fold = functools.partial(split.fold, count=pieces, chunk=config.span)
+  count = pieces.count(B * H * (V + dV) // config.scan.block, T, config.span, enough=ENOUGH)
+  fold = functools.partial(pieces.fold, count=count, chunk=config.span)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
   output, final_state = _delta_rule(pad(q, dK), pad(k, dK), pad(v, dV), fold(beta), None if log_decay is None
                                     else fold(log_decay), state, scale, normalize_qk, config)
-  return split.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
+  return pieces.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import chunks, split, triton_blocks
+from kernels import chunks, pieces, triton_blocks
 from kernels.delta_rule.pallas_triton_chunk import Scan, forward_chunk, read_chunk, reverse_chunk
 from kernels.delta_rule.pallas_triton_operands import take_per_token
 from kernels.scalar_decay import gate_block
@@ -69,7 +69,7 @@ def scan(operands, v, initial_state, scale, config, *, save=True, reverse=False,
     update, kept = final[..., :V], jnp.swapaxes(kept, -1, -2) if reverse else final[..., V:V + initial_state.shape[2]]
     initial_state = _entry_states(initial_state, kept, update, reverse)
   *found, final = run(initial_state, save=save)
-  return *found, split.exit_state(final, B, reverse), kept
+  return *found, pieces.exit_state(final, B, reverse), kept
 
 
 def _entry_states(initial_state, kept, update, reverse):

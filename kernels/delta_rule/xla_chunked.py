@@ -45,7 +45,7 @@ def _forward(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
 
 
 def _output(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
-  xs = _split(chunk_size, q, k, v, beta, log_decay)
+  xs = _to_chunks(chunk_size, q, k, v, beta, log_decay)
   body = functools.partial(_forward_chunk, scale, rows)
   final_state, output = jax.lax.scan(body, initial_state, xs)
   return chunks.merge(output, q.shape[1]), final_state
@@ -54,7 +54,7 @@ def _output(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
 def _backward(scale, rows, chunk_size, residuals, cotangents):
   *inputs, initial_state = residuals
   doutput, dfinal_state = cotangents
-  xs, do = _split(chunk_size, *inputs), chunks.split(doutput, chunk_size)
+  xs, do = _to_chunks(chunk_size, *inputs), chunks.to_chunks(doutput, chunk_size)
   _, states = jax.lax.scan(functools.partial(_state_chunk, rows), initial_state, xs[1:])
   body = functools.partial(_backward_chunk, scale, rows)
   dinitial_state, gradients = jax.lax.scan(body, dfinal_state, (xs, do, states), reverse=True)
@@ -65,10 +65,10 @@ def _backward(scale, rows, chunk_size, residuals, cotangents):
 _delta_rule.defvjp(_forward, _backward)
 
 
-def _split(size, q, k, v, beta, log_decay):
+def _to_chunks(size, q, k, v, beta, log_decay):
   """Chunks `[N, B, C, H, .]` of each array, the last axis of beta and log_decay 1."""
   beta, log_decay = jax.tree.map(lambda x: x[..., None], (beta, log_decay))
-  return jax.tree.map(lambda x: chunks.split(x, size), (q, k, v, beta, log_decay))
+  return jax.tree.map(lambda x: chunks.to_chunks(x, size), (q, k, v, beta, log_decay))
 
 
 # Bodies of the scans over chunks: x holds one chunk `[B, C, H, .]` of each array. Heads move before time here and not

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels import split, triton_blocks
+from kernels import pieces, triton_blocks
 from kernels.triton_blocks import given, rows_and_columns
 
 
@@ -93,9 +93,9 @@ def scan(factors, v, initial_state, config, *, save=True, reverse=False):
     empty = jnp.zeros((v.shape[0], *initial_state.shape[1:]), jnp.float32)
     (update,) = run([x, y, decays], v, empty, outputs=False, save=False)
     kept = jnp.prod(decays, axis=(2, 3))[..., None]
-    initial_state = split.entry_states(initial_state, kept, update, reverse)
+    initial_state = pieces.entry_states(initial_state, kept, update, reverse)
   output, *states, final = run([x, y, decays, bounded, p], v, initial_state, outputs=True, save=save)
-  return output, states[0] if save else None, split.exit_state(final, B, reverse)
+  return output, states[0] if save else None, pieces.exit_state(final, B, reverse)
 
 
 def _launch(factors, v, initial_state, *, config, tile, reverse, outputs, save):

@@ -38,7 +38,7 @@ def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
 
 
 def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
-  xs = [chunks.split(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay))]
+  xs = [chunks.to_chunks(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay))]
   final_state, output = jax.lax.scan(functools.partial(_forward_chunk, scale), initial_state, xs)
   return chunks.merge(output, q.shape[1]), final_state
 
@@ -46,7 +46,7 @@ def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
 def _backward(scale, chunk_size, residuals, cotangents):
   q, k, v, log_decay, initial_state = residuals
   doutput, dfinal_state = cotangents
-  q, k, v, g, do = (chunks.split(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay), doutput))
+  q, k, v, g, do = (chunks.to_chunks(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay), doutput))
   _, states = jax.lax.scan(_state_chunk, initial_state, (k, v, g))
   dinitial_state, gradients = jax.lax.scan(
       functools.partial(_backward_chunk, scale), dfinal_state, (q, k, v, g, do, states), reverse=True)

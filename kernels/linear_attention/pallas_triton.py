@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import split, triton_blocks, tuned
+from kernels import pieces, triton_blocks, tuned
 from kernels.linear_attention.pallas_triton_config import Config, heuristic
 from kernels.linear_attention.pallas_triton_gradients import dqk
 from kernels.linear_attention.pallas_triton_scan import scan
@@ -41,17 +41,17 @@ def configured(q, k, v, log_decay, initial_state, *, scale, config):
   widest = max(min(block, tile_width(V)) for block in (
       config.scan.block, config.reverse_scan.block, config.dqk.block, heuristic(K, V, jnp.float32).scan.block))
   dK, dV = tile_width(K) - K, -V % widest
-  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
-  fold = functools.partial(split.fold, count=pieces, chunk=config.chunk)
+  count = pieces.count(B * H * (V + dV) // config.scan.block, T, config.chunk)
+  fold = functools.partial(pieces.fold, count=count, chunk=config.chunk)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
   if log_decay is not None and log_decay.ndim == 3:
     log_decay = fold(log_decay)
   # What fills up the last chunk must not decay the final state.
-  whole = T % (pieces * config.chunk) == 0
+  whole = T % (count * config.chunk) == 0
   real = None if whole else fold(jnp.ones((B, T, 1), bool))
   output, final_state = _linear_attention(pad(q, dK), pad(k, dK), pad(v, dV), log_decay, state, real, scale, config)
-  return split.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
+  return pieces.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import split, triton_blocks
+from kernels import pieces, triton_blocks
 from kernels.scalar_decay import between, decay_of, gate_block, weigh
 from kernels.triton_blocks import given, operand
 
@@ -100,9 +100,9 @@ def scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, save
     kept = jnp.ones((v.shape[0], v.shape[2]), jnp.float32)
     if log_decay is not None:
       kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay[None])
-    initial_state = split.entry_states(initial_state, kept[..., None, None], update, reverse)
+    initial_state = pieces.entry_states(initial_state, kept[..., None, None], update, reverse)
   *found, final = run(initial_state, outputs=outputs, save=save)
-  return found[0] if outputs else None, found[-1] if save else None, split.exit_state(final, B, reverse)
+  return found[0] if outputs else None, found[-1] if save else None, pieces.exit_state(final, B, reverse)
 
 
 def _launch(q, k, v, log_decay, initial_state, *, scale, config, reverse, outputs, save):

@@ -42,7 +42,7 @@ def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
 
 
 def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
-  xs = [chunks.split(x, chunk_size) for x in (q, k, v)]
+  xs = [chunks.to_chunks(x, chunk_size) for x in (q, k, v)]
   constant, gates = _gates(log_decay, q.shape[1], chunk_size)
   body = functools.partial(_forward_chunk, scale, constant)
   final_state, output = jax.lax.scan(body, initial_state, (xs, gates), unroll=UNROLL)
@@ -52,7 +52,7 @@ def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
 def _backward(scale, chunk_size, residuals, cotangents):
   q, k, v, log_decay, initial_state = residuals
   doutput, dfinal_state = cotangents
-  xs = q, k, v, do = [chunks.split(x, chunk_size) for x in (q, k, v, doutput)]
+  xs = q, k, v, do = [chunks.to_chunks(x, chunk_size) for x in (q, k, v, doutput)]
   T = doutput.shape[1]
   constant, gates = _gates(log_decay, T, chunk_size)
   _, states = jax.lax.scan(functools.partial(_state_chunk, constant), initial_state, (k, v, gates), unroll=UNROLL)
@@ -77,7 +77,7 @@ def _gates(log_decay, T, size):
     return None, None
   if log_decay.ndim == 1:
     return log_decay, np.minimum(size, T - np.arange(0, T, size)).astype(np.float32)
-  return None, chunks.split(log_decay[..., None], size)
+  return None, chunks.to_chunks(log_decay[..., None], size)
 
 
 # Bodies of the scans over chunks: x holds one chunk `[B, C, H, .]` of each array. Heads move before time here and not

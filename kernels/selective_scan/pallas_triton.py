@@ -6,7 +6,7 @@ walks back. `README.md` of this folder has the symbols, the gradients, and each 
 
 Sums over channels are products with a constant matrix, whose operands are rounded to bfloat16, or for float32 inputs
 cut into two such numbers. Each program writes its part of db and dc, and XLA adds up the D / 16 parts. Where few rows
-and channels leave the GPU idle, `kernels.split` cuts the sequence, exactly.
+and channels leave the GPU idle, `kernels.pieces` cuts the sequence, exactly.
 """
 
 import functools
@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels import split, triton_blocks
+from kernels import pieces, triton_blocks
 from kernels.triton_blocks import LOG2E, given, operand, tile_width
 
 CHANNELS = 16  # of a program
 MOST_STATES = 32  # a channel: more do not fit into registers
 ROWS = 16  # of the product that sums over channels: dc of up to 8 tokens, then their db
-# Programs of one warp that keep a multiprocessor as busy as one program of several warps, which `split` counts.
+# Programs of one warp that keep a multiprocessor as busy as one program of several warps, which `pieces` counts.
 WARPS = 32
 ENOUGH = 128  # such programs from which a sequence is not cut; more were not tried
 # Blocks that count as one chunk when a sequence is cut: pieces shorter than about 256 tokens do not repay their launch.
@@ -46,20 +46,20 @@ def block_size(N: int, dtype) -> int:
 def selective_scan(x, step_size, a, b, c, resets, initial_state):
   """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are added to the logs of the decays."""
   (B, T, D), block = x.shape, block_size(a.shape[1], x.dtype)
-  pieces = split.pieces(-(-D // CHANNELS) * B // WARPS, T, PIECE_BLOCKS * block, enough=ENOUGH)
-  return configured(x, step_size, a, b, c, resets, initial_state, block=block, pieces=pieces)
+  count = pieces.count(-(-D // CHANNELS) * B // WARPS, T, PIECE_BLOCKS * block, enough=ENOUGH)
+  return configured(x, step_size, a, b, c, resets, initial_state, block=block, count=count)
 
 
-def configured(x, step_size, a, b, c, resets, initial_state, *, block, pieces):
-  """The op in blocks of `block` tokens, at most 8, with the sequence cut into `pieces`."""
+def configured(x, step_size, a, b, c, resets, initial_state, *, block, count):
+  """The op in blocks of `block` tokens, at most 8, with the sequence cut into `count` pieces."""
   (B, T, D), N = x.shape, a.shape[1]
   dD, dN = -D % CHANNELS, tile_width(N) - N
-  fold = lambda x, extra: split.fold(jnp.pad(x, ((0, 0), (0, 0), (0, extra))), pieces, block)
+  fold = lambda x, extra: pieces.fold(jnp.pad(x, ((0, 0), (0, 0), (0, extra))), count, block)
   output, final_state = _selective_scan(
       fold(x, dD), fold(step_size, dD), jnp.pad(a, ((0, dD), (0, dN))), fold(b, dN), fold(c, dN),
-      None if resets is None else split.fold(resets, pieces, block),
+      None if resets is None else pieces.fold(resets, count, block),
       jnp.pad(initial_state, ((0, 0), (0, dD), (0, dN))), block)
-  return split.unfold(output, B)[:, :T, :D], final_state[:, :D, :N]
+  return pieces.unfold(output, B)[:, :T, :D], final_state[:, :D, :N]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -92,7 +92,7 @@ def _backward(block, residuals, cotangents):
           x, step_size, LOG2E * a, *_wide(b, c), dy, states, dstates, *_scaled(resets))
   dbc = jnp.sum(dbc, axis=0, dtype=jnp.float32)
   dc, db = (dbc[:, :, i:i + block].reshape(P, T, N).astype(x.dtype) for i in (0, ROWS // 2))
-  dinitial_state = split.exit_state(dstates, dfinal_state.shape[0], reverse=True)
+  dinitial_state = pieces.exit_state(dstates, dfinal_state.shape[0], reverse=True)
   return dx, ds, jnp.sum(da, axis=0), db, dc, None, dinitial_state
 
 
@@ -235,7 +235,7 @@ def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
                  *given(save, jax.ShapeDtypeStruct((P, T // block, D, N), operand(x.dtype))),
                  jax.ShapeDtypeStruct((P, D, N), jnp.float32)])(
           x, step_size, LOG2E * a, *_wide(b, c), states, *_scaled(resets))
-  return y, saved[0] if save else None, split.exit_state(final, initial_state.shape[0], reverse=False)
+  return y, saved[0] if save else None, pieces.exit_state(final, initial_state.shape[0], reverse=False)
 
 
 def _entry_states(x, step_size, a, b, resets, initial_state, block, *, reverse):
@@ -253,7 +253,7 @@ def _entry_states(x, step_size, a, b, resets, initial_state, block, *, reverse):
   exponent = jnp.sum(step_size, axis=1)[:, :, None] * a[None]
   if resets is not None:
     exponent += jnp.sum(resets, axis=1)[:, None, None]
-  return split.entry_states(initial_state, jnp.exp(exponent), update, reverse)
+  return pieces.entry_states(initial_state, jnp.exp(exponent), update, reverse)
 
 
 def _specs(P, T, D, N):

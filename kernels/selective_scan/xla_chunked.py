@@ -102,13 +102,13 @@ def _wide(x):
 def _chunks(*arrays):
   """`[B, T, ...]` to `[T / C, C, B, ...]`; a step size of zero in what fills up the last chunk leaves states as is."""
 
-  def split(x):
+  def cut(x):
     x = jnp.moveaxis(x, 1, 0)
     size = min(CHUNK, x.shape[0])
     x = jnp.pad(x, ((0, -x.shape[0] % size), *((0, 0) for _ in x.shape[1:])))
     return x.reshape(-1, size, *x.shape[1:])
 
-  return tuple(None if x is None else split(x) for x in arrays)
+  return tuple(None if x is None else cut(x) for x in arrays)
 
 
 def _merge(x, T):

@@ -174,12 +174,12 @@ def per_channel(log_decay, shape):
   return jnp.broadcast_to(log_decay[..., None], shape)
 
 
-def check(case: Case, fn, *, split: bool = False) -> None:
-  """Asserts every output and gradient of `fn` against the scan; `split` as in `tests.close.tolerance`."""
+def check(case: Case, fn, *, multi_pass: bool = False) -> None:
+  """Asserts every output and gradient of `fn` against the scan; `multi_pass` as in `tests.close.tolerance`."""
   inputs = make_inputs(case)
   actual = results(fn, inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size, case.normalize_qk)
   for name, x in expected(inputs).items():
-    assert_close(name, actual[name], x, tolerance(name, case.dtype, split=split))
+    assert_close(name, actual[name], x, tolerance(name, case.dtype, multi_pass=multi_pass))
 
 
 def grid(decay="channel", widths=WIDTHS, dtypes=("bfloat16", "float16", "float32"), beta=None) -> list[Case]:

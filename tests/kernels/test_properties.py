@@ -299,6 +299,6 @@ def test_gates_of_minus_infinity_forget_in_kernels(op, decay):
     np.testing.assert_allclose(actual["dlog_decay"][np.isneginf(gates)], 0.0, atol=1e-5 if op == "gla" else 0)
     for name, value in wanted.items():
       if np.any(value):
-        assert_close(name, actual[name], value, tolerance(name, "float32", split=True))
+        assert_close(name, actual[name], value, tolerance(name, "float32", multi_pass=True))
       elif name != "dlog_decay":
         np.testing.assert_allclose(actual[name], 0.0, atol=1e-15 if op == "gla" else 0)

@@ -1,4 +1,4 @@
-"""Splitting a sequence into pieces, so that a scan over chunks fills a GPU with few sequences and heads.
+"""Cutting a sequence into pieces, so that a scan over chunks fills a GPU with few sequences and heads.
 
 The pieces of a sequence become rows of the batch. Each is first scanned from a zero state for its update alone; the
 state that enters piece p + 1 is `kept` times the one that enters p plus the update of p, exactly, because the state's
@@ -7,17 +7,17 @@ recurrence is affine and its map diagonal. Then all pieces are scanned at once, 
 
 import jax.numpy as jnp
 
-ENOUGH = 160  # programs that fill a GPU: splitting costs one more reading of the keys and values
-WANTED = 256  # programs to split into
+ENOUGH = 160  # programs that fill a GPU: cutting costs one more reading of the keys and values
+WANTED = 256  # programs that cutting aims at
 SHORTEST = 8  # chunks in a piece
 
 
-def pieces(programs: int, T: int, chunk: int, enough: int = ENOUGH) -> int:
+def count(programs: int, T: int, chunk: int, enough: int = ENOUGH) -> int:
   """How many pieces to cut `T` tokens into: 1 when the `programs` of an uncut scan are `enough`."""
-  count = 1
-  while programs < enough and programs * count < WANTED and -(-T // chunk) >= 2 * count * SHORTEST:
-    count *= 2
-  return count
+  found = 1
+  while programs < enough and programs * found < WANTED and -(-T // chunk) >= 2 * found * SHORTEST:
+    found *= 2
+  return found
 
 
 def fold(x, count: int, chunk: int):
