@@ -1,15 +1,16 @@
-"""Cutting a sequence into pieces, so that a scan over chunks fills a GPU with few sequences and heads.
+"""Cuts sequences into pieces, so that a scan over chunks fills a GPU although there are few sequences and heads.
 
-The pieces of a sequence become rows of the batch. Each is first scanned from a zero state for its update alone; the
-state that enters piece p + 1 is `kept` times the one that enters p plus the update of p, exactly, because the state's
-recurrence is affine and its map diagonal. Then all pieces are scanned at once, each from its own entry state.
+The pieces of a sequence become rows of the batch. Each is first scanned from a zero state for its update alone. The
+state that enters piece p + 1 is then `kept` times the state that enters piece p, plus the update of p. This is exact,
+because the recurrence of the state is affine and its map is diagonal. Finally all pieces are scanned at once, each from
+its own entry state.
 """
 
 import jax.numpy as jnp
 
 ENOUGH = 160  # programs that fill a GPU: cutting costs one more reading of the keys and values
 WANTED = 256  # programs that cutting aims at
-SHORTEST = 8  # chunks in a piece
+SHORTEST = 8  # chunks in the shortest piece
 
 
 def count(programs: int, T: int, chunk: int, enough: int = ENOUGH) -> int:
@@ -21,19 +22,19 @@ def count(programs: int, T: int, chunk: int, enough: int = ENOUGH) -> int:
 
 
 def fold(x, count: int, chunk: int):
-  """`[B, T, ...]` to `[B * count, T' / count, ...]`, zeros behind T up to whole chunks in each piece."""
+  """`[B, T, ...]` to `[B * count, T' / count, ...]`, with zeros behind T so that each piece has whole chunks."""
   B, T = x.shape[:2]
   x = jnp.pad(x, ((0, 0), (0, -T % (count * chunk)), *((0, 0) for _ in x.shape[2:])))
   return x.reshape(B * count, -1, *x.shape[2:])
 
 
 def unfold(x, B: int):
-  """Inverse of `fold`, with the zeros."""
+  """Inverse of `fold`; the zeros stay."""
   return x.reshape(B, -1, *x.shape[2:])
 
 
 def entry_states(initial_state, kept, update, reverse: bool):
-  """State that enters each piece, `[B * count, H, K, V]`.
+  """The state that enters each piece, `[B * count, H, K, V]`.
 
   Args:
     initial_state: `[B, H, K, V]` of the first piece, or the last one if `reverse`.
@@ -50,5 +51,5 @@ def entry_states(initial_state, kept, update, reverse: bool):
 
 
 def exit_state(states, B: int, reverse: bool):
-  """State `[B, H, K, V]` that leaves the last piece of each row, or the first one if `reverse`."""
+  """The state `[B, H, K, V]` that leaves the last piece of each row, or the first one if `reverse`."""
   return states.reshape(B, -1, *states.shape[1:])[:, 0 if reverse else -1]

@@ -4,7 +4,7 @@
 writes. The kernels are `inverse.py`, `pallas_triton_scan.py` and `pallas_triton_gradients.py`.
 
 bfloat16 inputs use bfloat16 operands and states; float32 inputs keep float32. Similar keys make products with Y nearly
-cancel, so those products, P^T dO and what is added to a state take 16 significant bits of their operands. float16
+cancel, so these products, P^T dO and terms of a new state take 16 significant bits of their operands. float16
 inputs run as float32: operands of bfloat16 would change which keys are alike. Source: arXiv:2406.06484, section 3.2.
 """
 
@@ -20,8 +20,8 @@ from kernels.delta_rule.pallas_triton_operands import prepare
 from kernels.delta_rule.pallas_triton_scan import scan
 from kernels.triton_blocks import tile_width
 
-# Programs of an uncut scan, about one per multiprocessor, from which cutting the sequence loses: the map of a piece
-# takes K more columns.
+# With so many programs of an uncut scan, about one per multiprocessor, cutting the sequence loses, because the map of a
+# piece takes K more columns.
 ENOUGH = 128
 
 
@@ -31,7 +31,7 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
-  """See `kernels.delta_rule`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.delta_rule`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   if q.dtype == jnp.float16:
     wide = delta_rule(*(chunks.wide(x) for x in (q, k, v)), beta, log_decay, initial_state, scale=scale,
                       normalize_qk=normalize_qk, chunk_size=chunk_size)

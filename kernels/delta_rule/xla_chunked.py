@@ -3,9 +3,9 @@
 `README.md` of this folder has the symbols and derives both passes, which the bodies below follow line by line. They
 multiply q by the scale first.
 
-Every product takes float32 operands, whatever the inputs are. Where keys are alike, the writes of a chunk all but
-cancel in its sums, and so do their cotangents; where beta is 2, no error fades. Rounding normalised keys to bfloat16
-alone costs more than the results for 16-bit inputs may be off.
+Every product takes float32 operands, whatever the inputs are. Where keys are alike, the writes of a chunk nearly cancel
+in its sums, and so do their cotangents. Where beta is 2, no error fades. Rounding the normalised keys to bfloat16 would
+alone cost more than the bounds for 16-bit inputs allow.
 
 The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
 """
@@ -27,7 +27,7 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
-  """See `kernels.delta_rule`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.delta_rule`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   if chunk_size is None:
     chunk_size = 16 if q.shape[1] <= 16 else 32 if q.shape[1] <= 32 else 64
   rows = chunks.normalize if normalize_qk else chunks.wide

@@ -29,7 +29,7 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.gla`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.gla`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   K, V = q.shape[3], v.shape[3]
   config = None if chunk_size else tuned.lookup("gla", Config, gate="channel", K=K, V=V, dtype=q.dtype)
   config = config or heuristic(K, V, q.dtype, chunk_size)

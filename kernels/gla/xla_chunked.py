@@ -1,8 +1,8 @@
 """Gated linear attention chunk by chunk in plain jnp, for every device; forward and backward.
 
 `README.md` of this folder has the symbols and derives both passes. The scores P of a chunk and their gradients come
-from the dyadic levels of `kernels.chunks`, so every exponent is a sum of gates and never a difference of sums: gates
-that all but close keep their relative precision.
+from the dyadic levels of `kernels.chunks`, so every exponent is a sum of gates and never a difference of sums, and
+gates that almost close keep their relative precision.
 
 The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
 Source: arXiv:2312.06635, section 4.3.
@@ -22,7 +22,7 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.gla`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.gla`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   if chunk_size is None:
     chunk_size = _chunk_size(q.shape[1], q.shape[3], v.shape[3])
   return _gla(q, k, v, log_decay, initial_state, scale, chunk_size)

@@ -4,7 +4,7 @@
 chunk has no form as matrix products: inside a chunk the tokens follow one another.
 
 The forward pass saves its inputs and, when a gradient is wanted, the state that enters each chunk. The backward pass
-takes the chunks from the last to the first, forms the states of one again, and walks back through it.
+takes the chunks from the last to the first, forms the states of each again, and walks back through it.
 """
 
 import jax
@@ -100,7 +100,7 @@ def _wide(x):
 
 
 def _chunks(*arrays):
-  """`[B, T, ...]` to `[T / C, C, B, ...]`; a step size of zero in what fills up the last chunk leaves states as is."""
+  """`[B, T, ...]` to `[T / C, C, B, ...]`. Zeros fill up the last chunk: a step size of 0 leaves states unchanged."""
 
   def cut(x):
     x = jnp.moveaxis(x, 1, 0)
