@@ -81,7 +81,7 @@ class Case:
 class Inputs:
   """Arguments of the op and the cotangents of its two results."""
 
-  arrays: dict  # q, k, v, log_decay, initial_state, and beta if the op has one: what is differentiated
+  arrays: dict  # q, k, v, log_decay, initial_state, and beta if the op has one; all are differentiated
   segment_ids: jax.Array | None
   cotangents: tuple
   normalize_qk: bool = False
@@ -200,7 +200,7 @@ def grid(decay="channel", widths=WIDTHS, dtypes=("bfloat16", "float16", "float32
 
 
 def delta_rules(**fields) -> list[Case]:
-  """What only the delta rule has: every beta, kinds of keys, and their normalisation; with these `fields`."""
+  """Cases that only the delta rule has, with these `fields`: every beta, kinds of keys, and their normalisation."""
   # Repeated keys under a beta of 2 have no bound to keep: the state there turns back and forth undamped, and the
   # rounding of |k|^2, the same at each token, adds up.
   rules = [*(dict(beta=beta) for beta in BETAS),

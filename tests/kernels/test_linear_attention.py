@@ -55,7 +55,7 @@ def test_reference_behind_the_contract_equals_scan(decay):
 
 @pytest.mark.parametrize("decay", ["token", "constant", "none"])
 def test_steps_equal_one_call(decay):
-  """What decoding does: `step` token by token."""
+  """`step` token by token, as in decoding."""
   x = make_inputs(Case(T=7, K=4, V=6, decay=decay)).arrays
   state, outputs, log_decay = x["initial_state"], [], x["log_decay"]
   for t in range(7):
@@ -122,7 +122,7 @@ def test_constant_decay_equals_the_same_gate_at_every_token():
 
 @pytest.mark.parametrize("decay", ["token", "constant", "none"])
 def test_only_a_decay_per_token_has_numbers_per_token(decay):
-  """Some array of forward and backward has one number a token and head exactly when the decay has."""
+  """Some array of forward and backward has one number per token and head exactly when the decay has."""
   inputs = make_inputs(Case(B=2, T=192, H=3, K=8, V=16, decay=decay))
   program = str(cases.results.trace(CHUNKED, inputs.arrays, None, inputs.cotangents, chunk_size=64).jaxpr)
   sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program)}

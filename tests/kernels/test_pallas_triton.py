@@ -39,7 +39,7 @@ def check(op, case, record_property, monkeypatch):
 
 
 def configuration(op, inputs, chunk_size, monkeypatch):
-  """What the op chooses for these inputs."""
+  """The configuration that the op chooses for these inputs."""
   module, chosen = importlib.import_module(f"kernels.{op}.pallas_triton"), []
 
   def spy(*arrays, config, **options):

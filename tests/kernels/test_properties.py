@@ -1,4 +1,4 @@
-"""What every op keeps in every form of its decay, and under JAX's transformations."""
+"""Properties that every op keeps, in every form of its decay and under JAX's transformations."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention",
          ("linear_attention", "none"), ("delta_rule", "token"), ("delta_rule", "none")]
 CHUNKED = {op: functools.partial(getattr(kernels, op), implementation="xla_chunked") for op, _ in FORMS}
 every_form = pytest.mark.parametrize("op, decay", FORMS)
-# Those whose gates a token has for itself.
+# The forms in which every token has gates of its own.
 every_gate = pytest.mark.parametrize("op, decay", [form for form in FORMS if form[1] in ("channel", "token")])
 
 
 @functools.cache
 def implementations(op):
-  """The op under every implementation, by name; always the same objects, so that what was compiled serves again."""
+  """The op under every implementation, by name; always the same objects, so that compiled programs serve again."""
   others = {name: functools.partial(getattr(kernels, op), implementation=name)
             for name in ("reference", "pallas_triton")}
   return {"xla_chunked": CHUNKED[op]} | others
@@ -95,7 +95,7 @@ def test_second_derivatives_equal_those_of_the_scan(op, decay):
   wanted = wanted()
   for name, x in forward().items():
     assert_close(name, x, wanted[name], 1e-5)
-  # What takes seconds to compile is only traced.
+  # Programs that take seconds to compile are only traced.
   found = reverse() if op == "linear_attention" else jax.eval_shape(reverse)
   assert found.keys() == wanted.keys()
   for name, x in found.items() if op == "linear_attention" else ():

@@ -123,7 +123,7 @@ def test_reference_behind_the_contract_equals_scan(case):
 
 
 def test_steps_equal_one_call():
-  """What decoding does: `step` token by token."""
+  """`step` token by token, as in decoding."""
   x, _, _ = make_inputs(Case(T=7))
   state, outputs = x["initial_state"], []
   for t in range(7):
@@ -212,7 +212,7 @@ def test_second_derivatives_equal_those_of_the_scan():
 
 @pytest.mark.parametrize("fn", [CHUNKED, REFERENCE], ids=["xla_chunked", "reference"])
 def test_rates_of_minus_infinity_forget(fn):
-  """In as many tokens as fill no chunk: -inf times the step size of what fills it up is NaN."""
+  """With tokens that fill no chunk: -inf times the step size of the tokens that fill it up would be NaN."""
   arrays, _, cotangents = make_inputs(Case())
   infinite, fast = ({**arrays, "a": arrays["a"].at[:, 1].set(rate)} for rate in (-jnp.inf, -1e30))
   actual = results(fn, infinite, None, cotangents)
