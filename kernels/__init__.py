@@ -1,4 +1,4 @@
-"""Recurrent sequence-mixing ops with one contract: definition, chunked form for every device, Pallas kernels for GPUs.
+"""Recurrent sequence-mixing ops: each has a definition, a chunked form for every device, and Pallas kernels for GPUs.
 
 Each op returns `(output, final_state)` and picks an implementation by the inputs and the default backend; `explain`
 says which. Importing this package starts no device.

@@ -1,10 +1,10 @@
-"""How close is close: the error measure, and the one table of bounds that every implementation of an op keeps.
+"""The error measure, and the one table of bounds that every implementation of an op keeps.
 
-The bounds are on an RMS over many rows, a row being one token of one head: for 16-bit inputs over 64 at least. An entry
-of the output is a sum over channels, and where that sum cancels, the rounding of its terms stands out. At K = V = 32
-the kernels of gla exceed 5e-3 in a quarter of random draws of one row, in a twentieth of those of 4 rows, and in none
-of 80 draws of 16 or 64. What holds for every entry is `ENTRY`. Gradients with one number per row, dbeta and dlog_decay,
-are such sums too.
+The bounds hold for the RMS over many rows, where a row is one token of one head: at least 64 rows for 16-bit inputs. An
+entry of the output is a sum over channels, and where that sum cancels, the rounding of its terms stands out. At
+K = V = 32 the kernels of gla exceed 5e-3 in a quarter of random draws of one row, in a twentieth of the draws of 4
+rows, and in none of 80 draws of 16 or 64 rows. `ENTRY` bounds each single entry. Gradients with one number per row,
+dbeta and dlog_decay, are such sums too.
 """
 
 import jax.numpy as jnp
@@ -18,17 +18,21 @@ BOUNDS = {
                "dlog_decay": 2e-2, "dbeta": 2e-2,
                "dx": 8e-3, "db": 8e-3, "dc": 8e-3, "dstep_size": 2e-2, "da": 2e-2},
     "float32": dict.fromkeys(_TENSORS, 1e-5),
-    "split": dict.fromkeys(_TENSORS, 1e-4),  # float32 operands multiplied in several products of fewer bits
+    "multi-pass": dict.fromkeys(_TENSORS, 1e-4),  # float32 operands, each product several of fewer bits
 }
-# Error of one entry of a 16-bit output, over the sum of the magnitudes of its terms: scale |q| (decay) |k| |v|, and
-# scale |q| (decay) |state|, where the delta rule has what it writes in the place of v. bfloat16 rounds by 2^-9 at most;
-# a term has up to four roundings (the weighted query and key, their product, the output), and the rest is second order.
+# Error of one entry of a 16-bit output, over the sum of the magnitudes of its terms. The terms are scale |q| (decay)
+# |k| |v| and scale |q| (decay) |state|. In the delta rule, the values that it writes take the place of v. bfloat16
+# rounds by at most 2^-9. A term has up to four roundings (the weighted query and key, their product, the output), and
+# the rest is second order.
 ENTRY = 1e-2
 
 
-def tolerance(name: str, dtype, *, split: bool = False) -> float:
-  """Bound for the tensor `name` of an op on inputs of `dtype`; `split` for kernels with split-precision products."""
-  precision = "16-bit" if jnp.dtype(dtype).itemsize == 2 else "split" if split else "float32"
+def tolerance(name: str, dtype, *, multi_pass: bool = False) -> float:
+  """Bound for the tensor `name` of an op on inputs of `dtype`.
+
+  `multi_pass` is for kernels that multiply float32 operands in several passes of fewer bits.
+  """
+  precision = "16-bit" if jnp.dtype(dtype).itemsize == 2 else "multi-pass" if multi_pass else "float32"
   return BOUNDS[precision][name]
 
 

@@ -1,10 +1,10 @@
 """Chunk algebra of gated recurrences in plain jnp, shared by the implementations that work chunk by chunk.
 
-The pair weights of a gate per channel come from dyadic levels, which `kernels/gla/README.md` derives: a sum of
-products of decayed queries and keys, each exponent a sum of gates between the middle of a block and a row. That is
-exact for any gate, a reset included, where differences of cumulative sums cancel or overflow. Only queries of second
-and keys of first halves enter a level, so one array Z_s holds both. Two more sums carry the state: `upto` each row
-from the start of the chunk, and `after` each row to its end.
+With a gate per channel, the weights of pairs are a sum over dyadic levels, which `kernels/gla/README.md` derives. Each
+level is a product of decayed queries and keys, whose exponents are sums of gates between the middle of a block and a
+row. This is exact for any gate, a reset included, whereas differences of cumulative sums cancel or overflow. Only
+queries of second halves and keys of first halves enter a level, so one array Z_s holds both. Two more sums carry the
+state: `upto` from the start of the chunk to each row, and `after` from each row to the end of the chunk.
 """
 
 import functools
@@ -21,7 +21,7 @@ RESET = -1e4
 
 
 def bounded(log_decay):
-  """`log_decay` with every gate below RESET, -inf too, as RESET: the same decay of 0, but its sums stay finite.
+  """`log_decay` with every gate below RESET, also -inf, raised to RESET: the decay is still 0, but sums stay finite.
 
   The gradient of such a gate is 0, as it is in a scan over tokens. NaN stays NaN.
   """
@@ -34,7 +34,7 @@ def decayed(decay, state):
 
 
 def segment_starts(segment_ids):
-  """True at each token `[B, T]` whose id differs from the previous one's; never at the first, which has none."""
+  """True at each token `[B, T]` whose id differs from the previous token's; never at the first token."""
   return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
@@ -43,15 +43,15 @@ def repeat_heads(x, heads):
   return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def split(x, size):
-  """`[B, T, H, D]` to chunks `[N, B, size, H, D]`; zeros fill the last one, which leaves a state unchanged."""
+def to_chunks(x, size):
+  """`[B, T, H, D]` to chunks `[N, B, size, H, D]`. Zeros fill up the last chunk, and leave a state unchanged."""
   B, T, H, D = x.shape
   x = jnp.pad(x, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
   return jnp.moveaxis(x.reshape(B, -1, size, H, D), 1, 0)
 
 
 def merge(x, T):
-  """Inverse of `split`: `[N, B, C, H, D]` to `[B, T, H, D]`."""
+  """Inverse of `to_chunks`: `[N, B, C, H, D]` to `[B, T, H, D]`."""
   N, B, C, H, D = x.shape
   return jnp.moveaxis(x, 0, 1).reshape(B, N * C, H, D)[:, :T]
 
@@ -70,7 +70,7 @@ def wide(x):
 
 
 def normalize(x):
-  """Rows of norm 1, in float32. The same 1e-6 as in the published layers keeps a row of zeros finite."""
+  """The rows scaled to norm 1, in float32. The 1e-6 of the published layers keeps a row of zeros finite."""
   x = wide(x)
   return x * jax.lax.rsqrt(rowsum(x * x) + 1e-6)
 
@@ -81,14 +81,14 @@ def rowsum(x):
 
 
 def product(dtype):
-  """einsum with float32 accumulation; its operands are float32 for float32 inputs and bfloat16 for 16-bit ones."""
+  """An einsum with float32 accumulation. Its operands are float32 for float32 inputs and bfloat16 for 16-bit inputs."""
   # States and cotangents may leave the range of float16.
   operand = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
   return lambda subscripts, a, b: einsum(subscripts, a.astype(operand), b.astype(operand))
 
 
 def einsum(subscripts, a, b):
-  """A product of two arrays with float32 accumulation, which no compiler merges with what computes its operands."""
+  """A product of two arrays with float32 accumulation, which no compiler fuses with the operations before it."""
   a, b = cpu_compiler.materialize(a, b)
   return jnp.einsum(subscripts, a, b, precision="highest", preferred_element_type=jnp.float32)
 
@@ -143,9 +143,9 @@ def exponents(g):
 def unit_lower_inverse(lower):
   """(I + lower)^-1 for strictly lower triangular `[..., C, C]` in float32, C a power of two of at least 16.
 
-  Diagonal blocks of 16 rows by forward substitution, then [[A, 0], [L, B]]^-1 = [[A', 0], [-B' L A', B']] with A', B'
-  the inverses so far. For correlated keys the powers of `lower` are larger than its inverse by many orders of
-  magnitude, and a product of them, the Neumann series, would lose every digit.
+  Forward substitution inverts the diagonal blocks of 16 rows. Larger blocks follow from the inverses A' and B' of
+  smaller ones: [[A, 0], [L, B]]^-1 = [[A', 0], [-B' L A', B']]. For correlated keys the powers of `lower` are larger
+  than its inverse by many orders of magnitude, so a product of them, the Neumann series, would lose every digit.
   """
   C, size = lower.shape[-1], 16
   blocks = lambda row, size: jnp.stack(

@@ -1,18 +1,18 @@
-"""Non-finite values stay in their segment, around implementations that multiply by a reset instead of selecting by it.
+"""Keeps non-finite values in their segment, around implementations that multiply by a reset instead of selecting by it.
 
-A reset is a decay of 0, and 0 times NaN or infinity is NaN. So is what a chunk's matrix products make of pairs of
-tokens that have no weight, of two segments or in the wrong order. Here an implementation gets finite numbers only, and
-what a non-finite one would have reached inside its segment becomes NaN afterwards:
+A reset is a decay of 0, and 0 times NaN or infinity is NaN. A chunk's matrix products multiply by 0 also where a pair
+of tokens has no weight, because the two lie in different segments or in the wrong order. Here an implementation gets
+finite numbers only. Afterwards, everything that a non-finite number would have reached in its segment becomes NaN:
 
-  forward   the outputs from the first token on that writes one into the state, the output of a token that reads the
-            state with one, and the final state after the last segment
-  backward  the gradients of these tokens, and those of all tokens up to the last one whose cotangent is not finite, or
-            is not zero although its output is NaN
+  forward   the outputs from the first token that writes a non-finite number into the state, the output of a token that
+            reads the state with one, and the final state if the last segment has one in its state
+  backward  the gradients of these tokens, and the gradients of all tokens up to the last one whose cotangent is not
+            finite, or is not zero although its output is NaN
 
-Finite numbers give the same results, bit for bit. The cost, where the compiler does not merge it with what is around
-the op: forward up to two readings and a writing of the inputs; backward the same of the output's cotangent, and a
-reading and a writing of the gradients. That is 3840 and 3328 bytes per token-head for 16-bit inputs, K = V = 128 and a
-gate per channel.
+Finite numbers give the same results, bit for bit. Where the compiler does not fuse this with the code around the op,
+the forward pass reads the inputs up to two more times and writes them once. The backward pass does the same with the
+output's cotangent, and reads and writes the gradients once. For 16-bit inputs, K = V = 128 and a gate per channel, that
+is 3840 bytes per token and head forward and 3328 backward.
 
 A state that overflows float32 although all inputs are finite is not contained.
 """
@@ -28,11 +28,11 @@ def contain(run: Callable, starts, tokens, initial_state, shared=(), *, lead: in
   """`run(tokens, initial_state, shared)`, an output and a final state, with non-finite values kept in their segments.
 
   Args:
-    starts: `[B, T]`, true where a segment starts; whether the first token's is has no effect. None: there is nothing to
-      keep, and the arrays go to `run` as they are.
+    starts: `[B, T]`, true where a segment starts; the first token's entry has no effect. With None there is nothing to
+      contain, and the arrays go to `run` as they are.
     tokens: arrays `[B, T, ...]`, of which the first reads the state and the others write it.
-    shared: arrays that all tokens share; a gradient of theirs is NaN when that of any token is.
-    lead: how many of a token's axes, batch and time included, have a state of their own.
+    shared: arrays that all tokens share; their gradients are NaN when the gradient of any token is.
+    lead: how many leading axes of `tokens`, batch and time included, have a state of their own.
   """
   if starts is None:
     return run(tokens, initial_state, shared)
@@ -58,7 +58,7 @@ def _forward_and_pullback(run, lead, starts, tokens, initial_state, shared):
 
 
 def _clean(lead, starts, tokens, initial_state):
-  """Finite arrays; which tokens find or make the state non-finite, and which outputs are lost, `[B, T, ...]`."""
+  """Finite arrays, the tokens that find or make the state non-finite, and the outputs that are lost, `[B, T, ...]`."""
   reads, *writes = (_any(~jnp.isfinite(x), lead) for x in tokens)
   written = functools.reduce(jnp.logical_or, writes)
   entry = _any(~jnp.isfinite(initial_state), lead - 1)

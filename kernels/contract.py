@@ -1,4 +1,4 @@
-"""What every op requires of its inputs: one message for each broken rule, naming the value and the rule."""
+"""The rules that every op has for its inputs. The message about a broken rule names the value and the rule."""
 
 import math
 import operator
@@ -27,7 +27,7 @@ def require_arrays(op: str, optional=("log_decay", "initial_state", "segment_ids
 
 
 def chunk_size_of(op: str, chunk_size) -> int | None:
-  """`chunk_size` as a Python integer or None, which is static. Raises ValueError."""
+  """`chunk_size` as a static Python integer, or None. Raises ValueError."""
   if chunk_size is None:
     return None
   try:
@@ -52,14 +52,14 @@ def scale_of(op: str, scale, K: int) -> tuple[float, jax.Array | None]:
     real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
     require(op, scale.shape == () and real, f"scale is {scale.dtype}{scale.shape}; {rule}")
     return K**-0.5, scale.astype(jnp.float32) * K**0.5
-  # bfloat16 of numpy has the kind V.
+  # numpy gives bfloat16 the kind V.
   number = float(scale) if np.ndim(scale) == 0 and np.asarray(scale).dtype.kind in "iufV" else math.nan
   require(op, abs(number) <= float(jnp.finfo(jnp.float32).max), f"scale={scale!r}; {rule}")
   return number, None
 
 
 def scaled(output, factor):
-  """`output` times a factor of `scale_of`, in its dtype."""
+  """`output` times a factor of `scale_of`, in the dtype of `output`."""
   return output if factor is None else (output.astype(jnp.float32) * factor).astype(output.dtype)
 
 

@@ -1,9 +1,9 @@
-"""A fault of jaxlib's compiler for CPUs: how the ops avoid it, how a process switches it off, and what detects it.
+"""A fault of jaxlib's compiler for CPUs: how the ops avoid it, how a process switches it off, and how it is detected.
 
 jaxlib hands fusions of matrix products to the library YNNPACK. In 0.11.2 and 0.12.0.1, a fusion of a sum or maximum
 over an axis with a product whose right operand repeats one number, such as a state of zeros, reads memory that nothing
-wrote: the program returns garbage, not the same at each run. Plain JAX shows it, so what surrounds an op in a jitted
-program may be wrong although the op is right.
+wrote. The program then returns garbage, which differs from run to run. The fault appears in plain JAX, so the code
+around an op in a jitted program may be wrong although the op is right.
 """
 
 import functools
@@ -21,10 +21,10 @@ FLAG = "xla_cpu_experimental_ynn_fusion_type"
 
 
 def materialize(*operands):
-  """The operands of a product as arrays in memory: what is not part of a fusion cannot be repeated in it.
+  """The operands of a product as arrays in memory, outside of the fusion that could repeat one number for them.
 
-  On every platform, because a program does not know for which it is traced. It costs the compiler the fusion of a
-  product with what computes its operands.
+  This happens on every platform, because a program does not know for which one it is traced. It keeps the compiler from
+  fusing a product with the operations that compute its operands.
   """
   return jax.lax.optimization_barrier(operands)
 
@@ -32,7 +32,7 @@ def materialize(*operands):
 def switch_off() -> None:
   """Adds `--xla_cpu_experimental_ynn_fusion_type=` to XLA_FLAGS, unless the flag is there or this jaxlib lacks it.
 
-  It works until JAX has started a device, which reads XLA_FLAGS once.
+  It has an effect until JAX starts a device, because XLA_FLAGS is read once, at that time.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   if FLAG not in flags and _known():
@@ -40,7 +40,7 @@ def switch_off() -> None:
 
 
 def _known():
-  """Whether jaxlib contains the flag's name: it ends a process that passes a flag which it does not know."""
+  """Whether jaxlib contains the flag's name. A flag that jaxlib does not know would end the process."""
   library = pathlib.Path(jaxlib.__file__).parent / "libjax_common.so"
   if not library.exists():
     return False
@@ -52,7 +52,7 @@ def _known():
 def probe() -> None:
   """Compiles a fusion of the faulty kind, once per process, and warns when its result is not NumPy's.
 
-  Takes about 15 ms. The ops call it when the first of them is chosen for a CPU.
+  This takes about 15 ms. The ops call it when the first of them is chosen for a CPU.
   """
   x = np.arange(1, 4097, dtype=np.float32).reshape(2, 2, 16, 64) / 4096
   repeated, sums = np.full((2, 2, 64, 64), 3.0, np.float32), np.sum(x, axis=-1, keepdims=True)
@@ -62,7 +62,7 @@ def probe() -> None:
     product = jax.lax.dot_general(x, jnp.full(repeated.shape, 3.0, x.dtype), (((3,), (2,)), ((0, 1), (0, 1))))
     return product + jnp.sum(x, axis=-1, keepdims=True)
 
-  # The caller may be under a trace, which compiled programs are not part of.
+  # The caller may be tracing, and a call of a compiled program does not enter the trace.
   found = np.asarray(jax.jit(fused).lower(jax.ShapeDtypeStruct(x.shape, x.dtype)).compile()(x))
   if not np.allclose(found, expected, rtol=1e-3):
     warnings.warn(

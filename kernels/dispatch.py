@@ -66,7 +66,7 @@ def explain(op: str, *arrays, chunk_size: int | None = None) -> str:
 
 
 def platform() -> str:
-  """The default backend: cpu, tpu, or a GPU's own name, cuda, rocm or oneapi, which JAX calls gpu alike."""
+  """The default backend: cpu, tpu, or the GPU platform's own name (cuda, rocm or oneapi), where JAX says only gpu."""
   backend = jax.default_backend()
   if backend != "gpu":
     return backend
@@ -75,7 +75,7 @@ def platform() -> str:
 
 
 def _reasons(op, arrays, chunk_size):
-  """Why each implementation declines, None for those that do not; `reference` never does."""
+  """The reason why each implementation declines, or None if it does not; `reference` never declines."""
   present, reasons = platform(), {}
   for name in TABLE[op]:
     wanted = PLATFORMS.get(name, (present,))

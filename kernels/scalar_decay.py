@@ -23,7 +23,7 @@ class Decay:
   Attributes:
     upto, after: `[C]`, from the start of the chunk to the end of each token, and from there to the end of the chunk.
     total: of the whole chunk.
-    sums: inclusive sums of the gates in `unit`s, integers but for a constant gate.
+    sums: inclusive sums of the gates in `unit`s; integers, except for a constant gate.
   """
 
   upto: jax.Array | None
@@ -39,8 +39,8 @@ def decay_of(g, C):
     return Decay(None, None, None)
   index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
   if not g.shape:
-    # In floats, not as whole numbers times g: those would all stay in registers. A difference of two sums is off by the
-    # rounding of the larger one, 2^-24 of it.
+    # The sums are floats, because integers in units of g would all stay in registers. A difference of two sums is off
+    # by the rounding of the larger one, 2^-24 of it.
     g = jnp.maximum(g * LOG2E, WEAKEST)
     sums = (index + 1).astype(jnp.float32) * g
     return Decay(jnp.exp2(sums), jnp.exp2((C - 1 - index).astype(jnp.float32) * g), jnp.exp2(C * g), sums)

@@ -32,12 +32,13 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
   """`pallas_call` of `kernel`: compiled by Triton when lowered for CUDA, interpreted on every other platform.
 
   `kernel` becomes the CUDA kernel's name in a profile; `name` marks the call in the lowered program.
-  `aliases` maps inputs to the outputs that share their memory. Blocks have to divide their arrays: compiled, nothing
-  masks what is behind an array's end, where the interpreter pads.
+  `aliases` maps inputs to the outputs that share their memory. Blocks have to divide their arrays, because compiled
+  code does not mask accesses behind the end of an array, although the interpreter pads.
 
-  `loop`: whether the kernel loops over chunks. It gets the index of the first one in the keyword `start`: a 0 that is
-  read from memory, so that no compiler knows how long the loop is. ptxas 13.0 to 13.5 unrolled loops of up to 17
-  iterations and lost a product. A bound from memory would stay in a register, which kernels that have none left spill.
+  `loop` says whether the kernel loops over chunks. It then gets the index of the first chunk in the keyword `start`.
+  This is a 0 that is read from memory, so that no compiler knows how long the loop is: ptxas 13.0 to 13.5 unrolled
+  loops of up to 17 iterations and lost a product. An upper bound from memory would occupy a register throughout, which
+  kernels without a free register would spill.
   """
   if loop:
     kernel = functools.partial(_with_start, kernel)
@@ -64,7 +65,7 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
 
   @run.defjvp
   def refuse(primals, tangents):
-    # The ops have a `custom_vjp` of their own, so that only a derivative of its parts comes here.
+    # The ops have a `custom_vjp` of their own, so only a derivative of its forward or backward pass comes here.
     raise NotImplementedError(f"{name}: the GPU kernels of implementation='pallas_triton' have first derivatives only, "
                               "in reverse mode; implementation='xla_chunked' has second ones")
 
@@ -83,20 +84,20 @@ class Dot:
 
   def __call__(self, a, b):
     if self.interpret:
-      # XLA's CPU backend lacks some products of bfloat16; what was rounded to it stays rounded.
+      # XLA's CPU backend lacks some products of bfloat16. Their operands become float32, but stay rounded to bfloat16.
       a, b = (x if x.dtype == jnp.float32 else jax.lax.reduce_precision(x.astype(jnp.float32), 8, 7) for x in (a, b))
       return jax.lax.dot(*cpu_compiler.materialize(a, b), precision=jax.lax.Precision.HIGHEST)
     precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if a.dtype == jnp.float32 else None
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
   def barrier(self, dtype):
-    """For operands of float32, whose pieces for several products do not fit the registers together."""
+    """Separates products of float32 operands, whose parts do not fit into the registers together."""
     if dtype == jnp.float32 and not self.interpret:
       plt.debug_barrier()
 
 
 def operand(dtype):
-  """What products of inputs of `dtype` take: states and cotangents may leave the range of float16."""
+  """The dtype of operands for inputs of `dtype`, never float16: states and cotangents may leave its range."""
   return jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
 
 
@@ -128,8 +129,8 @@ def leading_bits(x):
 
 def halves(x):
   """float32 `x` as a sum of two bfloat16 arrays, of 16 significant bits together."""
-  head = leading_bits(x)
-  return head.astype(jnp.bfloat16), (x - head).astype(jnp.bfloat16)
+  high = leading_bits(x)
+  return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def masked_sum(mask, x, dot, parts):
@@ -141,10 +142,10 @@ def masked_sum(mask, x, dot, parts):
   mask = mask.astype(jnp.bfloat16)
   total = None
   for part in range(parts):
-    head = x
+    high = x
     if part < parts - 1:
-      head = leading_bits(x)
-      x = x - head
-    product = dot(mask, head.astype(jnp.bfloat16))
+      high = leading_bits(x)
+      x = x - high
+    product = dot(mask, high.astype(jnp.bfloat16))
     total = product if total is None else total + product
   return total

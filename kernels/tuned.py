@@ -1,10 +1,10 @@
-"""Measured configurations of the kernels: one file a device, `tuned/<device>.json`, as data.
+"""Measured configurations of the kernels, as data: one file per device, `tuned/<device>.json`.
 
-A device without a file takes that of one with the same multiprocessors (`RELATED`), for which its code is the same.
+A device without a file takes the file of one with the same multiprocessors (`RELATED`), because its code is the same.
 
-`experiments/retune.py` writes them on the GPU; nothing measures at run time. An entry holds op, the forms of log_decay
-that it serves, K, V, dtype, the fields of the op's `Config`, and the milliseconds that speak for it (on `device`, where
-that is another than the file's).
+`experiments/retune.py` writes the files on a GPU, and nothing is measured at run time. An entry holds the op, the forms
+of log_decay that it serves, K, V, dtype, the fields of the op's `Config`, and the milliseconds that it took. It names
+the `device` of the measurement where that is not the file's.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ def lookup[C](op: str, config_class: type[C], *, gate: str, K: int, V: int, dtyp
 
 
 def gate_key(log_decay) -> str:
-  """The form of log_decay under which entries are listed: what has a gate of its own."""
-  return "none" if log_decay is None else {1: "head", 3: "token", 4: "channel"}[log_decay.ndim]
+  """The form of log_decay under which entries are listed: none, constant per head, or one gate per token or channel."""
+  return "none" if log_decay is None else {1: "constant", 3: "token", 4: "channel"}[log_decay.ndim]
 
 
 def listed(op: str, device: str) -> list[tuple[str, int, int, str]]:

@@ -18,7 +18,7 @@ def assert_bounds(label: str, dtype: str, errors: dict[str, float], record_prope
   """Records the kernels' errors by tensor, and fails when one exceeds its bound for inputs of `dtype`."""
   record_property("errors", errors)
   bad = {name: f"{error:.1e} > {bound:.0e}" for name, error in errors.items()
-         if not error <= (bound := tolerance(name, dtype, split=True))}
+         if not error <= (bound := tolerance(name, dtype, multi_pass=True))}
   assert not bad, f"{label}: {bad}"
 
 

@@ -183,4 +183,4 @@ def errors(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict
 
 def within_bounds(case: Case, found: dict[str, float]) -> bool:
   """Whether `found` keeps the bounds of `kernels.accuracy`; for float32, the bounds of kernels with split products."""
-  return all(error <= accuracy.tolerance(name, case.dtype, split=True) for name, error in found.items())
+  return all(error <= accuracy.tolerance(name, case.dtype, multi_pass=True) for name, error in found.items())

@@ -136,7 +136,7 @@ def _selective_scan(N, dtype, gate, block, T):
   wide = functools.partial(array, dtype="float32")
   arrays = {"x": array(B, T, D), "step_size": wide(B, T, D), "a": wide(D, N), "b": array(B, T, N),
             "c": array(B, T, N), "resets": wide(B, T) if gate == "token" else None, "initial_state": wide(B, D, N)}
-  function = functools.partial(_module("selective_scan").configured, block=block, pieces=2)
+  function = functools.partial(_module("selective_scan").configured, block=block, count=2)
   return function, (arrays, (array(B, T, D), wide(B, D, N)))
 
 

@@ -16,8 +16,7 @@ from kernels import accuracy, chunks, tuned
 from . import assembler
 
 # Forms of log_decay that an op takes, in groups that share a configuration: all are checked, the first is timed.
-# "head", a key of the devices' files, is a decay that is constant per head.
-GATE_GROUPS = {"gla": [("channel",)], "linear_attention": [("token",), ("head",), ("none",)],
+GATE_GROUPS = {"gla": [("channel",)], "linear_attention": [("token",), ("constant",), ("none",)],
                "delta_rule": [("none",), ("token",)]}
 CHECKED = 1100  # tokens of the check
 
@@ -87,7 +86,7 @@ def describe(config) -> str:
 
 class Check:
   """Comparison of a configuration with the float32 scan for every form of the gate, on a small batch that is ragged and
-  so long that the kernels split it."""
+  so long that the kernels cut it into pieces."""
 
   def __init__(self, problem, module):
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
@@ -110,7 +109,7 @@ class Check:
       actual = program(*self.inputs[gate])
       for name, expected in self.expected[gate].items():
         error = accuracy.relative_error(actual[name], expected)
-        bound = accuracy.tolerance(name, self.problem.dtype, split=True)
+        bound = accuracy.tolerance(name, self.problem.dtype, multi_pass=True)
         if not error <= bound:
           raise Rejected(f"gate {gate}: {name} has relative error {error:.1e} over {bound:.0e}")
 
@@ -122,7 +121,7 @@ class Measure:
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
     B, T = problem.timed
     arrays, cotangents = draw(problem, problem.gates[0], B=B, T=T, H=problem.H, trained=True)
-    self.constants = {"log_decay": arrays.pop("log_decay")} if problem.gates[0] == "head" else {}
+    self.constants = {"log_decay": arrays.pop("log_decay")} if problem.gates[0] == "constant" else {}
     self.inputs = arrays, cotangents
 
   def compile(self, config):
@@ -177,7 +176,7 @@ def draw(problem, gate, *, B, T, H, trained=False):
   if problem.op == "delta_rule":
     arrays["k"] = chunks.normalize(arrays["k"]).astype(dtype)
     arrays["beta"] = jax.nn.sigmoid(normal(B, T, H))
-  shape = {"channel": (B, T, H, K), "token": (B, T, H), "head": (H,), "none": None}[gate]
+  shape = {"channel": (B, T, H, K), "token": (B, T, H), "constant": (H,), "none": None}[gate]
   if shape is not None and trained:
     arrays["log_decay"] = jax.nn.log_sigmoid(normal(*shape)) / 16
   elif shape is not None:

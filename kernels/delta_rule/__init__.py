@@ -21,41 +21,41 @@ def delta_rule(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
   """The delta rule: S_t = a_t S_{t-1} + beta_t k_t^T (v_t - a_t k_t S_{t-1}) and o_t = scale * q_t S_t, per head.
 
-  What the decayed state holds under the key, k_t a_t S_{t-1}, moves by the share beta_t towards v_t: a step of gradient
-  descent on |k_t S - v_t|^2 / 2.
+  The value that the decayed state holds under the key, k_t a_t S_{t-1}, moves towards v_t by the share beta_t. This is
+  a step of gradient descent on |k_t S - v_t|^2 / 2.
 
   Args:
     q, k: key heads G divide the value heads H; value head h reads key head h // (H / G).
-    beta: in [0, 2] for keys of norm 1, where beyond 1 the state may change sign along the key; no check at run time. A
-      longer key needs a smaller one: the state grows without bound where beta_t |k_t|^2 stays above 2.
-    log_decay: natural log of a_t, <= 0. None: no decay (DeltaNet); per token: Gated DeltaNet. Where it is -inf the
-      state is forgotten, and its gradient is 0.
+    beta: in [0, 2] for keys of norm 1, which is not checked at run time. Beyond 1 the state may change sign along the
+      key. A longer key needs a smaller beta: the state grows without bound where beta_t |k_t|^2 stays above 2.
+    log_decay: natural log of a_t, <= 0. None means no decay (DeltaNet), an array one decay per token (Gated DeltaNet).
+      Where it is -inf the state is forgotten, and its gradient is 0.
     normalize_qk: divides q and k by their norm in each head, x * rsqrt(sum(x^2) + 1e-6) in float32.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
-    segment_ids: the state restarts from zero at each token whose id differs from the one before it. What is not finite
-      in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
-      reaches the tokens before it in its chunk, but with "reference".
+    segment_ids: the state restarts from zero at each token whose id differs from the id before it. A value that is not
+      finite reaches no other segment (`kernels.containment` says how, and at which cost). Without segment_ids a NaN
+      also reaches the tokens before it in its chunk, except with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
-      number skips the configuration that was measured for the device, and 128 is not for "pallas_triton".
+      number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
     implementation: "xla_chunked", "pallas_triton" (K up to 256) or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
-    ValueError: shapes, dtypes, numbers or implementation break a rule; the message names both.
+    ValueError: a shape, dtype, number or implementation breaks a rule; the message names the value and the rule.
     NotImplementedError: the named implementation cannot run these inputs.
-  Precision: "xla_chunked" multiplies in float32 for inputs of any dtype, "pallas_triton" for all but bfloat16. Relative
-    RMS error of the output against "reference", over at least 64 tokens and heads (`kernels.accuracy` says what holds
-    for one): at most 5e-3 for 16-bit inputs, 1e-5 for float32. Not where nearly parallel keys of norm 1 meet a beta of
-    2 without decay: the state then turns back and forth undamped, the rounding of |k|^2 adds up over tokens, and the
-    error reaches 1e-4 after 300 tokens.
-  Memory: the backward pass keeps the inputs, per token and value head 2 (2 K + V) bytes for 16-bit ones, 4 for beta and
-    4 for a decay. "pallas_triton" keeps what each token corrects in the place of v, and for bfloat16 4 C bytes of
-    inverses in chunks of C tokens (C = 32) and 2 K V / 64 of states.
-  Derivatives: "xla_chunked" has second ones, in both of JAX's modes over the first, which is in reverse mode: jax.grad
-    and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
-    alone takes jax.jvp of the op itself.
+  Precision: "xla_chunked" multiplies in float32 for inputs of any dtype, "pallas_triton" for all but bfloat16. The
+    relative RMS error of the output against "reference", over at least 64 tokens and heads, is at most 5e-3 for 16-bit
+    inputs and 1e-5 for float32 inputs; `kernels.accuracy` has the bound for a single entry. The bounds do
+    not hold for nearly parallel keys of norm 1 with a beta of 2 and no decay: the state then turns back and forth
+    undamped, the rounding of |k|^2 adds up over tokens, and the error reaches 1e-4 after 300 tokens.
+  Memory: the backward pass keeps the inputs, which take 2 (2 K + V) bytes per token and value head for 16-bit inputs,
+    4 for beta and 4 for a decay. In the place of v, "pallas_triton" keeps the error that each token corrects. For
+    bfloat16 it also keeps 4 C bytes of inverses in chunks of C tokens (C = 32) and 2 K V / 64 bytes of states.
+  Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
+    jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
+    "reference" has all derivatives, and it alone supports jax.jvp of the op itself.
   Source: Yang et al., arXiv:2406.06484, section 3 (delta rule, chunks); arXiv:2412.06464, section 3 (with decay);
     Grazzi et al., arXiv:2411.12537, section 4 (beta in [0, 2]).
   Example:

@@ -1,8 +1,8 @@
 """The kernel that finds Y, the triangular inverse of a chunk of the delta rule. Letters as in `README.md`.
 
 Y solves (I + X b) Y = X, so that (I + b X)^-1 = I - b Y. It is strictly lower, finite and free of divisions for every
-beta; for keys of norm 1 and beta up to 2 no entry is larger than 1 without decay, because then Y_ij = k_i^T (product
-of I - beta k k^T) k_j. It is found without decay and multiplied by D at the end.
+beta. For keys of norm 1 and beta up to 2, no entry is larger than 1 without decay, because then Y_ij = k_i^T (product
+of I - beta k k^T) k_j. The kernel finds Y without decay and multiplies it by D at the end.
 
 A program holds one chunk of one head, in float32, in blocks of 16 rows. Forward substitution finds all diagonal blocks
 at once with one lane per column, and the others follow from them: Z = X_ij - sum over j <= m < i of X_im b_m Y_mj,
@@ -21,19 +21,19 @@ from kernels.scalar_decay import UNIT, decay_of
 from kernels.triton_blocks import given, halves, leading_bits, operand, rows_and_columns
 
 SIZE = 16  # rows of a block, the least that a product takes
-DEPTH = 64  # K columns of one product in float32; in 16 bits twice as many, for as many bytes under way
+DEPTH = 64  # key channels of one product in float32; twice as many in 16 bits, which are as many bytes in flight
 WARPS = 1  # per program: its 32 lanes hold the columns of two diagonal blocks
 STEP = 8  # columns of multiples that a lane holds at once
-PARTS = 3  # of 8 significant bits: a float32
+PARTS = 3  # of 8 significant bits each, which make a float32
 EPSILON = 1e-6  # under the root of a norm, as in `kernels.chunks.normalize`
 
 
 def inverse(q, k, beta, log_decay, normalize_qk, chunk):
-  """Y `[B, H, N, parts, C, C]`, and three `[B, T, H]`: sums of gates, and 1 / norm of the rows of q and k.
+  """Y `[B, H, N, parts, C, C]`, and three arrays `[B, T, H]`: sums of gates, and 1 / norm of the rows of q and k.
 
   Y is the sum of its parts: two of bfloat16 for 16-bit inputs, one of float32 for float32. Its 16 x 16 blocks above the
-  diagonal are left as they are in memory. The sums of gates are as in `scalar_decay.Decay`, None without gates. Without
-  `normalize_qk` the norms are None; with it, Y is that of normalized keys.
+  diagonal are not written. The sums of gates are as in `scalar_decay.Decay`, and None without gates. Without
+  `normalize_qk` the norms are None; with it, Y belongs to the normalized keys.
   """
   (B, T, H, K), C = k.shape, chunk
   dtype, gated = operand(k.dtype), log_decay is not None
@@ -105,7 +105,7 @@ def _overlaps(ref, depth, dtype, dot):
 
 
 def _sums(gates):
-  """Inclusive sums of a chunk's gates from those of each block's tokens."""
+  """Inclusive sums of a chunk's gates, from the gates of each block."""
   before, sums = 0, []
   for g in gates:
     own = decay_of(g, SIZE).sums
@@ -115,14 +115,14 @@ def _sums(gates):
 
 
 def _decay(sums, i, j):
-  """Decays from the tokens of block j to those of block i, 0 where they would grow."""
+  """Decays from the tokens of block j to the tokens of block i, 0 where they would grow."""
   row, column = rows_and_columns(SIZE)
   decay = jnp.exp2((sums[i][:, None] - sums[j][None]).astype(jnp.float32) * UNIT)
   return jnp.where((i > j) | (row >= column), decay, 0.0)
 
 
 def _product(a, b, dot):
-  """a @ b in float32, as exact as three passes of TF32: bfloat16 parts take fewer instructions to cut and to move."""
+  """a @ b in float32, as exact as three passes of TF32. bfloat16 parts take fewer instructions to cut and to move."""
   a, b = _parts(a), _parts(b)
   return sum(dot(a[i], b[n - i]) for n in reversed(range(PARTS)) for i in range(n + 1))
 
@@ -130,13 +130,14 @@ def _product(a, b, dot):
 def _parts(x):
   found = []
   for _ in range(PARTS - 1):
-    head = leading_bits(x)
-    found.append(head.astype(jnp.bfloat16))
-    x = x - head
+    high = leading_bits(x)
+    found.append(high.astype(jnp.bfloat16))
+    x = x - high
   return *found, x.astype(jnp.bfloat16)
 
 
-# Entries of an axis are taken by sums with -0, which the compiler drops: along an axis in registers they cost nothing.
+# An entry of an axis is taken by a sum in which all other terms are -0. The compiler drops these terms, so that the sum
+# costs nothing along an axis in registers.
 
 
 def _index(x, axis):
@@ -156,17 +157,17 @@ def _block(x, i, j):
 
 
 def _diagonal(x):
-  """The diagonal blocks `[16, blocks, 16]`; a single one twice, because two fill the lanes of a warp."""
+  """The diagonal blocks `[16, blocks, 16]`. A single block comes twice, because two fill the lanes of a warp."""
   count = x.shape[0] // SIZE
   x = jnp.broadcast_to(_blocks(x), (count, SIZE, max(count, 2), SIZE))
   return jnp.sum(jnp.where(_index(x, 0) == (_index(x, 2) & (count - 1)), x, -0.0), axis=0)
 
 
 def _substitute(overlaps, multiples):
-  """Y of diagonal blocks `[16, blocks, 16]`: row j is final when its multiples, which come negated, are in those below.
+  """Y of diagonal blocks `[16, blocks, 16]`. Multiples of each final row, which come negated, join the rows below.
 
   Triton keeps the layout of the products' results until an axis is added. The axes added here make it spread columns
-  over lanes and rows over registers, and give each lane its block's multiples; the last line goes back.
+  over lanes and rows over registers, and give each lane the multiples of its block. The last line goes back.
   """
   row = _index(overlaps, 0)
   y = jnp.sum(overlaps[..., None], axis=3)

@@ -4,7 +4,7 @@
 writes. The kernels are `inverse.py`, `pallas_triton_scan.py` and `pallas_triton_gradients.py`.
 
 bfloat16 inputs use bfloat16 operands and states; float32 inputs keep float32. Similar keys make products with Y nearly
-cancel, so those products, P^T dO and what is added to a state take 16 significant bits of their operands. float16
+cancel, so these products, P^T dO and terms of a new state take 16 significant bits of their operands. float16
 inputs run as float32: operands of bfloat16 would change which keys are alike. Source: arXiv:2406.06484, section 3.2.
 """
 
@@ -13,15 +13,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import chunks, split, triton_blocks, tuned
+from kernels import chunks, pieces, triton_blocks, tuned
 from kernels.delta_rule.pallas_triton_config import Config, heuristic
 from kernels.delta_rule.pallas_triton_gradients import gradients
 from kernels.delta_rule.pallas_triton_operands import prepare
 from kernels.delta_rule.pallas_triton_scan import scan
 from kernels.triton_blocks import tile_width
 
-# Programs of an uncut scan, about one per multiprocessor, from which cutting the sequence loses: the map of a piece
-# takes K more columns.
+# With so many programs of an uncut scan, about one per multiprocessor, cutting the sequence loses, because the map of a
+# piece takes K more columns.
 ENOUGH = 128
 
 
@@ -31,7 +31,7 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
-  """See `kernels.delta_rule`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.delta_rule`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   if q.dtype == jnp.float16:
     wide = delta_rule(*(chunks.wide(x) for x in (q, k, v)), beta, log_decay, initial_state, scale=scale,
                       normalize_qk=normalize_qk, chunk_size=chunk_size)
@@ -47,13 +47,13 @@ def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=F
   """The op under an explicit configuration."""
   (B, T, H, K), V = q.shape, v.shape[3]
   dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, min(config.width, tile_width(V)))
-  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.span, enough=ENOUGH)
-  fold = functools.partial(split.fold, count=pieces, chunk=config.span)
+  count = pieces.count(B * H * (V + dV) // config.scan.block, T, config.span, enough=ENOUGH)
+  fold = functools.partial(pieces.fold, count=count, chunk=config.span)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
   output, final_state = _delta_rule(pad(q, dK), pad(k, dK), pad(v, dV), fold(beta), None if log_decay is None
                                     else fold(log_decay), state, scale, normalize_qk, config)
-  return split.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
+  return pieces.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

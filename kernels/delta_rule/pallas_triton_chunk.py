@@ -1,6 +1,6 @@
 """One chunk of the delta rule's scans, forward and reversed, as parts of a Pallas kernel body.
 
-Letters as in `README.md` of this folder. The state is S^T, its tiles of K's columns one array each. On the way from one
+Letters as in `README.md` of this folder. The state is S^T, one array per tile of key channels. On the way from one
 state to the next, the left operand of each product is the value just computed, still in registers; its right operand is
 keys, queries or Y. The order of statements decides what spills.
 """
@@ -20,7 +20,7 @@ from kernels.delta_rule.pallas_triton_operands import row_weights, weigh_both, w
 from kernels.scalar_decay import Decay, between, decay_of, decay_of_sums
 from kernels.triton_blocks import halves, operand, rows_and_columns
 
-MOST_SHARED_KEYS = 128  # K up to which the keys and queries of a chunk are read once: held wider, they spill
+MOST_SHARED_KEYS = 128  # K up to which the keys and queries of a chunk are read once: wider ones spill when held
 FEW_KEYS = 16  # K up to which the two terms of O cancel so far that P needs 16 significant bits
 
 
@@ -57,21 +57,21 @@ class Scan:
 
   @property
   def reads_once(self):
-    """Whether keys and queries are read once per chunk. Beside gates, those of narrower products spill when held."""
+    """Whether keys and queries are read once per chunk. Beside gates, operands of narrower products spill if held."""
     return (self.dtype != jnp.float32 and self.k.shape[1] <= MOST_SHARED_KEYS
             and (not self.gated or self.depth == MOST_SHARED_KEYS))
 
   @property
   def queries_early(self):
-    """Whether Q S is formed beside K S. It waits until E needs no registers: always in float32, and beside gates if it
-    is one product."""
+    """Whether Q S is formed beside K S. Otherwise it waits until E needs no registers: always in float32, and beside
+    gates if it is one product."""
     return self.o is not None and self.dtype != jnp.float32 and (len(self.tiles) > 1 or not self.gated)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """One chunk as a program reads it: V^T and Y^T, or of a reversed scan dO^T and Y; `load(name, j)` gives a tile of q
-  or k."""
+  """One chunk as a program reads it. `v` and `y` are V^T and Y^T, in a reversed scan dO^T and Y. `load(name, j)` gives
+  a tile of q or k."""
 
   n: jax.Array
   rows: pl.Slice
@@ -105,7 +105,7 @@ def forward_chunk(scan, chunk, state):
             start=weigh_columns(q_held, chunk.decay.upto, scan.scale, chunk.q_norm))
     if scan.gated:
       scan.o[chunk.rows, :] = o.astype(scan.o.dtype).T
-  decay = _decay(scan, chunk.n, chunk.rows)  # read again: kept since the beginning of the chunk, it spills
+  decay = _decay(scan, chunk.n, chunk.rows)  # read again: kept from the beginning of the chunk, it spills
   left = _next_state(scan, chunk, state, decay, [("k", weigh_columns(u, decay.after, chunk.k_norm))])
   if scan.o is not None and not scan.gated:
     # The next state need not wait for the output's way through shared memory.
@@ -153,7 +153,7 @@ def _decay(scan, n, rows):
 
 
 def _scores(scan, load, a, b):
-  """Products `[C, C]` of the rows of `a` with those of `b`, each the name of the queries or of the keys."""
+  """Products `[C, C]` of the rows of `a` and `b`, each the name of the queries or of the keys."""
   count, shape = len(scan.tiles), (scan.chunk, scan.chunk)
   product = lambda j: scan.dot(load(a, j), load(b, j).T)
   if scan.dtype == jnp.float32:  # unrolled, its addresses take the registers that the operands' parts need
@@ -162,7 +162,7 @@ def _scores(scan, load, a, b):
 
 
 def _held(scan, load, state, names):
-  """What the state holds under the rows of each of `names`, transposed: products of S^T with K^T or Q^T."""
+  """The values that the state holds under the rows of each name, transposed: products of S^T with K^T or Q^T."""
   held = [0.0 for _ in names]
   for j, s in enumerate(state):
     scan.dot.barrier(scan.dtype)
@@ -173,9 +173,9 @@ def _held(scan, load, state, names):
 
 
 def _next_state(scan, chunk, state, decay, added):
-  """The state behind a chunk to which products are `added`, pairs of left operand and name; saves the one before it.
+  """The state behind a chunk, in which products are `added`, given by name and left operand; saves the state before it.
 
-  It is what every later token reads, so what is added takes 16 significant bits too.
+  Every later token reads the state, so the operands of these products have 16 significant bits too.
   """
   added = [(name, part) for name, x in added for part in _parts(x, scan.dtype)]
   left = []

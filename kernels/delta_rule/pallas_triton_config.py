@@ -10,20 +10,20 @@ from kernels.tuned import Tile
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Chunks and tiles of the kernels. `heuristic` always has an answer, `kernels.tuned` the measured ones."""
+  """Chunks and tiles of the kernels. `kernels.tuned` has the measured ones, and `heuristic` always has an answer."""
 
   chunk: int  # tokens per chunk of the scans
   span: int  # tokens per chunk of the gradients, a multiple of `chunk`
-  depth: int  # K columns of one product in the scans
-  width: int  # V columns of one product of the gradients
-  scan: Tile  # V columns per program of the forward scan
-  reverse_scan: Tile  # V columns per program of the reversed scan
-  gradients: Tile  # K columns per program of the gradients
+  depth: int  # key channels of one product in the scans
+  width: int  # value channels of one product of the gradients
+  scan: Tile  # value channels per program of the forward scan
+  reverse_scan: Tile  # value channels per program of the reversed scan
+  gradients: Tile  # key channels per program of the gradients
 
 
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
-  """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
-  # Neighbours differ where a compiler spilled.
+  """The answer where nothing is listed: tiles for the smallest supported GPU, which are slow on larger ones."""
+  # Neighbouring widths differ where a compiler spilled.
   wide = dtype == jnp.float32
   chunk = chunk_size or (16 if wide else 32)
   block, warps = tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4

@@ -1,6 +1,6 @@
 """The delta rule's gradients per chunk as a Pallas kernel, from what the scans have saved. Letters as in `README.md`.
 
-A program holds one chunk of `Config.span` tokens and a tile of K's columns, and loops over tiles of V's columns.
+A program holds one chunk of `Config.span` tokens and a tile of key channels, and loops over tiles of value channels.
 """
 
 import functools
@@ -16,7 +16,7 @@ from kernels.triton_blocks import given, operand, rows_and_columns
 
 
 def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, minus_f_ref, *refs, vectors, gated, scale, width, whole, dot):
-  """The way through a norm needs `whole` rows of keys."""
+  """With `whole` rows of keys in a tile, the gradients also go through the norms."""
   gate_ref, per_token, refs = take_per_token(refs, vectors, gated)
   states_ref, dstates_ref, dq_ref, dk_ref, dbeta_ref, *dg_ref, dv_ref = refs
   C, dtype = k_ref.shape[0], operand(k_ref.dtype)
@@ -26,7 +26,7 @@ def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, minus_f_ref, *refs, vectors, 
   beta, q_norm, k_norm = row_weights(per_token, slice(None))
   dp, doverlaps, dq, dk_entry, dk_exit, through = _sum_over_values(
       e_ref, do_ref, minus_f_ref, states_ref, dstates_ref, dv_ref, beta, first, gated=gated, width=width, dot=dot)
-  # Before the loop these loads would wait beside its own, but the registers are worth more.
+  # Before the loop these loads would overlap with its own, but the registers are worth more.
   q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
   dbeta_ref[...] = -jnp.sum(jnp.where(row == column, doverlaps, 0.0), axis=1)
   d = between(decay, C, transposed=False)
@@ -47,8 +47,8 @@ def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, minus_f_ref, *refs, vectors, 
 
 
 def _sum_over_values(e_ref, do_ref, minus_f_ref, states_ref, dstates_ref, dv_ref, beta, first, *, gated, width, dot):
-  """The products over V's columns, without weights: dP; dX, on its diagonal -dbeta; of dQ, and of dK from the entry and
-  the exit state; and the sum of S * dS'. Writes dV in the programs that are `first`."""
+  """The sums over value channels, without weights: dP, dX with -dbeta on its diagonal, the part of dQ from the entry
+  state, the parts of dK from the entry and the exit state, and S * dS'. The programs that are `first` write dV."""
   (C, V), block = e_ref.shape, states_ref.shape[1]
   square, wide = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, block), jnp.float32)
 
@@ -106,10 +106,10 @@ def _write(ref, norm, x, dx):
 
 
 def _computed_once(*arrays):
-  """The arrays as they are, of which the transposes are read too.
+  """The arrays unchanged, each computed only once although its transpose is read too.
 
-  XLA moves a transpose in front of the elementwise operations that made its operand, and so computes those twice. It
-  moves none into a branch: this one, which is always taken.
+  XLA moves a transpose in front of the elementwise operations that made its operand, and so computes them twice. It
+  moves none into a branch, so the arrays come from a branch that is always taken.
   """
   return jax.lax.cond(pl.program_id(0) >= 0, lambda: arrays, lambda: tuple(map(jnp.zeros_like, arrays)))
 
@@ -119,12 +119,11 @@ def _through_norm(x, norm, dx):
   return dx if norm is None else dx - (norm * norm * jnp.sum(x * dx, axis=-1))[..., None] * x
 
 
-
-# Launch: one program per K tile, chunk, head and row of the batch.
+# Launch: one program per tile of key channels, chunk, head and row of the batch.
 
 
 def gradients(operands, e, do, minus_f, states, dstates, scale, config):
-  """dq, dk, dv, dbeta and d log_decay, of which each K tile has its part."""
+  """dq, dk, dv, dbeta and d log_decay, the last from the parts of all tiles of key channels."""
   (B, T, H, K), V = operands.k.shape, do.shape[3]
   C, tile = config.span, config.gradients
   block = min(tile.block, K)

@@ -40,7 +40,7 @@ def prepare(q, k, beta, log_decay, normalize_qk, chunk):
 
 
 def take_per_token(refs, count, gated):
-  """Splits off the first `count` refs: the one of the gates or None, the others of `per_token`, and all other refs."""
+  """Takes the first `count` refs: the ref of the gates or None, the other refs of `per_token`, and all further refs."""
   beta, *others = refs[:count]
   gate = others.pop(0) if gated else None
   return gate, (beta, *others), list(refs[count:])

@@ -1,6 +1,6 @@
 """The delta rule's scans over chunks as Pallas kernels: forward, reversed for cotangents, and the maps of pieces.
 
-A program carries the transposed state of a tile of V's columns in registers through all chunks. Letters as in
+A program carries the transposed state of a tile of value channels in registers through all chunks. Letters as in
 `README.md` of this folder.
 """
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import chunks, split, triton_blocks
+from kernels import chunks, pieces, triton_blocks
 from kernels.delta_rule.pallas_triton_chunk import Scan, forward_chunk, read_chunk, reverse_chunk
 from kernels.delta_rule.pallas_triton_operands import take_per_token
 from kernels.scalar_decay import gate_block
@@ -19,11 +19,11 @@ from kernels.triton_blocks import given, operand
 
 def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save, reverse, scale, chunk, span, depth,
                  start, dot):
-  """Output and exit state; or, with `values`, only exit states of pieces, whose columns after them stand for a map."""
+  """Output and exit state. With `values`, only exit states of pieces: so many columns, then the columns of a map."""
   sums_ref, per_token, refs = take_per_token(refs, vectors, gated)
   (T, K), block = k_ref.shape, v_ref.shape[1]
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
-  # A map's columns are scanned forward alone: the first column of this program in the identity.
+  # The column of the identity with which this program begins. Only the forward scan has columns of a map.
   first = None if values is None or reverse else pl.program_id(0) * block - values
   if values is None:
     initial_ref, o_ref = refs.pop(0), refs.pop(0)
@@ -52,15 +52,15 @@ def _identity(row, column, shape):
   return jnp.where(rows + row == columns + column, 1.0, 0.0)
 
 
-# Launches: one program per V tile, head and row of the batch.
+# Launches: one program per tile of value channels, head and row of the batch.
 
 
 def scan(operands, v, initial_state, scale, config, *, save=True, reverse=False, kept=None):
   """Runs a scan over whole sequences, in reverse with dO in the place of `v`.
 
   Returns:
-    The output, or in reverse -F; with `save` E (not in reverse) and the states at the ends of the spans; the final
-    state; and `kept`, the map Phi of each piece if there are several, found forward and given in reverse.
+    The output, or -F in reverse. With `save`, E (not in reverse) and the states at the ends of the spans. The final
+    state. `kept`, the map Phi of each piece if there are several, which is found forward and given in reverse.
   """
   run = functools.partial(_launch, operands, v, scale=scale, config=config, reverse=reverse)
   B, V = initial_state.shape[0], v.shape[3]
@@ -69,11 +69,11 @@ def scan(operands, v, initial_state, scale, config, *, save=True, reverse=False,
     update, kept = final[..., :V], jnp.swapaxes(kept, -1, -2) if reverse else final[..., V:V + initial_state.shape[2]]
     initial_state = _entry_states(initial_state, kept, update, reverse)
   *found, final = run(initial_state, save=save)
-  return *found, split.exit_state(final, B, reverse), kept
+  return *found, pieces.exit_state(final, B, reverse), kept
 
 
 def _entry_states(initial_state, kept, update, reverse):
-  """State that enters each piece, when a piece turns S into `kept` S + `update`."""
+  """The state that enters each piece, when a piece turns S into `kept` S + `update`."""
   B = initial_state.shape[0]
   kept, update = (x.reshape(B, -1, *x.shape[1:]) for x in (kept, update))
   states, count = [initial_state], kept.shape[1]

@@ -3,9 +3,9 @@
 `README.md` of this folder has the symbols and derives both passes, which the bodies below follow line by line. They
 multiply q by the scale first.
 
-Every product takes float32 operands, whatever the inputs are. Where keys are alike, the writes of a chunk all but
-cancel in its sums, and so do their cotangents; where beta is 2, no error fades. Rounding normalised keys to bfloat16
-alone costs more than the results for 16-bit inputs may be off.
+Every product takes float32 operands, whatever the inputs are. Where keys are alike, the writes of a chunk nearly cancel
+in its sums, and so do their cotangents. Where beta is 2, no error fades. Rounding the normalised keys to bfloat16 would
+alone cost more than the bounds for 16-bit inputs allow.
 
 The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
 """
@@ -28,7 +28,7 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
-  """See `kernels.delta_rule`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.delta_rule`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   if chunk_size is None:
     chunk_size = 16 if q.shape[1] <= 16 else 32 if q.shape[1] <= 32 else 64
   rows = chunks.normalize if normalize_qk else chunks.wide
@@ -46,7 +46,7 @@ def _forward(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
 
 
 def _output(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
-  xs = _split(chunk_size, q, k, v, beta, log_decay)
+  xs = _to_chunks(chunk_size, q, k, v, beta, log_decay)
   body = functools.partial(_forward_chunk, scale, rows)
   final_state, output = jax.lax.scan(body, initial_state, xs)
   return chunks.merge(output, q.shape[1]), final_state
@@ -55,7 +55,7 @@ def _output(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size):
 def _backward(scale, rows, chunk_size, residuals, cotangents):
   *inputs, initial_state = residuals
   doutput, dfinal_state = cotangents
-  xs, do = _split(chunk_size, *inputs), chunks.split(doutput, chunk_size)
+  xs, do = _to_chunks(chunk_size, *inputs), chunks.to_chunks(doutput, chunk_size)
   _, states = jax.lax.scan(functools.partial(_state_chunk, rows), initial_state, xs[1:])
   body = functools.partial(_backward_chunk, scale, rows)
   dinitial_state, gradients = jax.lax.scan(body, dfinal_state, (xs, do, states), reverse=True)
@@ -66,10 +66,10 @@ def _backward(scale, rows, chunk_size, residuals, cotangents):
 _delta_rule.defvjp(_forward, _backward)
 
 
-def _split(size, q, k, v, beta, log_decay):
+def _to_chunks(size, q, k, v, beta, log_decay):
   """Chunks `[N, B, C, H, .]` of each array, the last axis of beta and log_decay 1."""
   beta, log_decay = jax.tree.map(lambda x: x[..., None], (beta, log_decay))
-  return jax.tree.map(lambda x: chunks.split(x, size), (q, k, v, beta, log_decay))
+  return jax.tree.map(lambda x: chunks.to_chunks(x, size), (q, k, v, beta, log_decay))
 
 
 # Bodies of the scans over chunks: x holds one chunk `[B, C, H, .]` of each array. Heads move before time here and not

@@ -20,32 +20,32 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
 
   Args:
     q, k: key heads G divide the value heads H; value head h reads key head h // (H / G).
-    log_decay: natural log of the forget gate, <= 0, one a key channel; accumulated in float32. A gate of -inf forgets
-      its channel; its gradient is 0.
+    log_decay: natural log of the forget gate, <= 0, one per key channel, accumulated in float32. A gate of -inf forgets
+      its channel, and its gradient is 0.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
-    segment_ids: the state restarts from zero at each token whose id differs from the one before it. What is not finite
-      in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
-      reaches the tokens before it in its chunk, but with "reference".
+    segment_ids: the state restarts from zero at each token whose id differs from the id before it. A value that is not
+      finite reaches no other segment (`kernels.containment` says how, and at which cost). Without segment_ids a NaN
+      also reaches the tokens before it in its chunk, except with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
-      number skips the configuration that was measured for the device, and 128 is not for "pallas_triton".
+      number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
     implementation: "pallas_triton", "xla_chunked" or "reference"; None takes the first that supports the inputs and
       the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
-    ValueError: shapes, dtypes, numbers or implementation break a rule; the message names both.
+    ValueError: a shape, dtype, number or implementation breaks a rule; the message names the value and the rule.
     NotImplementedError: the named implementation cannot run these inputs.
-  Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32
-    (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference", over at least 64
-    tokens and heads (`kernels.accuracy` says what holds for one): at most 5e-3 for 16-bit inputs, 1e-5
-    (`pallas_triton`: 1e-4) for float32. `pallas_triton` takes gates below -40 (a decay of 4e-18) as
-    -40, -inf too; their gradient is then not 0 but the rounding error of what passes the other gates.
-  Memory: the backward pass keeps the inputs, 2 (2 K + V) + 4 K bytes a token-head for 16-bit inputs, and in
+  Precision: products accumulate in float32. Their operands are bfloat16 for 16-bit inputs and float32 for float32
+    inputs (`pallas_triton`: in three TF32 passes). The relative RMS error of the output against "reference", over at
+    least 64 tokens and heads, is at most 5e-3 for 16-bit inputs and 1e-5 (`pallas_triton`: 1e-4) for float32 inputs;
+    `kernels.accuracy` has the bound for a single entry. `pallas_triton` takes gates below -40 (a decay of
+    4e-18), also -inf, as -40. Their gradient is then not 0 but the rounding error of the flow through the other gates.
+  Memory: the backward pass keeps the inputs, 2 (2 K + V) + 4 K bytes per token and head for 16-bit inputs, and in
     `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 1280 + 512 bytes.
-  Derivatives: "xla_chunked" has second ones, in both of JAX's modes over the first, which is in reverse mode: jax.grad
-    and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
-    alone takes jax.jvp of the op itself.
+  Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
+    jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
+    "reference" has all derivatives, and it alone supports jax.jvp of the op itself.
   Source: Yang et al., arXiv:2312.06635, sections 4.2 and 4.3.
   Example:
     >>> import jax, jax.numpy as jnp

@@ -1,12 +1,12 @@
-"""The chunks of gated linear attention whose gates are too strong to be split into factors, as Pallas kernels.
+"""Pallas kernels for the chunks of gated linear attention whose gates are too strong for factors.
 
 A chunk of which one half decays by more than `LIMIT` overflows the factors of `pallas_triton_factors`. Here its P
 comes from the dyadic levels of `README.md`. All exponents are sums of terms <= 0, never differences of cumulative
-sums, so the scheme is exact for any gate (a reset included) and consists of matrix products only. Its backward takes
-dP mirrored into a symmetric matrix: with Z_s the rows of Q * 2^E_s in second and of K * 2^E_s in first halves, (pairs
-of s) * dP Z_s holds the rows of dQ and dK likewise.
+sums, so the scheme is exact for any gate (a reset included) and consists of matrix products only. The backward pass
+mirrors dP into a symmetric matrix. Z_s holds the rows of Q * 2^E_s in second halves and the rows of K * 2^E_s in first
+halves, and (pairs of s) * dP Z_s holds the rows of dQ and dK in the same places.
 
-The kernels look at the flags of the other chunks too and leave those alone: in trained models they find no work.
+The kernels read the flags of all chunks and skip the bounded ones. In trained models they find no work.
 """
 
 import functools
@@ -22,8 +22,9 @@ from kernels.triton_blocks import LOG2E, masked_sum, operand, rows_and_columns
 
 WEAKEST = -40 * LOG2E  # of one gate, in base 2: a decay of 4e-18
 LIMIT = -60 * LOG2E  # of half a chunk, in base 2: factors up to 1e26, whose products with data and sums are finite
-GROUP = 32  # chunks a program looks through
-# K columns of a product of scores and of a program of gradients, V columns of a product, and warps: what spills least.
+GROUP = 32  # chunks that a program looks through
+# Key channels of a product of scores and of a program of gradients, value channels of a product, and warps. These
+# values spill least.
 KEYS = {"scores": 32, "dqkg": 16}
 VALUES = {"dscores": 32, "dqkg": 16}
 WARPS = 8
@@ -52,8 +53,8 @@ def after(C):
 
 
 def _level(level, masks_ref, g, sums):
-  """`(pairs, second, decay)` of one dyadic level: 1 for the [C, C] entries that pair its halves, in either order, which
-  rows are in second halves, and 2^E_s of every row."""
+  """`(pairs, second, decay)` of one dyadic level: `pairs` `[C, C]` is 1 where an entry pairs two halves, in either
+  order, `second` says which rows are in second halves, and `decay` is 2^E_s of every row."""
   second = _is_second(1 << level, jax.lax.broadcasted_iota(jnp.int32, g.shape, 0))
   return masks_ref[1, level], second, jnp.exp2(sums(masks_ref[0, level], g))
 
@@ -61,7 +62,7 @@ def _level(level, masks_ref, g, sums):
 def _masks(C):
   """The terms of E_s and the pairs of every level, [2, levels, C, C] of 0 and 1.
 
-  They are read from memory: made from indices they would stay in registers, all levels at once, and spill.
+  They are read from memory. Made from indices, all levels at once would stay in registers and spill.
   """
   row, column = np.indices((C, C))
   half = 2 ** np.arange(_levels(C))[:, None, None]
@@ -150,7 +151,7 @@ def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref
     q = lambda: q_ref[rows, :].astype(jnp.float32) * scale
     k = lambda: k_ref[rows, :].astype(jnp.float32)
     diagonal = jnp.sum(jnp.where(row == column, dp_ref[n].astype(jnp.float32), 0.0), axis=1)[:, None]
-    # The states are those of the middle of the chunk in the channels that are bounded for themselves.
+    # In the channels that are bounded by themselves, the states belong to the middle of the chunk.
     enter, keep, exit = (decays_ref[n, i, :][None] for i in range(3))
     dq, dk = dq * jnp.exp2(sums(upto(C), g) - jnp.log2(enter)), dk * jnp.exp2(sums(after(C), g) - jnp.log2(exit))
 
@@ -176,7 +177,7 @@ def _dqkg_kernel(bounded_ref, masks_ref, decays_ref, dp_ref, q_ref, k_ref, g_ref
 
 
 def _from_states(v_ref, do_ref, states_ref, dstates_ref, n, rows, wide, dtype, block_v, dot):
-  """The states' parts of dQ and dK of chunk n, without decays, and the sums of M * dM over V's columns."""
+  """The states' parts of dQ and dK of chunk n, without decays, and the sums of M * dM over value channels."""
 
   def add_tile(i, carry):
     dq, dk, through = carry
@@ -189,7 +190,7 @@ def _from_states(v_ref, do_ref, states_ref, dstates_ref, n, rows, wide, dtype, b
   return jax.lax.fori_loop(0, v_ref.shape[1] // block_v, add_tile, (wide, wide, jnp.sum(wide, axis=0)))
 
 
-# Launches: one program per K tile, group of chunks, head and row of the batch.
+# Launches: one program per tile of key channels, group of chunks, head and row of the batch.
 
 
 def _group(N):
@@ -238,7 +239,7 @@ def _launch_square(kernel, name, bounded, inputs, C, masks=()):
 
 
 def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chunk):
-  """`gradients` of q, k and g with those of the chunks whose flag is 0 replaced."""
+  """`gradients` of q, k and g, replaced in the chunks whose flag is 0."""
   (B, T, H, K), V = q.shape, v.shape[3]
   N, block, masks = T // chunk, min(KEYS["dqkg"], K), _masks(chunk)
   keys, values = _tokens(_group(N) * chunk, block, tiled=True), _tokens(_group(N) * chunk, V)

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import split, triton_blocks, tuned
+from kernels import pieces, triton_blocks, tuned
 from kernels.gla import exact_chunks
 from kernels.gla.pallas_triton_config import Config, heuristic
 from kernels.gla.pallas_triton_factors import factors
@@ -29,7 +29,7 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.gla`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.gla`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   K, V = q.shape[3], v.shape[3]
   config = None if chunk_size else tuned.lookup("gla", Config, gate="channel", K=K, V=V, dtype=q.dtype)
   config = config or heuristic(K, V, q.dtype, chunk_size)
@@ -41,11 +41,11 @@ def configured(q, k, v, log_decay, initial_state, *, scale, config):
   (B, T, H, K), V = q.shape, v.shape[3]
   widest = max(config.scan.block, config.reverse_scan.block, min(config.dqkg.block, tile_width(V)))
   dK, dV = tile_width(K) - K, -V % widest
-  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
-  pad = lambda x, extra: split.fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))), pieces, config.chunk)
+  count = pieces.count(B * H * (V + dV) // config.scan.block, T, config.chunk)
+  pad = lambda x, extra: pieces.fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))), count, config.chunk)
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
   output, final_state = _gla(pad(q, dK), pad(k, dK), pad(v, dV), pad(log_decay, dK), state, scale, config)
-  return split.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
+  return pieces.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -1,6 +1,6 @@
 """GLA's factors of queries and keys per chunk, and the scores P of wide heads, as Pallas kernels.
 
-A program of factors holds one chunk and a tile of K's columns. Letters as in `README.md` of this folder. The chunks
+A program of factors holds one chunk and a tile of key channels. Letters as in `README.md` of this folder. The chunks
 whose gates are too strong for factors are left to `exact_chunks`.
 """
 
@@ -23,7 +23,7 @@ def _halves(g):
 
 
 def from_middle(C):
-  """Signs of the terms of x: the rows from the middle up to and including a row, or back from it, not included."""
+  """Signs of the terms of x: 1 from the middle through a later row, -1 between an earlier row and the middle."""
   row, column = rows_and_columns(C)
   middle = C // 2
   return jnp.where((column >= middle) & (column <= row), 1.0, jnp.where((column < middle) & (column > row), -1.0, 0.0))
@@ -52,7 +52,7 @@ def _scores_kernel(bounded_ref, x_ref, y_ref, _, p_ref, *, depth, dot):
     p_ref[...] = sum(dot(x_ref[:, tile], y_ref[:, tile].T) for tile in tiles).astype(p_ref.dtype)
 
 
-# Launches: one program per K tile, chunk, head and row of the batch.
+# Launches: one program per tile of key channels, chunk, head and row of the batch.
 
 
 def chunk_block(config, width, tiled):
@@ -61,7 +61,10 @@ def chunk_block(config, width, tiled):
 
 
 def factors(q, k, g, scale, config):
-  """X, Y; enter, keep and exit [B, H, N, 3, K]; which chunks are bounded [B, H, N]; P of those that are not."""
+  """X and Y, the decays enter, keep and exit `[B, H, N, 3, K]`, flags of the bounded chunks `[B, H, N]`, and P.
+
+  P covers the unbounded chunks, or all chunks if the configuration has `scores`.
+  """
   B, T, H, K = q.shape
   N, dtype, tile = T // config.chunk, operand(q.dtype), config.factors
   block = min(tile.block, K)
@@ -81,7 +84,7 @@ def factors(q, k, g, scale, config):
 
 
 def _scores(bounded, x, y, p, config):
-  """`p` with the P of every other chunk; entries above the diagonal are no part of it."""
+  """`p` with the P of the bounded chunks added; entries above the diagonal have no meaning."""
   (B, T, H, K), tile = x.shape, config.scores
   keys = chunk_block(config, K, tiled=True)
   square = pl.BlockSpec((None, None, None, *p.shape[3:]), lambda t, n, h, b: (b, h, n, 0, 0))

@@ -1,6 +1,6 @@
 """GLA's gradients of queries, keys and gates per chunk as a Pallas kernel. Letters as in `README.md` of this folder.
 
-A program holds one chunk and a tile of K's columns, and loops over tiles of V's columns.
+A program holds one chunk and a tile of key channels, and loops over tiles of value channels.
 """
 
 import functools
@@ -42,19 +42,20 @@ def _dqkg_kernel(x_ref, y_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, dq
   dq_ref[...] = (scale * jnp.exp2(exponent) * (dx + diagonal * f32(y))).astype(dq_ref.dtype)
   x = x_ref[...]
   dy = dot(jnp.where(row < column, dpt, 0.0).astype(dtype), x)
-  # A gate's gradient is the flow through it, the sum of P * dP and of the like for the states over all that it
-  # multiplies: pairs inside the chunk, pairs with the entry state, with the exit state, and M with dM. Pairs on one
-  # side of it cancel to float32 rounding, because both their terms are products of the same rounded factors.
+  # A gate's gradient is the flow through it: the sum of P * dP, and of the same products for the states, over all that
+  # it multiplies. These are pairs inside the chunk, pairs with the entry state and with the exit state, and M with dM.
+  # Pairs on one side of the gate cancel to float32 rounding, because both their terms are products of the same rounded
+  # factors.
   inside = f32(x) * dx
   dk_ref[...] = (jnp.exp2(-exponent) * (dy + dy_state + diagonal * f32(x))).astype(dk_ref.dtype)
   inside -= f32(y) * dy
   dg = sums(jnp.where(column >= row, 1.0, 0.0), inside)
-  # These flows do not cancel in pairs as those inside do, so fewer bits of them are enough.
+  # These flows do not cancel in pairs as the flows inside do, so fewer bits of them are enough.
   leaving = masked_sum(jnp.where(column < row, 1.0, 0.0), f32(y) * dy_state, dot, 2 if dtype == jnp.float32 else 1)
   dg_ref[...] = dg + through[None] + leaving
 
 
-# Launch: one program per K tile, chunk, head and row of the batch.
+# Launch: one program per tile of key channels, chunk, head and row of the batch.
 
 
 def dqkg(x, y, g, v, do, states, dstates, scale, config, dtype):

@@ -1,7 +1,8 @@
-"""GLA's scan over chunks as a Pallas kernel, forward and reversed: from factors, linear attention with a row decay.
+"""GLA's scan over chunks as a Pallas kernel, forward and reversed. Letters as in `README.md` of this folder.
 
-A program carries the state of a tile of V's columns in registers through all chunks. Letters as in `README.md` of this
-folder. In reverse dO stands in the place of V, and with exchanged factors the outputs are dV and dM.
+On factors, GLA is linear attention with a decay for each row of the state. A program carries the state of a tile of
+value channels in registers through all chunks. In reverse, dO takes the place of V, the factors are exchanged, and the
+outputs are dV and dM.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels import split, triton_blocks
+from kernels import pieces, triton_blocks
 from kernels.triton_blocks import given, rows_and_columns
 
 
@@ -40,7 +41,7 @@ def _scan_chunk(x_ref, y_ref, v_ref, decays_ref, bounded_ref, p_ref, o_ref, stat
   decay = lambda which, tile: decays_ref[n, which, tile][:, None]
   rows = pl.ds(n * C, C)
   v = v_ref[rows, :].astype(dtype)
-  # Beside the parts of float32 products, loads that are not right before their use do not fit the registers.
+  # Beside the parts of float32 products, loads fit into the registers only right before their use.
   late = scores and dtype == jnp.float32
   load = lambda ref: [None if late else ref[rows, tile] for tile in tiles]
   ys = load(y_ref)
@@ -69,7 +70,7 @@ def _scan_chunk(x_ref, y_ref, v_ref, decays_ref, bounded_ref, p_ref, o_ref, stat
 
 
 def _scores(p_ref, bounded_ref, n, xs, ys, *, computed, reverse, dot):
-  """P of chunk n, in reverse its transpose: read, or `computed` unless the chunk is one of `exact_chunks`."""
+  """P of chunk n, or in reverse its transpose. It is read, or `computed` unless the chunk is one of `exact_chunks`."""
   if not computed:
     return p_ref[n].T if reverse else p_ref[n]
   p = sum(dot(x, y.T) for x, y in zip(xs, ys)).astype(ys[0].dtype)
@@ -78,11 +79,11 @@ def _scores(p_ref, bounded_ref, n, xs, ys, *, computed, reverse, dot):
   return jnp.where(bounded, p, exact.T if reverse else exact)
 
 
-# Launches: one program per V tile, head and row of the batch.
+# Launches: one program per tile of value channels, head and row of the batch.
 
 
 def scan(factors, v, initial_state, config, *, save=True, reverse=False):
-  """Output (dv), the state in the middle of each chunk if `save`, and final state, of pieces that follow each other."""
+  """The output (or dV), the state in the middle of each chunk if `save`, and the final state, of consecutive pieces."""
   x, y, decays, bounded, p = factors
   if reverse:
     x, y = y, x
@@ -93,9 +94,9 @@ def scan(factors, v, initial_state, config, *, save=True, reverse=False):
     empty = jnp.zeros((v.shape[0], *initial_state.shape[1:]), jnp.float32)
     (update,) = run([x, y, decays], v, empty, outputs=False, save=False)
     kept = jnp.prod(decays, axis=(2, 3))[..., None]
-    initial_state = split.entry_states(initial_state, kept, update, reverse)
+    initial_state = pieces.entry_states(initial_state, kept, update, reverse)
   output, *states, final = run([x, y, decays, bounded, p], v, initial_state, outputs=True, save=save)
-  return output, states[0] if save else None, split.exit_state(final, B, reverse)
+  return output, states[0] if save else None, pieces.exit_state(final, B, reverse)
 
 
 def _launch(factors, v, initial_state, *, config, tile, reverse, outputs, save):

@@ -1,8 +1,8 @@
 """Gated linear attention chunk by chunk in plain jnp, for every device; forward and backward.
 
 `README.md` of this folder has the symbols and derives both passes. The scores P of a chunk and their gradients come
-from the dyadic levels of `kernels.chunks`, so every exponent is a sum of gates and never a difference of sums: gates
-that all but close keep their relative precision.
+from the dyadic levels of `kernels.chunks`, so every exponent is a sum of gates and never a difference of sums, and
+gates that almost close keep their relative precision.
 
 The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
 Source: arXiv:2312.06635, section 4.3.
@@ -23,7 +23,7 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.gla`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.gla`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   if chunk_size is None:
     chunk_size = _chunk_size(q.shape[1], q.shape[3], v.shape[3])
   return _gla(q, k, v, log_decay, initial_state, scale, chunk_size)
@@ -39,7 +39,7 @@ def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
 
 
 def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
-  xs = [chunks.split(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay))]
+  xs = [chunks.to_chunks(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay))]
   final_state, output = jax.lax.scan(functools.partial(_forward_chunk, scale), initial_state, xs)
   return chunks.merge(output, q.shape[1]), final_state
 
@@ -47,7 +47,7 @@ def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
 def _backward(scale, chunk_size, residuals, cotangents):
   q, k, v, log_decay, initial_state = residuals
   doutput, dfinal_state = cotangents
-  q, k, v, g, do = (chunks.split(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay), doutput))
+  q, k, v, g, do = (chunks.to_chunks(x, chunk_size) for x in (q, k, v, chunks.bounded(log_decay), doutput))
   _, states = jax.lax.scan(_state_chunk, initial_state, (k, v, g))
   dinitial_state, gradients = jax.lax.scan(
       functools.partial(_backward_chunk, scale), dfinal_state, (q, k, v, g, do, states), reverse=True)

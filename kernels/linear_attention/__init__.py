@@ -26,29 +26,29 @@ def linear_attention(
       time (RetNet, Lightning Attention). `[B, T, H]`: per token (simple GLA, Mamba-2). Where it is -inf the state is
       forgotten, and its gradient is 0.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
-    segment_ids: the state restarts from zero at each token whose id differs from the one before it. What is not finite
-      in one segment reaches no other (`kernels.containment` says how, and what it costs). Without them a NaN also
-      reaches the tokens before it in its chunk, but with "reference".
+    segment_ids: the state restarts from zero at each token whose id differs from the id before it. A value that is not
+      finite reaches no other segment (`kernels.containment` says how, and at which cost). Without segment_ids a NaN
+      also reaches the tokens before it in its chunk, except with "reference".
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
-      number skips the configuration that was measured for the device, and 128 is not for "pallas_triton".
+      number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
     implementation: "pallas_triton" (K up to 256), "xla_chunked" or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
-    ValueError: shapes, dtypes, numbers or implementation break a rule; the message names both.
+    ValueError: a shape, dtype, number or implementation breaks a rule; the message names the value and the rule.
     NotImplementedError: the named implementation cannot run these inputs.
-  Precision: products accumulate in float32, of bfloat16 operands for 16-bit inputs and of float32 ones for float32
-    (`pallas_triton`: in three TF32 passes). Relative RMS error of the output against "reference", over at least 64
-    tokens and heads (`kernels.accuracy` says what holds for one): at most 5e-3 for 16-bit inputs, 1e-5
-    (`pallas_triton`: 1e-4) for float32.
-  Memory: the backward pass keeps the inputs, 2 (2 K + V) bytes a token-head for 16-bit inputs and 4 for a decay per
-    token, and in `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 768 +
-    512 bytes.
-  Derivatives: "xla_chunked" has second ones, in both of JAX's modes over the first, which is in reverse mode: jax.grad
-    and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
-    alone takes jax.jvp of the op itself.
+  Precision: products accumulate in float32. Their operands are bfloat16 for 16-bit inputs and float32 for float32
+    inputs (`pallas_triton`: in three TF32 passes). The relative RMS error of the output against "reference", over at
+    least 64 tokens and heads, is at most 5e-3 for 16-bit inputs and 1e-5 (`pallas_triton`: 1e-4) for float32 inputs;
+    `kernels.accuracy` has the bound for a single entry.
+  Memory: the backward pass keeps the inputs, 2 (2 K + V) bytes per token and head for 16-bit inputs and 4 for a
+    decay per token, and in `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and
+    C = 64, 768 + 512 bytes.
+  Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
+    jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
+    "reference" has all derivatives, and it alone supports jax.jvp of the op itself.
   Source: Sun et al., arXiv:2307.08621, section 2 (constant); Qin et al., arXiv:2405.17381, section 3 (chunks); Dao and
     Gu, arXiv:2405.21060, section 6 (per token).
   Example:
@@ -71,7 +71,7 @@ def linear_attention(
     log_decay = chunks.bounded(log_decay.astype(jnp.float32))
   starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
   if starts is not None:
-    # Where segments start differs between rows, so a decay shared by tokens becomes one per token.
+    # Segments start at different tokens in each row, so a decay that the tokens share becomes one per token.
     log_decay = jnp.broadcast_to(0.0 if log_decay is None else log_decay, (B, T, H)).astype(jnp.float32)
     log_decay = jnp.where(starts[:, :, None], chunks.RESET, log_decay)
   if initial_state is None:

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import split, triton_blocks, tuned
+from kernels import pieces, triton_blocks, tuned
 from kernels.linear_attention.pallas_triton_config import Config, heuristic
 from kernels.linear_attention.pallas_triton_gradients import dqk
 from kernels.linear_attention.pallas_triton_scan import scan
@@ -26,7 +26,7 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.linear_attention`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.linear_attention`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   K, V = q.shape[3], v.shape[3]
   gate = tuned.gate_key(log_decay)
   config = None if chunk_size else tuned.lookup("linear_attention", Config, gate=gate, K=K, V=V, dtype=q.dtype)
@@ -37,26 +37,29 @@ def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=Non
 def configured(q, k, v, log_decay, initial_state, *, scale, config):
   """The op under an explicit configuration."""
   (B, T, H, K), V = q.shape, v.shape[3]
-  # Powers of two, of which the widest is a multiple of the tiles of every kernel.
+  # Tiles are powers of two, so the widest is a multiple of the tiles of every kernel.
   widest = max(min(block, tile_width(V)) for block in (
       config.scan.block, config.reverse_scan.block, config.dqk.block, heuristic(K, V, jnp.float32).scan.block))
   dK, dV = tile_width(K) - K, -V % widest
-  pieces = split.pieces(B * H * (V + dV) // config.scan.block, T, config.chunk)
-  fold = functools.partial(split.fold, count=pieces, chunk=config.chunk)
+  count = pieces.count(B * H * (V + dV) // config.scan.block, T, config.chunk)
+  fold = functools.partial(pieces.fold, count=count, chunk=config.chunk)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
   if log_decay is not None and log_decay.ndim == 3:
     log_decay = fold(log_decay)
-  # What fills up the last chunk must not decay the final state.
-  whole = T % (pieces * config.chunk) == 0
+  # The tokens that fill up the last chunk must not decay the final state.
+  whole = T % (count * config.chunk) == 0
   real = None if whole else fold(jnp.ones((B, T, 1), bool))
   output, final_state = _linear_attention(pad(q, dK), pad(k, dK), pad(v, dV), log_decay, state, real, scale, config)
-  return split.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
+  return pieces.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _linear_attention(q, k, v, log_decay, initial_state, real, scale, config):
-  """`real` [B, T, 1] says which tokens are no filling, and makes a constant decay one per token; None if all are."""
+  """`real` `[B, T, 1]` is false at tokens that fill up a chunk, or None if there are none.
+
+  With it, a constant decay becomes one per token.
+  """
   output, _, final_state = scan(q, k, v, _filled(log_decay, real), initial_state, scale, config, save=False)
   return output, final_state
 
@@ -88,8 +91,8 @@ def _filled(log_decay, real):
 
 
 def _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale):
-  """Gradient of a constant decay: the sum of those of a decay per token. Most of the sum cancels, so its terms need
-  float32 products. The compiler drops all of this when nobody asks for the gradient."""
+  """The gradient of a constant decay: the sum of the gradients of a decay per token. Most of the sum cancels, so its
+  terms need float32 products. The compiler drops all of this when nobody asks for the gradient."""
   q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
   config = heuristic(q.shape[3], v.shape[3], q.dtype, min(triton_blocks.CHUNKS))  # divides every chunk
   real = jnp.ones((*do.shape[:2], 1), bool) if real is None else real

@@ -10,18 +10,18 @@ from kernels.tuned import Tile
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Chunk and tiles of the kernels. `heuristic` always has an answer, `kernels.tuned` the measured ones."""
+  """Chunk and tiles of the kernels. `kernels.tuned` has the measured ones, and `heuristic` always has an answer."""
 
   chunk: int  # tokens per chunk
-  depth: int  # K columns of one product in the scans
-  scores: Tile | None  # K columns of one product of scores; None: the scans compute P
-  scan: Tile  # V columns per program of the forward scan
-  reverse_scan: Tile  # V columns per program of the reversed scan
-  dqk: Tile  # K columns per program of the gradients, which takes as many V columns at a time
+  depth: int  # key channels of one product in the scans
+  scores: Tile | None  # key channels of one product of scores; None: the scans compute P
+  scan: Tile  # value channels per program of the forward scan
+  reverse_scan: Tile  # value channels per program of the reversed scan
+  dqk: Tile  # key channels per program of the gradients, which takes as many value channels at a time
 
 
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
-  """The answer for what is not listed: tiles for the smallest supported GPU, slow on larger ones."""
+  """The answer where nothing is listed: tiles for the smallest supported GPU, which are slow on larger ones."""
   wide = dtype == jnp.float32
   # Stages keep the loads of the scan in shared memory: in registers they spill, on sm_80 first. Narrower tiles of
   # float32 spill too, so V is padded.
@@ -43,7 +43,7 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1), *([(128, 8, 2)] if K > 128 else []))
     # With 4 warps and a single tile of 64 columns the loop over tiles is unrolled into more than the registers hold.
     keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), *([(64, 4, 1), (64, 4, 2), (64, 4, 3)] if V > 64 else []))
-  # Where many V tiles would each compute P again, and its accumulator costs the registers of a second program.
+  # For wide heads: each of many tiles would compute P again, in an accumulator that costs a second program's registers.
   scores = [Tile(64, 4, 2)] if not wide and K > 128 else []
   return {"chunk": [16 if wide else 64], "scores": scores, "depth": sorted({32 if wide else 64, tile_width(K)}),
           "scan": scan, "reverse_scan": scan, "dqk": keys}

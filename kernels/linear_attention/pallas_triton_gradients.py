@@ -1,6 +1,6 @@
 """The gradients of queries, keys and gates per chunk as a Pallas kernel. Letters as in `README.md` of this folder.
 
-A program holds one chunk and a tile of K's columns, and loops over tiles of V's columns.
+A program holds one chunk and a tile of key channels, and loops over tiles of value channels.
 """
 
 import functools
@@ -21,7 +21,7 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
   (C, K), dtype = q_ref.shape, operand(q_ref.dtype)
   zeros = jnp.zeros((C, C), jnp.float32), jnp.zeros((C, K), jnp.float32)
   row, column = rows_and_columns(C)
-  # Loads that stand here wait beside those of the loop, not after them.
+  # Before the loop, these loads overlap with its own and do not come after them.
   q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
   gate = g_ref[...] if gated else None
   dp, dpt, dq_state, dk_state, through = _sum_over_values(
@@ -42,14 +42,15 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
   inside, leaving = jnp.sum(q * dq - k * dk, axis=1), jnp.sum(k * dk_state, axis=1)
   dq_ref[...] = (dq + diagonal * k).astype(dq_ref.dtype)
   dk_ref[...] = (dk + dk_state + diagonal * q).astype(dk_ref.dtype)
-  # Sums over rows, not differences of cumulative sums: a token's own flow out may be many times what passes its gate.
+  # These are sums over rows and not differences of cumulative sums, because a token's own flow out may be many times
+  # the flow that passes its gate.
   passing = jnp.where(column >= row, inside[None, :], leaving[None, :])
   dg_ref[0][...] = decay.total * jnp.sum(through) + jnp.sum(passing, axis=1)
 
 
 def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, gates, block_v, dot):
-  """The products over V's columns, without weights: dP, its transpose, the states' parts of dQ and dK, and where
-  `gates` get a gradient the sums of S * dS' over these columns."""
+  """The sums over value channels, without weights: dP, its transpose, the states' parts of dQ and dK, and S * dS' where
+  `gates` get a gradient."""
   square, wide = zeros
 
   def add_tile(i, carry):
@@ -66,11 +67,11 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
       0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, jnp.sum(wide, axis=0)))
 
 
-# Launch: one program per K tile, chunk, head and row of the batch.
+# Launch: one program per tile of key channels, chunk, head and row of the batch.
 
 
 def dqk(q, k, v, log_decay, do, states, dstates, scale, config):
-  """dq, dk, and for a decay per token its gradient, of which each K tile has its part."""
+  """dq, dk, and for a decay per token its gradient, from the parts of all tiles of key channels."""
   (B, T, H, K), V = q.shape, v.shape[3]
   C, block = config.chunk, min(config.dqk.block, K)
   keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))

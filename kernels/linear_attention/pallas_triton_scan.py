@@ -1,7 +1,7 @@
 """The scan over chunks as a Pallas kernel, forward and reversed, and the scores P of wide heads.
 
-A program of the scan carries the state of a tile of V's columns in registers through all chunks. Letters as in
-`README.md` of this folder. In reverse k, q and dO stand in the places of q, k and v.
+A program of the scan carries the state of a tile of value channels in registers through all chunks. Letters as in
+`README.md` of this folder. In reverse, k, q and dO take the places of q, k and v.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import split, triton_blocks
+from kernels import pieces, triton_blocks
 from kernels.scalar_decay import between, decay_of, gate_block, weigh
 from kernels.triton_blocks import given, operand
 
@@ -50,8 +50,8 @@ def _scan_chunk(q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, n, states,
   load = lambda ref, columns=slice(None): ref[rows, columns].astype(dtype)
   weighted = lambda v: weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
   add = lambda k, u, state: dot(k.T, u) + (state if decay.total is None else decay.total * state)
-  # What is added to a state of several K tiles is read when it is needed: held from the start it spills. With P to
-  # compute, k is there anyway.
+  # Operands that are added to a state of several tiles are read when they are needed, because they spill when held from
+  # the start. Where P is computed, k is there anyway.
   late = len(tiles) > 1 and (p_ref is not None or (dtype == jnp.float32 and o_ref is None))
   v = load(v_ref)
   p, o, next_states, u = 0.0, 0.0, [], None if late else weighted(v)
@@ -77,7 +77,7 @@ def _scan_chunk(q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, n, states,
       dot.barrier(dtype)
     return v
 
-  # Which comes first, the next state or the output, decides whether float32 or 16-bit operands spill.
+  # The order of next state and output decides whether float32 or 16-bit operands spill.
   if late and dtype == jnp.float32:
     v = add_late()
   if o_ref is not None:
@@ -88,11 +88,11 @@ def _scan_chunk(q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, n, states,
   return tuple(next_states)
 
 
-# Launches: one program per V tile, head and row of the batch; of scores one per chunk, head and row of the batch.
+# Launches: one program per tile of value channels, head and row of the batch; for scores one per chunk, head and row.
 
 
 def scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, save=True, reverse=False):
-  """Output if `outputs`, entry state of each chunk if `save`, and final state, of pieces that follow each other."""
+  """The output if `outputs`, the entry state of each chunk if `save`, and the final state, of consecutive pieces."""
   run = functools.partial(_launch, q, k, v, log_decay, scale=scale, config=config, reverse=reverse)
   B, T = initial_state.shape[0], v.shape[1]
   if v.shape[0] > B:
@@ -100,9 +100,9 @@ def scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, save
     kept = jnp.ones((v.shape[0], v.shape[2]), jnp.float32)
     if log_decay is not None:
       kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay[None])
-    initial_state = split.entry_states(initial_state, kept[..., None, None], update, reverse)
+    initial_state = pieces.entry_states(initial_state, kept[..., None, None], update, reverse)
   *found, final = run(initial_state, outputs=outputs, save=save)
-  return found[0] if outputs else None, found[-1] if save else None, split.exit_state(final, B, reverse)
+  return found[0] if outputs else None, found[-1] if save else None, pieces.exit_state(final, B, reverse)
 
 
 def _launch(q, k, v, log_decay, initial_state, *, scale, config, reverse, outputs, save):

@@ -1,8 +1,9 @@
 """Linear attention with scalar decay chunk by chunk in plain jnp, for every device; forward and backward.
 
 `README.md` of this folder has the symbols and derives both passes. The logarithms of the decays are sums of log_decay,
-each formed directly, so a reset costs no precision, and dlog_decay is the transpose of these sums: none is a difference
-of larger terms. A constant decay makes them multiples of it, and without decay there is nothing to form.
+each formed directly, so a reset costs no precision. dlog_decay is the transpose of these sums, so no part of it is a
+difference of larger terms. With a constant decay the logarithms are multiples of it, and without
+a decay there is nothing to form.
 
 The forward pass saves its inputs only. The backward pass recomputes the state entering each chunk, then walks back.
 Source: arXiv:2405.17381, section 3.
@@ -27,7 +28,7 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.linear_attention`. Heads are equal, the state is given, segments are already resets in `log_decay`."""
+  """See `kernels.linear_attention`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
   if chunk_size is None:
     chunk_size = _chunk_size(q.shape[1], q.shape[3], v.shape[3])
   return _linear_attention(q, k, v, log_decay, initial_state, scale, chunk_size)
@@ -43,7 +44,7 @@ def _forward(q, k, v, log_decay, initial_state, scale, chunk_size):
 
 
 def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
-  xs = [chunks.split(x, chunk_size) for x in (q, k, v)]
+  xs = [chunks.to_chunks(x, chunk_size) for x in (q, k, v)]
   constant, gates = _gates(log_decay, q.shape[1], chunk_size)
   body = functools.partial(_forward_chunk, scale, constant)
   final_state, output = jax.lax.scan(body, initial_state, (xs, gates), unroll=UNROLL)
@@ -53,7 +54,7 @@ def _output(q, k, v, log_decay, initial_state, scale, chunk_size):
 def _backward(scale, chunk_size, residuals, cotangents):
   q, k, v, log_decay, initial_state = residuals
   doutput, dfinal_state = cotangents
-  xs = q, k, v, do = [chunks.split(x, chunk_size) for x in (q, k, v, doutput)]
+  xs = q, k, v, do = [chunks.to_chunks(x, chunk_size) for x in (q, k, v, doutput)]
   T = doutput.shape[1]
   constant, gates = _gates(log_decay, T, chunk_size)
   _, states = jax.lax.scan(functools.partial(_state_chunk, constant), initial_state, (k, v, gates), unroll=UNROLL)
@@ -73,12 +74,12 @@ _linear_attention.defvjp(_forward, _backward)
 
 
 def _gates(log_decay, T, size):
-  """What the chunks share of a decay, and what each has of its own: its gates `[N, B, C, H, 1]` or tokens `[N]`."""
+  """The constant decay that all chunks share, and each chunk's own gates `[N, B, C, H, 1]` or count of tokens `[N]`."""
   if log_decay is None:
     return None, None
   if log_decay.ndim == 1:
     return log_decay, np.minimum(size, T - np.arange(0, T, size)).astype(np.float32)
-  return None, chunks.split(log_decay[..., None], size)
+  return None, chunks.to_chunks(log_decay[..., None], size)
 
 
 # Bodies of the scans over chunks: x holds one chunk `[B, C, H, .]` of each array. Heads move before time here and not
@@ -89,7 +90,7 @@ def _forward_chunk(scale, constant, state, x):
   (q, k, v), gate = chunks.heads_first(x[0]), x[1]
   dot, k = chunks.product(q.dtype), chunks.wide(k)
   between, upto, after, total = scalar_decays(_exponents(constant, gate, v.shape[2]), v.shape[2])
-  # Weights after the products: what they would round before it, a sum over channels that cancels would magnify.
+  # Weights come after the products. Before them they would round, and a sum over channels that cancels magnifies that.
   scores = scale * between * dot("bhik,bhjk->bhij", q, k)
   output = dot("bhij,bhjv->bhiv", scores, v) + scale * upto * dot("bhik,bhkv->bhiv", q, state)
   return next_state(state, total, k * after, v, dot), jnp.swapaxes(output, 1, 2).astype(v.dtype)
@@ -137,7 +138,7 @@ def _exponents(constant, gate, size):
     return chunks.exponents(jnp.swapaxes(gate, 1, 2))
   row, column = np.indices((size, size))
   constant, rows = constant[None, :, None, None], np.arange(size, dtype=np.float32)[None, None, :, None]
-  # Nothing decays after the last token, and what fills up its chunk comes after it.
+  # Nothing decays after the last token, where the zeros that fill up its chunk are.
   return (constant * np.float32(np.maximum(row - column, 0))[None, None], constant * (rows + 1),
           constant * jnp.maximum(gate - 1 - rows, 0), constant * gate)
 

@@ -26,24 +26,24 @@ def selective_scan(
       op, nor are its skip term, gate and convolution.
     a: float32, <= 0: N rates of decay for each of D channels. Where it is -inf, a step above 0 forgets the state, a
       step of 0 keeps it, and the gradient of a is 0.
-    b, c: what all channels write with and read with, in x's dtype.
+    b, c: the vectors with which all channels write and read, in x's dtype.
     initial_state: h_0 in float32, zeros if None; it feeds the first segment of each row.
-    segment_ids: the state restarts from zero at each token whose id differs from the one before it. What is not finite
-      in one segment reaches no other; "pallas_triton" then makes NaN of all channels (`kernels.containment`).
+    segment_ids: the state restarts from zero at each token whose id differs from the id before it. A value that is not
+      finite reaches no other segment; "pallas_triton" then makes NaN of all channels (`kernels.containment`).
     implementation: "pallas_triton" (N up to 32), "xla_chunked" or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in x's dtype, and h_T in float32.
   Raises:
-    ValueError: shapes, dtypes or implementation break a rule; the message names both.
+    ValueError: a shape, dtype or implementation breaks a rule; the message names the value and the rule.
     NotImplementedError: the named implementation cannot run these inputs.
-  Precision: everything is float32 but the inputs and the output. Relative RMS error of the output against "reference":
-    at most 5e-3 for 16-bit inputs, 1e-5 (`pallas_triton`: 1e-4) for float32.
-  Memory: for the backward pass, a token-channel keeps its inputs, 6 bytes for 16-bit x, and 4 N / 64 bytes of states,
-    one every 64 tokens: 7 bytes for N = 16. `pallas_triton` keeps a bfloat16 state every 8 tokens: 10 bytes.
-  Derivatives: "xla_chunked" has second ones, in both of JAX's modes over the first, which is in reverse mode: jax.grad
-    and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first ones in reverse mode only. "reference" has all, and
-    alone takes jax.jvp of the op itself.
+  Precision: everything except the inputs and the output is float32. The relative RMS error of the output against
+    "reference" is at most 5e-3 for 16-bit inputs and 1e-5 (`pallas_triton`: 1e-4) for float32 inputs.
+  Memory: the backward pass keeps the inputs, 6 bytes per token and channel for 16-bit x, and one state every 64 tokens,
+    4 N / 64 bytes: 7 bytes for N = 16. `pallas_triton` keeps a bfloat16 state every 8 tokens, which makes 10 bytes.
+  Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
+    jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
+    "reference" has all derivatives, and it alone supports jax.jvp of the op itself.
   Source: Gu and Dao, arXiv:2312.00752, section 3.2, with exp(step_size a) for the decay and step_size b for the input.
   Example:
     >>> import jax, jax.numpy as jnp
@@ -56,14 +56,14 @@ def selective_scan(
     ((2, 100, 64), (2, 64, 16))
   """
   _check(x, step_size, a, b, c, initial_state, segment_ids)
-  # A step size of 0 times -inf would be NaN; sequences are filled up with such steps, too.
+  # A step size of 0 times -inf would be NaN, and sequences are filled up with such steps.
   a = jnp.where(a < FASTEST, FASTEST, a)
   if initial_state is None:
     initial_state = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
   starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
   resets = None if starts is None else jnp.where(starts, jnp.float32(chunks.RESET), 0.0)
   run = dispatch.choose("selective_scan", implementation, x, step_size, a, b, c)
-  # The others go from token to token, where a reset selects.
+  # The other implementations go from token to token, where a reset selects.
   kept = None if run in (reference.selective_scan, xla_chunked.selective_scan) else starts
 
   def call(tokens, state, shared):

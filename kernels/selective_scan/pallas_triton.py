@@ -6,7 +6,7 @@ walks back. `README.md` of this folder has the symbols, the gradients, and each 
 
 Sums over channels are products with a constant matrix, whose operands are rounded to bfloat16, or for float32 inputs
 cut into two such numbers. Each program writes its part of db and dc, and XLA adds up the D / 16 parts. Where few rows
-and channels leave the GPU idle, `kernels.split` cuts the sequence, exactly.
+and channels leave the GPU idle, `kernels.pieces` cuts the sequence, which is exact.
 """
 
 import functools
@@ -17,15 +17,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels import split, triton_blocks
+from kernels import pieces, triton_blocks
 from kernels.triton_blocks import LOG2E, given, operand, tile_width
 
-CHANNELS = 16  # of a program
-MOST_STATES = 32  # a channel: more do not fit into registers
+CHANNELS = 16  # per program
+MOST_STATES = 32  # per channel: more do not fit into registers
 ROWS = 16  # of the product that sums over channels: dc of up to 8 tokens, then their db
-# Programs of one warp that keep a multiprocessor as busy as one program of several warps, which `split` counts.
+# Programs of one warp that keep a multiprocessor as busy as one program of several warps, which `pieces` counts.
 WARPS = 32
-ENOUGH = 128  # such programs from which a sequence is not cut; more were not tried
+ENOUGH = 128  # such programs suffice without cutting a sequence; larger values were not tried
 # Blocks that count as one chunk when a sequence is cut: pieces shorter than about 256 tokens do not repay their launch.
 PIECE_BLOCKS = 4
 
@@ -36,7 +36,7 @@ def supports(x, step_size, a, *others, chunk_size=None) -> str | None:
 
 
 def block_size(N: int, dtype) -> int:
-  """Tokens that are unrolled: the most of whose W_t no register spills on the GPUs of the compile check."""
+  """How many tokens are unrolled: the most whose W_t cause no spills on the GPUs of the compile check."""
   narrow = tile_width(N) <= 16
   if dtype == jnp.float32:
     return 6 if narrow else 2
@@ -46,20 +46,20 @@ def block_size(N: int, dtype) -> int:
 def selective_scan(x, step_size, a, b, c, resets, initial_state):
   """See `kernels.selective_scan`. The state is given; `resets` [B, T], if any, are added to the logs of the decays."""
   (B, T, D), block = x.shape, block_size(a.shape[1], x.dtype)
-  pieces = split.pieces(-(-D // CHANNELS) * B // WARPS, T, PIECE_BLOCKS * block, enough=ENOUGH)
-  return configured(x, step_size, a, b, c, resets, initial_state, block=block, pieces=pieces)
+  count = pieces.count(-(-D // CHANNELS) * B // WARPS, T, PIECE_BLOCKS * block, enough=ENOUGH)
+  return configured(x, step_size, a, b, c, resets, initial_state, block=block, count=count)
 
 
-def configured(x, step_size, a, b, c, resets, initial_state, *, block, pieces):
-  """The op in blocks of `block` tokens, at most 8, with the sequence cut into `pieces`."""
+def configured(x, step_size, a, b, c, resets, initial_state, *, block, count):
+  """The op in blocks of `block` tokens, at most 8, with the sequence cut into `count` pieces."""
   (B, T, D), N = x.shape, a.shape[1]
   dD, dN = -D % CHANNELS, tile_width(N) - N
-  fold = lambda x, extra: split.fold(jnp.pad(x, ((0, 0), (0, 0), (0, extra))), pieces, block)
+  fold = lambda x, extra: pieces.fold(jnp.pad(x, ((0, 0), (0, 0), (0, extra))), count, block)
   output, final_state = _selective_scan(
       fold(x, dD), fold(step_size, dD), jnp.pad(a, ((0, dD), (0, dN))), fold(b, dN), fold(c, dN),
-      None if resets is None else split.fold(resets, pieces, block),
+      None if resets is None else pieces.fold(resets, count, block),
       jnp.pad(initial_state, ((0, 0), (0, dD), (0, dN))), block)
-  return split.unfold(output, B)[:, :T, :D], final_state[:, :D, :N]
+  return pieces.unfold(output, B)[:, :T, :D], final_state[:, :D, :N]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -92,7 +92,7 @@ def _backward(block, residuals, cotangents):
           x, step_size, LOG2E * a, *_wide(b, c), dy, states, dstates, *_scaled(resets))
   dbc = jnp.sum(dbc, axis=0, dtype=jnp.float32)
   dc, db = (dbc[:, :, i:i + block].reshape(P, T, N).astype(x.dtype) for i in (0, ROWS // 2))
-  dinitial_state = split.exit_state(dstates, dfinal_state.shape[0], reverse=True)
+  dinitial_state = pieces.exit_state(dstates, dfinal_state.shape[0], reverse=True)
   return dx, ds, jnp.sum(da, axis=0), db, dc, None, dinitial_state
 
 
@@ -103,8 +103,8 @@ _selective_scan.defvjp(_forward, _backward, optimize_remat=True)
 
 
 def _piece_kernel(*refs, resets, reverse, block, start, dot):
-  """The final state from an empty one: of the recurrence, or if `reverse` of that of the cotangents, x and b being dy
-  and c."""
+  """The final state of the recurrence from an empty state. If `reverse`, it is the recurrence of the cotangents, and dy
+  and c take the places of x and b."""
   x_ref, s_ref, a_ref, b_ref, *r_ref, final_ref = refs
   a, (fma, exp2), T = a_ref[...], _arithmetic(dot), x_ref.shape[0]
 
@@ -221,7 +221,7 @@ def _arithmetic(dot):
 
 
 def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
-  """Output, state before each block if `save`, and final state."""
+  """The output, the state before each block if `save`, and the final state."""
   (P, T, D), N = x.shape, a.shape[1]
   states = _entry_states(x, step_size, a, b, resets, initial_state, block, reverse=False)
   grid, tokens, shared, rates, state, reset = _specs(P, T, D, N)
@@ -235,11 +235,11 @@ def _scan(x, step_size, a, b, c, resets, initial_state, block, *, save):
                  *given(save, jax.ShapeDtypeStruct((P, T // block, D, N), operand(x.dtype))),
                  jax.ShapeDtypeStruct((P, D, N), jnp.float32)])(
           x, step_size, LOG2E * a, *_wide(b, c), states, *_scaled(resets))
-  return y, saved[0] if save else None, split.exit_state(final, initial_state.shape[0], reverse=False)
+  return y, saved[0] if save else None, pieces.exit_state(final, initial_state.shape[0], reverse=False)
 
 
 def _entry_states(x, step_size, a, b, resets, initial_state, block, *, reverse):
-  """State that enters each piece, or if `reverse` the cotangent of the one that leaves it, x and b being dy and c."""
+  """The state that enters each piece. If `reverse`, x and b are dy and c, and it is the cotangent of the exit state."""
   (P, T, D), N = x.shape, a.shape[1]
   if P == initial_state.shape[0]:
     return initial_state
@@ -253,18 +253,18 @@ def _entry_states(x, step_size, a, b, resets, initial_state, block, *, reverse):
   exponent = jnp.sum(step_size, axis=1)[:, :, None] * a[None]
   if resets is not None:
     exponent += jnp.sum(resets, axis=1)[:, None, None]
-  return split.entry_states(initial_state, jnp.exp(exponent), update, reverse)
+  return pieces.entry_states(initial_state, jnp.exp(exponent), update, reverse)
 
 
 def _specs(P, T, D, N):
-  """The grid, and the blocks of x and the like, b and c, a, states, resets."""
+  """The grid, and the blocks of x and similar arrays, of b and c, of a, of states, and of resets."""
   return ((D // CHANNELS, P), pl.BlockSpec((None, T, CHANNELS), lambda d, p: (p, 0, d)),
           pl.BlockSpec((None, T, N), lambda d, p: (p, 0, 0)), pl.BlockSpec((CHANNELS, N), lambda d, p: (d, 0)),
           pl.BlockSpec((None, CHANNELS, N), lambda d, p: (p, d, 0)), pl.BlockSpec((None, T), lambda d, p: (p, 0)))
 
 
 def _wide(*arrays):
-  """Narrow numbers would be widened by every program."""
+  """The arrays in float32, because every program would widen them again."""
   return [x.astype(jnp.float32) for x in arrays]
 
 

@@ -4,7 +4,7 @@
 chunk has no form as matrix products: inside a chunk the tokens follow one another.
 
 The forward pass saves its inputs and, when a gradient is wanted, the state that enters each chunk. The backward pass
-takes the chunks from the last to the first, forms the states of one again, and walks back through it.
+takes the chunks from the last to the first, forms the states of each again, and walks back through it.
 """
 
 import jax
@@ -100,15 +100,15 @@ def _wide(x):
 
 
 def _chunks(*arrays):
-  """`[B, T, ...]` to `[T / C, C, B, ...]`; a step size of zero in what fills up the last chunk leaves states as is."""
+  """`[B, T, ...]` to `[T / C, C, B, ...]`. Zeros fill up the last chunk: a step size of 0 leaves states unchanged."""
 
-  def split(x):
+  def cut(x):
     x = jnp.moveaxis(x, 1, 0)
     size = min(CHUNK, x.shape[0])
     x = jnp.pad(x, ((0, -x.shape[0] % size), *((0, 0) for _ in x.shape[1:])))
     return x.reshape(-1, size, *x.shape[1:])
 
-  return tuple(None if x is None else split(x) for x in arrays)
+  return tuple(None if x is None else cut(x) for x in arrays)
 
 
 def _merge(x, T):

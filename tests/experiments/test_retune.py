@@ -124,7 +124,7 @@ def test_every_gate_is_checked_and_drawn(op):
   shapes = {gate: [x.shape for name, x in search.draw(problem, gate, B=2, T=40, H=3)[0].items() if name == "log_decay"]
             for gates in search.GATE_GROUPS[op] for gate in gates}
   assert shapes == {"gla": {"channel": [(2, 40, 3, 16)]},
-                    "linear_attention": {"token": [(2, 40, 3)], "head": [(3,)], "none": []},
+                    "linear_attention": {"token": [(2, 40, 3)], "constant": [(3,)], "none": []},
                     "delta_rule": {"none": [], "token": [(2, 40, 3)]}}[op]
 
 
@@ -208,12 +208,12 @@ class Config:
   scan: Tile
 
 path, record = pathlib.Path(sys.argv[1]), {"device": "X", "versions": {}, "configs": []}
-every = Problem("linear_attention", ("token", "head", "none"), 16, 16, 1, "bfloat16", timed=(1, 16))
-head = dataclasses.replace(every, gates=("head",))
-for problem, chunk in ((every, 16), (head, 32), (dataclasses.replace(every, K=32), 64)):
+every = Problem("linear_attention", ("token", "constant", "none"), 16, 16, 1, "bfloat16", timed=(1, 16))
+constant = dataclasses.replace(every, gates=("constant",))
+for problem, chunk in ((every, 16), (constant, 32), (dataclasses.replace(every, K=32), 64)):
   retune.save(path, record, problem, Config(chunk, Tile(16)), 1.0)
 configs = types.SimpleNamespace(Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(0, Tile(16)))
-assert [config.chunk for config in retune.starts(record, head, configs)] == [32, 0]
+assert [config.chunk for config in retune.starts(record, constant, configs)] == [32, 0]
 """
 
 
@@ -223,8 +223,8 @@ def test_a_gate_searched_alone_leaves_the_entry_of_the_others(tmp_path):
   process = Command(script, path)
   assert not process.communicate()[1] and process.returncode == 0
   listed = {key[1:3]: config["chunk"] for key, config in tuned.read(path).items()}
-  assert listed == {("token", 16): 16, ("none", 16): 16, ("head", 16): 32,
-                    **{(gate, 32): 64 for gate in ("token", "head", "none")}}
+  assert listed == {("token", 16): 16, ("none", 16): 16, ("constant", 16): 32,
+                    **{(gate, 32): 64 for gate in ("token", "constant", "none")}}
 
 
 @pytest.mark.parametrize("flag, rule", [

@@ -49,9 +49,9 @@ KEYS = {
 class Case:
   """One input. `segments` are lengths that sum to T; row b has them rotated by b places.
 
-  `decay`: what has its own log_decay, a "channel" `[B, T, H, K]` as in gla; or as in linear_attention a "token"
-  `[B, T, H]`, a "head" `[H]`, or "none". `beta`: a case of the delta rule; the inputs then have keys of norm 1, unless
-  the op is to normalise them and the queries.
+  `decay`: the form of log_decay, "channel" `[B, T, H, K]` as in gla, or as in linear_attention "token" `[B, T, H]`,
+  "constant" `[H]`, or "none". `beta`: a case of the delta rule; the inputs then have keys of norm 1, unless the op
+  normalises them and the queries.
   """
 
   B: int = 2
@@ -81,7 +81,7 @@ class Case:
 class Inputs:
   """Arguments of the op and the cotangents of its two results."""
 
-  arrays: dict  # q, k, v, log_decay, initial_state, and beta if the op has one: what is differentiated
+  arrays: dict  # q, k, v, log_decay, initial_state, and beta if the op has one; all are differentiated
   segment_ids: jax.Array | None
   cotangents: tuple
   normalize_qk: bool = False
@@ -93,7 +93,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
   rng = np.random.default_rng(seed)
   rounded = lambda x, dtype="float32": jnp.asarray(x.astype(jnp.dtype(dtype)))
   normal = lambda *shape, dtype="float32": rounded(rng.standard_normal(shape), dtype)
-  decay_shape = {"channel": (B, T, G, case.K), "token": (B, T, H), "head": (H,), "none": None}[case.decay]
+  decay_shape = {"channel": (B, T, G, case.K), "token": (B, T, H), "constant": (H,), "none": None}[case.decay]
   arrays = {
       "q": normal(B, T, G, case.K, dtype=case.dtype),
       "k": rounded(_keys(case, rng.standard_normal((B, T, G, case.K))), case.dtype),
@@ -174,12 +174,12 @@ def per_channel(log_decay, shape):
   return jnp.broadcast_to(log_decay[..., None], shape)
 
 
-def check(case: Case, fn, *, split: bool = False) -> None:
-  """Asserts every output and gradient of `fn` against the scan; `split` as in `tests.close.tolerance`."""
+def check(case: Case, fn, *, multi_pass: bool = False) -> None:
+  """Asserts every output and gradient of `fn` against the scan; `multi_pass` as in `tests.close.tolerance`."""
   inputs = make_inputs(case)
   actual = results(fn, inputs.arrays, inputs.segment_ids, inputs.cotangents, case.chunk_size, case.normalize_qk)
   for name, x in expected(inputs).items():
-    assert_close(name, actual[name], x, tolerance(name, case.dtype, split=split))
+    assert_close(name, actual[name], x, tolerance(name, case.dtype, multi_pass=multi_pass))
 
 
 def grid(decay="channel", widths=WIDTHS, dtypes=("bfloat16", "float16", "float32"), beta=None) -> list[Case]:
@@ -200,7 +200,7 @@ def grid(decay="channel", widths=WIDTHS, dtypes=("bfloat16", "float16", "float32
 
 
 def delta_rules(**fields) -> list[Case]:
-  """What only the delta rule has: every beta, kinds of keys, and their normalisation; with these `fields`."""
+  """Cases that only the delta rule has, with these `fields`: every beta, kinds of keys, and their normalisation."""
   # Repeated keys under a beta of 2 have no bound to keep: the state there turns back and forth undamped, and the
   # rounding of |k|^2, the same at each token, adds up.
   rules = [*(dict(beta=beta) for beta in BETAS),

@@ -32,5 +32,5 @@ def test_one_token_keeps_the_bound_of_an_entry_and_many_that_of_an_rms(op, imple
   print(f"of the terms {share:.1e}; rows above the bound {np.mean(np.array(rows) > bound):.2f}, worst {max(rows):.1e}")
   assert share <= ENTRY
   assert max(relative_error(*pair) for pair in zip(np.split(output, 4), np.split(expected, 4))) <= bound
-  # Only the kernels of gla round what a sum over channels can cancel.
+  # Only the kernels of gla round terms that a sum over channels can cancel.
   assert max(rows) <= bound or (op, implementation) == ("gla", "pallas_triton")

@@ -14,7 +14,7 @@ import pytest
 
 import kernels
 from kernel_tuning import search
-from kernels import split, tuned
+from kernels import pieces, tuned
 from tests.close import assert_bounds, relative_error
 from tests.kernels import cases
 from tests.kernels.cases import Case
@@ -73,7 +73,7 @@ def check(op, decay, K, V, dtype, counts, record_property, monkeypatch, compare)
   config = tuned.lookup(op, module.Config, gate=decay, K=K, V=V, dtype=dtype) if compare else None
   config = config or module.heuristic(K, V, jnp.dtype(dtype))
   record_property("config", search.describe(config))
-  monkeypatch.setattr(split, "pieces", lambda *_, **__: 1)
+  monkeypatch.setattr(pieces, "count", lambda *_, **__: 1)
   lengths, worst, changed = Lengths(op, decay, K, V, dtype, config.chunk, max(counts)), {}, {}
   for count in counts:
     arrays, cotangents = lengths.cut(count)

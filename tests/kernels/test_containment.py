@@ -1,4 +1,4 @@
-"""What is not finite in one segment changes nothing in another, forward and backward, and is not hidden in its own."""
+"""A non-finite value changes nothing in other segments, forward and backward, and is not hidden in its own."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ def assert_equal_in(segments, actual, expected, rtol=0.0):
 
 
 def selects(op, implementation):
-  """Whether it goes from token to token, and makes of one what the definition does."""
+  """Whether the implementation goes from token to token, and treats non-finite values as the definition does."""
   return implementation == "reference" or (op, implementation) == ("selective_scan", "xla_chunked")
 
 
@@ -62,7 +62,7 @@ def test_inputs_that_are_not_finite_stay_in_their_segment(op, implementation):
     if name == "log_decay" and t == 15 or implementation == "pallas_triton" and t == 28:
       continue  # the gate of a segment's first token acts on nothing, and interpreted kernels are slow
     actual = run(arrays | {name: arrays[name].at[0, t].set(bad)}, cotangents)
-    # What stands in for a gate has another rounding in the sums of its chunk.
+    # The value that stands in for a gate has another rounding in the sums of its chunk.
     assert_equal_in(OTHERS[where], actual, expected, rtol=1e-4 * (name == "log_decay"))
     np.testing.assert_array_equal(actual["output"][:, :t], expected["output"][:, :t])
     np.testing.assert_array_equal(actual["final_state"], expected["final_state"])
@@ -119,7 +119,7 @@ def test_a_state_that_overflows_stays_in_its_segment_in_the_scan():
 
 
 def test_segments_under_transformations():
-  """vmap, remat and a second derivative of what is kept in segments."""
+  """vmap, remat and a second derivative of a contained op."""
   arrays, _, _, _ = prepared("gla", "xla_chunked")
   ids = cases.segment_ids(LENGTHS, 1)
   loss = lambda x: jnp.sum(jnp.sin(kernels.gla(**x, segment_ids=ids, implementation="xla_chunked")[0]))

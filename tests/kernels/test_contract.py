@@ -1,4 +1,4 @@
-"""What the ops require of their numbers and arrays, and that a scale may be traced."""
+"""The ops' rules for their numbers and arrays, and that a scale may be traced."""
 
 import functools
 

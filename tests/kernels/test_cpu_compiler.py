@@ -26,7 +26,7 @@ def test_an_op_is_right_under_default_flags(op, decay):
 
 
 def plain_jax_is_right():
-  """Whether a fusion of the faulty kind, of other shapes than the probe's, gives what NumPy gives."""
+  """Whether a fusion of the faulty kind, of other shapes than the probe's, gives NumPy's result."""
   x, y = np.random.default_rng(0).standard_normal((2, 4, 2, 16, 32)).astype("float32")
   fused = lambda x, y: x @ jnp.full((4, 2, 32, 64), 0.5) + jnp.sum(x * y, axis=-1, keepdims=True)
   expected = x @ np.full((4, 2, 32, 64), 0.5, np.float32) + np.sum(x * y, axis=-1, keepdims=True)

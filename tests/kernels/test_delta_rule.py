@@ -15,7 +15,7 @@ from tests.kernels.cases import check, make_inputs
 
 CHUNKED = functools.partial(delta_rule, implementation="xla_chunked")
 Case = functools.partial(cases.Case, decay="token", beta="double")
-# One shape, so that what differs in values alone compiles once.
+# One shape, so that cases which differ in values alone compile once.
 SHAPE = dict(T=70, K=8, V=16)
 
 SMALL = [
@@ -54,7 +54,7 @@ def test_reference_behind_the_contract_equals_scan(options):
 @pytest.mark.parametrize("decay", ["token", "none"])
 @pytest.mark.parametrize("normalize_qk", [False, True])
 def test_steps_equal_one_call(decay, normalize_qk):
-  """What decoding does: `step` token by token."""
+  """`step` token by token, as in decoding."""
   x = make_inputs(Case(T=7, K=4, V=6, decay=decay, normalize_qk=normalize_qk)).arrays
   state, outputs = x["initial_state"], []
   for t in range(7):
@@ -154,7 +154,7 @@ def test_no_decay_costs_nothing(implementation):
 
 
 def test_normalize_qk_equals_normalised_inputs():
-  """Values and gradients, those of the norm included; scaling q or k changes nothing."""
+  """Values and gradients, including the gradient of the norm. Scaling q or k changes nothing."""
   inputs = make_inputs(Case(**SHAPE, normalize_qk=True))
 
   def normalised(q, k, **arrays):

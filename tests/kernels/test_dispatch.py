@@ -1,4 +1,4 @@
-"""Which implementation runs, what is said about it, and what importing the package costs."""
+"""Which implementation runs, the text that explains it, and the cost of importing the package."""
 
 import logging
 import subprocess
@@ -42,7 +42,7 @@ def test_on_a_gpu_the_reasons_of_an_implementation_count(monkeypatch):
 @pytest.mark.parametrize("version, name", [("PJRT C API\ncuda 13000", "cuda"), ("PJRT C API\nrocm 60300", "rocm"),
                                            ("something new", "gpu")])
 def test_only_a_gpu_of_cuda_takes_the_triton_kernels(monkeypatch, version, name):
-  """JAX calls every maker's GPU "gpu", and interprets there what is not lowered for CUDA."""
+  """JAX calls every maker's GPU "gpu", and interprets kernels there unless it lowers for CUDA."""
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   client = types.SimpleNamespace(platform_version=version)
   monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(client=client, device_kind="")])

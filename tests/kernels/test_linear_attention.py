@@ -20,23 +20,23 @@ Case = functools.partial(cases.Case, decay="token")
 
 SMALL = [
     *(Case(T=T, H=3, K=8, V=16) for T in cases.TIMES),
-    *(Case(T=T, H=3, K=8, V=16, decay="head") for T in (1, 15, 65, 200, 1024)),
+    *(Case(T=T, H=3, K=8, V=16, decay="constant") for T in (1, 15, 65, 200, 1024)),
     *(Case(T=T, H=3, K=8, V=16, decay="none") for T in (1, 65, 500)),
     *(Case(B=1, T=40, K=K, V=V) for K, V in [(32, 60), (60, 32), (100, 128), (256, 256), (64, 512)]),
     Case(T=40, H=1, gate="near_zero"),
-    *(Case(T=40, H=4, key_heads=2, decay=decay) for decay in ("token", "head", "none")),
+    *(Case(T=40, H=4, key_heads=2, decay=decay) for decay in ("token", "constant", "none")),
     *(Case(T=70, gate=gate) for gate in ("zero", "logit_-20", "logit_-30", "-20", "-30")),
-    *(Case(T=70, gate=gate, decay="head") for gate in ("zero", "near_zero", "logit_-30", "-20", "-30")),
-    *(Case(T=40, initial_state=False, decay=decay) for decay in ("token", "head")),
+    *(Case(T=70, gate=gate, decay="constant") for gate in ("zero", "near_zero", "logit_-30", "-20", "-30")),
+    *(Case(T=40, initial_state=False, decay=decay) for decay in ("token", "constant")),
     *(Case(T=sum(cases.PACKED), K=8, V=8, segments=cases.PACKED, decay=decay) for decay in ("token", "none")),
     Case(T=70, segments=(1,) * 70),
-    *(Case(T=70, gate="-20", segments=(1, 30, 1, 1, 32, 4, 1), decay=decay) for decay in ("token", "head")),
+    *(Case(T=70, gate="-20", segments=(1, 30, 1, 1, 32, 4, 1), decay=decay) for decay in ("token", "constant")),
     *(Case(T=T, chunk_size=C) for T, C in ((40, 16), (70, 32), (70, 128))),
-    Case(T=40, chunk_size=16, decay="head"),
-    *(Case(T=100, K=32, V=64, dtype="bfloat16", decay=decay) for decay in ("token", "head", "none")),
+    Case(T=40, chunk_size=16, decay="constant"),
+    *(Case(T=100, K=32, V=64, dtype="bfloat16", decay=decay) for decay in ("token", "constant", "none")),
     Case(T=100, K=32, V=64, dtype="float16"),
     Case(T=sum(cases.PACKED), K=16, V=16, dtype="bfloat16", gate="near_zero", segments=cases.PACKED),
-    *(Case(T=70, dtype="bfloat16", gate="-20", decay=decay) for decay in ("token", "head")),
+    *(Case(T=70, dtype="bfloat16", gate="-20", decay=decay) for decay in ("token", "constant")),
 ]
 
 
@@ -45,7 +45,7 @@ def test_chunked_equals_scan(case):
   check(case, CHUNKED)
 
 
-@pytest.mark.parametrize("decay", ["token", "head", "none"])
+@pytest.mark.parametrize("decay", ["token", "constant", "none"])
 def test_reference_behind_the_contract_equals_scan(decay):
   case = Case(T=9, K=4, V=6, H=4, key_heads=2, decay=decay)
   reference = functools.partial(linear_attention, implementation="reference")
@@ -53,9 +53,9 @@ def test_reference_behind_the_contract_equals_scan(decay):
   check(dataclasses.replace(case, segments=(2, 1, 6)), reference)
 
 
-@pytest.mark.parametrize("decay", ["token", "head", "none"])
+@pytest.mark.parametrize("decay", ["token", "constant", "none"])
 def test_steps_equal_one_call(decay):
-  """What decoding does: `step` token by token."""
+  """`step` token by token, as in decoding."""
   x = make_inputs(Case(T=7, K=4, V=6, decay=decay)).arrays
   state, outputs, log_decay = x["initial_state"], [], x["log_decay"]
   for t in range(7):
@@ -68,7 +68,7 @@ def test_steps_equal_one_call(decay):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla_chunked"])
-@pytest.mark.parametrize("decay", ["token", "head"])
+@pytest.mark.parametrize("decay", ["token", "constant"])
 def test_closed_form(implementation, decay):
   """o_t = scale * (sum_{j<=t} exp(b_t - b_j) (q_t . k_j) v_j + exp(b_t) q_t S_0), b = cumsum(g), in float64."""
   inputs = make_inputs(Case(B=1, T=37, H=2, K=5, V=3, decay=decay)).arrays
@@ -101,7 +101,7 @@ def assert_equal_results(actual, expected):
     assert_close(name, actual[name], x, tolerance(name, "float32"))
 
 
-@pytest.mark.parametrize("decay", ["token", "head", "none"])
+@pytest.mark.parametrize("decay", ["token", "constant", "none"])
 def test_equals_gla_with_channels_that_share_the_decay(decay):
   inputs = make_inputs(Case(T=40, K=8, V=12, decay=decay, segments=(15, 1, 24)))
 
@@ -112,7 +112,7 @@ def test_equals_gla_with_channels_that_share_the_decay(decay):
 
 
 def test_constant_decay_equals_the_same_gate_at_every_token():
-  inputs = make_inputs(Case(T=120, K=8, V=12, decay="head"))
+  inputs = make_inputs(Case(T=120, K=8, V=12, decay="constant"))
 
   def by_token(q, k, v, log_decay, **options):
     return CHUNKED(q, k, v, jnp.broadcast_to(log_decay, v.shape[:3]), **options)
@@ -120,9 +120,9 @@ def test_constant_decay_equals_the_same_gate_at_every_token():
   assert_equal_results(by_name(CHUNKED, inputs), by_name(by_token, inputs))
 
 
-@pytest.mark.parametrize("decay", ["token", "head", "none"])
+@pytest.mark.parametrize("decay", ["token", "constant", "none"])
 def test_only_a_decay_per_token_has_numbers_per_token(decay):
-  """Some array of forward and backward has one number a token and head exactly when the decay has."""
+  """Some array of forward and backward has one number per token and head exactly when the decay has."""
   inputs = make_inputs(Case(B=2, T=192, H=3, K=8, V=16, decay=decay))
   program = str(cases.results.trace(CHUNKED, inputs.arrays, None, inputs.cotangents, chunk_size=64).jaxpr)
   sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program)}
@@ -130,7 +130,7 @@ def test_only_a_decay_per_token_has_numbers_per_token(decay):
   assert (2 * 192 * 3 in sizes) == (decay == "token")
 
 
-@pytest.mark.parametrize("decay", ["token", "head"])
+@pytest.mark.parametrize("decay", ["token", "constant"])
 def test_packed_documents_equal_documents_one_by_one(decay):
   lengths = 15, 85, 30
   case = Case(B=1, T=sum(lengths), K=8, V=8, segments=lengths, decay=decay)
@@ -158,7 +158,7 @@ def test_packed_documents_equal_documents_one_by_one(decay):
       dlog_decay += np.asarray(exact["dlog_decay"])
     for name, x in compared.items():
       assert_close(name, x, alone[name], tolerance(name, "float32"))
-  if decay == "head":
+  if decay == "constant":
     assert_close("dlog_decay", packed["dlog_decay"], dlog_decay, tolerance("dlog_decay", "float32"))
 
 

@@ -73,8 +73,8 @@ def test_few_long_sequences_are_split(K, V, op):
 
 @pytest.mark.parametrize("op, gate, dtype", [
     ("gla", "channel", "bfloat16"), ("gla", "channel", "float32"), ("linear_attention", "token", "float32"),
-    ("linear_attention", "head", "bfloat16"), ("delta_rule", "token", "bfloat16"), ("delta_rule", "none", "float32"),
-    ("selective_scan", "token", "bfloat16")])
+    ("linear_attention", "constant", "bfloat16"), ("delta_rule", "token", "bfloat16"),
+    ("delta_rule", "none", "float32"), ("selective_scan", "token", "bfloat16")])
 def test_kernels_are_the_same_under_x64(op, gate, dtype):
   """Forward and backward of one long sequence, which is cut into pieces: that launches every kernel."""
   array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, dtype)
@@ -84,7 +84,7 @@ def test_kernels_are_the_same_under_x64(op, gate, dtype):
     options = dict(segment_ids=jnp.zeros((1, 2048), jnp.int32))
   else:
     rows = array(1, 2048, 2, 32, dtype=dtype)
-    gates = {"token": array(1, 2048, 2), "head": array(2), "none": None, "channel": array(1, 2048, 2, 32)}
+    gates = {"token": array(1, 2048, 2), "constant": array(2), "none": None, "channel": array(1, 2048, 2, 32)}
     arrays = dict(q=rows, k=rows, v=rows, log_decay=gates[gate])
     arrays |= dict(beta=array(1, 2048, 2)) if op == "delta_rule" else {}
     options = dict(normalize_qk=True) if op == "delta_rule" else {}

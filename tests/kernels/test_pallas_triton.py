@@ -22,7 +22,7 @@ from tests.kernels.cases import Case
 # The ops over heads of queries, keys and values, which `cases` describes; selective_scan has tests of its own.
 OPS = ["delta_rule", "gla", "linear_attention"]
 PALLAS = {op: functools.partial(getattr(kernels, op), implementation="pallas_triton") for op in OPS}
-DECAYS = {"gla": ("channel",), "linear_attention": ("token", "head", "none"), "delta_rule": ("token", "none")}
+DECAYS = {"gla": ("channel",), "linear_attention": ("token", "constant", "none"), "delta_rule": ("token", "none")}
 BETA = {"delta_rule": "double"}
 
 
@@ -39,7 +39,7 @@ def check(op, case, record_property, monkeypatch):
 
 
 def configuration(op, inputs, chunk_size, monkeypatch):
-  """What the op chooses for these inputs."""
+  """The configuration that the op chooses for these inputs."""
   module, chosen = importlib.import_module(f"kernels.{op}.pallas_triton"), []
 
   def spy(*arrays, config, **options):
@@ -67,13 +67,13 @@ INTERPRETED = {
     "linear_attention": [
         Case(T=1, H=1, K=16, V=16, dtype="float32", decay="token"),
         Case(T=65, H=3, K=60, V=100, dtype="bfloat16", decay="token"),
-        Case(T=65, H=3, K=32, V=64, dtype="float32", decay="head"),
-        Case(T=100, H=2, K=32, V=64, dtype="bfloat16", decay="head", gate="-30"),
+        Case(T=65, H=3, K=32, V=64, dtype="float32", decay="constant"),
+        Case(T=100, H=2, K=32, V=64, dtype="bfloat16", decay="constant", gate="-30"),
         Case(T=65, H=2, K=32, V=32, dtype="bfloat16", decay="none", initial_state=False),
         Case(T=70, H=1, K=32, V=16, dtype="float32", decay="none", segments=(1, 30, 39)),
         Case(T=128, H=2, K=32, V=32, dtype="float16", decay="token", gate="logit_-20", segments=(1, 15, 70, 1, 41)),
         Case(T=64, H=1, K=256, V=32, dtype="bfloat16", decay="token"),
-        Case(T=32, H=1, K=256, V=16, dtype="bfloat16", decay="head"),
+        Case(T=32, H=1, K=256, V=16, dtype="bfloat16", decay="constant"),
         Case(T=50, H=4, K=32, V=32, dtype="float32", decay="token", key_heads=2, chunk_size=16),
     ],
     "delta_rule": [
@@ -100,7 +100,7 @@ def test_interpreted_kernels_match_the_scan(op, case, record_property, monkeypat
 @pytest.mark.parametrize("op, case", [
     ("gla", Case(T=128, H=2, K=32, V=32, dtype="bfloat16", gate="logit_-20", segments=(1, 15, 70, 1, 41))),
     ("linear_attention", Case(T=100, H=2, K=32, V=32, dtype="bfloat16", decay="token", segments=(1, 59, 40))),
-    ("linear_attention", Case(T=65, H=2, K=32, V=32, dtype="float32", decay="head")),
+    ("linear_attention", Case(T=65, H=2, K=32, V=32, dtype="float32", decay="constant")),
 ], ids=str)
 def test_scores_from_a_kernel_of_their_own(op, case, record_property, monkeypatch):
   module = importlib.import_module(f"kernels.{op}.pallas_triton")

@@ -1,4 +1,4 @@
-"""What every op keeps in every form of its decay, and under JAX's transformations."""
+"""Properties that every op keeps, in every form of its decay and under JAX's transformations."""
 
 import dataclasses
 import functools
@@ -14,17 +14,17 @@ from tests.close import assert_close, tolerance
 from tests.kernels.cases import Case, expected, make_inputs, results
 
 # Ops over heads of queries, keys and values; selective_scan has tests of its own.
-FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "head"), ("linear_attention", "none"),
-         ("delta_rule", "token"), ("delta_rule", "none")]
+FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "constant"),
+         ("linear_attention", "none"), ("delta_rule", "token"), ("delta_rule", "none")]
 CHUNKED = {op: functools.partial(getattr(kernels, op), implementation="xla_chunked") for op, _ in FORMS}
 every_form = pytest.mark.parametrize("op, decay", FORMS)
-# Those whose gates a token has for itself.
+# The forms in which every token has gates of its own.
 every_gate = pytest.mark.parametrize("op, decay", [form for form in FORMS if form[1] in ("channel", "token")])
 
 
 @functools.cache
 def implementations(op):
-  """The op under every implementation, by name; always the same objects, so that what was compiled serves again."""
+  """The op under every implementation, by name; always the same objects, so that compiled programs serve again."""
   others = {name: functools.partial(getattr(kernels, op), implementation=name)
             for name in ("reference", "pallas_triton")}
   return {"xla_chunked": CHUNKED[op]} | others
@@ -95,7 +95,7 @@ def test_second_derivatives_equal_those_of_the_scan(op, decay):
   wanted = wanted()
   for name, x in forward().items():
     assert_close(name, x, wanted[name], 1e-5)
-  # What takes seconds to compile is only traced.
+  # Programs that take seconds to compile are only traced.
   found = reverse() if op == "linear_attention" else jax.eval_shape(reverse)
   assert found.keys() == wanted.keys()
   for name, x in found.items() if op == "linear_attention" else ():
@@ -240,7 +240,7 @@ def test_16_bit_gates_are_widened_first(op, decay, gate_dtype):
 def scratch(op, decay, T):
   """Bytes of temporary arrays of a gradient, and of its arguments."""
   shapes = {name: (1, T, 4, 64) for name in "qkv"} | ({"beta": (1, T, 4)} if op == "delta_rule" else {})
-  shapes["log_decay"] = {"channel": (1, T, 4, 64), "token": (1, T, 4), "head": (4,), "none": None}[decay]
+  shapes["log_decay"] = {"channel": (1, T, 4, 64), "token": (1, T, 4), "constant": (4,), "none": None}[decay]
   arrays = {name: shape and jax.ShapeDtypeStruct(shape, "bfloat16" if name in "qkv" else "float32")
             for name, shape in shapes.items()}
   loss = lambda x: jnp.sum(CHUNKED[op](**x)[0].astype(jnp.float32)**2)
@@ -267,7 +267,7 @@ def closed(op, decay, where):
   """Inputs with gates of -inf."""
   x = inputs(op, decay)
   gates = x.arrays["log_decay"]
-  if decay == "head":
+  if decay == "constant":
     gates = gates.at[slice(1, None) if where == "in half" else slice(None)].set(-jnp.inf)
   elif where == "in half" and decay == "channel":
     gates = gates.at[:, 20:40, :, ::2].set(-jnp.inf)
@@ -286,11 +286,11 @@ def test_gates_of_minus_infinity_forget(op, decay):
     assert not np.any(actual["dlog_decay"][np.isneginf(x.arrays["log_decay"])]), where
 
 
-@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "head")])
+@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "constant")])
 def test_gates_of_minus_infinity_forget_in_kernels(op, decay):
   x = inputs(op, decay, B=1, T=20, H=1, V=8)
   for row in ([0, 5, 6, 19], range(20)):
-    at = 0 if decay == "head" else (slice(None), np.asarray(row))
+    at = 0 if decay == "constant" else (slice(None), np.asarray(row))
     gates = x.arrays["log_decay"].at[at].set(-jnp.inf)
     x = dataclasses.replace(x, arrays=x.arrays | {"log_decay": gates})
     actual, wanted = results(implementations(op)["pallas_triton"], x.arrays, None, x.cotangents), expected(x)
@@ -299,6 +299,6 @@ def test_gates_of_minus_infinity_forget_in_kernels(op, decay):
     np.testing.assert_allclose(actual["dlog_decay"][np.isneginf(gates)], 0.0, atol=1e-5 if op == "gla" else 0)
     for name, value in wanted.items():
       if np.any(value):
-        assert_close(name, actual[name], value, tolerance(name, "float32", split=True))
+        assert_close(name, actual[name], value, tolerance(name, "float32", multi_pass=True))
       elif name != "dlog_decay":
         np.testing.assert_allclose(actual[name], 0.0, atol=1e-15 if op == "gla" else 0)

@@ -88,12 +88,12 @@ def definition(x, step_size, a, b, c, *, initial_state=None, segment_ids=None):
   return jnp.moveaxis(output, 0, 1), state
 
 
-def check(case, fn, *, split=False):
+def check(case, fn, *, multi_pass=False):
   arrays, ids, cotangents = make_inputs(case)
   actual = results(fn, arrays, ids, cotangents)
   wide = jax.tree.map(lambda x: x.astype("float32"), (arrays, cotangents))
   for name, x in results(definition, wide[0], ids, wide[1]).items():
-    assert_close(name, actual[name].astype("float32"), x, tolerance(name, case.dtype, split=split))
+    assert_close(name, actual[name].astype("float32"), x, tolerance(name, case.dtype, multi_pass=multi_pass))
   for name, x in arrays.items():
     assert actual[f"d{name}"].dtype == x.dtype
   assert actual["output"].dtype == arrays["x"].dtype and actual["final_state"].dtype == jnp.float32
@@ -123,7 +123,7 @@ def test_reference_behind_the_contract_equals_scan(case):
 
 
 def test_steps_equal_one_call():
-  """What decoding does: `step` token by token."""
+  """`step` token by token, as in decoding."""
   x, _, _ = make_inputs(Case(T=7))
   state, outputs = x["initial_state"], []
   for t in range(7):
@@ -212,7 +212,7 @@ def test_second_derivatives_equal_those_of_the_scan():
 
 @pytest.mark.parametrize("fn", [CHUNKED, REFERENCE], ids=["xla_chunked", "reference"])
 def test_rates_of_minus_infinity_forget(fn):
-  """In as many tokens as fill no chunk: -inf times the step size of what fills it up is NaN."""
+  """With tokens that fill no chunk: -inf times the step size of the tokens that fill it up would be NaN."""
   arrays, _, cotangents = make_inputs(Case())
   infinite, fast = ({**arrays, "a": arrays["a"].at[:, 1].set(rate)} for rate in (-jnp.inf, -1e30))
   actual = results(fn, infinite, None, cotangents)
@@ -234,7 +234,7 @@ INTERPRETED = [
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_interpreted_kernels_equal_scan(case):
-  check(case, PALLAS, split=True)
+  check(case, PALLAS, multi_pass=True)
 
 
 @pytest.mark.parametrize("case", [Case(T=100, D=16, N=16, segments=(15, 60, 25)), Case(B=1, T=130)], ids=str)
@@ -245,9 +245,9 @@ def test_pieces_equal_scan(case):
   def cut(x, step_size, a, b, c, *, initial_state, segment_ids):
     starts = None if segment_ids is None else jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     resets = None if starts is None else jnp.where(starts, -1e4, 0.0)
-    return module.configured(x, step_size, a, b, c, resets, initial_state, block=4, pieces=4)
+    return module.configured(x, step_size, a, b, c, resets, initial_state, block=4, count=4)
 
-  check(case, cut, split=True)
+  check(case, cut, multi_pass=True)
 
 
 def kernel_counts(B, T, dtype="bfloat16", N=16, gradient=True):
@@ -300,7 +300,7 @@ GPU_CASES = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_compiled_kernels_equal_scan(case):
-  check(case, PALLAS, split=True)
+  check(case, PALLAS, multi_pass=True)
 
 
 def side_by_side(case, record_property):

@@ -1,4 +1,4 @@
-"""Tuned configurations: what a device's file must look like, and when its entries apply."""
+"""Tuned configurations: the form of a device's file, and when its entries apply."""
 
 import dataclasses
 import json
