@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-import configs
+from configs import lookup
 from lin_jax.config import to_dict
 from lin_jax.generate import Sampling, decode, state_bytes
 from lin_jax.model import LanguageModel, parameter_count
@@ -67,7 +67,7 @@ def _scaled(tokens):
 
 
 def _config(name):
-  config = configs.lookup(name)
+  config = lookup(name)
   return training.shrunk(config) if _TINY.value else config
 
 

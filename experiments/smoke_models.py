@@ -18,8 +18,7 @@ import time
 
 from absl import flags
 
-import configs
-from configs import page
+from configs import CONFIGS, page
 from configs.gla_paper import at_340m
 from lin_jax import files
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
@@ -35,7 +34,7 @@ from speed import training
 _OTHERS = {"gated_deltanet_340m": lambda: at_340m(GatedDeltaNetConfig(heads=3), depth=21),
            "simple_gla_340m": lambda: at_340m(SimpleGLAConfig()),
            "linear_attention_340m": lambda: at_340m(LinearAttentionConfig())}
-FAMILIES = {name: configs.CONFIGS.get(name) or _OTHERS[name] for name in (
+FAMILIES = {name: CONFIGS.get(name) or _OTHERS[name] for name in (
     "transformer_340m", "retnet_340m", "gla_340m", "simple_gla_340m", "linear_attention_340m", "deltanet_340m",
     "deltanet_swa_340m", "deltanet_global_340m", "gated_deltanet_340m", "hgrn2_340m", "tnl_385m", "mamba2_340m",
     "mamba_340m")}

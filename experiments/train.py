@@ -20,14 +20,14 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-import configs
+from configs import CONFIGS, lookup
 from lin_jax.config import TrainConfig
 from lin_jax.training import train
 from running import commands
 
 _CONFIG = config_flags.DEFINE_config_dataclass(
-    "config", TrainConfig(), f"One of {', '.join(configs.CONFIGS)}; --config.<field>=<value> overrides a field.",
-    parse_fn=configs.lookup)
+    "config", TrainConfig(), f"One of {', '.join(CONFIGS)}; --config.<field>=<value> overrides a field.",
+    parse_fn=lookup)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; runs/<config> if empty.")
 _CHECKPOINT = commands.define_checkpoint()
 _COORDINATOR = flags.DEFINE_string(
@@ -39,7 +39,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Index of this process, with a 
 def main(_):
   config = _CONFIG.value
   if not config.name:
-    raise ValueError(f"--config is required: one of {', '.join(configs.CONFIGS)}")
+    raise ValueError(f"--config is required: one of {', '.join(CONFIGS)}")
   if _COORDINATOR.value:
     address = None if _COORDINATOR.value == "auto" else _COORDINATOR.value
     try:

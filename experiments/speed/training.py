@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-import configs
+from configs import CONFIGS
 from configs.gla_paper import at_340m
 from lin_jax import flops, mixers, sharding
 from lin_jax.config import TrainConfig, to_dict
@@ -38,14 +38,14 @@ class Sweep:
 
 def transformer_385m() -> TrainConfig:
   """Transformer++ with TNL's vocabulary, and an MLP that makes up for its smaller mixer: 383M parameters."""
-  return at_340m(AttentionConfig(heads=16), mlp_width=3136, vocab_size=configs.CONFIGS["tnl_385m"]().model.vocab_size)
+  return at_340m(AttentionConfig(heads=16), mlp_width=3136, vocab_size=CONFIGS["tnl_385m"]().model.vocab_size)
 
 
 SWEEPS = {
-    "gla_fig6": Sweep("Training at 1.3B parameters", {name: configs.CONFIGS[name] for name in (
+    "gla_fig6": Sweep("Training at 1.3B parameters", {name: CONFIGS[name] for name in (
         "gla_1b3", "transformer_1b3", "retnet_1b3", "mamba_1b3", "deltanet_1b3")},
         tuple(2**i for i in range(11, 15)), 2**14),
-    "tnl": Sweep("Training at 385M parameters", {"tnl_385m": configs.CONFIGS["tnl_385m"],
+    "tnl": Sweep("Training at 385M parameters", {"tnl_385m": CONFIGS["tnl_385m"],
                                                  "transformer_385m": transformer_385m},
                  tuple(2**i for i in range(10, 17)), 2**16)}
 
