@@ -1,4 +1,4 @@
-"""Kills training runs at random moments, resumes them, and compares their ends with that of an unbroken run.
+"""Kills training runs at random moments, resumes them, and compares their ends with an unbroken run's end.
 
   python experiments/kill_campaign.py --runs=46 --out=kills.json
 

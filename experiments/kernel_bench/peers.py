@@ -157,7 +157,7 @@ def _torch_peak(torch, call):
 
 
 def _captured(torch, call, sets):
-  """Captures `call` as one CUDA graph per input set, so that a launch costs as much as that of a compiled program."""
+  """Captures `call` as one CUDA graph per input set, so that a launch costs as much as a compiled program's."""
   stream = torch.cuda.Stream()
   stream.wait_stream(torch.cuda.current_stream())
   with torch.cuda.stream(stream):

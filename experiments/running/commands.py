@@ -39,7 +39,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     # Below this level Orbax narrates every save and load. The choice of an op's implementation deserves a line.
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("kernels").setLevel(logging.INFO)
-    # What goes wrong while a checkpoint is written is logged with its traceback, and then raised.
+    # Errors while a checkpoint is written are logged with their traceback before they are raised, so once too often.
     for handler in {absl_logging.get_absl_handler(), *logging.getLogger().handlers}:
       handler.addFilter(lambda record: not record.exc_info)
     threading.excepthook, sys.unraisablehook = _thread_error, _unraisable
