@@ -1,4 +1,4 @@
-"""The page of claims: what it says of known records, and that the committed page is that of the committed records."""
+"""The page of claims of known records, and the committed page, which must follow from the committed records."""
 
 import dataclasses
 import json

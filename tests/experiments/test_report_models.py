@@ -1,4 +1,4 @@
-"""The page of models is that of the configs, its sizes are the papers', and its numbers follow from the layouts."""
+"""The page of models follows from the configs, its sizes are the papers', and its numbers follow from the layouts."""
 
 import json
 import pathlib

@@ -122,7 +122,7 @@ def test_constant_decay_equals_the_same_gate_at_every_token():
 
 @pytest.mark.parametrize("decay", ["token", "head", "none"])
 def test_only_a_decay_per_token_has_numbers_per_token(decay):
-  """Some array of forward and backward has one number a token and head exactly when the decay has."""
+  """Some array of forward and backward has one number per token and head exactly when the decay has."""
   inputs = make_inputs(Case(B=2, T=192, H=3, K=8, V=16, decay=decay))
   program = str(cases.results.trace(CHUNKED, inputs.arrays, None, inputs.cotangents, chunk_size=64).jaxpr)
   sizes = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program)}

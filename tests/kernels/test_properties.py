@@ -95,7 +95,7 @@ def test_second_derivatives_equal_those_of_the_scan(op, decay):
   wanted = wanted()
   for name, x in forward().items():
     assert_close(name, x, wanted[name], 1e-5)
-  # What takes seconds to compile is only traced.
+  # Programs that take seconds to compile are only traced.
   found = reverse() if op == "linear_attention" else jax.eval_shape(reverse)
   assert found.keys() == wanted.keys()
   for name, x in found.items() if op == "linear_attention" else ():
