@@ -3,12 +3,12 @@
   python experiments/bench_decoding.py --out=experiments/results/decoding.jsonl --limit_seconds=540
   python experiments/bench_decoding.py --tiny                                           # proves the command on a CPU
 
-The context is read in pieces with the state carried over. Then `lin_jax.generate.decode` draws tokens greedily in one
-compiled program, always from the same state, and the median of its calls counts. Weights are untrained, which takes the
-same time. The cache of attention has room for exactly the context and the decoded tokens. Like every state, it is
-written anew by each token, because the layers are a scan. A run that fails is recorded with its reason. A run is
-skipped when --out has its record for this device, these versions and this setting. Exit codes: 0 done, or the time is
-over; 1 a run failed; 2 a user's error. `report_claims.py` draws the curves.
+The context is read in pieces, and the state is carried from one to the next. Then `lin_jax.generate.decode` draws
+tokens greedily in one compiled program, always from the same state, and the median of its calls counts. The weights are
+untrained, because training does not change the time. The cache of attention has room for exactly the context and the
+decoded tokens. Like every state, it is written anew by each token, because the layers are a scan. A run that fails is
+recorded with its reason. A run is skipped when --out has its record for this device, these versions and this setting.
+Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error. `report_claims.py` draws the curves.
 """
 
 import functools
@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-import configs
+from configs import lookup
 from lin_jax.config import to_dict
 from lin_jax.generate import Sampling, decode, state_bytes
 from lin_jax.model import LanguageModel, parameter_count
@@ -35,14 +35,16 @@ _CONTEXTS_KNOWN = tuple(2**i for i in range(10, 17))
 _PIECE = 1024
 _RESULTS = ("ms_per_token", "tokens_per_s", "state_mib", "memory_gib")
 
-_MODELS = flags.DEFINE_list("models", [], f"Which of {', '.join(_MODELS_KNOWN)}; all if none is given.")
-_CONTEXTS = flags.DEFINE_list("contexts", [], "Tokens before, powers of two from 1,024 to 65,536; all if none given.")
-_BATCH = flags.DEFINE_integer("batch_size", 1, "Sequences decoded together.", lower_bound=1)
-_TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens decoded by a call.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Calls, after one that is not timed.", lower_bound=1)
-_TINY = flags.DEFINE_bool("tiny", False, "Width 32, two layers, float32; a 256th of the contexts.")
+_MODELS = flags.DEFINE_list("models", [], f"Models, out of {', '.join(_MODELS_KNOWN)}; all if none is given.")
+_CONTEXTS = flags.DEFINE_list("contexts", [], "Lengths of the context, powers of two from 1,024 to 65,536; all if "
+                              "none is given.")
+_BATCH = flags.DEFINE_integer("batch_size", 1, "Sequences that are decoded together.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens that one call decodes.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls, after one that is not timed.", lower_bound=1)
+_TINY = flags.DEFINE_bool("tiny", False, "Runs models of width 32 with two layers, in float32, on a 256th of the "
+                          "contexts.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
-_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probably end later; 0 for no limit.",
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begins no run that would probably end later; 0 for no limit.",
                             lower_bound=0)
 
 
@@ -50,7 +52,7 @@ def main(_):
   start = time.monotonic()
   path = pathlib.Path(_OUT.value) if _OUT.value else None
   common = training.provenance()
-  # The contexts of a model follow one another: its weights, and the program of a linear one, serve them all.
+  # The contexts of a model follow one another, because its weights serve them all, as does the program of a linear one.
   every = [((name, context), common | {"setting": _setting(name, context)})
            for name in sweeps.chosen(_MODELS, _MODELS_KNOWN)
            for context in map(_scaled, sweeps.chosen(_CONTEXTS, _CONTEXTS_KNOWN))]
@@ -67,7 +69,7 @@ def _scaled(tokens):
 
 
 def _config(name):
-  config = configs.lookup(name)
+  config = lookup(name)
   return training.shrunk(config) if _TINY.value else config
 
 
@@ -86,7 +88,7 @@ def _model(name):
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _read(model, tokens, state):
-  """Logits after `tokens`, and the state."""
+  """Returns the logits after `tokens`, and the state there."""
   hidden, state = model.hidden(tokens, state)
   return jnp.dot(hidden[:, -1], model.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32), state
 
@@ -104,7 +106,7 @@ def _measured(name, context):
   for i in range(0, context, piece):
     logits, state = _read(model, prompt[:, i:i + piece], state)
   arguments = model, logits, state, jax.random.key(0)
-  # Compiled by the first context of a linear model, found again by the others.
+  # The first context of a linear model compiles it, and the others find it again.
   program = _decode.lower(*arguments, steps=steps).compile()
   seconds = []
   for _ in range(_REPEATS.value + 1):

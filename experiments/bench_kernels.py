@@ -1,13 +1,13 @@
-"""Times every implementation of the ops that can run here, and other libraries', on the same inputs in the same run.
+"""Times every implementation of the ops that can run here, beside other libraries, on the same inputs in one run.
 
   python experiments/bench_kernels.py                                  # every op, B1 T2048 H4 K=V=64 float32
   python experiments/bench_kernels.py --shapes=cpu --repeats=30 --out=experiments/results/kernels.jsonl
   XLA_PYTHON_CLIENT_PREALLOCATE=false python experiments/bench_kernels.py --shapes=paper,grid,length \
       --implementations=pallas_triton --out=experiments/results/kernels.jsonl --resume --limit_seconds=540
 
-Without that variable JAX takes most of a GPU's memory before PyTorch asks for any. `kernel_bench/cases.py` says what
-the sets are, and `kernel_bench/timing.py` how time is taken. Each number is taken after the call's output and gradients
-were compared with the float32 scan; what cannot run is recorded with its reason. `report_kernels.py` makes the page.
+Without that variable JAX takes most of a GPU's memory before PyTorch asks for any. `kernel_bench/cases.py` describes
+the sets, and `kernel_bench/timing.py` how time is taken. A call is timed after its output and gradients were compared
+with the float32 scan. A call that cannot run is recorded with its reason. `report_kernels.py` makes the page.
 """
 
 import concurrent.futures
@@ -35,27 +35,30 @@ from running import commands, records
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "versions")
 
-_SHAPES = flags.DEFINE_list("shapes", [], f"Sets of shapes: {', '.join(cases.SETS)}, or all that fit the device "
-                            "(all); none: the one shape of --batch to --value.")
-_OPS = flags.DEFINE_list("ops", list(cases.TIMED), "Ops to time; attention is cuDNN's, for comparison.")
-_IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "Of this repository; none given: all that the device is "
-                                     "meant for, the token scan on a CPU only. 'none' for peers alone.")
-_PEERS = flags.DEFINE_list("peers", list(peers.OPS), "Other libraries, where installed; 'none' for none.")
+_SHAPES = flags.DEFINE_list("shapes", [], f"Sets of shapes: {', '.join(cases.SETS)}, or `all` for those that "
+                            "fit the device. If none is given, the one shape that --batch to --value describe.")
+_OPS = flags.DEFINE_list("ops", list(cases.TIMED), "Ops to time; attention runs cuDNN's, for comparison.")
+_IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "This repository's implementations to time, or 'none' for "
+                                     "peers alone. If none is given, all that are meant for the device; the token scan "
+                                     "runs on a CPU only.")
+_PEERS = flags.DEFINE_list("peers", list(peers.OPS), "Other libraries to time where they are installed, or 'none'.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens per sequence.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 4, "Heads.", lower_bound=1)
 _KEY_CHANNELS = flags.DEFINE_integer("key", 64, "Key channels per head.", lower_bound=1)
 _VALUE_CHANNELS = flags.DEFINE_integer("value", 64, "Value channels per head.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
-                           "Of q, k and v; gates are float32. None: the set's, float32 for a single shape.")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Batches of calls; the median counts.", lower_bound=1)
-_INPUTS = flags.DEFINE_integer("input_sets", 2, "Inputs that the calls rotate through.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", "", "JSON lines file that receives one record a measurement, appended.")
-_RESUME = flags.DEFINE_bool("resume", False, "Skip what --out holds of this device, these versions and these kernels.")
+                           "Dtype of q, k and v; gates are float32. The set's own by default, and float32 for a "
+                           "single shape.")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Batches of calls that are timed; their median counts.", lower_bound=1)
+_INPUTS = flags.DEFINE_integer("input_sets", 2, "How many sets of inputs the calls rotate through.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "", "JSON lines file to which one record per measurement is appended.")
+_RESUME = flags.DEFINE_bool("resume", False, "Skips the calls that --out has for this device, these versions and "
+                            "these kernels.")
 _MATCH = flags.DEFINE_string("match", "", "Times only the calls whose line contains this regular expression.")
 _TURNS = flags.DEFINE_string("turns", "", "File by which several of these commands, each with its part of the calls, "
                              "take turns on one GPU: they compile side by side and measure one at a time.")
-_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no measurement after this time; 0 for no limit.", lower_bound=0)
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begins no measurement after this time; 0 for no limit.", lower_bound=0)
 
 
 def main(_):
@@ -96,7 +99,7 @@ def main(_):
 
 @contextlib.contextmanager
 def _turn():
-  """The GPU to itself among the commands that share --turns. Inputs stay in memory between the turns."""
+  """Has the GPU for this command alone among those that share --turns. Inputs stay in memory between the turns."""
   if not _TURNS.value:
     yield
     return
@@ -154,10 +157,10 @@ def _prepared(case):
 
 
 def _compiled(wanted):
-  """For each measurement a function that gives its compiled pass, None where a library compiles on the first call.
+  """Returns for each measurement a function that gives its compiled pass, or None if a library compiles when called.
 
-  On a GPU all are compiled first and side by side, which takes most of the time that a long list takes; on a CPU each
-  in its turn, because compilation would disturb the measurement beside it.
+  On a GPU all passes are compiled first and side by side, because compilation takes most of the time of a long list. On
+  a CPU each is compiled in its turn, because compilation would disturb the measurement beside it.
   """
   calls = [functools.partial(_compile, name, case, label) for _, case, label, name in wanted]
   if jax.default_backend() != "gpu":
@@ -215,7 +218,7 @@ def _identity(row):
 def _versions(name):
   if name in peers.OPS:
     return peers.versions(peers.PACKAGES[name])
-  # Of the sources, so that a record tells which kernels it is of also where there is no git.
+  # A digest of the sources says which kernels a record belongs to, even where there is no git.
   digest = hashlib.sha256()
   for path in sorted((_ROOT / "kernels").rglob("*")):
     if path.suffix in (".py", ".json"):

@@ -26,15 +26,16 @@ from speed.training import SWEEPS
 
 _RESULTS = ("tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s", "losses")
 
-_SET = flags.DEFINE_enum("set", "gla_fig6", SWEEPS, "Models, lengths and tokens per step.")
-_MODELS = flags.DEFINE_list("models", [], "Which of its models; all if none is given.")
-_LENGTHS = flags.DEFINE_list("lengths", [], "Which of its lengths; all if none is given.")
+_SET = flags.DEFINE_enum("set", "gla_fig6", SWEEPS, "The curve to measure: its models, lengths and tokens per step.")
+_MODELS = flags.DEFINE_list("models", [], "Models of the set; all if none is given.")
+_LENGTHS = flags.DEFINE_list("lengths", [], "Lengths of the set; all if none is given.")
 _STEPS = flags.DEFINE_integer("steps", 12, "Optimizer steps.", lower_bound=2)
-_TIMED = flags.DEFINE_integer("timed_steps", 8, "The last of them, which are timed.", lower_bound=1)
+_TIMED = flags.DEFINE_integer("timed_steps", 8, "How many of the last steps are timed.", lower_bound=1)
 _REMAT = flags.DEFINE_enum("remat", "dots", REMAT_POLICIES, "What a block recomputes in its backward pass.")
-_TINY = flags.DEFINE_bool("tiny", False, "Width 32, two layers, float32; a 256th of the lengths and tokens.")
+_TINY = flags.DEFINE_bool("tiny", False, "Trains models of width 32 with two layers, in float32, on a 256th of the "
+                          "lengths and tokens.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
-_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no run that would probably end later; 0 for no limit.",
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begins no run that would probably end later; 0 for no limit.",
                             lower_bound=0)
 
 

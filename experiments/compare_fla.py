@@ -2,9 +2,10 @@
 
   python experiments/compare_fla.py --out=experiments/results/compare_fla.json
 
-For each model of `fla_bridge/models.py`: its library draws a model and saves it; `lin_jax.hf` loads it, and logits and
-greedily generated tokens agree; `lin_jax.hf` writes it, and the library loads that and computes the same. One record
-per model; the command fails (exit code 1) if any bar is missed.
+For each model of `fla_bridge/models.py` the library draws parameters and saves them. `lin_jax.hf` loads the checkpoint,
+and its logits and greedily generated tokens must agree with the library's. Then `lin_jax.hf` writes the model, and the
+library must load that and compute the same. There is one record per model. The command ends with exit code 1 if any bar
+is missed.
 """
 
 import dataclasses
@@ -32,12 +33,14 @@ from running import commands
 
 _OUT = flags.DEFINE_string("out", "", "JSON file that receives the records.")
 _MODELS = flags.DEFINE_list("models", [], "Models to compare; all if empty.")
-_FIXTURES = flags.DEFINE_string("fixtures", "", "Directory for the tests' fixtures; nothing is compared then.")
-_INTERPRET = flags.DEFINE_bool("interpret", False, "Run the library on the CPU, in Triton's interpreter.")
+_FIXTURES = flags.DEFINE_string("fixtures", "", "Directory that receives the tests' fixtures; then nothing is "
+                                "compared.")
+_INTERPRET = flags.DEFINE_bool("interpret", False, "Runs the library on the CPU, in Triton's interpreter.")
 
 BATCH, TOKENS, STEPS = 2, 96, 16
-# Relative RMS error of logits against the library's in float32. Ours in float32 come from the chunked form, with
-# products in float32; those in bfloat16 from whatever implementation serves the device: its bar is one on rounding.
+# Bounds on the relative RMS error of logits against the library's in float32. Our float32 logits come from the chunked
+# form with products in float32. Our bfloat16 logits come from the device's own implementation, and their bar is on
+# rounding.
 BARS = {"float32": 1e-4, "bfloat16": 3e-2, "back": 1e-5}
 
 
@@ -67,7 +70,7 @@ def main(_):
 
 
 def _record(name: str, device: str) -> dict:
-  """What was compared and how it came out; an exception becomes part of the record, so that the others still run."""
+  """Compares one model; an exception becomes part of its record, so that the other models still run."""
   start, record = time.perf_counter(), {"model": name, "passed": False}
   folder = pathlib.Path(tempfile.mkdtemp())
   try:
@@ -83,7 +86,7 @@ def _record(name: str, device: str) -> dict:
 
 
 def compare(name: str, folder: pathlib.Path, device: str) -> dict:
-  """Errors of logits by dtype and after the way back, and whether the generated tokens are the same."""
+  """Returns errors of logits by dtype and after the way back, and whether the generated tokens are the same."""
   theirs = models.build(name, device)
   models.save(theirs, folder / "theirs")
   tokens = np.random.default_rng(1).integers(0, theirs.config.vocab_size, (BATCH, TOKENS))
@@ -110,7 +113,7 @@ def _error(model, tokens, expected) -> float:
 
 
 def _as(model, config, dtype, implementation):
-  """The same parameters in a model that computes in `dtype`, its ops by `implementation`."""
+  """Puts the same parameters into a model that computes in `dtype` and whose ops run `implementation`."""
   mixer = config.mixer
   if hasattr(mixer, "implementation"):
     mixer = dataclasses.replace(mixer, implementation=implementation)

@@ -1,4 +1,4 @@
-"""Compiles every configuration of the GPU kernels for a list of GPUs, without having one: do they fit, do they spill?
+"""Compiles every configuration of the GPU kernels without a GPU, and checks that they fit and do not spill registers.
 
   pip install -e .[compile]
   pip install --target=cuda130 --no-deps nvidia-cuda-nvcc==13.0.88
@@ -6,17 +6,19 @@
   python experiments/compile_kernels.py --gpus=sm_90a --ops=gla --match='256x512 bfloat16'
   python experiments/compile_kernels.py --rebase
 
-A program is the forward and backward pass under the heuristic's answer, at every point of a grid of widths, dtypes and
-gates, or under an entry of `kernels/tuned`. Exit status 1 when a kernel spills registers (for an entry more than 16
-bytes), wants more shared memory than a block may have, does not compile, or when its machine code lacks a tensor-core
-product of its PTX, as the installed assembler makes it or one of --assemblers. The record keeps registers, spills,
-shared memory and products of every kernel, and how it was built. A run adds what the record lacks of its kernels,
-measured configurations first, then odd widths, and goes on where a limit of time or a signal stopped it; `pending`
-counts what is not compiled since the kernels changed. One with --match only prints.
+A program is the forward and backward pass under one configuration: the heuristic's answer at a point of a grid of
+widths, dtypes and gates, or an entry of `kernels/tuned`. The exit status is 1 when a kernel does not compile, spills
+registers (more than 16 bytes for an entry), or wants more shared memory than a block may have. It is also 1 when the
+machine code lacks a tensor-core product of its PTX, whether the installed assembler made it or one of --assemblers.
+
+The record keeps registers, spills, shared memory and products of every kernel, and how it was built. A run adds the
+programs that the record lacks: measured configurations first, then odd widths, then the others. It continues where a
+limit of time or a signal stopped it. `pending` counts the programs that were not compiled again after the kernels
+changed. A run with --match only prints.
 
 The record also keeps a digest of each program's traced kernel calls. After a change of the sources that leaves these
 calls equal, as new names do, --rebase notes the new sources as what the entries were built from. It needs no CUDA
-toolchain. It prints the programs whose calls differ, leaves them pending, and then has exit status 1.
+toolchain. It prints the programs whose calls differ and leaves them pending; then the exit status is 1.
 """
 
 import collections
@@ -44,10 +46,11 @@ from running import commands, deadline
 _OPS = flags.DEFINE_list("ops", list(compiled.OPS), "Ops, comma-separated.")
 _GPUS = flags.DEFINE_list("gpus", list(compiled.GPUS), "Architectures, comma-separated.")
 _MATCH = flags.DEFINE_string("match", "", "Compiles only the programs whose line contains this regular expression.")
-_ASSEMBLERS = flags.DEFINE_list("assemblers", [], "Further ptxas programs that have to keep every product.")
+_ASSEMBLERS = flags.DEFINE_list("assemblers", [], "Further ptxas programs, which must keep every product too.")
 _OUT = flags.DEFINE_string("out", "experiments/results/compiled_kernels.json", "The record.")
-_REBASE = flags.DEFINE_bool("rebase", False, "Compiles nothing: accepts sources whose traced kernel calls are equal.")
-_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no program after this time; 0 for no limit.", lower_bound=0)
+_REBASE = flags.DEFINE_bool("rebase", False, "Compiles nothing, and accepts sources whose traced kernel calls are "
+                            "equal.")
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begins no program after this time; 0 for no limit.", lower_bound=0)
 SAVE_SECONDS = 30
 _PACKAGES = "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"
 
@@ -71,12 +74,12 @@ def main(_):
 
 
 def compile_missing(record, wanted, over):
-  """Compiles what the record lacks; how many programs are wanted, are done, and have a fault."""
+  """Compiles the programs that the record lacks. Returns how many are wanted, are done, and have a fault."""
   made_by = {"versions": versions(), "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)]}
   builds = {op: {"sources": compiled.sources(op)} | made_by for op in compiled.OPS}
   wanted = [program for program in wanted if _MATCH.value or record.build(program) != builds[program.op]]
   wanted.sort(key=lambda program: (program.source != "tuned", (program.K, program.V) not in compiled.ODD_WIDTHS))
-  # Gates of one width share kernels, and tracing takes as long as compiling: a process does both, for one width.
+  # Gates of one width share kernels, and tracing takes as long as compiling, so one process does both for a width.
   key = lambda p: (p.op, p.gpu, p.K, p.V, p.dtype, p.source, p.tokens)
   groups = (list(group) for _, group in itertools.groupby(wanted, key))
   done, faulty, saved = 0, 0, time.perf_counter()
@@ -93,7 +96,7 @@ def compile_missing(record, wanted, over):
 
 
 def rebase(record, wanted, over):
-  """Accepts these sources where calls are equal; how many programs are of other ones, are done, and differ."""
+  """Accepts these sources where calls are equal. Returns how many programs had other sources, are done, and differ."""
   sources = {op: compiled.sources(op) for op in compiled.OPS}
   wanted = [program for program in wanted if (record.build(program) or {}).get("sources") != sources[program.op]]
   groups = collections.defaultdict(list)  # calls do not depend on the GPU
@@ -104,12 +107,12 @@ def rebase(record, wanted, over):
     done += 1
     if not record.rebase(program, digest, sources[program.op]):
       different += 1
-      print(f"{program}: its kernel calls are not those of the record", flush=True)
+      print(f"{program}: its kernel calls are not the record's", flush=True)
   return len(wanted), done, different
 
 
 def in_processes(function, groups, over):
-  """Results of `function` for each group of programs, as they are there; no group is begun after `over()`."""
+  """Yields the results of `function` for each group of programs as they come; begins no group after `over()`."""
   with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
     running = set()
     for group in itertools.chain(groups, [None] * os.cpu_count()):
@@ -122,7 +125,7 @@ def in_processes(function, groups, over):
 
 
 def compile_group(assemblers, programs):
-  """Pairs of program and record entry, each kernel that several programs launch compiled once."""
+  """Returns pairs of program and record entry; a kernel that several programs launch is compiled once."""
   calls = [compiled.calls(program) for program in programs]
   different = {call.key: call for named in calls for call in named.values()}
   kernels = compiled.compile_calls(programs[0].gpu, list(different.values()), assemblers)
@@ -132,7 +135,7 @@ def compile_group(assemblers, programs):
 
 
 def trace_group(programs):
-  """Pairs of program and digest of its kernel calls, which all of the group share."""
+  """Returns pairs of program and digest of its kernel calls, which the whole group shares."""
   digest = compiled.traced(compiled.calls(programs[0]))
   return [(program, digest) for program in programs]
 
@@ -152,7 +155,7 @@ def versions() -> dict:
 
 
 class Record:
-  """Programs by what identifies them, with the build that each comes from: sources, versions and assemblers."""
+  """The record file: its programs, and the build of each, which is sources, versions and assemblers."""
 
   def __init__(self, path: pathlib.Path):
     try:
@@ -163,12 +166,12 @@ class Record:
       raise ValueError(f"--out={path}: not a record of this command: {e!r}") from e
 
   def build(self, program: compiled.Program) -> dict | None:
-    """The build that the program's entry comes from, None without an entry."""
+    """The build that the program's entry comes from, or None if there is no entry."""
     entry = self._entries.get(compiled.identity(program.row()))
     return entry and self._builds[entry["build"]]
 
   def rebase(self, program: compiled.Program, digest: str, sources: str) -> bool:
-    """Notes that the program's build is one of these `sources` too, if the digest of its calls is the entry's."""
+    """Notes `sources` as the entry's own if the digest of the program's calls is equal; returns whether it is."""
     entry = self._entries.get(compiled.identity(program.row()))
     if entry is None or entry["traced"] != digest:
       return False
@@ -181,7 +184,7 @@ class Record:
     self._entries[compiled.identity(entry)] = entry | {"build": name}
 
   def save(self) -> None:
-    """Writes the programs that are still wanted, one on a line, and the builds that they come from."""
+    """Writes the programs that are still wanted, one per line, and the builds that they come from."""
     wanted = [compiled.identity(program.row()) for program in compiled.programs()]
     entries = [self._entries[key] for key in wanted if key in self._entries]
     builds = {name: self._builds[name] for name in dict.fromkeys(entry["build"] for entry in entries)}

@@ -7,7 +7,7 @@
 
 `hub/...` is a directory with config.json and model.safetensors, downloaded beforehand. Its tokenizer.model is copied
 where `lin_jax.tokenizer` can read it. Without one, generate.py needs --data with a dataset of the same tokenizer.
-Workdir and directory appear when they are complete, so a command that was killed is simply repeated.
+The workdir or the directory appears only when it is complete, so a command that was killed can simply be repeated.
 """
 
 import pathlib
@@ -25,11 +25,12 @@ from lin_jax.model import parameter_count
 from lin_jax.tokenizer import MODEL_FILE, MistralTokenizer, load_tokenizer, require_vocabulary
 from running import commands
 
-_FROM = flags.DEFINE_string("from", "", "Directory of a Hugging Face checkpoint to read; makes the workdir.")
-_TO = flags.DEFINE_string("to", "", "Directory of the Hugging Face checkpoint to write, from the workdir's run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run: made with --from, read with --to.", required=True)
+_FROM = flags.DEFINE_string("from", "", "Directory of the Hugging Face checkpoint that becomes the workdir.")
+_TO = flags.DEFINE_string("to", "", "Directory of the Hugging Face checkpoint that the workdir's run becomes.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, which --from makes and --to reads.",
+                               required=True)
 _CHECKPOINT = commands.define_checkpoint()
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of activations with --from; the checkpoint's own if not given.")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of activations with --from; by default the checkpoint's own.")
 
 
 def main(_):
@@ -42,7 +43,7 @@ def main(_):
 
 
 def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) -> None:
-  """Makes `workdir` a run of the checkpoint `source`, with its tokenizer where it has one that is served."""
+  """Makes `workdir` a run of the checkpoint `source`, with the checkpoint's tokenizer if the library can read it."""
   model_config, model = hf.load(source)
   model_config.dtype = dtype or model_config.dtype
   tokenizer = source / MODEL_FILE
@@ -84,7 +85,7 @@ def write(target: pathlib.Path, workdir: pathlib.Path) -> None:
 
 
 def _unserved(file: pathlib.Path, vocab_size: int) -> str:
-  """Why a tokenizer file does not serve a model of `vocab_size`; empty if it does."""
+  """Says why a tokenizer file does not serve a model of `vocab_size`; empty if it does."""
   if not file.is_file():
     return f"{file.parent} has no {MODEL_FILE}, the one tokenizer file that is served"
   try:
@@ -95,7 +96,7 @@ def _unserved(file: pathlib.Path, vocab_size: int) -> str:
 
 
 def _complete(folder, load, made, tokenizer) -> bool:
-  """Whether `folder` holds what is to be made, as it does when this command was killed after its last write."""
+  """Whether `folder` is complete already, as when this command was killed after its last write."""
   try:
     config, model = load(folder) if folder.is_dir() else (None, None)
     found = (folder / MODEL_FILE).read_bytes() if (folder / MODEL_FILE).exists() else None
@@ -110,11 +111,11 @@ def _complete(folder, load, made, tokenizer) -> bool:
 def _tokenizer_file(path: str) -> pathlib.Path | None:
   file = pathlib.Path(path)
   if path and not file.exists():
-    return None  # the data stayed elsewhere
+    return None  # the data are on another machine
   try:
     tokenizer = load_tokenizer(path)
   except ValueError:
-    if file.is_dir() and (file / MODEL_FILE).exists():  # a tokenizer is there and is damaged
+    if file.is_dir() and (file / MODEL_FILE).exists():  # there is a tokenizer, and it is damaged
       raise
     return None
   return (file if file.is_file() else file / MODEL_FILE) if isinstance(tokenizer, MistralTokenizer) else None

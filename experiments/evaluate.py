@@ -1,4 +1,4 @@
-"""Evaluates a trained model on held-out text: perplexity and bits per byte, over all and by position.
+"""Evaluates a trained model on held-out text: perplexity and bits per byte, over all tokens and by position.
 
   python experiments/evaluate.py --workdir=runs/gla_tiny
   python experiments/evaluate.py --workdir=runs/gla_small --sequence_length=1024,4096,16384 --piece=2048 \
@@ -18,15 +18,18 @@ from running import commands, records
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
-_DATA = flags.DEFINE_string("data", "", "Dataset directory; the run's own if empty.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory; by default the run's own.")
 _SPLIT = flags.DEFINE_string("split", "val", "Split of the dataset.")
-_BATCHES = flags.DEFINE_integer("batches", 0, "Batches, spread evenly over the split; 0 is all of it.", lower_bound=0)
-_LENGTHS = flags.DEFINE_list("sequence_length", [], "Tokens per window; several are evaluated one after the other, and "
-                             "none is the length of training.")
-_PIECE = flags.DEFINE_integer("piece", 0, "Tokens of a forward pass, which goes on from the last one's state; longer "
-                              "windows than memory allows in one pass need it. 0 is the whole window.", lower_bound=0)
-_RESET = flags.DEFINE_bool("reset_at_documents", None, "Hide earlier documents of a window; as in training by default.")
-_BUCKET = flags.DEFINE_integer("bucket_width", 0, "Positions per line of the table; 0 doubles from line to line.")
+_BATCHES = flags.DEFINE_integer("batches", 0, "Batches to evaluate, spread evenly over the split; 0 is the whole "
+                                "split.", lower_bound=0)
+_LENGTHS = flags.DEFINE_list("sequence_length", [], "Tokens per window. Several lengths, as in 512,1024, are "
+                             "evaluated one after the other; by default the length of training.")
+_PIECE = flags.DEFINE_integer("piece", 0, "Tokens per forward pass. Each pass starts from the state of the one before, "
+                              "so windows may be longer than memory allows in one pass. 0 is the whole window.",
+                              lower_bound=0)
+_RESET = flags.DEFINE_bool("reset_at_documents", None, "Hides earlier documents of a window; by default as in "
+                           "training.")
+_BUCKET = flags.DEFINE_integer("bucket_width", 0, "Positions per row of the table; 0 doubles them from row to row.")
 
 
 def main(_):
@@ -41,7 +44,7 @@ def main(_):
 
 def _evaluate(workdir, config, model, length):
   data = config.data
-  # As many tokens per batch as an accumulation step of the training run had, which is known to fit.
+  # As many tokens per batch as an accumulation step of the training run had, because that is known to fit.
   rows = max(1, data.batch_size // config.optim.accumulation * data.sequence_length // length)
   data = dataclasses.replace(data, path=_DATA.value or data.path, sequence_length=length, batch_size=rows,
                              reset_at_documents=data.reset_at_documents if _RESET.value is None else _RESET.value)

@@ -20,14 +20,15 @@ from running import commands
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
-_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; the run's own if empty.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; by default the run's own.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; if empty, the model starts a document.")
-_TOKENS = flags.DEFINE_integer("tokens", 200, "Tokens to generate at most; the end of a document ends the sample.")
+_TOKENS = flags.DEFINE_integer("tokens", 200, "Tokens to generate at most. The sample ends where the model ends a "
+                               "document.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0 is all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set of tokens of this probability.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draws from the k most likely tokens; 0 draws from all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the smallest set of tokens that has this probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the sample.")
-_OUT = flags.DEFINE_string("out", "", "File that receives prompt and sample as well.")
+_OUT = flags.DEFINE_string("out", "", "File that receives the prompt and the sample too.")
 
 
 def main(_):

@@ -21,17 +21,17 @@ from running import commands
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
 _TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, comma-separated.", required=True)
-_INCLUDE = flags.DEFINE_string("include_path", "", "Directory with task files (YAML) of one's own.")
-_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; the run's own if empty.")
-_SHOTS = flags.DEFINE_integer("num_fewshot", None, "Examples in the prompt; the task's own number if not given.",
+_INCLUDE = flags.DEFINE_string("include_path", "", "Directory with your own task files (YAML).")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; by default the run's own.")
+_SHOTS = flags.DEFINE_integer("num_fewshot", None, "Examples in the prompt; by default the task's own number.",
                               lower_bound=0)
-_LIMIT = flags.DEFINE_integer("limit", None, "Documents per task, for trying out; all if not given.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer("limit", None, "Documents per task, for a trial; by default all.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Rows per batch.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", 0, "Tokens that a model with softmax attention reads at most; 0 is its "
                                 "training length. Models with a fixed state read everything.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "", "JSON file that receives the results.")
 
-_RESAMPLES = 1000  # of the documents, for the standard error of a perplexity
+_RESAMPLES = 1000  # resamples of the documents, for the standard error of a perplexity
 
 
 def main(_):
@@ -50,13 +50,13 @@ def main(_):
   tokenizer = load_tokenizer(_DATA.value or config.data.path)
   adapter = HarnessModel(model, tokenizer, context=_CONTEXT.value or config.data.sequence_length,
                          batch_size=_BATCH.value)
-  # The package estimates some standard errors in forked processes, where JAX's threads may hold locks for ever.
+  # The package estimates some standard errors in forked processes, where JAX's threads may hold locks forever.
   os.environ["DISABLE_MULTIPROC"] = "1"
   try:
     results = lm_eval.simple_evaluate(adapter, tasks=tasks, num_fewshot=_SHOTS.value, limit=_LIMIT.value,
                                       batch_size=_BATCH.value, task_manager=manager, log_samples=False,
                                       bootstrap_iters=_RESAMPLES)
-  except OSError as e:  # a task's data that is not there, or cannot be downloaded
+  except OSError as e:  # the task's data is missing, or cannot be downloaded
     raise ValueError(f"--tasks={','.join(_TASKS.value)}: {e}") from e
   print(make_table(results))
   if "groups" in results:
@@ -69,15 +69,15 @@ def main(_):
 
 
 def _hide_commands():
-  """Removes this folder from `sys.path`, since tasks that import the library `evaluate` would get evaluate.py."""
+  """Removes this folder from `sys.path`, where tasks that import the library `evaluate` would find evaluate.py."""
   folder = pathlib.Path(__file__).resolve().parent
   sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry).resolve() != folder]
 
 
 def _tasks():
-  """The task manager and the tasks' names, with wildcards resolved.
+  """Returns the task manager and the tasks' names, with wildcards resolved.
 
-  Tasks that are all in --include_path are looked up there alone: reading the index of the package's own is slow.
+  Tasks that are all in --include_path are looked up there alone, because reading the package's own index is slow.
   """
   from lm_eval.tasks import TaskManager
 

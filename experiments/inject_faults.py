@@ -1,4 +1,4 @@
-"""Injects faults of the machine and of the user's hand into the commands: each must end with one message and its code.
+"""Injects faults of the machine and of the user into the commands, which must end with one message and an exit code.
 
   python experiments/inject_faults.py --out=experiments/results/faults_cpu.json
   python experiments/inject_faults.py --match='train.*disk'
@@ -6,8 +6,9 @@
 A fault is a full disk, a folder that cannot be written, an output that nobody reads, an encoding without the text's
 characters, data that was changed or cut short, a second process, a signal, or a kill after which the command is
 repeated. `faults/cases.py` lists them, with the exit code and the message that each must give. None may print a
-traceback or more than one message, and after a kill the repeated command must end as one that was never killed. Exit
-code 1 when a case ends in another way. Takes about ten minutes on two CPU cores; some faults need the right to mount.
+traceback or more than one message, and after a kill the repeated command must end as one that was never killed. The
+exit code is 1 when a case ends in another way. All cases take about ten minutes on two CPU cores. Some faults need the
+right to mount a file system.
 """
 
 import collections
@@ -27,7 +28,7 @@ from lin_jax import files
 from running import commands, records
 
 _MATCH = flags.DEFINE_string("match", "", "Injects only the faults whose name contains this regular expression.")
-_OUT = flags.DEFINE_string("out", "", "JSON file that receives the counts and every case.")
+_OUT = flags.DEFINE_string("out", "", "JSON file that receives the counts and a record per case.")
 
 
 def main(_):

@@ -1,4 +1,4 @@
-"""Kills training runs at random moments, resumes them, and compares their ends with that of an unbroken run.
+"""Kills training runs at random moments, resumes them, and compares their ends with an unbroken run's end.
 
   python experiments/kill_campaign.py --runs=46 --out=kills.json
 
@@ -21,11 +21,11 @@ from faults.killed_runs import campaign
 from lin_jax import files
 from running import commands, records
 
-_RUNS = flags.DEFINE_integer("runs", 46, "How many runs are killed.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 24, "Steps of a run.", lower_bound=3)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the signals and moments.")
-_DATA = flags.DEFINE_string("data", "", "Dataset directory; one is made of this repository's README if empty.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Keeps the runs; they are thrown away if empty.")
+_RUNS = flags.DEFINE_integer("runs", 46, "Runs to kill.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 24, "Steps per run.", lower_bound=3)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the signals and their moments.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory; by default one is made of this repository's README.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Directory that keeps the runs; by default they are deleted.")
 _OUT = flags.DEFINE_string("out", "", "JSON file that receives the counts.")
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -8,8 +8,8 @@
   python experiments/prepare_data.py --unpack=english-packed --out=data/english
   python experiments/prepare_data.py --verify=data/english
 
-The same inputs and options give the same bytes. An interrupted run continues when it is started again; two at once are
-not allowed to make the same --out.
+The same inputs and options give the same bytes. An interrupted run continues when it is started again. Two runs may not
+make the same --out at once.
 """
 
 import functools
@@ -21,33 +21,35 @@ from absl import flags
 from lin_jax import files
 from running import commands
 
-_OUT = flags.DEFINE_string("out", "", "directory to make")
+_OUT = flags.DEFINE_string("out", "", "Directory to make.")
 _INPUT = flags.DEFINE_multi_string(
-    "input", [], "text, JSON or Parquet file, or a glob of them; may be repeated. Text and JSON may be compressed: "
-    ".gz, .bz2, .xz, .zst")
+    "input", [], "Text, JSON or Parquet file, or a glob of them; may be repeated. Text and JSON may be compressed "
+    "(.gz, .bz2, .xz, .zst).")
 _FORMAT = flags.DEFINE_enum(
-    "format", None, ["text", "jsonl", "json", "parquet"], "how to read --input; by default as each file's ending says: "
-    ".jsonl, .ndjson and .jsonlines are JSON Lines; .json is JSON Lines, an array of rows or one row; .parquet and .pq "
-    "are Parquet; .txt, .md, .rst, .tex and endings of source code such as .py are text. Others are refused")
-_HF_DATASET = flags.DEFINE_string("hf_dataset", "", "name of a Hugging Face dataset, streamed")
-_HF_SPLIT = flags.DEFINE_string("hf_split", "train", "split of --hf_dataset to read")
-_HF_REVISION = flags.DEFINE_string("hf_revision", "", "revision of --hf_dataset; the latest if empty")
-_CORPUS = flags.DEFINE_enum("corpus", None, ["shakespeare", "english"], "recipe over published packages")
-_TIER = flags.DEFINE_enum("tier", "full", ["quick", "prose", "full"], "how much of --corpus=english")
-_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "JSON key or Parquet column that holds the text")
-_SEPARATOR = flags.DEFINE_string("separator", "", "cuts text files into documents; empty: one document a file")
+    "format", None, ["text", "jsonl", "json", "parquet"], "How to read --input; by default each file's ending decides. "
+    ".jsonl, .ndjson and .jsonlines are JSON Lines. .json is JSON Lines, an array of rows or one row. .parquet and .pq "
+    "are Parquet. .txt, .md, .rst, .tex and endings of source code such as .py are text. Others are refused.")
+_HF_DATASET = flags.DEFINE_string("hf_dataset", "", "Name of a Hugging Face dataset, which is streamed.")
+_HF_SPLIT = flags.DEFINE_string("hf_split", "train", "Split of --hf_dataset to read.")
+_HF_REVISION = flags.DEFINE_string("hf_revision", "", "Revision of --hf_dataset; by default the latest.")
+_CORPUS = flags.DEFINE_enum("corpus", None, ["shakespeare", "english"], "Recipe that makes a corpus from published "
+                            "packages.")
+_TIER = flags.DEFINE_enum("tier", "full", ["quick", "prose", "full"], "How much of --corpus=english to make.")
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "JSON key or Parquet column that holds the text.")
+_SEPARATOR = flags.DEFINE_string("separator", "", "Text between documents of a text file; by default each file is one "
+                                 "document.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "", "bytes, mistral or a SentencePiece file; by default bytes for shakespeare, mistral otherwise")
-_VAL = flags.DEFINE_float("val_fraction", 0.01, "part of the documents held out as split val")
-_TEST = flags.DEFINE_float("test_fraction", 0.01, "part of the documents held out as split test")
-_SEED = flags.DEFINE_integer("seed", 0, "of the split, and of the order of documents where a recipe shuffles them",
-                             lower_bound=0)
-_CACHE = flags.DEFINE_string("cache", "data/cache", "where downloads are kept")
-_PACK = flags.DEFINE_string("pack", "", "dataset to compress into --out, its training split cut to --tokens")
-_TOKENS = flags.DEFINE_integer("tokens", 0, "tokens to take from --input or --hf_dataset, over all splits, or training "
-                               "tokens to keep with --pack; 0 is all", lower_bound=0)
-_VERIFY = flags.DEFINE_string("verify", "", "dataset whose every file to compare with the manifest's checksums")
-_UNPACK = flags.DEFINE_string("unpack", "", "directory made by --pack to turn back into a dataset")
+    "tokenizer", "", "bytes, mistral or a SentencePiece file; by default bytes for shakespeare, mistral otherwise.")
+_VAL = flags.DEFINE_float("val_fraction", 0.01, "Fraction of the documents that is held out as split val.")
+_TEST = flags.DEFINE_float("test_fraction", 0.01, "Fraction of the documents that is held out as split test.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the split, and of the order of documents where a recipe shuffles "
+                             "them.", lower_bound=0)
+_CACHE = flags.DEFINE_string("cache", "data/cache", "Directory that keeps downloads.")
+_PACK = flags.DEFINE_string("pack", "", "Dataset to compress into --out, with its training split cut to --tokens.")
+_TOKENS = flags.DEFINE_integer("tokens", 0, "Tokens to take from --input or --hf_dataset, over all splits, or training "
+                               "tokens to keep with --pack; 0 is all.", lower_bound=0)
+_VERIFY = flags.DEFINE_string("verify", "", "Dataset whose files are all compared with the manifest's checksums.")
+_UNPACK = flags.DEFINE_string("unpack", "", "Directory made by --pack, to turn back into a dataset.")
 
 
 def main(_) -> None:
@@ -65,11 +67,11 @@ def main(_) -> None:
   if not _OUT.value:
     raise ValueError("--out is required: the directory to make")
   out = pathlib.Path(_OUT.value)
-  # Beside the directory, which is there only once it is complete.
+  # The lock lies beside the directory, which appears only once it is complete.
   with files.lock(out.absolute().with_name(out.absolute().name + ".lock"), f"{out} is being made"), files.naming(out):
     try:
       made = {"pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
-    except OSError as e:  # of a network too, which has no number
+    except OSError as e:  # errors of a network have no number
       if e.errno:
         raise
       raise ValueError(f"{out}: {e}") from e
@@ -96,7 +98,7 @@ def _unpack(out):
   return unpack.unpack(pathlib.Path(_UNPACK.value), out)
 
 
-# Imported where they are used: unpacking must run where only the standard library and JAX are installed.
+# The corpora are imported where they are used, because unpacking must run with the standard library and JAX alone.
 def _prepare(out):
   from corpora import shakespeare, tokenize
 
@@ -112,7 +114,7 @@ def _prepare(out):
   splits = ["train"] + ["val"] * (_VAL.value > 0) + ["test"] * (_TEST.value > 0)
   stream, recipe = _hub() if _HF_DATASET.value else _files()
   recipe |= dict(split="by a hash of the text", val_fraction=_VAL.value, test_fraction=_TEST.value, seed=_SEED.value)
-  # After the checks of the input: this may download.
+  # This comes after the checks of the input, because it may download.
   return tokenize.prepare(out, stream, split_of, splits=splits, recipe=recipe, limit=_TOKENS.value,
                           **_tokenizer(cache, "mistral"))
 

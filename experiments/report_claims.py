@@ -1,4 +1,4 @@
-"""Makes the page of claims, experiments/results/README.md, and its plots; --check says whether it is up to date.
+"""Makes the page of claims, experiments/results/README.md, and its plots. --check says whether it is up to date.
 
   python experiments/report_claims.py
 """
@@ -15,8 +15,8 @@ from lin_jax import files
 from running import commands
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-_FOLDER = flags.DEFINE_string("results", str(_RESULTS), "Folder of the records; the page is written there.")
-_CHECK = flags.DEFINE_bool("check", False, "Write nothing; exit with 1 when the page is not that of the records.")
+_FOLDER = flags.DEFINE_string("results", str(_RESULTS), "Folder of the records, where the page is written.")
+_CHECK = flags.DEFINE_bool("check", False, "Writes nothing; exits with 1 when the records give another page.")
 
 
 def main(_):

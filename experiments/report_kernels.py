@@ -1,4 +1,4 @@
-"""Makes the kernels' page and plots out of the benchmark's records; --check says whether the page is up to date.
+"""Makes the kernels' page and plots out of the benchmark's records. --check says whether the page is up to date.
 
   python experiments/report_kernels.py
 """
@@ -15,8 +15,9 @@ from lin_jax import files
 from running import commands
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-_RECORDS = flags.DEFINE_string("records", str(_ROOT / "experiments/results/kernels.jsonl"), "What bench_kernels wrote.")
-_CHECK = flags.DEFINE_bool("check", False, "Write nothing; exit with 1 when the page is not that of the records.")
+_RECORDS = flags.DEFINE_string("records", str(_ROOT / "experiments/results/kernels.jsonl"), "File that "
+                               "bench_kernels.py wrote.")
+_CHECK = flags.DEFINE_bool("check", False, "Writes nothing; exits with 1 when the records give another page.")
 
 
 def main(_):

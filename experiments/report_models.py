@@ -1,4 +1,4 @@
-"""Makes the page of models, experiments/results/models.md; --check says whether it is up to date.
+"""Makes the page of models, experiments/results/models.md. --check says whether it is up to date.
 
   python experiments/report_models.py
 """
@@ -13,9 +13,9 @@ from lin_jax import files
 from running import commands
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-_OUT = flags.DEFINE_string("out", str(_RESULTS / "models.md"), "The page.")
-_SMOKE = flags.DEFINE_string("smoke", str(_RESULTS / page.SMOKE), "What smoke_models.py wrote, if it was run.")
-_CHECK = flags.DEFINE_bool("check", False, "Write nothing; exit with 1 when the page is not that of the configs.")
+_OUT = flags.DEFINE_string("out", str(_RESULTS / "models.md"), "File of the page.")
+_SMOKE = flags.DEFINE_string("smoke", str(_RESULTS / page.SMOKE), "File that smoke_models.py wrote, if it was run.")
+_CHECK = flags.DEFINE_bool("check", False, "Writes nothing; exits with 1 when the configs give another page.")
 
 
 def main(_):

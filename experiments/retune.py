@@ -3,10 +3,10 @@
   python experiments/retune.py
   python experiments/retune.py --ops=gla --shapes=128x256x4 --dtype=float32 --limit_seconds=540
 
-For each op, shape and group of gates it starts at the faster of the file's entry and the heuristic, and goes through
-the fields of the op's `Config` once, each field's candidates with the others held. A candidate is timed only after its
-output, its final state and all gradients agree with the float32 scan. Entries of other ops and shapes stay; each faster
-one is written when it is found.
+For each op, shape and group of gates the search starts at the faster of the file's entry and the heuristic. It goes
+through the fields of the op's `Config` once, and tries each field's candidates while the other fields stay as they are.
+A candidate is timed only after its output, its final state and all gradients agree with the float32 scan. Entries of
+other ops and shapes stay. Each faster configuration is written when it is found.
 """
 
 import dataclasses
@@ -27,11 +27,14 @@ from running import commands
 _OPS = flags.DEFINE_list("ops", list(search.GATE_GROUPS), "Ops, comma-separated.")
 _SHAPES = flags.DEFINE_list("shapes", ["64x64x16", "128x128x16", "128x256x4", "256x512x4"],
                             "KxVxH, or KxV for 16 heads, comma-separated.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of q, k and v; float16 runs as bfloat16.")
-_TOKENS = flags.DEFINE_integer("tokens", 32768, "Tokens of a timed call, in sequences of 2048.", lower_bound=1)
-_LIMIT = flags.DEFINE_float("limit_seconds", 0.0, "Ends after the candidate during which they are over; 0: never.")
-_MAY_SPILL = flags.DEFINE_bool("may_spill", False, "Times what spills more than four registers; it must not ship.")
-_OUT = flags.DEFINE_string("out", "", "The device's file; kernels/tuned/<device>.json if empty.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of q, k and v; float16 takes "
+                           "bfloat16's configurations.")
+_TOKENS = flags.DEFINE_integer("tokens", 32768, "Tokens per timed call, in sequences of 2048.", lower_bound=1)
+_LIMIT = flags.DEFINE_float("limit_seconds", 0.0, "Ends after the candidate under way when they are over; 0 for no "
+                            "limit.")
+_MAY_SPILL = flags.DEFINE_bool("may_spill", False, "Times also configurations that spill more than four registers, "
+                               "which must not ship.")
+_OUT = flags.DEFINE_string("out", "", "The device's file; by default kernels/tuned/<device>.json.")
 
 
 def main(_):
@@ -60,7 +63,7 @@ def main(_):
 
 
 def of_shape(op: str, shape: str) -> list[search.Problem]:
-  """The problems that the flags name, one per group of gates. Raises ValueError."""
+  """Returns the problems that the flags name, one per group of gates. Raises ValueError for an unknown op or shape."""
   if op not in search.GATE_GROUPS:
     raise ValueError(f"--ops={op}: known ops are {', '.join(search.GATE_GROUPS)}")
   sizes = shape.split("x")
@@ -73,7 +76,7 @@ def of_shape(op: str, shape: str) -> list[search.Problem]:
 
 
 def load(path: pathlib.Path, empty: dict) -> dict:
-  """The device's record at `path`, or `empty` if there is none. Raises ValueError for one made otherwise."""
+  """Reads the device's record, or returns `empty` if there is none. Raises ValueError for other devices or versions."""
   if not path.exists():
     return empty
   tuned.read(path)
@@ -86,7 +89,7 @@ def load(path: pathlib.Path, empty: dict) -> dict:
 
 
 def starts(record: dict, problem: search.Problem, configs) -> list:
-  """What a search begins with: the record's entry, if it fits the kernels as they are, and the heuristic."""
+  """Returns the starts of a search: the record's entry, if it fits the present kernels, and the heuristic's answer."""
   found = [entry["config"] for entry in record["configs"]
            if _case(entry) == _case(dataclasses.asdict(problem)) and problem.gates[0] in entry["gates"]]
   try:
@@ -98,7 +101,7 @@ def starts(record: dict, problem: search.Problem, configs) -> list:
 
 
 def save(path, record, problem, config, ms):
-  """Puts an entry into the record, in the place of what older ones say of its gates, and writes the file."""
+  """Puts an entry into the record in the place of older ones for its gates, and writes the file."""
   entry = {"op": problem.op, "gates": list(problem.gates), "K": problem.K, "V": problem.V, "dtype": problem.dtype,
            "config": dataclasses.asdict(config), "timed": dict(zip("BTH", (*problem.timed, problem.H))),
            "forward_backward_ms": ms}

@@ -1,4 +1,4 @@
-"""Trains the language models of a sweep at matched size and tokens; the same command goes on where it stopped.
+"""Trains the language models of a sweep at matched size and tokens. The same command continues where it stopped.
 
   python experiments/prepare_data.py --corpus=english --out=data/english
   JAX_COMPILATION_CACHE_DIR=runs/compiled python experiments/run_language.py --sweep=main --limit_seconds=540 \
@@ -6,9 +6,9 @@
 
 The first runs of a sweep try learning rates. When all rates of a model have a line in --out, the best is run again with
 other seeds. Each run has its own directory in --workdir, where it is saved when the time is over or SIGTERM comes, and
-from which it resumes exactly. Each adds one JSON line to --out when it ends, and its parameters stay. Commands that
-share a GPU (--models, XLA_PYTHON_CLIENT_MEM_FRACTION) need an --out each. Exit codes: 0 done, or the time is over; 1 a
-run failed; 2 a user's error.
+from which it resumes exactly. Each adds one JSON line to --out when it ends, and keeps its parameters. Several commands
+may share a GPU (--models, XLA_PYTHON_CLIENT_MEM_FRACTION) if each has its own --out. Exit codes: 0 done, or the time is
+over; 1 a run failed; 2 a user's error.
 """
 
 import dataclasses
@@ -24,23 +24,24 @@ from lin_jax.data import TokenDataset
 from lin_jax.model import abstract_model
 from running import commands
 
-_SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "Which one.", required=True)
+_SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "Name of the sweep.", required=True)
 _OUT = flags.DEFINE_string("out", None, "JSON lines file to which each run's record is appended.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/language", "Directory that holds the runs' own.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/language", "Directory that holds a directory per run.")
 _DATA = flags.DEFINE_string("data", "data/english", "Dataset directory.")
-_MODELS = flags.DEFINE_list("models", [], "Which of the sweep's; all if empty.")
-_STEPS = flags.DEFINE_integer("steps", 0, "Optimizer steps of every run; 0 for the sweep's own.", lower_bound=0)
-_TINY = flags.DEFINE_bool("tiny", False, "Width 32, two layers, batches of 8 x 64 tokens: proves the command on a CPU.")
-_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Stop after this time, but for a compilation under way; 0: no limit.",
-                            lower_bound=0)
+_MODELS = flags.DEFINE_list("models", [], "Models of the sweep; all if none is given.")
+_STEPS = flags.DEFINE_integer("steps", 0, "Optimizer steps per run; 0 for the sweep's own.", lower_bound=0)
+_TINY = flags.DEFINE_bool("tiny", False, "Trains models of width 32 with two layers on batches of 8 x 64 tokens, to "
+                          "prove the command on a CPU.")
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Stops after this time, or after a compilation under way; 0 for no "
+                            "limit.", lower_bound=0)
 
 
 def main(_):
   sweep = _chosen()
-  TokenDataset(_DATA.value, "val")  # refuses what is no dataset before anything is made
+  TokenDataset(_DATA.value, "val")  # refuses a directory without a dataset before anything is made
   configs = [validate(run.train_config(_DATA.value)) for run in sweep.runs]
   for model in {config.name: config.model for config in configs}.values():
-    abstract_model(model)  # the layers' own rules
+    abstract_model(model)  # checks the layers' own rules
   finished, left, failed = execute(sweep, _DATA.value, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value),
                                    _LIMIT.value)
   print(f"{finished} run, {left} left" + (": the same command goes on" if left else ""))

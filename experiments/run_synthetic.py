@@ -1,4 +1,4 @@
-"""Trains models on synthetic tasks: one run, or a sweep that goes on where it stopped.
+"""Trains models on synthetic tasks: one run, or a sweep that continues where it stopped.
 
   python experiments/run_synthetic.py --task=mqar --mixer=delta_net --width=64 --learning_rate=1e-3 --steps=5000 \
       --set=sequence_length=512,pairs=64 --mixer_set=conv_width=0 --out=experiments/results/synthetic.jsonl
@@ -32,14 +32,14 @@ from synthetic.training import train
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
 _OPTIONS = {field.name: _DEFINE[field.type](field.name, field.default, field.metadata["help"])
             for field in dataclasses.fields(Run) if "help" in field.metadata}
-_SET = flags.DEFINE_string("set", "", "Fields of the task: name=value,...; with --sweep, of the runs to make.")
-_MIXER_SET = flags.DEFINE_string("mixer_set", "", "Fields of the mixer: name=value,...")
+_SET = flags.DEFINE_string("set", "", "Fields of the task as name=value,...; with --sweep, fields of the runs to make.")
+_MIXER_SET = flags.DEFINE_string("mixer_set", "", "Fields of the mixer as name=value,...")
 _SWEEP = flags.DEFINE_string("sweep", "", f"One of {', '.join(SWEEPS)}, in place of one run.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
-_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Stop after this time, with the run under way saved; 0 for no limit.",
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Stops after this time and saves the runs under way; 0 for no limit.",
                             lower_bound=0)
 _UNTIL_SOLVED = flags.DEFINE_bool("until_solved", False,
-                                  "End a setting once one learning rate has solved it, and leave out the others.")
+                                  "Ends a setting once one learning rate has solved it, and leaves out the others.")
 
 
 def main(_):
@@ -58,7 +58,7 @@ def main(_):
 
 
 def _execute(runs, path):
-  """Makes the runs; how many of them it has made, skipped as done or needless, and left; and why others have failed."""
+  """Makes the runs. Returns how many were made, skipped as done or needless, and left, and why others have failed."""
   found = records.load(path, "setting", "solved") if path else []
   done = {records.key(whole(record["setting"])) for record in found} if _SWEEP.value else set()
   solved = {records.key(without_rate(whole(record["setting"]))) for record in found if record["solved"]}
@@ -83,7 +83,7 @@ def _execute(runs, path):
                         until_solved=_UNTIL_SOLVED.value)
       except files.Unwritable:
         raise  # the next one could not be written either
-      except Exception as e:  # runs that cannot be made must not cost the others of a sweep their record
+      except Exception as e:  # runs that fail must not cost the others of a sweep their record
         if not _SWEEP.value:
           raise
         failed.append(f"{_title(needed)}: {type(e).__name__}: {e}".splitlines()[0])
@@ -133,7 +133,7 @@ def _selects(run):
 
 
 def _unfinished(path, runs):
-  """The file that keeps these runs until they have ended."""
+  """Returns the file that keeps these runs until they have ended."""
   digest = hashlib.sha256(json.dumps([run.setting() for run in runs], sort_keys=True).encode()).hexdigest()
   return path.with_suffix(".unfinished") / f"{digest[:16]}.npz"
 

@@ -1,10 +1,10 @@
-"""Trains every family at about 340M parameters for a few steps at one setting: loss, speed, memory, compile time.
+"""Trains every family at about 340M parameters for a few steps, and records loss, speed, memory and compile time.
 
   python experiments/smoke_models.py --out=experiments/results/smoke_models.json --resume --limit_seconds=540
   python experiments/smoke_models.py --tiny --batch_size=4 --sequence_length=64        # proves the command on a CPU
 
 All programs are compiled first and side by side, on as many threads as there are cores. Then one family after the other
-takes its steps on the first device and returns its memory. A family that fails is recorded with its reason, and the
+takes its steps on the first device and frees its memory. A family that fails is recorded with its reason, and the
 others go on. Without --data the tokens are drawn from Zipf's law, whose frequencies a model learns at once. A loss that
 does not start at the logarithm of the vocabulary, or does not fall, counts as a failure.
 """
@@ -18,8 +18,7 @@ import time
 
 from absl import flags
 
-import configs
-from configs import page
+from configs import CONFIGS, page
 from configs.gla_paper import at_340m
 from lin_jax import files
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
@@ -30,29 +29,32 @@ from lin_jax.mixers.simple_gla import SimpleGLAConfig
 from running import commands, records
 from speed import training
 
-# Layers that no named config has at this size: Gated DeltaNet with three heads of 256, the three quarters of the width
-# that its authors advise; simple GLA and linear attention in GLA's place.
+# Layers that no named config has at this size. The keys of Gated DeltaNet's three heads of 256 have three quarters of
+# the width, as its authors advise. Simple GLA and linear attention stand in GLA's place.
 _OTHERS = {"gated_deltanet_340m": lambda: at_340m(GatedDeltaNetConfig(heads=3), depth=21),
            "simple_gla_340m": lambda: at_340m(SimpleGLAConfig()),
            "linear_attention_340m": lambda: at_340m(LinearAttentionConfig())}
-FAMILIES = {name: configs.CONFIGS.get(name) or _OTHERS[name] for name in (
+FAMILIES = {name: CONFIGS.get(name) or _OTHERS[name] for name in (
     "transformer_340m", "retnet_340m", "gla_340m", "simple_gla_340m", "linear_attention_340m", "deltanet_340m",
     "deltanet_swa_340m", "deltanet_global_340m", "gated_deltanet_340m", "hgrn2_340m", "tnl_385m", "mamba2_340m",
     "mamba_340m")}
 _OUTCOME = ("reason", "loss_first", "loss_last", "losses", "tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s")
 
-_FAMILIES = flags.DEFINE_list("families", list(FAMILIES), "Which of them.")
+_FAMILIES = flags.DEFINE_list("families", list(FAMILIES), "Families to train.")
 _STEPS = flags.DEFINE_integer("steps", 30, "Optimizer steps.", lower_bound=2)
-_TIMED = flags.DEFINE_integer("timed_steps", 15, "The last of them, which are timed.", lower_bound=1)
+_TIMED = flags.DEFINE_integer("timed_steps", 15, "How many of the last steps are timed.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Sequences per step.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens per sequence.", lower_bound=2)
 _REMAT = flags.DEFINE_enum("remat", "dots", REMAT_POLICIES, "What a block recomputes in its backward pass.")
-_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of AdamW, after a sixth of the steps as warmup.")
-_DATA = flags.DEFINE_string("data", "", "Dataset directory; tokens drawn from Zipf's law if empty.")
-_TINY = flags.DEFINE_bool("tiny", False, "Width 32, two layers, 257 tokens, float32: every mixer's smallest example.")
+_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Learning rate of AdamW after the warmup, which is a sixth of the "
+                           "steps.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory; by default tokens are drawn from Zipf's law.")
+_TINY = flags.DEFINE_bool("tiny", False, "Trains every mixer's smallest example: width 32, two layers, 257 tokens, "
+                          "float32.")
 _OUT = flags.DEFINE_string("out", "", "JSON file that receives a record per family.")
-_RESUME = flags.DEFINE_bool("resume", False, "Skip what --out holds of this device, this setting and these sources.")
-_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begin no family after this time; 0 for no limit.", lower_bound=0)
+_RESUME = flags.DEFINE_bool("resume", False, "Skips the families that --out has for this device, this setting and "
+                            "these sources.")
+_LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begins no family after this time; 0 for no limit.", lower_bound=0)
 
 
 def main(_):

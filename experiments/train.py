@@ -1,4 +1,4 @@
-"""Trains a config by name; the same command resumes an interrupted run.
+"""Trains a config by name. The same command resumes an interrupted run.
 
   python experiments/train.py --config=gla_tiny
   python experiments/train.py --config=gla_tiny --checkpoint=previous
@@ -6,7 +6,8 @@
 
 A larger --config.optim.steps lengthens a run, finished or not. At a constant rate (final_learning_rate equal to
 learning_rate) the result is the run that was planned with so many steps. A rate that decays does so until the step that
-was first planned and then stays, which config.json records as optim.decay_steps. A run cannot be shortened.
+was first planned, which config.json records as optim.decay_steps, and then stays where it is. A run cannot be
+shortened.
 
 The run continues from its last checkpoint, or from --checkpoint, and sets later checkpoints aside.
 
@@ -20,18 +21,19 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-import configs
+from configs import CONFIGS, lookup
 from lin_jax.config import TrainConfig
 from lin_jax.training import train
 from running import commands
 
 _CONFIG = config_flags.DEFINE_config_dataclass(
-    "config", TrainConfig(), f"One of {', '.join(configs.CONFIGS)}; --config.<field>=<value> overrides a field.",
-    parse_fn=configs.lookup)
-_WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; runs/<config> if empty.")
+    "config", TrainConfig(), f"One of {', '.join(CONFIGS)}; --config.<field>=<value> overrides a field.",
+    parse_fn=lookup)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; by default runs/<config>.")
 _CHECKPOINT = commands.define_checkpoint()
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "host:port of the first process of a run on several hosts; 'auto' where the cluster tells.")
+    "coordinator", "", "host:port of the first process of a run on several hosts, or 'auto' where the cluster knows "
+    "it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with a coordinator.")
 _PROCESS = flags.DEFINE_integer("process", None, "Index of this process, with a coordinator.")
 
@@ -39,7 +41,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Index of this process, with a 
 def main(_):
   config = _CONFIG.value
   if not config.name:
-    raise ValueError(f"--config is required: one of {', '.join(configs.CONFIGS)}")
+    raise ValueError(f"--config is required: one of {', '.join(CONFIGS)}")
   if _COORDINATOR.value:
     address = None if _COORDINATOR.value == "auto" else _COORDINATOR.value
     try:

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 
-# Commands compile the same programs again and again. Each worker has a folder, since JAX writes entries in place.
+# Commands compile the same programs again and again. Each worker has a folder, because JAX writes entries in place.
 _CACHE = tempfile.mkdtemp(prefix="lin_jax_xla")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What the papers claim, and what this repository's records say of it: `CLAIMS` in the order of the results page."""
+"""The papers' claims, judged by this repository's records: `CLAIMS` in the order of the results page."""
 
 from . import kernels, language, lengths, speed, synthetic
 from .claim import Claim, Finding, Results

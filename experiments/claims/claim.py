@@ -1,4 +1,4 @@
-"""What a claim of a paper is here, and how records decide on it."""
+"""A claim of a paper, and the finding by which records decide on it."""
 
 import dataclasses
 import functools
@@ -14,12 +14,12 @@ HOLDS, IN_PART, FAILS, NOT_RUN = "holds", "holds in part", "does not hold", "not
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What the records say of a claim.
+  """The records' answer to a claim.
 
   Attributes:
     text: the obtained numbers.
-    points: for each point of the claim whether it holds (None: no record).
-    close: for each point whether it rests on a difference smaller than two seeds' (empty: none does).
+    points: for each point of the claim whether it holds (None for no record).
+    close: for each point whether it rests on a difference smaller than that of two seeds (empty if none does).
   """
 
   text: str
@@ -53,10 +53,10 @@ class Claim:
 
   Attributes:
     paper: its arXiv number.
-    place: figure or table.
-    printed: the paper's numbers, or its ordering where it prints a curve.
-    setting: ours, in a few words.
-    command: what writes the records that `judge` reads.
+    place: the figure or table.
+    printed: the paper's numbers, or its ordering if it prints a curve.
+    setting: our setting, in a few words.
+    command: writes the records that `judge` reads.
   """
 
   paper: str
@@ -69,14 +69,14 @@ class Claim:
 
 
 class Results:
-  """The records of a results folder, each file read once; a file that is not there holds none."""
+  """The records of a results folder. Each file is read once, and a missing file counts as empty."""
 
   def __init__(self, folder: pathlib.Path | str):
     self.folder = pathlib.Path(folder)
     self._files = {}
 
   def lines(self, name: str) -> list[dict]:
-    """The objects of a JSON lines file. Raises ValueError, naming the line, for what is none."""
+    """Returns the objects of a JSON lines file. Raises ValueError with the line that is not JSON."""
     if name not in self._files:
       path, rows = self.folder / name, []
       for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
@@ -88,7 +88,7 @@ class Results:
     return self._files[name]
 
   def objects(self, name: str) -> list[dict]:
-    """The JSON files of a folder within, in the order of their names. Raises ValueError for one that is none."""
+    """Returns the JSON files of an inner folder, ordered by name. Raises ValueError for one that is not JSON."""
     rows = []
     for path in sorted((self.folder / name).glob("*.json")):
       try:
@@ -104,7 +104,7 @@ class Results:
 
 
 def compared(pairs: Iterable[tuple[str, float | None, float | None]]) -> Finding:
-  """A finding of shares (label, left, right): a point holds where left >= right."""
+  """Returns a finding of shares (label, left, right), in which a point holds if left >= right."""
   texts, points = [], []
   for label, left, right in pairs:
     known = left is not None and right is not None

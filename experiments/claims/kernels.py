@@ -16,7 +16,7 @@ def claims() -> list[Claim]:
   figure, table = _cases("figures", "gla"), _cases("figures", "linear_attention")
   length = "H16 K=V=128 bfloat16, 131,072 tokens per call"
   gla = "GLA's kernel is faster than softmax attention's from 4,096 tokens on."
-  flat = "A token costs lightning attention's kernel the same time at every length."
+  flat = "Lightning attention's kernel takes the same time per token at every length."
   faster = "Lightning attention's kernel is faster than softmax attention's from 8,192 tokens on."
   chunks = "The chunkwise form is at least five times as fast as the recurrent form."
   return [
@@ -38,9 +38,9 @@ def claims() -> list[Claim]:
 
 
 def times(results: Results, name: str, op: str) -> tuple[str, dict[str, dict[int, float]]]:
-  """Device, and milliseconds of forward and backward by length, of `op` and cuDNN's attention, at set `name`'s shapes.
+  """Returns a device and its milliseconds per pair of passes by length, for `op` and cuDNN's attention in set `name`.
 
-  They are of the device that has most of them.
+  The device is the one that has most of them.
   """
 
   def on(device):
@@ -57,7 +57,7 @@ def _cases(name, op, gate=None):
 
 
 def _devices(results):
-  """Devices with records, GPUs of which more was measured first; a claim is judged on the first that has its points."""
+  """Lists GPUs with records, the most measured first. A claim is judged on the first that has most of its points."""
   found = [row["device"] for row in results.kernels if row["platform"] == "gpu"]
   return sorted(set(found), key=lambda device: (-found.count(device), device))
 
@@ -69,7 +69,7 @@ def _first(results, judge) -> Finding:
 
 
 def _faster_from(cases: Sequence[Case], start):
-  """A point for each length from `start` on and each pass: ours takes less time than cuDNN's attention."""
+  """Has a point per length from `start` on and pass, which holds if ours takes less time than cuDNN's attention."""
 
   def judge(results):
     def on(device):
@@ -88,7 +88,7 @@ def _faster_from(cases: Sequence[Case], start):
 
 
 def _flat(cases: Sequence[Case], slack):
-  """A point for each length from 1,024 on and each pass: the time of a token is that at 4,096 within `slack`."""
+  """Has a point per length from 1,024 on and pass, which holds if the time per token is within `slack` of 4,096's."""
 
   def judge(results):
     def on(device):

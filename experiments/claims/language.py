@@ -21,7 +21,7 @@ _LEVEL = 1.01
 
 
 def rows(results: Results, sweep: str) -> dict[str, dict]:
-  """The sweep's models by name as `language.report.summary` has them, each with its best rate and its seeds."""
+  """Returns the sweep's models by name as in `language.report.summary`, each with its best rate and its seeds."""
   planned = {(run.model, run.steps, run.sequence_length, 32768 // run.sequence_length)
              for run in sweeps.SWEEPS[sweep]().runs}
   records = [record for record in results.lines(FILE) if _kind(record) in planned]
@@ -41,8 +41,10 @@ def name(model: str) -> str:
 
 
 def _below(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
-  """A point for each pair of models: the first has fewer bits per byte than the second, times `factor`. Pairs that are
-  closer than their seeds are named; a model with one seed is taken to vary as in `main`."""
+  """Has a point per pair of models, which holds if the first has fewer bits per byte than the second times `factor`.
+
+  Pairs that are closer than their seeds are named. A model with one seed is taken to vary as in `main`.
+  """
 
   def judge(results):
     found, varied = rows(results, sweep), rows(results, "main")
@@ -61,7 +63,7 @@ def _below(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
 
 
 def bits(row: dict) -> str:
-  """Mean over the seeds, with their sample standard deviation once there are two."""
+  """Writes the mean over the seeds, with their sample standard deviation if there are two or more."""
   spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
   return f"{row['bits_per_byte']:.4f}{spread}"
 

@@ -15,7 +15,7 @@ _GLA, _DELTA = "2312.06635", "2406.06484"
 
 
 def losses(results: Results, model: str) -> dict[tuple[int, int], float]:
-  """Loss by bucket of positions, the mean over the model's evaluations with a context of 512 and windows of 16,384."""
+  """Returns losses by bucket of positions, averaged over evaluations with a context of 512 and windows of 16,384."""
   found = {}
   for record in results.objects(FOLDER):
     if (record["model"], record["trained_length"], record["sequence_length"]) == (model, 512, 16384):
@@ -43,7 +43,7 @@ def claims() -> list[Claim]:
 
 
 def growth(results: Results, model: str) -> float | None:
-  """Loss far beyond the training length over the loss within it."""
+  """Returns the loss far beyond the training length over the loss within it."""
   found = losses(results, model)
   return found[_FAR] / found[_TRAINED] if _FAR in found and _TRAINED in found else None
 

@@ -1,4 +1,4 @@
-"""What the runs gave, as rows of the results page: the run, the machine, the result. Losses are in bold."""
+"""The measured results as rows of the results page: the run, the machine, the result. Losses are in bold."""
 
 RESULTS = [
     ("`gla_tiny`, `make train`", "2 CPU cores", "Held-out bits per byte fall from 8.03 to 2.48 in 600 steps."),
@@ -56,6 +56,6 @@ RESULTS = [
     ("Recall of 64 pairs in 512 tokens (MQAR), widths 64, 128, 256, a quarter of the papers' epochs", "2 H200",
      "Transformer++ 99, 100, 100%, DeltaNet 73, 97, 99%, Gated DeltaNet 71, 99, 100%; at width 256 Mamba 96% and "
      "GLA 51%. **RetNet and linear attention at every width, and Mamba and GLA at the narrower ones, recall 2% or "
-     "less**: they have not learnt it yet."),
+     "less**. They have not learnt it yet."),
     ("Legal next symbols of languages read in context (RegBench), 1,000, 2,500, 5,000 and 10,000 training sequences",
      "2 H200", "DeltaNet 81, 87, 89, 92%, Transformer++ 55, 92, 93, 93%, Mamba 56, 72, 87, 91%, GLA 53, 55, 83, 83%.")]

@@ -1,4 +1,4 @@
-"""The page of claims as markdown: the answer, the measured results, a row for each claim, the tables behind them."""
+"""The page of claims as markdown: the answer, the measured results, a row per claim, and the tables behind them."""
 
 from . import CLAIMS, KINDS, language, synthetic
 from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, Results, percent
@@ -19,8 +19,8 @@ difference no larger than that of two seeds, or when it was not run. Settings ar
 is about our setting and not about the paper's own.
 """
 _MEASURED = """
-A pair of times such as 0.67 / 2.49 ms is of the forward pass and of forward and backward pass together. Losses to other
-libraries, failures and departures from the papers are in bold.
+In a pair of times such as 0.67 / 2.49 ms, the first is the forward pass, and the second is forward and backward pass
+together. Losses to other libraries, failures and departures from the papers are in bold.
 """
 _PAGES = """## Other pages
 
@@ -53,7 +53,7 @@ def render(results: Results) -> str:
 
 
 def _answer(found):
-  """How many claims of each kind have which verdict, and the claims themselves."""
+  """Counts the verdicts by kind of claim, and lists the claims themselves."""
   counts = [[kind, *(sum(found[claim].verdict == verdict for claim in claims) for verdict in
                      (HOLDS, IN_PART, FAILS, NOT_RUN))] for kind, claims in KINDS.items()]
   total = [sum(column) for column in zip(*(numbers for _, *numbers in counts))]
@@ -67,7 +67,7 @@ def _answer(found):
 
 
 def by_class(claims, found):
-  """The sentences of `claims` in a cell for each of `_CLASSES`, with the points that hold in all settings together."""
+  """Returns a cell per class of `_CLASSES` with its claims' sentences and their points, summed over settings."""
   cells = {name: [] for name in _CLASSES}
   for text in dict.fromkeys(claim.text for claim in claims):
     findings = [found[claim] for claim in claims if claim.text == text]
@@ -77,7 +77,7 @@ def by_class(claims, found):
 
 
 def classified(findings):
-  """Which of `_CLASSES` the findings of one sentence, one for each setting, put it in."""
+  """Returns the one of `_CLASSES` for a sentence, given its findings, one per setting."""
   verdicts = {finding.verdict for finding in findings}
   if verdicts == {HOLDS, FAILS} or not all(finding.decided for finding in findings):
     return "undecided"
@@ -93,7 +93,7 @@ def _points(points):
 def _row(claim, finding, commands):
   points = _points(finding.points)
   if not finding.run:
-    points, result = "", "the command's records are not all there: it takes more GPU time"
+    points, result = "", "some of the command's records are missing, because it takes more GPU time"
   else:
     result = finding.text
   return [claim.text, claim.place, claim.printed, claim.setting, result, points, f"**{finding.verdict}**",
@@ -111,9 +111,9 @@ def _tables(results):
     parts += _section(f"Language models, sweep `{sweep}`: held-out text",
                       ["", "parameters", "best learning rate", "tried", "seeds", "bits per byte", "perplexity"], rows)
     if apart := _apart(found):
-      parts.append(f"Seeds of one model are up to {apart:.3f} bits per byte apart: a smaller difference says little.")
+      parts.append(f"Seeds of one model are up to {apart:.3f} bits per byte apart. A smaller difference says little.")
     elif rows and (apart := _apart(language.rows(results, "main"))):
-      parts.append(f"One seed per model. The seeds of sweep `main` are up to {apart:.3f} bits per byte apart: a "
+      parts.append(f"One seed per model. The seeds of sweep `main` are up to {apart:.3f} bits per byte apart. A "
                    "smaller difference says little.")
   points = [(setting, width) for setting in synthetic.MQAR_SETTINGS for width in synthetic.WIDTHS]
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mqar(results, mixer, *point)) for point in points)]
@@ -124,7 +124,7 @@ def _tables(results):
   if not_begun:
     length, pairs = synthetic.MQAR_SETTINGS[-1]
     parts.append(f"{not_begun} of {tried} models recall less than 2% of {pairs} pairs in {length} tokens: a quarter of "
-                 "the papers' epochs ends before they begin to learn, so the order of such models says nothing.")
+                 "the papers' epochs ends before they begin to learn. The order of such models says nothing.")
   tasks = list(dict.fromkeys(run.task for run in synthetic.sweeps.mad()))
   rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mad(results, mixer, task)) for task in tasks),
            _cell(synthetic.mad_average(results, mixer))] for mixer in synthetic.NAMES]
@@ -143,12 +143,12 @@ def _tables(results):
 
 
 def _apart(found):
-  """The largest difference between seeds of one model, 0 where none has two."""
+  """Returns the largest difference between seeds of one model, 0 if none has two."""
   return max((row["range"][1] - row["range"][0] for row in found.values() if row["seeds"] > 1), default=0.0)
 
 
 def _section(title, head, rows):
-  """A table of the rows of which something is known; nothing if that is none."""
+  """Returns a table of the rows that have any value, or nothing if there are none."""
   known = [row for row in rows if any(row[1:])]
   return [f"### {title}", _table(head, known)] if known else []
 

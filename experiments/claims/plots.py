@@ -1,4 +1,4 @@
-"""Plots of the page of claims; each is drawn once it has two points."""
+"""Plots of the page of claims. A plot is drawn once it has two points."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ from .claim import Results
 _TRAINED = tuple(name for sweep in SWEEPS.values() for name in sweep.models)
 _DECODED = "tnl_385m", "gla_340m", "deltanet_340m", "transformer_340m"
 
-# Distinct in black and white: a marker and a dash for each line.
+# Each line has its own marker and dash, so that lines are distinct in black and white.
 _STYLES = "ko-", "C1s--", "C2^-.", "C0D-", "C4v:", "C3P-", "C5X--"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-  """Panels (title -> line -> points), each line of `names` in the same style in all of them."""
+  """Panels by title, each with points by line. A line of `names` has the same style in all panels."""
 
   file: str
   title: str
@@ -65,7 +65,7 @@ class Plot:
 
 
 def _lines(values):
-  """mixer -> points out of mixer -> {x: share or None}; a line has a gap where it was not run."""
+  """Turns shares (or None) by mixer and x into points by mixer. A line has a gap where nothing was run."""
   return {mixer: [(x, math.nan if y is None else 100 * y) for x, y in points.items()]
           for mixer, points in values.items() if any(y is not None for y in points.values())}
 
@@ -100,7 +100,7 @@ def _training(results, field):
   panels = {}
   for name, sweep in SWEEPS.items():
     device, rows = speed.training(results, name)
-    panels[f"{sweep.title}, {sweep.tokens:,} tokens a step\n{device}"] = _by_model(rows, field)
+    panels[f"{sweep.title}, {sweep.tokens:,} tokens per step\n{device}"] = _by_model(rows, field)
   return panels
 
 
@@ -110,7 +110,7 @@ def _decoding(results, field):
 
 
 def _by_model(rows, field):
-  """Lines of a field of `speed.newest`'s records."""
+  """Makes lines from a field of `speed.newest`'s records."""
   lines = {}
   for (model, tokens), row in rows.items():
     lines.setdefault(model, {})[tokens] = row[field]
@@ -123,18 +123,18 @@ def _of_some(lines):
 
 PLOTS = [Plot("mqar.png", "Multi-query associative recall", "width of the model", _mqar),
          Plot("regbench.png", "RegBench", "training sequences", _regbench),
-         Plot("lengths.png", "Text beyond the length of training", "up to this token of the text", _lengths,
-              {model: language.name(model) for model in lengths.MODELS}, "loss (nats a token)", (None, 6.5)),
+         Plot("lengths.png", "Text beyond the length of training", "position in the text (end of the bucket)", _lengths,
+              {model: language.name(model) for model in lengths.MODELS}, "loss (nats per token)", (None, 6.5)),
          Plot("kernel_lengths.png", "Time of a layer's kernels, forward and backward", "tokens per sequence", _kernels,
               {"gla": "GLA", "linear_attention": "lightning attention", "attention": "softmax attention (cuDNN)"},
               "ms", (None, None), logarithmic=True),
          Plot("training.png", "Training speed", "tokens per sequence",
-              functools.partial(_training, field="tokens_per_s"), dict(zip(_TRAINED, _TRAINED)), "tokens a second",
+              functools.partial(_training, field="tokens_per_s"), dict(zip(_TRAINED, _TRAINED)), "tokens per second",
               (0, None)),
          Plot("training_memory.png", "Memory of a training step", "tokens per sequence",
               functools.partial(_training, field="memory_gib"), dict(zip(_TRAINED, _TRAINED)), "GiB", (0, None)),
          Plot("decoding.png", "Decoding one sequence", "tokens before",
-              functools.partial(_decoding, field="ms_per_token"), dict(zip(_DECODED, _DECODED)), "ms a token",
+              functools.partial(_decoding, field="ms_per_token"), dict(zip(_DECODED, _DECODED)), "ms per token",
               (0, None)),
          Plot("decoding_memory.png", "State of one sequence", "tokens before",
               functools.partial(_decoding, field="state_mib"), dict(zip(_DECODED, _DECODED)), "MiB", (None, None),

@@ -12,7 +12,7 @@ _CONTEXTS = tuple(2**i for i in range(10, 17))
 
 
 def newest(rows: Iterable[dict], at: str) -> tuple[str, dict[tuple[str, int], dict]]:
-  """The device with most records and its newest ones, by model and the setting's field `at`; failed ones left out."""
+  """Returns the device with most records, and its newest ones by model and the setting's field `at`, none failed."""
   devices = {}
   for row in rows:
     if not row["reason"] and not row["setting"]["tiny"]:
@@ -50,14 +50,14 @@ def claims() -> list[Claim]:
       Claim(_TNL, "training speed table", "TransNormerLLM trains faster than the Transformer at every length.",
             "38,615 and 35,931 at 1K; 38,278 and 5,643 at 64K", "385M and 383M, 65,536 tokens per step", command("tnl"),
             _faster("tnl", [("tnl_385m", "transformer_385m", length) for length in SWEEPS["tnl"].lengths])),
-      Claim(_TNL, "inference", "TransNormerLLM decodes in the same time and memory after any number of tokens, the "
-            "Transformer's memory grows.", "2,819.6 tokens/s; 252 to 967 of others (7B)",
+      Claim(_TNL, "inference", "TransNormerLLM decodes in the same time and memory after any number of tokens, and "
+            "the Transformer's memory grows.", "2,819.6 tokens/s; 252 to 967 of others (7B)",
             "385M and 342M, one sequence, 1K to 64K tokens before; a time holds within 10% of 1K",
             f"python experiments/bench_decoding.py --out=experiments/results/{DECODING}", _decoding)]
 
 
 def _faster(name, pairs):
-  """A point for each (left, right, length): left trains more tokens per second than right."""
+  """Has a point per (left, right, length), which holds if left trains more tokens per second than right."""
 
   def judge(results):
     device, rows = training(results, name)

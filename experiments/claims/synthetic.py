@@ -22,7 +22,7 @@ _GLA, _DELTA = "2312.06635", "2406.06484"
 
 @functools.lru_cache(maxsize=8)
 def of_sweep(results: Results, name: str) -> list[tuple[Run, dict]]:
-  """The records of the sweep's runs, with any seed; what was run with another setting is left out."""
+  """Returns the records of the sweep's runs with any seed, without runs of other settings."""
   planned = {_identity(run.setting()): run for run in sweeps.SWEEPS[name]()}
   found = [(planned.get(_identity(whole(record["setting"]))), record) for record in results.lines(FILE)]
   return [(run, record) for run, record in found if run]
@@ -30,7 +30,7 @@ def of_sweep(results: Results, name: str) -> list[tuple[Run, dict]]:
 
 def best(results: Results, sweep: str, wanted: Callable[[Run], bool],
          measure: Callable[[dict], float] = operator.itemgetter("accuracy")) -> float | None:
-  """The best mean over seeds among the wanted runs' learning rates; None before all were tried or one solved it."""
+  """Returns the best mean over seeds among the wanted runs' learning rates, None until all were tried or one solved."""
   found, solved = {}, False
   for run, record in of_sweep(results, sweep):
     if wanted(run):
@@ -46,14 +46,14 @@ def mqar(results: Results, mixer: str, setting: tuple[int, int], width: int) -> 
 
 
 def mqar_not_begun(results: Results) -> tuple[int, int]:
-  """How many of the scores at the larger setting are below 2%, and how many there are."""
+  """Returns how many scores at the larger setting are below 2%, and how many scores there are."""
   scores = [mqar(results, mixer, MQAR_SETTINGS[-1], width) for mixer in NAMES for width in WIDTHS]
   scores = [score for score in scores if score is not None]
   return sum(score < 0.02 for score in scores), len(scores)
 
 
 def mad(results: Results, mixer: str, task: str) -> float | None:
-  """Mean of the task's baseline and its hardest change; None before both were run."""
+  """Returns the mean of the task's baseline and its hardest change, None before both were run."""
   def score(change):
     return best(results, "mad", lambda run: (run.task, run.mixer, run.task_fields) == (task, mixer, change),
                 operator.itemgetter("class_accuracy"))
@@ -69,13 +69,13 @@ def mad_average(results: Results, mixer: str) -> float | None:
 
 
 def regbench(results: Results, mixer: str, examples: int) -> float | None:
-  """At the best test of a run: after it, models learn the few training sequences by heart and get worse again."""
+  """Scores a run at its best test, because models then learn the few training sequences by heart and get worse."""
   return best(results, "regbench", lambda run: (run.mixer, run.task_fields["train_examples"]) == (mixer, examples),
               lambda record: max(accuracy for _, _, accuracy in record["curve"]))
 
 
 def regbench_distance(results: Results, mixer: str, examples: int) -> float | None:
-  """The least total variation from the true distribution, of any test and learning rate."""
+  """Returns the least total variation from the true distribution over tests and learning rates."""
   found = best(results, "regbench", lambda run: (run.mixer, run.task_fields["train_examples"]) == (mixer, examples),
                lambda record: -min(record["total_variation"]))
   return None if found is None else -found
@@ -86,7 +86,7 @@ def _identity(setting):
 
 
 def _solved(scores):
-  """A finding of (label, score): a point holds at 99% and more."""
+  """Returns a finding of (label, score), in which a point holds at 99% or more."""
   scores = list(scores)
   return Finding("; ".join(f"{label}: {percent(score)}" for label, score in scores if score is not None),
                  tuple(None if score is None else score >= 0.99 for _, score in scores))

@@ -27,7 +27,7 @@ CONFIGS = {function.__name__: function for function in (
 
 
 def lookup(name: str) -> TrainConfig:
-  """A fresh config of that name, its `name` field set. Raises ValueError listing the known names for any other."""
+  """Returns a fresh config with its `name` field set. Raises ValueError with the known names for an unknown name."""
   if name not in CONFIGS:
     raise ValueError(f"unknown config {name!r}; known: {', '.join(CONFIGS)}")
   config = CONFIGS[name]()

@@ -86,19 +86,19 @@ def retnet_1b3() -> TrainConfig:
 
 
 def at_340m(mixer, *, depth: int = 24, mlp_width: int = 2816, **model) -> TrainConfig:
-  """The 340M recipe for another mixer; `model` are more fields of its ModelConfig."""
+  """Returns the 340M recipe for another mixer; `model` has more fields of its ModelConfig."""
   return _paper(ModelConfig(mixer=mixer, width=1024, depth=depth, mlp_width=mlp_width, **model), tokens=15e9,
                 warmup_tokens=0.5e9, batch_size=256, microbatch=32)
 
 
 def at_1b3(mixer, *, depth: int = 24, mlp_width: int = 5632, **model) -> TrainConfig:
-  """The 1.3B recipe for another mixer."""
+  """Returns the 1.3B recipe for another mixer."""
   return _paper(ModelConfig(mixer=mixer, width=2048, depth=depth, mlp_width=mlp_width, **model), tokens=100e9,
                 warmup_tokens=1e9, batch_size=1024, microbatch=8)
 
 
 def _paper(model, tokens, warmup_tokens, batch_size, microbatch):
-  """`microbatch` sequences at a time fit the 75% of an 80 GB GPU that JAX takes; a batch is `batch_size` of them."""
+  """Returns a recipe with batches of `batch_size`, of which `microbatch` fit the 75% of 80 GB that JAX takes."""
   tokens_per_step = batch_size * _CONTEXT  # 256 * 2048 = 0.52M, 1024 * 2048 = 2.1M
   return TrainConfig(
       remat="dots",

@@ -1,5 +1,5 @@
-"""HGRN2 at the other models' sizes. The 340M config has the data and recipe of `gla_340m`; the 1.3B config has
-the data and recipe of `gated_deltanet_1b3`, where a paper reports numbers."""
+"""HGRN2 at the other models' sizes. The 340M config has the data and recipe of `gla_340m`. The 1.3B config has
+the data and recipe of `gated_deltanet_1b3`, for which a paper reports numbers."""
 
 from lin_jax.config import ModelConfig, TrainConfig
 from lin_jax.mixers.hgrn2 import HGRN2Config
@@ -22,7 +22,7 @@ def hgrn2_340m() -> TrainConfig:
 def hgrn2_1b3() -> TrainConfig:
   """HGRN2, 24 layers of width 2048 with 16 heads: 1.30B parameters with tied embeddings.
 
-  Source: arXiv:2412.06464, language modelling at 1.3B; the layer is that of arXiv:2404.07904.
+  Source: arXiv:2412.06464, language modelling at 1.3B; the layer is from arXiv:2404.07904.
   Command: python experiments/train.py --config=hgrn2_1b3 --workdir=runs/hgrn2_1b3
   Expected: perplexity on WikiText 19.10, on LAMBADA 17.69; average accuracy on common-sense tasks 51.79.
   Obtained: not run yet.

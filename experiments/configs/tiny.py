@@ -8,7 +8,7 @@ from lin_jax.mixers.gla import GLAConfig
 def gla_tiny() -> TrainConfig:
   """GLA on Shakespeare's plays, the run that `make train` makes.
 
-  Source: no paper; a smoke test that learns. The layer is that of `gla_340m` with a short convolution, without which
+  Source: no paper; a smoke test that learns. The layer is `gla_340m`'s with a short convolution, without which
     400 steps (on windows of 128) end at 2.77 bits per byte instead of 2.60.
   Command: python experiments/prepare_data.py --corpus=shakespeare --out=data/shakespeare
            python experiments/train.py --config=gla_tiny --workdir=runs/gla_tiny

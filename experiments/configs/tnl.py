@@ -2,13 +2,14 @@
 
 Layout (sections 4.1 and 4.2): lightning attention with ALiBi's slopes, learnable angles in the first layer alone,
 SGLU, norms without parameters, embeddings scaled by sqrt(width), heads of 128 channels. The paper prints neither
-vocabulary nor MLP widths. 2816 is that of the authors' code at width 1024; the other widths, and 50272 tokens (the
-GPT-2 dictionary of Metaseq, in which it was trained) in one matrix for embedding and head, are those with which the
-sizes that it does print come out: 385M, 1.0B and 6.8B. The authors' released code has 64000 tokens instead.
+vocabulary nor MLP widths. At width 1024 the MLP's width is 2816, as in the authors' code. The other MLP widths are
+chosen so that the sizes come out that the paper does print: 385M, 1.0B and 6.8B. So is the vocabulary of 50272 tokens
+in one matrix for embedding and head. It is the GPT-2 dictionary of Metaseq, in which the paper's models were trained.
+The authors' released code has 64000 tokens instead.
 
 Neither learning rate nor batch is published, and the corpus of 2T tokens is not public. The recipes here come from
-`gla_340m` and `gla_1b3`, so these runs need not reach the numbers under Expected, which the authors got.
-Losses of the paper are in bits.
+`gla_340m` and `gla_1b3`, so these runs need not reach the authors' numbers under Expected. The paper's losses are in
+bits.
 """
 
 from lin_jax.config import MeshConfig, TrainConfig
@@ -42,7 +43,7 @@ def tnl_1b() -> TrainConfig:
 
 
 def tnl_3b() -> TrainConfig:
-  """TNL, 32 layers of width 2560 with 20 heads: 2.88B parameters, which are split over all GPUs.
+  """TNL, 32 layers of width 2560 with 20 heads: 2.88B parameters, which are sharded over all GPUs.
 
   Source: arXiv:2405.17381 figure 1 (speed, and loss over 30B tokens).
   Command: python experiments/train.py --config=tnl_3b --workdir=runs/tnl_3b
@@ -53,7 +54,7 @@ def tnl_3b() -> TrainConfig:
 
 
 def tnl_7b() -> TrainConfig:
-  """TNL, 30 layers of width 4096 with 32 heads: 6.78B parameters, which are split over all GPUs.
+  """TNL, 30 layers of width 4096 with 32 heads: 6.78B parameters, which are sharded over all GPUs.
 
   Source: arXiv:2405.17381 section 5, table 2.
   Command: python experiments/train.py --config=tnl_7b --workdir=runs/tnl_7b
@@ -65,14 +66,14 @@ def tnl_7b() -> TrainConfig:
 
 
 def _layers(heads):
-  """Fields of a ModelConfig that all sizes share."""
+  """Returns the fields of a ModelConfig that all sizes share."""
   return dict(mixer=LightningAttentionConfig(heads=heads), hybrid_layers=(0,),
               hybrid_mixer=LightningAttentionConfig(heads=heads, lrpe=True), norm="simple_rms", mlp="sglu",
               scale_embeddings=True, vocab_size=50272)
 
 
 def _large(width, depth, mlp_width, heads):
-  """The 1.3B recipe at a size that one GPU does not hold."""
+  """Returns the 1.3B recipe at a size that one GPU does not hold."""
   config = at_1b3(depth=depth, mlp_width=mlp_width, **_layers(heads))
   config.model.width = width
   config.remat = "full"

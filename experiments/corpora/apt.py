@@ -1,4 +1,4 @@
-"""Debian packages by apt, as files, with package lists of its own: the machine's apt state is not touched."""
+"""Downloads Debian packages as files by apt. It has its own package lists, and leaves the machine's apt state alone."""
 
 import pathlib
 import urllib.parse
@@ -7,7 +7,7 @@ from corpora import fetch
 
 
 def packages(names: list[str], cache: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The .deb files of those of `names` that this machine's apt sources hold; a cached file is used again."""
+  """Returns the .deb files of the `names` that this machine's apt sources have. A cached file is used again."""
   folder = cache / "apt" / "packages"
   folder.mkdir(parents=True, exist_ok=True)
   missing = [name for name in names if not _find(folder, name)]
@@ -16,7 +16,7 @@ def packages(names: list[str], cache: pathlib.Path) -> dict[str, pathlib.Path]:
     try:
       _apt(cache, "download", *missing, folder=folder)
     except ValueError:
-      # One unknown name fails all of them.
+      # One unknown name makes the whole call fail.
       for name in missing:
         try:
           _apt(cache, "download", name, folder=folder)
@@ -26,12 +26,12 @@ def packages(names: list[str], cache: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def version(file: pathlib.Path) -> str:
-  """The version that a .deb file's name states."""
+  """Returns the version that a .deb file's name states."""
   return urllib.parse.unquote(file.name.split("_")[1])
 
 
 def index(name: str, cache: pathlib.Path) -> pathlib.Path:
-  """The largest package list called `name`, that of the main archive. Raises ValueError when there is none."""
+  """Returns the largest package list called `name`, which is the main archive's. Raises ValueError if there is none."""
   lists = cache / "apt" / "lists"
   if not list(lists.glob(f"*_{name}*")):
     update(cache)

@@ -17,10 +17,10 @@ _APT_HELPER = "/usr/lib/apt/apt-helper"
 
 
 def members(path: pathlib.Path, include: str = "", exclude: str = "") -> Iterator[tuple[str, bytes]]:
-  """(name, content) of the files whose name matches `include` and not `exclude`, in the archive's order.
+  """Yields (name, content) of the files whose name matches `include` and not `exclude`, in the archive's order.
 
-  Reads .deb, .whl, .zip and compressed tar files; members that are gzip files themselves come unpacked. Any other file
-  is taken for an index of apt and is its own single member. Raises ValueError for an archive that cannot be read.
+  It reads .deb, .whl, .zip and compressed tar files, and unpacks members that are gzip files themselves. Any other file
+  counts as an index of apt, and is its own single member. Raises ValueError for an archive that cannot be read.
   """
   try:
     for name, read in _archive(path):
@@ -32,7 +32,7 @@ def members(path: pathlib.Path, include: str = "", exclude: str = "") -> Iterato
 
 
 def checksum(path: pathlib.Path) -> str:
-  """SHA-256 of a package file; of the content of an index of apt, whose compression differs between machines."""
+  """Returns the SHA-256 of a package file, or of an apt index's content, whose compression differs by machine."""
   if path.name.endswith(_PACKAGES):
     return sha256(path)
   (_, content), = members(path)
@@ -50,7 +50,7 @@ def _archive(path):
     with open(path, "rb") as f:
       yield from _tar(f)
   else:
-    # The index is compressed with whatever apt chose, and its own command unpacks it.
+    # Apt chooses the compression of an index, and its own command unpacks it.
     done = subprocess.run([_APT_HELPER, "cat-file", str(path)], capture_output=True, check=False)
     if done.returncode:
       raise ValueError(f"{path}: {_APT_HELPER} could not read it")
@@ -65,7 +65,7 @@ def _tar(file):
 
 
 def _deb_data(path):
-  # A Debian package is an ar archive: 60-byte headers, contents padded to even length; files are in data.tar.*.
+  # A Debian package is an ar archive with 60-byte headers and contents of even length. The files are in data.tar.*.
   with open(path, "rb") as f:
     if f.read(8) != b"!<arch>\n":
       raise ValueError(f"{path}: not a Debian package")

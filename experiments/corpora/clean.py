@@ -1,4 +1,4 @@
-"""Cleaning of extracted text: wrapped lines joined, navigation and non-prose dropped, repeated paragraphs removed."""
+"""Cleans extracted text: joins wrapped lines, drops navigation and non-prose, and removes repeated paragraphs."""
 
 import collections
 import hashlib
@@ -13,9 +13,10 @@ was we were when which who will with would you your""".split())
 
 
 def unwrap(paragraph: str) -> str:
-  """Joins the lines of a hard-wrapped paragraph; lists, tables, verse and code stay as they are.
+  """Joins the lines of a hard-wrapped paragraph, and leaves lists, tables, verse and code as they are.
 
-  Wrapped means: equal indentation, no bullets or column gaps, and every line but the last 45 to 110 characters long.
+  The lines of a wrapped paragraph have equal indentation and no bullets or column gaps, and all but the last one have
+  45 to 110 characters.
   """
   lines = paragraph.split("\n")
   if len(lines) < 2 or _BULLET.match(lines[0]) and not _LIST_ITEM.match(lines[0]):
@@ -37,7 +38,7 @@ def _indent(line):
 
 
 def clean(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-  """Normalises white space and joins wrapped lines; drops lines that stand in over a tenth of 20 pages or more."""
+  """Normalises white space, joins wrapped lines, and drops lines that occur in over a tenth of 20 or more pages."""
   documents = [(name, _normalise(text)) for name, text in documents]
   pages = collections.Counter(line for _, text in documents for line in set(text.split("\n")) if line.strip())
   common = {line for line, count in pages.items() if count > len(documents) / 10} if len(documents) >= 20 else set()
@@ -63,7 +64,7 @@ def is_prose(text: str, group: str) -> bool:
 
 
 def dedupe(text: str, seen: set[bytes]) -> str:
-  """`text` without the paragraphs of 80 characters or more that `seen` knows, which learns the others.
+  """Removes from `text` the paragraphs of 80 characters or more that are in `seen`, and adds the others to it.
 
   Case and white space do not matter.
   """

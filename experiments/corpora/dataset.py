@@ -22,9 +22,9 @@ _PROGRESS = "progress.json"
 
 
 def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
-  """The work directory `<out>.partial` of a dataset determined by `recipe`, or None when `out` is it, complete.
+  """Returns the work directory `<out>.partial` of the dataset that `recipe` determines, None if `out` is complete.
 
-  Raises ValueError when `out` or the work directory holds anything else: nothing is overwritten.
+  Raises ValueError when `out` or the work directory holds anything else, because nothing may be overwritten.
   """
   recipe = json.loads(json.dumps(recipe))
   if out.exists():
@@ -43,7 +43,7 @@ def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
 
 
 def publish(work: pathlib.Path, out: pathlib.Path) -> None:
-  """Renames `work` to `out`, less the files that its manifest does not name."""
+  """Renames `work` to `out`, without the files that its manifest does not name."""
   splits = _read_json(work / MANIFEST_FILE)["splits"]
   keep = {MANIFEST_FILE, MODEL_FILE} | {part["file"] for e in splits.values() for part in [e["index"], *e["shards"]]}
   for path in work.iterdir():
@@ -61,7 +61,7 @@ def _read_json(path):
 
 
 class SplitWriter:
-  """Appends documents to the shards of one split; its `state` is all that continuing needs besides the files."""
+  """Appends documents to the shards of one split. With its `state` and the files it can continue."""
 
   def __init__(self, work: pathlib.Path, split: str, shard_tokens: int, state: dict | None = None):
     self._work, self._split, self._shard_tokens = work, split, shard_tokens
@@ -82,7 +82,7 @@ class SplitWriter:
     return self._work / f"{self._split}-{number:05d}.bin"
 
   def add(self, ids: np.ndarray, size: int) -> None:
-    """Appends one document of `ids` (end id included) whose text is `size` bytes long."""
+    """Appends one document of `ids` (end id included), whose text has `size` bytes."""
     state = self.state
     self._starts.write(np.uint64(state["tokens"]).tobytes())
     state["documents"] += 1
@@ -132,9 +132,9 @@ class SplitWriter:
 
 
 class DatasetWriter:
-  """The writers of all splits of one work directory, with their common checkpoint; a context that closes the files.
+  """The writers of all splits of one work directory, with a common checkpoint. As a context it closes the files.
 
-  `done` counts the input documents on disk, which a resumed run has to skip; `notes` is the caller's own JSON state.
+  `done` counts the input documents on disk, which a resumed run has to skip. `notes` is the caller's own JSON state.
   """
 
   def __init__(self, work: pathlib.Path, splits: list[str], *, shard_tokens: int = SHARD_TOKENS):
@@ -152,7 +152,7 @@ class DatasetWriter:
       writer.close()
 
   def add(self, split: str, ids: np.ndarray, size: int) -> None:
-    """Appends a document to `split`: its ids with the end id, and the bytes of its text."""
+    """Appends a document to `split`, given its ids with the end id and the bytes of its text."""
     self._writers[split].add(ids, size)
 
   def checkpoint(self, done: int, notes: dict) -> None:
@@ -162,7 +162,7 @@ class DatasetWriter:
     write_json(self._work / _PROGRESS, dict(done=done, notes=notes, splits=states), indent=1)
 
   def totals(self) -> dict[str, int]:
-    """Tokens of each split so far."""
+    """Returns the present number of tokens of each split."""
     return {split: writer.state["tokens"] for split, writer in self._writers.items()}
 
   def finish(self, out: pathlib.Path, *, tokenizer: Tokenizer, tokenizer_file: pathlib.Path | None, recipe: dict,

@@ -1,4 +1,4 @@
-"""Documents out of text, JSON and Parquet files, and out of datasets on a hub."""
+"""Reads documents from text, JSON and Parquet files, and from datasets on a hub."""
 
 import glob
 import itertools
@@ -12,7 +12,7 @@ from corpora.dataset import sha256
 
 
 class Document(NamedTuple):
-  """A text that is never split between training and evaluation. `source` is what the manifest counts it under."""
+  """A text that is never divided between training and evaluation. The manifest counts it under `source`."""
 
   source: str
   name: str
@@ -20,7 +20,7 @@ class Document(NamedTuple):
 
 
 def find(patterns: list[str], kind: str = "") -> dict[str, pathlib.Path]:
-  """The files that paths and glob patterns name, by their path relative to the folder common to all.
+  """Finds the files that paths and glob patterns name, by their path relative to the folder common to all.
 
   Raises ValueError for a pattern that matches no file, and for a file that `files.format_of` cannot tell or refuses.
   """
@@ -31,7 +31,7 @@ def find(patterns: list[str], kind: str = "") -> dict[str, pathlib.Path]:
       hint = f"a folder, whose files are {pattern}/*" if os.path.isdir(pattern) else "no such file"
       raise ValueError(f"--input={pattern}: {hint}")
     paths.update(os.path.abspath(path) for path in found)
-  # All of them now: a corpus takes hours to read.
+  # All files are checked first, because a corpus takes hours to read.
   for path in sorted(paths):
     files.format_of(pathlib.Path(path), kind)
   common = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -39,15 +39,15 @@ def find(patterns: list[str], kind: str = "") -> dict[str, pathlib.Path]:
 
 
 def describe(found: dict[str, pathlib.Path]) -> list[dict]:
-  """What a recipe says of its files: name and checksum, nothing that depends on where or when."""
+  """Describes files for a recipe by name and checksum, without anything that depends on place or time."""
   return [dict(client="file", package=name, sha256=sha256(path)) for name, path in found.items()]
 
 
 def read(found: dict[str, pathlib.Path], skip: int = 0, *, field: str, separator: str,
          kind: str = "") -> Iterator[Document]:
-  """Documents of files, read as `files.texts` says, in the format `kind` or the one that each name says.
+  """Yields documents of files, read as `files.texts` says, in the format `kind` or the one that each name says.
 
-  The first `skip` documents are left out. Raises ValueError naming the file, and the line or row, that cannot be read.
+  The first `skip` documents are left out. Raises ValueError with the file, and the line or row, that cannot be read.
   """
   documents = (Document(name, str(i), text) for name, path in found.items() for i, text in enumerate(
       files.texts(path, files.format_of(path, kind), field=field, separator=separator)))

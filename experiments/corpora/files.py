@@ -1,8 +1,8 @@
-"""Files as texts: the format that a name says, the compression, and the texts inside.
+"""Reads files as texts, by the format and the compression that their names say.
 
-A name ends with its format and perhaps with a compression: `web.jsonl.zst`. Nothing is taken for text by default: an
-ending that is not listed here is refused unless the caller names the format, and so is content that is not what the
-name says. Text is UTF-8.
+A name ends with its format and perhaps with a compression, as in `web.jsonl.zst`. Nothing counts as text by default: an
+ending that is not listed here is refused unless the caller names the format. Content that contradicts the name is
+refused too. Text is UTF-8.
 """
 
 import bz2
@@ -21,7 +21,7 @@ import pyarrow.parquet
 FORMATS = {
     "text": ".txt .text .md .markdown .rst .tex .py .c .h .cc .cpp .java .js .ts .go .rs .jl .r .sh .lua .el".split(),
     "jsonl": [".jsonl", ".ndjson", ".jsonlines"],
-    "json": [".json"],  # JSON Lines as well, as many corpora name them, or an array of rows, or one row
+    "json": [".json"],  # an array of rows, one row, or JSON Lines, because many corpora name them so
     "parquet": [".parquet", ".pq"],
 }
 _COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
@@ -37,9 +37,9 @@ _ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException
 
 
 def format_of(path: pathlib.Path, named: str = "") -> str:
-  """The format of a file, which is `named` or what its name says.
+  """Returns the format of a file, which is `named` or what its name says.
 
-  Raises ValueError when neither says it, or when the content is of another format or compression than that.
+  Raises ValueError when neither gives a format, or when the content has another format or compression.
   """
   stem, compression = _split(path)
   suffix = pathlib.PurePath(stem).suffix
@@ -61,11 +61,11 @@ def format_of(path: pathlib.Path, named: str = "") -> str:
 
 
 def texts(path: pathlib.Path, kind: str, *, field: str, separator: str) -> Iterator[str]:
-  """The texts of a file of the format `kind`, in their order.
+  """Yields the texts of a file of the format `kind`, in their order.
 
-  Of `text` that is the file, or its parts between `separator` where one is given; of the others the string under
-  `field` of each row. A byte order mark at the start of a text is left out. Raises ValueError naming the file, and the
-  line or row, that cannot be read so.
+  For `text` that is the whole file, or its parts between `separator` if one is given. For the other formats it is the
+  string under `field` of each row. A byte order mark at the start of a text is left out. Raises ValueError with the
+  file, and the line or row, that cannot be read so.
   """
   if kind == "text":
     found = _text(path, separator)
@@ -76,7 +76,7 @@ def texts(path: pathlib.Path, kind: str, *, field: str, separator: str) -> Itera
 
 
 def text_field(row: dict, field: str, where: str) -> str:
-  """The string under `field`. Raises ValueError, which begins with `where`, when there is none."""
+  """Returns the string under `field`. Raises a ValueError that begins with `where` when there is none."""
   text = row.get(field) if isinstance(row, dict) else None
   if not isinstance(text, str):
     raise ValueError(f"{where} has no string under {field!r}, which --text_field names")
@@ -93,7 +93,7 @@ def _split(path):
 def _require_text(path, head):
   """Raises ValueError when a file that begins with `head` is no UTF-8 text for a reason that can be named."""
   found = next((name for name, magic in _MAGIC.items() if re.match(magic, head)), None)
-  # UTF-16 without a mark: every second byte of what is written in Latin letters is zero.
+  # In UTF-16 without a mark, every second byte of Latin letters is zero.
   if found is None and head.count(0) > len(head) // 4:
     found = "UTF-16"
   if found:
@@ -136,7 +136,7 @@ def _json_lines(path):
 
 
 def _json(path):
-  """Rows of a file whose first line is a row, of an array, or the row that the whole file is."""
+  """Yields the rows of a file whose first line is a row, the rows of an array, or the one row that is the file."""
   first = next((line for line in _lines(path) if line.strip()), b"")
   try:
     is_lines = isinstance(_parse(first, ""), dict)
@@ -152,7 +152,7 @@ def _json(path):
 
 def _parse(content, message):
   try:
-    # Files put end to end leave their byte order marks before later lines.
+    # Files that were joined leave their byte order marks before later lines.
     return json.loads(content.decode().removeprefix(_BOM))
   except (ValueError, RecursionError) as e:
     raise ValueError(f"{message} ({e})") from e
@@ -165,7 +165,7 @@ def _parquet(path, field):
     if field not in names:
       raise ValueError(f"{path}: no column {field!r}: --text_field must be one of {', '.join(names)}")
     number = 0
-    # Batches, not whole row groups: those of web corpora hold gigabytes.
+    # Rows are read in batches, because whole row groups of web corpora hold gigabytes.
     for batch in file.iter_batches(batch_size=1024, columns=[field]):
       for text in batch.column(0).to_pylist():
         yield f"{path}: row {number}", {field: text}

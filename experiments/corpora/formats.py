@@ -1,4 +1,4 @@
-"""Formats of the English corpus: files of a package in, (name, text) of documents out."""
+"""Formats of the English corpus: each turns the files of a package into (name, text) of documents."""
 
 import html
 import json
@@ -52,10 +52,10 @@ def web(members: Members) -> Documents:
 
 
 def pod(members: Members) -> Documents:
-  """Perl's documentation: commands and formatting codes out."""
+  """Perl's documentation, without commands and formatting codes."""
   for name, content in members:
     lines = re.sub(r"^=(head\d|item|encoding|over|back|cut|pod|for|begin|end)\b *", "", _decode(content), flags=re.M)
-    # Twice: codes nest.
+    # Twice, because codes nest.
     for _ in range(2):
       lines = re.sub(r"\b[BCFILSX](?:<<+ (.*?) >>+|<([^<>]*)>)", lambda m: m[1] or m[2] or "", lines, flags=re.S)
     yield name, re.sub(r"E<lt>", "<", re.sub(r"E<gt>", ">", lines))
@@ -67,7 +67,7 @@ _ROFF_ESCAPES = (("\\-", "-"), ("\\&", ""), ("\\e", "\\"), ("\\(aq", "'"), ("\\(
 
 
 def man(members: Members) -> Documents:
-  """Manual pages: headings and text of the man macros; tables out."""
+  """Manual pages: headings and text of the man macros, without tables."""
   for name, content in members:
     page = re.sub(r"^\.TS.*?^\.TE", "", _decode(content), flags=re.M | re.S)
     page = re.sub(r'\\".*|\\f(\(..|\[[^]]*\]|.)|\\s[-+]?\d+|\\c$', "", page, flags=re.M)
@@ -94,7 +94,7 @@ def _man_lines(page):
 
 
 def mallard(members: Members) -> Documents:
-  """GNOME's help pages: XML tags out, a blank line before each block."""
+  """GNOME's help pages, without XML tags and with a blank line before each block."""
   for name, content in members:
     page = re.sub(r"<(info|media|comment)\b.*?</\1>|<!--.*?-->", "", _decode(content), flags=re.S)
     blocks = re.split(r"<(?:p|title|item|note|section|td)\b[^>]*>", page)
@@ -102,21 +102,21 @@ def mallard(members: Members) -> Documents:
 
 
 def vim(members: Members) -> Documents:
-  """Vim's help: marks of tags, links and examples out."""
+  """Vim's help, without the marks of tags, links and examples."""
   for name, content in members:
     page = re.sub(r"\*\S+\*|^[=~-]{20,}.*$|^<|>$", "", _decode(content), flags=re.M)
     yield name, re.sub(r"\|(\S+?)\|", r"\1", page)
 
 
 def fortune(members: Members) -> Documents:
-  """Fortune files: sayings apart by lines of `%`."""
+  """Fortune files, in which lines of `%` separate sayings."""
   for name, content in members:
     if not name.endswith((".dat", ".u8")):
       yield from _grouped(name, re.split(r"\n%\n", _decode(content)), GROUP // 2)
 
 
 def dictd(members: Members) -> Documents:
-  """Dictionaries of the DICT protocol: an entry starts where a line is not indented."""
+  """Dictionaries of the DICT protocol, in which a line without indentation starts an entry."""
   for name, content in members:
     entries = re.sub(r"[{}]|\s*\[[^\]]*Webster[^\]]*\]|\s*\[\+?PJC\]", "", _decode(content))
     yield from _grouped(name, re.split(r"\n(?=\S)", entries))
@@ -136,7 +136,7 @@ def wordnet(members: Members) -> Documents:
 
 
 def descriptions(members: Members) -> Documents:
-  """apt's index of long package descriptions, one document a package."""
+  """apt's index of long package descriptions, with one document per package."""
   for _, content in members:
     for stanza in _decode(content).split("\n\n"):
       match = re.match(r"Package: (\S+)\n.*?^Description-en: (.*)", stanza, flags=re.M | re.S)
@@ -145,7 +145,7 @@ def descriptions(members: Members) -> Documents:
 
 
 def factbook(members: Members) -> Documents:
-  """Country pages of the World Factbook: a line `Field: text` for each entry."""
+  """Country pages of the World Factbook, with a line `Field: text` per entry."""
 
   def walk(value, field):
     if isinstance(value, dict):
@@ -159,7 +159,7 @@ def factbook(members: Members) -> Documents:
 
 
 def botocore(members: Members) -> Documents:
-  """Service descriptions of the AWS library: every documentation string once, in the service that has it first."""
+  """Service descriptions of the AWS library, with each documentation string once, in the first service that has it."""
   seen = set()
 
   def walk(value):
@@ -180,7 +180,7 @@ def botocore(members: Members) -> Documents:
 
 
 def sword(members: Members) -> Documents:
-  """Texts of SWORD modules: 12-byte records (start, size, unpacked size) index zlib blocks, one a book or chapter."""
+  """Texts of SWORD modules: 12-byte records (start, size, unpacked size) index zlib blocks, one per book or chapter."""
   files = dict(members)
   for name in sorted(files):
     if not name.endswith("s"):

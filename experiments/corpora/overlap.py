@@ -9,7 +9,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def ngrams(ids: np.ndarray) -> np.ndarray:
-  """uint64 hashes of the n-grams of `ids`: sum_j id_{i+j} m^(n-1-j) modulo 2^64, its halves mixed."""
+  """Returns uint64 hashes of the n-grams of `ids`: sum_j id_{i+j} m^(n-1-j) modulo 2^64, with its halves mixed."""
   if len(ids) < N:
     return np.zeros(0, np.uint64)
   count = len(ids) - N + 1
@@ -21,9 +21,9 @@ def ngrams(ids: np.ndarray) -> np.ndarray:
 
 
 def fractions(held_out: Iterable[np.ndarray], training: list[np.ndarray]) -> Iterator[float]:
-  """For each held-out document, the fraction of its n-grams that occur in the training documents."""
+  """Yields for each held-out document the fraction of its n-grams that occur in the training documents."""
   table = np.concatenate([ngrams(ids) for ids in training] or [np.zeros(0, np.uint64)])
-  # In place: np.unique on hundreds of millions of values takes minutes.
+  # This works in place, because np.unique on hundreds of millions of values takes minutes.
   table.sort()
   for ids in held_out:
     grams = np.sort(ngrams(ids))

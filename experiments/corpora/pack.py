@@ -16,14 +16,14 @@ from lin_jax.data import TokenDataset
 from lin_jax.manifests import read_manifest
 from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, load_tokenizer
 
-# Ids are two bytes each: one bit of position and of literal position tell the compressor which of them it sees.
+# Ids have two bytes each. One bit of position and of literal position tell the compressor which byte it sees.
 _FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=2**26, lc=3, lp=1, pb=1)]
 
 
 def pack(source: pathlib.Path, out: pathlib.Path, train_tokens: int = 0) -> bool:
-  """Writes `out`, which `unpack` turns into a dataset; returns whether there was anything to do.
+  """Writes `out`, which `unpack` turns into a dataset, and returns whether there was anything to do.
 
-  A positive `train_tokens` keeps the whole documents within the first so many tokens of the training split; the other
+  A positive `train_tokens` keeps the whole documents within that many first tokens of the training split. The other
   splits stay whole. Raises ValueError when `source` is not a dataset, or `out` holds something else.
   """
   manifest = read_manifest(source)
@@ -47,7 +47,7 @@ def pack(source: pathlib.Path, out: pathlib.Path, train_tokens: int = 0) -> bool
       for done, _ in enumerate(pool.map(lambda job: _compress(*job), jobs), 1):
         progress.update(done)
     except BaseException:
-      pool.shutdown(wait=False, cancel_futures=True)  # what is waiting; what was begun ends
+      pool.shutdown(wait=False, cancel_futures=True)  # cancels waiting work; work that was begun ends
       raise
   progress.close(len(jobs))
   if (source / MODEL_FILE).exists():

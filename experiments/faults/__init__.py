@@ -1,1 +1,1 @@
-"""Faults that commands must survive, and runs that are killed: what is done to them, and what each must end in."""
+"""Faults that commands must survive, and runs that are killed, each with the end that it must have."""

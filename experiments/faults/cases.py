@@ -16,9 +16,9 @@ from lin_jax import files
 from .judge import Case, Impossible
 from .runner import Process, finish
 
-KILLS = 5  # a command is killed at so many moments, spread over the time that it takes
+KILLS = 5  # the moments at which a command is killed, spread over the time that it takes
 RECORDS = pathlib.Path(__file__).resolve().parents[1] / "results" / "kernels.jsonl"
-# Commands that write, by name: (inputs, where to write) -> words.
+# Commands that write, by name: a function of the inputs and the place to write, which returns the command's words.
 WRITERS = {
     "train": lambda i, out: i.train(out / "run"),
     "evaluate": lambda i, out: ["evaluate.py", f"--workdir={_copied(i.run, out / 'run')}", "--batches=1"],
@@ -45,7 +45,7 @@ PATHS = r"/\S*"
 
 
 def full_disk(name, kib):
-  """The command writes to a file system on which so many KiB are free."""
+  """The command writes to a file system that has `kib` KiB free."""
   def inject(inputs, folder):
     with mounted(folder) as out:
       words = WRITERS[name](inputs, out)
@@ -56,7 +56,7 @@ def full_disk(name, kib):
 
 
 def largest_file(name, size):
-  """No file of the command grows beyond `size` bytes, as under a quota."""
+  """No file of the command may grow beyond `size` bytes, as under a quota."""
   def inject(inputs, folder):
     return finish(WRITERS[name](inputs, folder), largest=size)
 
@@ -74,7 +74,7 @@ def read_only(name):
 
 
 def file_for_folder(name):
-  """A file is where the folder to write to should be."""
+  """There is a file in the place of the folder to write to."""
   def inject(inputs, folder):
     (folder / "file").touch()
     return finish(WRITERS[name](inputs, folder / "file"))
@@ -88,17 +88,17 @@ def output(name, stdout, message):
 
 
 def encoding(name, script, env):
-  """An output that has no accents: the text is printed with codes in their place."""
+  """The output's encoding has no accents, so the text is printed with codes in their place."""
   def inject(inputs, folder):
     ended = finish(script(inputs, folder), env=env, fresh=True)
-    found = re.search(r"caf\\(xe9|udcc3)", ended.out)  # of a file's name, the bytes that it is made of
+    found = re.search(r"caf\\(xe9|udcc3)", ended.out)  # codes of the character, or of the bytes in a file's name
     return ended if found else dataclasses.replace(ended, code=-1, err=f"no code of an accent in {ended.out!r}")
 
   return Case(f"{name}: {' '.join(f'{key}={value}' for key, value in env.items())}", inject, 0, "")
 
 
 def changed(what, file, reader, message, change=lambda content: bytes([content[0] ^ 1]) + content[1:]):
-  """A file of the dataset was changed; by default its first byte."""
+  """A file of the dataset was changed, by default in its first byte."""
   def inject(inputs, folder):
     data = _copied(inputs.data, folder / "data")
     (data / file).write_bytes(change((data / file).read_bytes()))
@@ -170,7 +170,7 @@ def interrupted(name, words, text, message):
 
 
 def killed(name, part):
-  """SIGKILL after a part of the time that the command takes; repeated, it ends as one that was never killed."""
+  """The command gets SIGKILL after a part of its time. Repeated, it ends as one that was never killed."""
   def inject(inputs, folder):
     words = WRITERS[name]
     begin = time.monotonic()
@@ -178,7 +178,7 @@ def killed(name, part):
     time_taken = time.monotonic() - begin
     process = Process(words(inputs, folder / "killed"))
     time.sleep(time_taken * part / KILLS)
-    with contextlib.suppress(ProcessLookupError):  # it has ended
+    with contextlib.suppress(ProcessLookupError):  # the command has ended
       os.kill(process.pid, signal.SIGKILL)
     process.end()
     ended = finish(words(inputs, folder / "killed"))
@@ -190,7 +190,7 @@ def killed(name, part):
 
 @contextlib.contextmanager
 def mounted(folder):
-  """A file system of 4 MiB, where this machine allows to mount one."""
+  """Mounts a file system of 4 MiB, if this machine allows that."""
   (out := folder / "mounted").mkdir()
   _system("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(out))
   try:
@@ -221,7 +221,7 @@ def _copied(source, target):
 
 
 def _content(folder):
-  """Digests of what is there, less what no two runs have in common: times, and the files of Orbax."""
+  """Returns digests of all files, without the times and the files of Orbax, which differ in any two runs."""
   return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*")
           if path.is_file() and "checkpoints" not in path.parts
           and path.name not in ("environment.json", "config.json", "data.json")}

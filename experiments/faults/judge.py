@@ -1,4 +1,4 @@
-"""How a command that met a fault must end, and how it ended."""
+"""Compares the end of a command that met a fault with the end that it must have."""
 
 import dataclasses
 import pathlib
@@ -9,20 +9,20 @@ from .runner import Ended, Inputs
 
 
 class Impossible(Exception):
-  """This machine cannot make the fault, for lack of rights."""
+  """This machine lacks the rights to make the fault."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A fault in a command: `inject` makes it in an empty folder and gives what came of the command."""
+  """A fault in a command, which `inject` makes in an empty folder; it returns the ended command."""
 
   name: str
   inject: Callable[[Inputs, pathlib.Path], Ended]
   code: int
-  message: str  # regular expression, found in what the command wrote to stderr
+  message: str  # a regular expression that must match a part of stderr
 
   def problem(self, ended: Ended) -> str:
-    """The first thing that is wrong with the end, or ""."""
+    """Says what is wrong with the end first, or returns ""."""
     lines = [line for line in ended.err.splitlines() if re.match(r"\w+\.py: ", line)]
     if "Traceback" in ended.err:
       return f"traceback: {ended.err.splitlines()[-1]}"
@@ -34,7 +34,7 @@ class Case:
 
 
 def outcome(case: Case, inputs: Inputs, folder: pathlib.Path) -> dict:
-  """The row of a case: its `outcome` is passed, failed, or skipped where this machine cannot make the fault."""
+  """Returns the row of a case: its `outcome` is passed, failed, or skipped if this machine cannot make the fault."""
   folder.mkdir()
   try:
     ended = case.inject(inputs, folder)

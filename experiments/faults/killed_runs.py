@@ -23,7 +23,7 @@ _CLOCK = "tokens_per_second", "mfu", "evaluation_seconds", "save_seconds"
 
 
 def campaign(folder: pathlib.Path, data: pathlib.Path, runs: int, steps: int, seed: int) -> dict:
-  """Makes the runs in `folder` and returns how many there were, what became of them, and which ended differently."""
+  """Makes the runs in `folder`, and returns their number, what the signals met, and the runs that ended differently."""
   config = _config(data, steps)
   if _run(config, folder / "unbroken"):
     raise ValueError(f"the unbroken run has failed: {(folder / 'unbroken.log').read_text()}")
@@ -50,10 +50,10 @@ def campaign(folder: pathlib.Path, data: pathlib.Path, runs: int, steps: int, se
 
 
 def end(workdir: pathlib.Path) -> dict:
-  """Everything that must be equal at the end of a run."""
+  """Returns everything that must be equal at the end of a run."""
   from lin_jax import tensorboard
 
-  step = load_model(workdir)[0].optim.steps  # which verifies the parameters by their checksums
+  step = load_model(workdir)[0].optim.steps  # loading verifies the parameters by their checksums
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     kept, best = checkpoints.steps(), checkpoints.best()
   lines = [{name: value for name, value in record.items() if name not in _CLOCK}
@@ -64,7 +64,7 @@ def end(workdir: pathlib.Path) -> dict:
 
 
 def _config(data, steps):
-  """A run whose steps are due for logging, evaluation and saving in every combination."""
+  """Returns a run in which logging, evaluation and saving are due in every combination."""
   vocab_size = read_manifest(data)["tokenizer"]["vocab_size"]
   model = ModelConfig(mixer=GLAConfig(heads=2, gate_rank=4, implementation="reference"), vocab_size=vocab_size,
                       width=32, depth=2, mlp_width=64, dtype="float32")
@@ -76,10 +76,12 @@ def _config(data, steps):
 
 
 def _run(config, workdir, number=None, line=0, seconds=0.0):
-  """The exit code of a process that trains in `workdir`, and gets the signal `number`, if any, so long after it has
-  printed that many lines: None if it was over by then."""
+  """Trains in a process, which gets the signal `number`, if any, `seconds` after it has printed `line` lines.
+
+  Returns its exit code, or None if it ended before the signal.
+  """
   context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["lin_jax.training", "lin_jax.tensorboard"])  # a start then takes no seconds
+  context.set_forkserver_preload(["lin_jax.training", "lin_jax.tensorboard"])  # a start then takes less than a second
   process = context.Process(target=_train, args=(config, workdir, dict(os.environ)))
   process.start()
   if number:

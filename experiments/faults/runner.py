@@ -25,21 +25,21 @@ SIZE = ("--config=gla_tiny", "--config.model.width=32", "--config.model.depth=1"
         "--config.log.every=1", "--config.log.tensorboard=false", "--config.checkpoint.every=4",
         "--config.eval.every=0", "--config.eval.batches=2", "--config.optim.steps=8")
 TEXT = "caf\u00e9: the cat sat on the mat and the dog on the log; it was the best of times, it was the worst. "
-SECONDS = 120  # after which a command hangs
+SECONDS = 120  # a command that takes longer hangs
 # Commands compile the same programs again and again.
 _CACHE = tempfile.mkdtemp(prefix="lin_jax_xla")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 SETTINGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": _CACHE,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-# Imports alone, no device and no thread, so that a fork finds what a new process would.
+# The server only imports. It has no device and no thread, so that a fork finds the same as a new process.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["lin_jax.evaluate", "lin_jax.generate", "lin_jax.training", "faults.runner"])
 
 
 @dataclasses.dataclass
 class Ended:
-  """A command that has ended: its exit code (negative: the signal that has ended it) and what it wrote."""
+  """A command that has ended: its exit code (or minus the signal that ended it) and the text that it wrote."""
 
   code: int
   out: str
@@ -47,14 +47,14 @@ class Ended:
 
 
 class Process:
-  """`python experiments/script options`, begun.
+  """A running `python experiments/script options`.
 
-  It is forked from a process that has imported JAX. With `fresh` it is a new Python, which settles the encoding of its
-  output when it starts.
+  It is forked from a process that has imported JAX. With `fresh` it is a new Python instead, because Python fixes the
+  encoding of its output when it starts.
 
   Args:
-    stdout: a device to which the output goes, or "closed" for a pipe that nobody reads; a file if empty.
-    largest: bytes beyond which no file grows, as on a full disk; 0 is no limit.
+    stdout: a device that receives the output, "closed" for a pipe that nobody reads, or "" for a file.
+    largest: bytes beyond which no file may grow, as on a full disk; 0 for no limit.
   """
 
   def __init__(self, words, *, env=None, stdout="", largest=0, fresh=False):
@@ -74,13 +74,13 @@ class Process:
     return self._process.poll() is None if self._fresh else self._process.exitcode is None
 
   def wait_for(self, text: str) -> None:
-    """Returns when the output contains `text`, or the process has ended."""
+    """Waits until the output contains `text` or the process has ended."""
     path, end = pathlib.Path(self._folder.name) / "stdout", time.monotonic() + SECONDS
     while self.running() and time.monotonic() < end and not (path.exists() and text in path.read_text()):
       time.sleep(0.01)
 
   def end(self) -> Ended:
-    """How the process ended; one that hangs is killed."""
+    """Waits for the end of the process and returns it; kills a process that hangs."""
     if self._fresh:
       code = self._process.wait(SECONDS)
     else:
@@ -95,7 +95,7 @@ class Process:
 
 
 def finish(words, **options) -> Ended:
-  """The command, run to its end."""
+  """Runs the command to its end."""
   return Process(words, **options).end()
 
 
@@ -108,22 +108,22 @@ def _run(words, env, folder, stdout, largest):
     begin = os.open(stdout or folder / "stdout", os.O_WRONLY | os.O_CREAT)
   os.dup2(begin, 1)
   os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
-  # Made for other files, they would ask these for their position.
+  # These objects were made for other files, and would ask the new ones for their position.
   sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
-  sys.dont_write_bytecode = True  # Python would keep halves of modules, which nothing mends
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # which background commands of a shell ignore
+  sys.dont_write_bytecode = True  # a full disk would leave halves of bytecode files, which nothing mends
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # background commands of a shell ignore it
   if largest:
-    env |= {"JAX_COMPILATION_CACHE_DIR": ""}  # which would keep halves of programs
+    env |= {"JAX_COMPILATION_CACHE_DIR": ""}  # a full disk would leave halves of programs in it
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
   os.environ.clear()
   os.environ.update(env)
   import jax
 
-  # JAX reads its settings when it is imported, which was in the server.
+  # JAX reads its settings when it is imported, and that happened in the server.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_compilation_cache_dir", env["JAX_COMPILATION_CACHE_DIR"] or None)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  # The flags of the command that injects the faults, which multiprocessing imports here.
+  # Multiprocessing imports the command that injects the faults, and with it its flags.
   for flag in list(flags.FLAGS.flags_by_module_dict().get("__mp_main__", [])):
     delattr(flags.FLAGS, flag.name)
   sys.argv = words

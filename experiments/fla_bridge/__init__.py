@@ -1,1 +1,1 @@
-"""The Hugging Face bridge beside the library that it reads and writes for."""
+"""Comparison of the Hugging Face bridge with flash-linear-attention, whose checkpoints it reads and writes."""

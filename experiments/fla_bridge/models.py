@@ -1,11 +1,11 @@
-"""Randomly initialised models of flash-linear-attention, to compare with: the only module that imports it as models.
+"""Randomly initialised models of flash-linear-attention for comparison. Only this module imports that library's models.
 
 Every parameter is drawn so that it matters: norms, biases and decays leave their defaults, and logits are of order one.
-The recurrent kernels run, because their float32 is not TF32. Nothing is timed, so Triton's autotuner takes the first
-configuration that fits. PyTorch's attention under the same masks replaces `flash_attn`, which the attention layers ask
-for.
+The recurrent kernels run, because they compute float32 products without TF32. Nothing is timed, so Triton's autotuner
+takes the first configuration that fits. The attention layers ask for `flash_attn`, in whose place PyTorch's attention
+runs under the same masks.
 
-Without a GPU the kernels run in Triton's interpreter (`interpret()`), which is slow but the same code.
+Without a GPU the same kernels run in Triton's interpreter (`interpret()`), which is slow.
 """
 
 import os
@@ -20,7 +20,7 @@ _SMALL = dict(hidden_size=128, num_hidden_layers=3, vocab_size=256, intermediate
 _TINY = dict(hidden_size=32, num_hidden_layers=2, vocab_size=48, intermediate_size=16)
 _WINDOW = {"attn": {"layers": [1], "num_heads": 2, "window_size": 8}}
 
-# Name -> (model class, options of both sizes, options of the small one, options of the fixture).
+# By name: model class, options of both sizes, options of the small model, options of the fixture.
 MODELS: dict[str, tuple[str, dict, dict, dict]] = {
     "gla": ("GLA", dict(num_heads=2), {}, {}),
     "gla_convolution": ("GLA", dict(
@@ -48,7 +48,7 @@ def interpret() -> None:
 
 
 def build(name: str, device: str, *, tiny: bool = False, seed: int = 0) -> Any:
-  """The float32 model called `name`, its parameters drawn from `seed`."""
+  """Builds the float32 model called `name`, with parameters drawn from `seed`."""
   import torch
 
   fla = _fla()
@@ -69,7 +69,7 @@ def build(name: str, device: str, *, tiny: bool = False, seed: int = 0) -> Any:
 
 
 def load(path: pathlib.Path, device: str) -> Any:
-  """The model of a checkpoint directory; raises ValueError unless its tensors are exactly the model's."""
+  """Loads the model of a checkpoint directory. Raises ValueError unless its tensors are exactly the model's."""
   import torch
   from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,7 +86,7 @@ def load(path: pathlib.Path, device: str) -> Any:
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-  """Float32 logits [B,T,V] of tokens [B,T]."""
+  """Returns float32 logits [B,T,V] of tokens [B,T]."""
   import torch
 
   with torch.no_grad():
@@ -94,7 +94,7 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def greedy(model: Any, prompt: np.ndarray, steps: int) -> np.ndarray:
-  """The `steps` most likely tokens after each prompt [B,T], one at a time through the model's cache."""
+  """Generates the `steps` most likely tokens after each prompt [B,T], one at a time through the model's cache."""
   import torch
 
   tokens, cache, chosen = torch.from_numpy(prompt).to(model.device), None, []
@@ -112,7 +112,7 @@ def save(model: Any, path: pathlib.Path) -> None:
 
 
 def write_fixture(name: str, path: pathlib.Path, device: str) -> None:
-  """A tiny checkpoint with what it computes: tokens, logits and the greedy continuation, in `logits.npz`."""
+  """Writes a tiny checkpoint, and tokens, logits and the greedy continuation as `logits.npz`."""
   model = build(name, device, tiny=True)
   tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 20))
   save(model, path)
@@ -121,7 +121,7 @@ def write_fixture(name: str, path: pathlib.Path, device: str) -> None:
 
 
 def _draw(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-  """A parameter by its name: norms near 1, decays and biases off their defaults, matrices that keep variances."""
+  """Draws a parameter by its name: norms near 1, decays and biases off their defaults, matrices that keep variances."""
   noise = random.standard_normal(shape).astype(np.float32)
   last = name.rsplit(".", 1)[-1]
   if last == "D" or len(shape) == 1 and last == "weight":
@@ -134,11 +134,11 @@ def _draw(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.
 
 
 def _fla() -> types.ModuleType:
-  """flash-linear-attention's models, prepared for comparisons."""
+  """Imports flash-linear-attention's models and prepares them for comparisons."""
   import torch
   from triton.runtime.autotuner import Autotuner
 
-  # Convolutions by cuDNN are TF32 unless told otherwise.
+  # cuDNN computes convolutions in TF32 by default.
   torch.backends.cudnn.allow_tf32 = False
 
   Autotuner.run = _first_configuration
@@ -161,7 +161,7 @@ def _first_configuration(autotuner, *arguments, **options):
 
 
 def _attention(q, k, v, causal, window_size):
-  """flash_attn_func on [B,T,H,K]: the last query sees the last key; a window counts keys before the query's own."""
+  """Replaces flash_attn_func on [B,T,H,K]. The last query sees the last key, and a window counts earlier keys."""
   import torch
 
   queries, keys = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=q.device)

@@ -1,1 +1,1 @@
-"""The kernel benchmark: its calls, how they are timed, other libraries, records and page."""
+"""The kernel benchmark: its calls, their timing, other libraries, the records and the page."""

@@ -1,6 +1,6 @@
-"""What the kernel benchmark measures: named sets of shapes, their inputs, the bytes they must move, and the check.
+"""The calls of the kernel benchmark: named sets of shapes, their inputs, the bytes that they must move, and the check.
 
-Every number is for one layer's call as training makes it: without an initial state, and with the final state unused.
+Every call is one layer's as training makes it: without an initial state, and with the final state unused.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import kernels
 from kernels import accuracy, chunks
 
 PASSES = ("forward", "forward_backward")
-# The ops that are timed, and their gates. `attention` is causal softmax attention, which has no implementation here: it
+# The ops that are timed, and their gates. `attention` is causal softmax attention, which has no implementation here and
 # is a yardstick for the same shapes.
 TIMED = {"gla": ("channel",), "linear_attention": ("none", "constant", "token"), "delta_rule": ("none", "token"),
          "attention": ("none",)}
@@ -39,12 +39,13 @@ class Case:
 
 
 def _named_sets():
-  """Name -> dtype and (op, gate or None for all, B, T, H, K, V).
+  """Maps a name to a dtype and a list of (op, gate or None for all, B, T, H, K, V).
 
-  `paper`: the layers of GLA 340M and 1.3B, RetNet 1.3B, TransNormerLLM, DeltaNet and Gated DeltaNet 1.3B. `grid`: one
-  long sequence to many short ones. `length`: time against length. In these the tokens of a call are the same.
-  `figures`: the papers' own plots against length, GLA's figure 2 and the table of TransNormerLLM's code at a fixed
-  number of sequences, DeltaNet's speed-up over its token scan at a fixed number of tokens. `cpu`: the one for a CPU.
+  `paper` has the layers of GLA 340M and 1.3B, RetNet 1.3B, TransNormerLLM, DeltaNet and Gated DeltaNet 1.3B. `grid`
+  goes from one long sequence to many short ones, and `length` is time against length. In each of these three, all calls
+  have the same number of tokens. `figures` has the papers' own plots against length: GLA's figure 2 and the table of
+  TransNormerLLM's code at a fixed number of sequences, and DeltaNet's speed-up over its token scan at a fixed number of
+  tokens. `cpu` is for a CPU.
   """
   paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
@@ -87,10 +88,10 @@ def of_shape(shape, ops: list[str], dtype: str, gate: str | None = None) -> list
 
 
 def inputs(case: Case, seed: int) -> tuple[dict, jax.Array]:
-  """The op's arguments by name, and the output's cotangent: normal, with gates of the range that layers train at.
+  """Returns the op's arguments by name, and the output's cotangent, with gates in the range of a trained layer.
 
-  A decay per token or channel is log sigmoid(normal) / 16 (GLA), a constant one log(1 - 2^(-5-h)) (RetNet). The delta
-  rule's keys have norm 1 and its beta is sigmoid(normal) (DeltaNet).
+  The arrays are normal. A decay per token or channel is log sigmoid(normal) / 16 (GLA), and a constant one is
+  log(1 - 2^(-5-h)) (RetNet). The delta rule's keys have norm 1, and its beta is sigmoid(normal) (DeltaNet).
   """
   keys = jax.random.split(jax.random.key(seed), 5)
   heads = case.B, case.T, case.H
@@ -115,7 +116,7 @@ def differentiated(case: Case) -> list[str]:
 
 
 def floor_bytes(case: Case, label: str) -> int:
-  """The traffic of one pass: each argument read once, each result written once.
+  """Returns the least traffic of one pass, which reads each argument once and writes each result once.
 
   The backward pass reads the arguments again and the output's cotangent, and writes the gradients.
   """
@@ -129,15 +130,16 @@ def floor_bytes(case: Case, label: str) -> int:
 
 
 def corners(case: Case, x):
-  """The first and the last row and head of `x`; rows and heads are independent, so checking these checks the call."""
+  """Takes the first and last row and head of `x`: rows and heads are independent, so these stand for the whole call."""
   heads = slice(None, None, max(case.H - 1, 1))
   return x[heads] if x.ndim == 1 else x[::max(case.B - 1, 1), :, heads]
 
 
 def expected(case: Case, arguments: dict, doutput: jax.Array) -> dict[str, np.ndarray]:
-  """Output and gradients at the `corners`, by the float32 scan.
+  """Returns output and gradients at the `corners`, computed by the float32 scan.
 
-  `attention` is compared with XLA's in float32; of longer sequences than it can hold, the beginning of the output.
+  `attention` is compared with XLA's in float32. Where a sequence is longer than that can hold, only the beginning of
+  the output is compared.
   """
   arguments, doutput = jax.tree.map(lambda x: corners(case, x).astype(jnp.float32), (arguments, doutput))
   names = differentiated(case)
@@ -182,5 +184,5 @@ def errors(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict
 
 
 def within_bounds(case: Case, found: dict[str, float]) -> bool:
-  """Whether `found` keeps the bounds of `kernels.accuracy`; for float32, the bounds of kernels with split products."""
+  """Whether `found` keeps the bounds of `kernels.accuracy`, in float32 the bounds for products in several passes."""
   return all(error <= accuracy.tolerance(name, case.dtype, multi_pass=True) for name, error in found.items())

@@ -1,4 +1,4 @@
-"""The front page's picture: speed of both passes against length, beside softmax attention and other libraries."""
+"""The front page's picture: the speed of both passes against length, beside softmax attention and other libraries."""
 
 import dataclasses
 import pathlib
@@ -10,15 +10,15 @@ from .records import Records
 
 DEVICE = "NVIDIA H200"
 PANELS = {("gla", "channel"): "Gated linear attention", ("delta_rule", "none"): "Delta rule (DeltaNet)"}
-# Colours that stay apart for readers who do not see red and green apart (Okabe and Ito), and a marker for each.
+# Colours that readers who do not tell red from green can tell apart (Okabe and Ito), with a marker for each.
 LINES = {"ours": ("lin_jax", "#0072B2", "o", 2.5), "jla": ("jax-linear-attention", "#E69F00", "s", 1.5),
          "fla": ("flash-linear-attention", "#009E73", "D", 1.5),
          "cudnn": ("softmax attention (cuDNN)", "#000000", "^", 1.5)}
-SHORT_CALL = 16  # sequences of 2,048 tokens, the call that flash-linear-attention was measured in
+SHORT_CALL = 16  # sequences of 2,048 tokens, the only call in which flash-linear-attention was measured
 
 
 def speeds(records: Records, op: str, gate: str) -> dict[str, list[tuple[int, float]]]:
-  """Name -> pairs of length and million tokens per second. A peer that lacks a length has fewer points."""
+  """Maps a name to pairs of length and million tokens per second. A peer that lacks a length has fewer points."""
   found = {name: [] for name in LINES}
   for case in named("length", [op]):
     if case.gate == gate and (ours := records.ours(DEVICE, case, "forward_backward")):
@@ -32,7 +32,7 @@ def speeds(records: Records, op: str, gate: str) -> dict[str, list[tuple[int, fl
 
 
 def draw(records: Records, file: pathlib.Path) -> bool:
-  """Writes the picture to `file`; False, and nothing written, where the records lack the lengths."""
+  """Writes the picture to `file`. Returns False, and writes nothing, if the records lack the lengths."""
   panels = {key: speeds(records, *key) for key in PANELS}
   if not all(panels.values()):
     return False

@@ -1,4 +1,4 @@
-"""The kernels' page and plots out of the benchmark's records: aims, won and lost, every shape, versions."""
+"""Makes the kernels' page and plots from the benchmark's records: aims, won and lost, every shape, versions."""
 
 import pathlib
 import re
@@ -19,13 +19,13 @@ Generated from `kernels.jsonl` by `python experiments/report_kernels.py`; do not
   state unused. It counts only after output and gradients were compared with the float32 scan. On a GPU the calls are
   queued back to back and the median batch counts. A PyTorch peer gets the better of eager calls and a CUDA graph.
 - GB/s refers to the one-pass floor, which reads every argument once and writes every result once, and does so again in
-  the backward pass. MiB is the peak of one call: arguments, results and everything between. Both are of the
-  implementation that runs when none is named.
-- `xN` is the peer's time divided by ours; within 3% of 1 it counts as even. cuDNN's column is causal softmax attention
+  the backward pass. MiB is the peak memory of one call: arguments, results and everything between. Both are given for
+  the implementation that runs when none is named.
+- `xN` is the peer's time divided by ours, and counts as even within 3% of 1. cuDNN's column is causal softmax attention
   at the same shape, which is another function and stands there for comparison.
-- The last three columns say of our record when it was made, from which kernel sources (a digest), and whether the
-  program that was measured is the one that ships. The newest record of every call counts, so an aim or `xN` may compare
-  records of different days and sources. [Kernel sources](#kernel-sources) says what each digest is.
+- The last three columns are about our record: its date, the digest of its kernel sources, and whether the program that
+  was measured is the one that ships. The newest record of every call counts, so an aim or `xN` may compare records of
+  different days and sources. [Kernel sources](#kernel-sources) explains each digest.
 
 The records are made by the following command:
 
@@ -34,17 +34,17 @@ The records are made by the following command:
 """
 _SOURCES = """## Kernel sources
 
-The column "ships" says *yes* where the traced kernels are those of the present sources, and *no (loop starts)* where
-they were until 29 November 2026. Since then the loops of all GPU kernels start at an index from memory, so that no
-compiler knows how many chunks they run over. The passes of 16 shapes together take 0.96 to 1.01 times as long as
-before, and a forward pass 0.89 to 1.03 times (`raw/loop_start_speed_h200.json`). Where the column says *no* alone, the
-program has changed in other ways too.
+The column "ships" says *yes* where the present sources give the traced kernels that were measured. It says *no (loop
+starts)* where that was true until 29 November 2026. On that day the loops of all GPU kernels began to start at an
+index from memory, so that no compiler knows how many chunks they run over. The passes of 16 shapes together take 0.96
+to 1.01 times as long as before, and a forward pass 0.89 to 1.03 times (`raw/loop_start_speed_h200.json`). Where the
+column says *no* alone, the program has changed in other ways too.
 """
 _EVEN = 1.03
 
 
 def render(records: Records) -> str:
-  """The page, as markdown."""
+  """Returns the page as markdown."""
   parts = [_HEAD]
   for device in records.devices():
     parts += [f"## {device}", *_aims(records, device), *_summary(records, device)]
@@ -63,7 +63,7 @@ def render(records: Records) -> str:
 
 
 def _sections(records, device):
-  """Name -> heading and measured cases: the named sets, then what is in none of them."""
+  """Maps a name to a heading and measured cases: the named sets, then the cases that are in none of them."""
   measured, sections, seen = records.cases(device), {}, set()
   for name in SETS:
     cases = [case for case in named(name, list(TIMED)) if case in measured]
@@ -88,7 +88,7 @@ def _aims(records, device):
 
 
 def _summary(records, device):
-  """Won and lost against each peer, over all shapes."""
+  """Counts what is won and lost against each peer, over all shapes."""
   groups = {}
   for case in records.cases(device):
     for label in PASSES:
@@ -144,7 +144,7 @@ def _verdict(ratios):
 
 
 def _origin(records, row):
-  """When the record was made, of which kernel sources, and whether its program ships; unknown where nothing says so."""
+  """Returns the record's date, its kernel sources, and whether its program ships, "unknown" if nothing says so."""
   if row is None:
     return ["", "", ""]
   digest = row["versions"].get("kernels", "")
@@ -186,7 +186,7 @@ def _provenance(records, device):
 
 
 def _lengths(records, device):
-  """(op, gate) -> name -> pass -> (length, tokens per second), of the set `length`."""
+  """Maps (op, gate), name and pass to pairs of length and tokens per second, for the set `length`."""
   found = {}
   for case in named("length", [op for op in TIMED if op != "attention"]):
     for label in PASSES:
@@ -199,10 +199,10 @@ def _lengths(records, device):
 
 
 def draw(records: Records, device: str, folder: pathlib.Path) -> pathlib.Path | None:
-  """Writes speed against length: a row an op and gate, a column a pass, a line an implementation.
+  """Draws speed against length, with a row per op and gate, a column per pass and a line per implementation.
 
   Returns:
-    The file, None where the lengths were not measured on `device`.
+    The file, or None if the lengths were not measured on `device`.
   """
   if not (found := _lengths(records, device)):
     return None
@@ -218,7 +218,7 @@ def draw(records: Records, device: str, folder: pathlib.Path) -> pathlib.Path | 
         if label in points:
           axis.plot(*zip(*sorted(points[label])), styles.get(name, "k.-"), markersize=5,
                     label="cudnn (softmax attention)" if name == "cudnn" else name)
-      axis.set(yscale="log", ylabel="tokens / s")
+      axis.set(yscale="log", ylabel="tokens per second")
       axis.set_title(f"{op}, {_gate_text(gate)}: {label.replace('_', ' + ')}", fontsize=10)
       axis.set_xscale("log", base=2)
       axis.xaxis.set_major_formatter(lambda length, _: f"{length / 1024:g}K")
@@ -226,7 +226,7 @@ def draw(records: Records, device: str, folder: pathlib.Path) -> pathlib.Path | 
       if axis.lines:
         axis.legend(fontsize=8)
   for axis in axes[-1]:
-    axis.set_xlabel("tokens per sequence, 131,072 a call")
+    axis.set_xlabel("tokens per sequence, 131,072 per call")
   figure.suptitle(f"{device}, bfloat16, H16 K=V=128")
   with files.replacing(folder / _plot_name(device)) as file:
     figure.savefig(file, format="png", dpi=110)

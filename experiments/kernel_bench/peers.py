@@ -1,7 +1,7 @@
 """Other libraries' kernels for the same calls. They are imported only here, and only when a benchmark asks for them.
 
-`fla`: flash-linear-attention (PyTorch, Triton). It tunes itself on the first call of a shape, which takes minutes.
-`jla`: jax-linear-attention (JAX, Mosaic GPU on Hopper; plain JAX on a CPU). `cudnn`: softmax attention.
+`fla` is flash-linear-attention (PyTorch, Triton), which tunes itself on the first call of a shape and takes minutes for
+it. `jla` is jax-linear-attention (JAX, with Mosaic GPU on Hopper and plain JAX on a CPU). `cudnn` is softmax attention.
 """
 
 import importlib
@@ -27,7 +27,7 @@ _IMPORT = threading.Lock()
 
 
 def missing(peer: str) -> str | None:
-  """Why `peer` cannot run on this machine at all, None if it can."""
+  """Says why `peer` cannot run on this machine at all; None if it can."""
   absent = [name for name in _MODULES[peer] if importlib.util.find_spec(name) is None]
   if absent:
     return f"not installed: {', '.join(absent)}"
@@ -47,7 +47,7 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def jax_function(peer: str, case: Case):
-  """A function from the op's arguments by name to the output of a peer in JAX; None for a peer in PyTorch."""
+  """Returns a function from the op's arguments by name to the output of a peer in JAX; None for a peer in PyTorch."""
   return {"fla": lambda case: None, "jla": _jla, "cudnn": _cudnn}[peer](case)
 
 
@@ -68,15 +68,15 @@ def _cudnn(case):
 def _jla(case):
   from jla.ops import linear_attention
 
-  # By name: its own choice falls back to plain JAX without a word.
+  # The backend is named, because the peer's own choice falls back to plain JAX silently.
   implementation = "mosaic_gpu" if jax.default_backend() == "gpu" else "chunked"
   if implementation == "mosaic_gpu":
-    with _IMPORT:  # it registers its kernels while this is imported, and calls are compiled side by side
+    with _IMPORT:  # an import registers kernels, and several threads may import at once
       importlib.import_module("jla.ops.mosaic_gpu")
 
   def attend(arguments):
     q, k, v = (arguments[name] for name in "qkv")
-    # Behind a barrier, or the compiler spends minutes on folding what is made of a constant array of gates.
+    # Without the barrier the compiler spends minutes on folding a constant array of gates.
     gate = arguments.get("log_decay", jax.lax.optimization_barrier(jnp.float32(0)))
     if case.op == "gla":
       return linear_attention("gla", q, k, v, g=gate, impl=implementation)[0]
@@ -89,7 +89,7 @@ def _jla(case):
 
 
 def fla_program(case: Case, label: str, sets: list) -> Program:
-  """The pass `label` of flash-linear-attention. Raises whatever it raises on a call that it cannot run."""
+  """Returns the pass `label` of flash-linear-attention. Raises whatever that raises on a call that it cannot run."""
   import torch
 
   attend = _fla_function(case)
@@ -113,7 +113,7 @@ def fla_program(case: Case, label: str, sets: list) -> Program:
   calls = {"eager": call}
   try:
     calls["CUDA graph"] = _captured(torch, call, len(sets))
-  except Exception as e:  # whatever stands against a capture, the eager call stands
+  except Exception as e:  # whatever prevents a capture, the eager call remains
     print(f"  fla: no CUDA graph, {timing.reason(e)}")
     torch.cuda.synchronize()
   return Program(calls, lambda _: torch.cuda.synchronize(), lambda x: x.float().cpu().numpy(), peak)
@@ -147,7 +147,7 @@ def _fla_function(case):
 
 
 def _torch_peak(torch, call):
-  call(0)  # its tuning tries configurations that need more memory than the one it keeps
+  call(0)  # the tuning tries configurations that need more memory than the one that it keeps
   torch.cuda.synchronize()
   before = torch.cuda.memory_allocated()
   torch.cuda.reset_peak_memory_stats()
@@ -157,7 +157,7 @@ def _torch_peak(torch, call):
 
 
 def _captured(torch, call, sets):
-  """`call` as one CUDA graph per input set, so that a launch costs what it costs a compiled program."""
+  """Captures `call` as one CUDA graph per input set, so that a launch costs as much as a compiled program's."""
   stream = torch.cuda.Stream()
   stream.wait_stream(torch.cuda.current_stream())
   with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Reads the benchmark's records, and holds the project's aims for the kernels against them."""
+"""Reads the benchmark's records, and compares them with the project's aims for the kernels."""
 
 import dataclasses
 import json
@@ -17,9 +17,10 @@ class Records:
   """The newest record of every call: a line of the file replaces earlier lines of the same call.
 
   Attributes:
-    sources: by digest of the kernel sources what `kernel_sources.json` beside the records says of it: its `date`,
-      `what` was measured, and two lists of ops with their gates. The traced kernels of `same_program_as_ships` are the
-      present ones; the kernels of `loop_start_differs` were, until all loops began to start at an index from memory.
+    sources: the entries of `kernel_sources.json`, which lies beside the records, by digest of the kernel sources. An
+      entry has its `date`, `what` was measured, and two lists of ops with their gates. `same_program_as_ships` lists
+      the ops whose traced kernels are the present ones. `loop_start_differs` lists the ops for which that was true
+      until all loops began to start at an index from memory.
   """
 
   def __init__(self, path: str | pathlib.Path):
@@ -46,17 +47,17 @@ class Records:
     return self._rows.get((device, case, implementation, label))
 
   def counted(self, device: str, case: Case, implementation: str, label: str) -> dict | None:
-    """The record, if it has a time and its results were right."""
+    """Returns the record if it has a time and its results were right."""
     row = self.row(device, case, implementation, label)
     return row if row and row["ms"] is not None and row["within_bounds"] else None
 
   def ours(self, device: str, case: Case, label: str) -> dict | None:
-    """The record of the implementation that runs when none is named."""
+    """Returns the record of the implementation that runs when none is named."""
     found = (self.counted(device, case, name, label) for name in dispatch.TABLE.get(case.op, ()))
     return next((row for row in found if row), None)
 
   def rivals(self, device: str, case: Case, label: str) -> dict[str, dict]:
-    """Records of other libraries for this call; cuDNN's is of softmax attention at the same shape."""
+    """Returns records of other libraries for this call; cuDNN's is of softmax attention at the same shape."""
     attention = dataclasses.replace(case, op="attention", gate="none")
     found = {name: self.counted(device, attention if name == "cudnn" else case, name, label) for name in peers.OPS}
     return {name: row for name, row in found.items() if row}
@@ -64,11 +65,11 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Aim:
-  """What the project wants of a device whose name contains `device`, or of any of the platform.
+  """A number that the project wants on a device whose name contains `device`, or on any of the platform.
 
   Attributes:
-    value: the obtained number, None where it is not measured.
-    wanted: its bound: at most, or at least where `at_least`.
+    value: the obtained number, None if it was not measured.
+    wanted: the upper bound of the number, or with `at_least` the lower bound.
   """
 
   text: str
@@ -79,7 +80,7 @@ class Aim:
   at_least: bool = False
 
   def margin(self, obtained: float) -> float:
-    """At least 1 where the aim is met."""
+    """At least 1 if the aim is met."""
     return obtained / self.wanted if self.at_least else self.wanted / obtained
 
 

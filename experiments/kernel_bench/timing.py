@@ -1,4 +1,4 @@
-"""Times one pass of one implementation: the same measure for JAX and PyTorch, on a GPU and on a CPU."""
+"""Times one pass of one implementation, by the same measure for JAX and PyTorch, on a GPU and on a CPU."""
 
 import dataclasses
 import statistics
@@ -24,8 +24,8 @@ class Program:
   """A compiled pass and its input sets, in whichever library.
 
   Attributes:
-    calls: by way of launching; each queues the pass on input set `i` and returns its results by name. The fastest
-      counts: a library that has a cheaper launch may use it.
+    calls: a function per way of launching, which queues the pass on input set `i` and returns its results by name. The
+      fastest way counts, so a library that has a cheaper launch may use it.
     wait: blocks until a call's results are there.
     to_numpy: one result as a float32 numpy array.
     peak_bytes: memory of arguments, results and everything between.
@@ -38,13 +38,13 @@ class Program:
 
 
 def ours(case: Case, implementation: str) -> Callable[[dict], jax.Array]:
-  """`implementation` of this repository's op: its output from its arguments by name."""
+  """Returns a function from the op's arguments by name to the output of this repository's `implementation`."""
   op = getattr(kernels, case.op)
   return lambda arguments: op(**arguments, implementation=implementation)[0]
 
 
 def compile_pass(case: Case, label: str, function: Callable[[dict], jax.Array]):
-  """The pass `label` of `function`, compiled for the case's shapes. Raises whatever `function` raises on them."""
+  """Compiles the pass `label` of `function` for the case's shapes. Raises whatever `function` raises on them."""
   names = cases.differentiated(case)
 
   def backward(arguments, doutput):
@@ -57,7 +57,7 @@ def compile_pass(case: Case, label: str, function: Callable[[dict], jax.Array]):
 
 
 def jax_program(run, sets: list) -> Program:
-  """`run`, a compiled pass, on the input sets."""
+  """Binds the compiled pass `run` to the input sets."""
   memory = run.memory_analysis()
   peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
   return Program({"jit": lambda i: run(*sets[i % len(sets)])}, jax.block_until_ready,
@@ -67,9 +67,9 @@ def jax_program(run, sets: list) -> Program:
 def measure(case: Case, label: str, program: Program, wanted: dict, repeats: int) -> dict:
   """Checks the pass on input set 0 against `wanted` (`cases.expected`), then times it.
 
-  On a GPU the time of a call is that of a batch of calls queued back to back over the input sets, waited for once,
-  divided by their number: the launches hide behind the work unless the work is shorter than they are. On a CPU each
-  call is waited for. The median of `repeats` batches counts.
+  On a GPU a batch of calls over the input sets is queued back to back and waited for once, and its time is divided by
+  the number of calls. So the launches hide behind the work, unless the work is shorter. On a CPU each call is waited
+  for. The median of `repeats` batches counts.
 
   Returns:
     The measured fields of a record: ms, gb_per_s (of `cases.floor_bytes`), peak_mib, bytes, errors,
@@ -91,7 +91,7 @@ def measure(case: Case, label: str, program: Program, wanted: dict, repeats: int
 
 
 def reason(error: Exception) -> str:
-  """The first line of what `error` says, and its kind."""
+  """Returns the kind of `error` and the first line of its message."""
   return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 

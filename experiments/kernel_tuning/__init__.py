@@ -1,1 +1,1 @@
-"""Tuning and compiling the kernels: the search, what is compiled for which GPUs, and what the compiler made of it."""
+"""Tuning and compiling the kernels: the search, the programs for each GPU, and the resources that they take."""

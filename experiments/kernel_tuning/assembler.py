@@ -1,7 +1,7 @@
-"""What the CUDA assembler makes of every kernel of a compilation: registers, spilled bytes, shared memory, products.
+"""Reads from the CUDA assembler each kernel's registers, spilled bytes, shared memory and tensor-core products.
 
-XLA takes ptxas from the folder of its option xla_gpu_cuda_data_dir. `watch` makes one: links to the installed
-toolchain, with a script in the place of ptxas that adds -v and keeps what it prints, its input and its output.
+XLA takes ptxas from the folder of its option xla_gpu_cuda_data_dir. `watch` makes such a folder of links to the
+installed toolchain. A script there takes the place of ptxas; it adds -v, and keeps the printed text, input and output.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ _LAUNCH = re.compile(r"kCustomKernel .*? (?P<name>\w+) grid: \[.*?\] threads: \[
                      r"shared_memory: (?P<shared>\d+) bytes")
 
 MEASURED_SPILL = 16
-"""Bytes per thread that a measured configuration may store and load outside its registers, such as hold what a loop
-only reads. Their cost is in the measurement; a heuristic's answer, which nobody times, may spill nothing."""
+"""Bytes per thread that a measured configuration may store and load outside its registers, for instance values that a
+loop only reads. The measurement includes their cost. A heuristic's answer, which nobody times, may spill nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """One program of a kernel: registers per thread, bytes spilled and filled per thread, bytes shared, threads, and
-  tensor-core products in its PTX."""
+  """One compiled kernel: registers, spilled and filled bytes per thread, shared bytes, threads, and tensor-core
+  products in its PTX."""
 
   registers: int
   spill_bytes: int
@@ -50,7 +50,7 @@ class Kernel:
 
 
 class Watch:
-  """`options` go to `lowered.compile(compiler_options=...)`; then `kernels()` says what was compiled."""
+  """Watches one compilation: pass `options` to `lowered.compile(compiler_options=...)`, then call `kernels()`."""
 
   def __init__(self, folder: pathlib.Path):
     self._logs, self._dump = folder / "logs", folder / "dump"
@@ -67,11 +67,11 @@ class Watch:
     self.options = {"xla_gpu_cuda_data_dir": str(tree), "xla_dump_to": str(self._dump)}
 
   def used(self) -> bool:
-    """Whether XLA assembled anything with these options; it does not when it finds the program in a cache."""
+    """Whether XLA assembled anything with these options, which it does not if it finds the program in a cache."""
     return any("Compiling entry function" in path.read_text() for path in self._logs.glob("*.log"))
 
   def assembled(self, assemblers: Sequence[str]) -> list["Assembled"]:
-    """Each kernel as XLA's assembler made it, and as each of `assemblers` makes it of the same PTX."""
+    """Returns each kernel as XLA's assembler made it, and as each of `assemblers` makes it from the same PTX."""
     found = []
     for path in sorted(self._logs.glob("*.ptx")):
       ptx, options = path.read_text(), path.with_suffix(".options").read_text().split()
@@ -81,11 +81,11 @@ class Watch:
     return found
 
   def products(self) -> int:
-    """Tensor-core products in the PTX of all kernels."""
+    """Counts the tensor-core products in the PTX of all kernels."""
     return sum(sum(machine_code.loops(path.read_text())) for path in self._logs.glob("*.ptx"))
 
   def kernels(self, prefix: str) -> dict[str, Kernel]:
-    """Resources by name of each kernel named `prefix`...; a second call of one is listed, as __1, where it differs."""
+    """Returns the resources of each kernel whose name begins with `prefix`; a second call that differs ends in __1."""
     kernels = parse("\n".join(path.read_text() for path in self._logs.glob("*.log")),
                     "\n".join(path.read_text() for path in self._dump.glob("*thunk_sequence.txt")))
     first = lambda name: re.sub(r"__\d+$", "", name)
@@ -95,13 +95,13 @@ class Watch:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Watch]:
-  """A `Watch` for one compilation: XLA assembles equal code for equal options only once."""
+  """Yields a `Watch` for one compilation, because XLA assembles equal code for equal options only once."""
   with tempfile.TemporaryDirectory() as folder:
     yield Watch(pathlib.Path(folder))
 
 
 def parse(ptxas: str, launches: str) -> dict[str, Kernel]:
-  """Kernels in what `ptxas -v` printed, of which XLA's dumped sequence of `launches` holds threads and dynamic memory.
+  """Reads kernels from the output of `ptxas -v`, and their threads and dynamic memory from XLA's dumped `launches`.
 
   Raises ValueError when a launched kernel is missing from the assembler's output.
   """
@@ -120,7 +120,7 @@ def parse(ptxas: str, launches: str) -> dict[str, Kernel]:
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-  """A kernel's PTX, and the machine code that an assembler made of it under `options`."""
+  """A kernel's PTX, and the machine code that an assembler made from it under `options`."""
 
   ptx: str
   ptxas: str | pathlib.Path
@@ -129,7 +129,7 @@ class Assembled:
 
 
 def assemble(ptx: str, ptxas: str | pathlib.Path, *options: str) -> Assembled:
-  """What `ptxas` makes of a kernel's PTX."""
+  """Assembles a kernel's PTX with `ptxas`."""
   with tempfile.TemporaryDirectory() as folder:
     source, cubin = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
     source.write_text(ptx)
@@ -138,7 +138,7 @@ def assemble(ptx: str, ptxas: str | pathlib.Path, *options: str) -> Assembled:
 
 
 def lost_products(kernels: Sequence[Assembled]) -> list[str | None]:
-  """What of each kernel's tensor-core products its machine code lacks. All are for one GPU."""
+  """Says which tensor-core products each kernel's machine code lacks. All kernels are for one GPU."""
   found = []
   for kernel, code in zip(kernels, _disassembled(kernels), strict=True):
     plain = lambda kernel=kernel: _disassembled([assemble(kernel.ptx, kernel.ptxas, *kernel.options, "-O1")])[0]
@@ -155,7 +155,7 @@ def _disassembled(kernels):
 
 
 def version(ptxas: str | pathlib.Path | None = None) -> str:
-  """The version of an assembler, of the one that XLA uses by default. Raises ValueError when it does not run."""
+  """Returns the version of an assembler, by default XLA's own. Raises ValueError when it does not run."""
   path = ptxas or _toolchain() / "bin" / "ptxas"
   try:
     text = subprocess.run([path, "--version"], check=True, capture_output=True, text=True).stdout
@@ -171,7 +171,7 @@ def _toolchain():
 
 @functools.cache
 def _tool(name):
-  """A program of CUDA: the installed packages' before the system's. Raises ValueError."""
+  """Finds a program of CUDA in the installed packages, or else on the system. Raises ValueError if there is none."""
   packages = importlib.util.find_spec("nvidia")
   found = [path for location in (packages.submodule_search_locations if packages else ())
            for path in sorted(pathlib.Path(location).glob(f"*/bin/{name}"))]

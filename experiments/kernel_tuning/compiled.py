@@ -1,4 +1,4 @@
-"""Which programs the compile check covers, for which GPUs, and how one is compiled without a GPU."""
+"""The programs and GPUs that the compile check covers, and the compilation of one without a GPU."""
 
 import ast
 import collections
@@ -27,21 +27,21 @@ WIDTHS = (16, 32, 64, 128, 256)
 DTYPES = ("bfloat16", "float32")
 OPS = (*search.GATE_GROUPS, "selective_scan")
 COLUMNS = [field.name for field in dataclasses.fields(assembler.Kernel)]
-# Tokens of a long program, which is cut into pieces of 8 chunks and more, and of a short one, of 4 to 16 chunks.
-# Strides of few heads are as good as of many.
+# Tokens of a long program, which is cut into pieces of 8 chunks or more, and of a short one, which has 4 to 16 chunks.
+# Few heads suffice, because their strides test as much as those of many.
 LONG, SHORT = 2048, 256
 B, H, D = 1, 2, 128
 SHORT_GPUS = ("sm_90a",)
-# Heads that no tile divides, for the same GPUs.
+# Widths of heads that no tile divides, compiled for the same GPUs.
 ODD_WIDTHS = (1, 7), (3, 1), (7, 33), (33, 96), (96, 160), (160, 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Forward and backward pass of an op under one configuration, for one GPU. `source`: heuristic, or tuned.
+  """Forward and backward pass of an op under one configuration, for one GPU. `source` is "heuristic" or "tuned".
 
-  A channel of the selective scan has a state of K x 1; its gate is "token" where segments reset it, and its
-  configuration the number of tokens that are unrolled.
+  A channel of the selective scan has a state of K x 1. Its gate is "token" if segments reset it, and its configuration
+  is the number of tokens that are unrolled.
   """
 
   op: str
@@ -55,7 +55,7 @@ class Program:
   tokens: int = LONG
 
   def row(self) -> dict:
-    """The program as JSON; its configuration on one line."""
+    """Returns the program as JSON, with its configuration on one line."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     return fields | {"config": search.describe(self.config)}
 
@@ -64,7 +64,7 @@ class Program:
 
 
 def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
-  """The heuristic's answer at every point of the grid, and every configuration in a device's file."""
+  """Yields the heuristic's answer at every point of the grid, and every configuration in a device's file."""
   for op, gpu in itertools.product(ops, gpus):
     found = list(_selective_scans(gpu) if op == "selective_scan" else _of_heads(op, gpu))
     yield from found
@@ -103,7 +103,7 @@ class Call:
 
 
 def calls(program: Program) -> dict[str, Call]:
-  """The different kernels of the forward pass and of both passes; the second of one name ends in __1."""
+  """Returns the different kernels of the forward pass and of both passes; the second of one name ends in __1."""
   found = {}
   names = "op", "K", "V", "dtype", "gate", "config", "tokens"
   for call in dict.fromkeys(_calls(*(getattr(program, name) for name in names))):
@@ -113,7 +113,7 @@ def calls(program: Program) -> dict[str, Call]:
 
 
 def traced(calls: dict[str, Call]) -> str:
-  """Digest of a program's calls. Where it is equal, one version of JAX compiles the same code."""
+  """Returns a digest of a program's calls. If it is equal, one version of JAX compiles the same code."""
   text = "\n".join(f"{name}\n{call.key}" for name, call in calls.items())
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -131,7 +131,7 @@ def _calls(op, K, V, dtype, gate, config, T):
 
 
 def _selective_scan(N, dtype, gate, block, T):
-  """The op on a sequence in two pieces, which launches every kernel, and the shapes of its arrays and cotangents."""
+  """Returns the op on a sequence in two pieces, which launches every kernel, and its arrays' and cotangents' shapes."""
   array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
   wide = functools.partial(array, dtype="float32")
   arrays = {"x": array(B, T, D), "step_size": wide(B, T, D), "a": wide(D, N), "b": array(B, T, N),
@@ -141,7 +141,7 @@ def _selective_scan(N, dtype, gate, block, T):
 
 
 def _launches(jaxpr):
-  """Every equation that launches a compiled kernel, in the order of the program."""
+  """Yields every equation that launches a compiled kernel, in the order of the program."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "pallas_call":
       if not eqn.params["interpret"]:
@@ -155,7 +155,7 @@ def _launches(jaxpr):
 
 
 def _call(eqn):
-  """Its code follows from the equation's text, and from what that leaves out: arguments and index maps."""
+  """Describes a launch whose code follows from the equation's text, and from its arguments and index maps."""
   arguments = tuple(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars)
   maps = [str(block.index_map_jaxpr) for block in eqn.params["grid_mapping"].block_mappings]
   return Call("\n".join([str(eqn), str(arguments), *maps]), eqn.params["name"],
@@ -164,7 +164,7 @@ def _call(eqn):
 
 def compile_calls(gpu: str, calls: Sequence[Call],
                   assemblers: Sequence[str] = ()) -> dict[str, assembler.Kernel | str]:
-  """By each call's key its resources on `gpu`, or why it must not ship: the compiler's error, or a lost product."""
+  """Maps each call's key to its resources on `gpu`, or to the compiler's error or lost product that forbids it."""
   found, made = {}, {}
   for call in calls:
     found[call.key], made[call.key] = _compile(gpu, call, assemblers)
@@ -176,7 +176,7 @@ def compile_calls(gpu: str, calls: Sequence[Call],
 
 
 def _compile(gpu, call, assemblers):
-  """A kernel's resources and its machine code, or an error and nothing."""
+  """Returns a kernel's resources and its machine code, or an error and nothing."""
   sharding = jax.NamedSharding(mesh(gpu), jax.P())
   arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in call.arguments]
   with use_abstract_mesh(GPUS[gpu].abstract), assembler.watch() as watch:
@@ -189,12 +189,12 @@ def _compile(gpu, call, assemblers):
 
 
 def identity(entry: dict) -> str:
-  """What tells a program of the record from the others."""
+  """Returns the fields that tell a program of the record from the others."""
   return json.dumps({name: entry[name] for name in (field.name for field in dataclasses.fields(Program))})
 
 
 def pending(entries: list[dict], builds: dict) -> dict[str, int]:
-  """How many programs of each op and GPU the record lacks, or has from other sources than today's."""
+  """Counts the programs of each op and GPU that the record lacks, or has from other sources than the present ones."""
   digest = {op: sources(op) for op in OPS}
   fresh = {identity(entry) for entry in entries if builds[entry["build"]]["sources"] == digest[entry["op"]]}
   left = [f"{program.op} {program.gpu}" for program in programs() if identity(program.row()) not in fresh]
@@ -202,19 +202,19 @@ def pending(entries: list[dict], builds: dict) -> dict[str, int]:
 
 
 def outcome(kernels: dict) -> dict:
-  """`kernels`, the resources of each by name, and `errors` of those that did not compile."""
+  """Returns `kernels`, the resources of each by name, and `errors` of the kernels that did not compile."""
   errors = {name: x for name, x in kernels.items() if isinstance(x, str)}
   rows = {name: list(dataclasses.astuple(x)) for name, x in kernels.items() if name not in errors}
   return {"kernels": rows} | ({"errors": errors} if errors else {})
 
 
 def kernel(row: list) -> assembler.Kernel:
-  """A kernel's resources from its row of `COLUMNS` in the record."""
+  """Reads a kernel's resources from its row of `COLUMNS` in the record."""
   return assembler.Kernel(*row)
 
 
 def faults(entry: dict) -> list[str]:
-  """Why a recorded program must not ship: it does not compile, or a kernel spills or wants more than a block has."""
+  """Says why a recorded program must not ship: it does not compile, or a kernel spills or wants too much memory."""
   limit = GPUS[entry["gpu"]].shared_per_block
   allowed = assembler.MEASURED_SPILL if entry["source"] == "tuned" else 0
   of = "{gpu} {op} {K}x{V} {dtype} {gate} {source} {tokens} tokens".format(**entry)
@@ -229,12 +229,12 @@ def faults(entry: dict) -> list[str]:
 
 @functools.cache
 def known_spills() -> dict[str, int]:
-  """Bytes by program and kernel that spill and ship; the file says why."""
+  """Reads the bytes, by program and kernel, that may spill; the file says why."""
   return json.loads(SPILLS.read_text(encoding="utf-8"))["bytes"]
 
 
 def sources(op: str) -> str:
-  """Digest of the code that an op's kernels are compiled from; comments and docstrings do not count."""
+  """Returns a digest of the code that an op's kernels are compiled from, without comments and docstrings."""
   digest = hashlib.sha256()
   for path in sorted(_imported(ROOT / op / "pallas_triton.py", set())):
     tree = ast.parse(path.read_text())
@@ -246,7 +246,7 @@ def sources(op: str) -> str:
 
 
 def _imported(path, found):
-  """`path` and all modules of `kernels` that it needs, but for the one that chooses between configurations."""
+  """Lists `path` and all modules of `kernels` that it needs, except the one that chooses between configurations."""
   found.add(path)
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "kernels":

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """What XLA wants to know of a GPU. Shared memory in bytes: what one block may take, and what a multiprocessor has."""
+  """The properties of a GPU that XLA needs. Shared memory is in bytes, per block at most and per multiprocessor."""
 
   device: str
   capability: tuple[int, int]
@@ -54,7 +54,7 @@ device_description_str: "{device}"
 
 @functools.cache
 def mesh(gpu):
-  """One compile-only device. Raises ValueError where JAX's CUDA plugin is missing."""
+  """Returns a compile-only device. Raises ValueError if JAX's CUDA plugin is missing."""
   target = _TARGET.format(**dataclasses.asdict(GPUS[gpu]))
   try:
     topology = topologies.get_topology_desc("", platform="cuda", target_config=target, topology="1x1x1")

@@ -1,9 +1,9 @@
-"""Tensor-core products in a kernel's PTX and in the machine code that an assembler makes of it: is any lost?
+"""Compares the tensor-core products in a kernel's PTX with those in its machine code, to find lost ones.
 
-ptxas 13.0 to 13.5 lost one of a short loop whose length it knew: it left `HGMMA ... RZ, gdesc[URZ]`, which multiplies
-nothing, in its place. A product of the PTX is one instruction of the machine code, or as many as copies of its loop.
-Products that nobody reads, of the part of a triangle that is masked away, are dropped rightly: at -O1 too, where the
-lost one is still there.
+ptxas 13.0 to 13.5 lost one product of a short loop whose length it knew. In its place it left `HGMMA ... RZ,
+gdesc[URZ]`, which multiplies nothing. A product of the PTX is one instruction of the machine code, or one per copy of
+its loop. The assembler rightly drops products that nobody reads, in the part of a triangle that is masked away. It
+drops them at -O1 too, where the lost product is still there.
 """
 
 import bisect
@@ -20,11 +20,11 @@ _MACHINE = re.compile(r"\b(?:[HQI]G?MMA|UTC\w*MMA)\b[^;]*;")
 _EMPTY = re.compile(r"\bRZ, gdesc\[URZ\]")
 _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]+)\*/", re.MULTILINE)
 _LABEL, _BRANCH = re.compile(r"^(\$\w+):"), re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)\s*;")
-MOST_COPIES = 64  # of a loop's body that an assembler makes
+MOST_COPIES = 64  # how often an assembler may repeat a loop's body
 
 
 def loops(ptx: str) -> list[int]:
-  """How many products of one kernel stand in no loop, and then in each innermost loop that has any."""
+  """Counts a kernel's products outside of loops, and then in each innermost loop that has any."""
   lines, start, ends = ptx.splitlines(), {}, []
   for i, line in enumerate(lines):
     if label := _LABEL.match(line):
@@ -41,14 +41,14 @@ def loops(ptx: str) -> list[int]:
 
 
 def machine_products(code: str) -> int:
-  """Products in disassembled machine code, but for those that multiply nothing."""
+  """Counts products in disassembled machine code, except empty ones, which multiply nothing."""
   return sum(not _EMPTY.search(line) for line in _MACHINE.findall(code))
 
 
 def lost(ptx: str, code: str, plain: Callable[[], str]) -> str | None:
-  """What contradicts that each product outside of loops is there once, and each loop's in whole copies; or None.
+  """Says which product is missing, or None if each one outside of loops is there once and each loop's in whole copies.
 
-  `plain()` is the machine code that the assembler makes at -O1: it is asked for where the PTX has more products.
+  `plain()` is the machine code that the assembler makes at -O1. It is called only if the PTX has more products.
   """
   (outside, *inside), found = loops(ptx), machine_products(code)
   if _EMPTY.search(code):
@@ -63,7 +63,7 @@ def lost(ptx: str, code: str, plain: Callable[[], str]) -> str | None:
 
 
 def instructions(cubin: bytes) -> bytes:
-  """The encoded instructions of all functions of a cubin, which is an ELF file of 64 bits."""
+  """Reads the encoded instructions of all functions from a cubin, which is a 64-bit ELF file."""
   start, = struct.unpack_from("<Q", cubin, 0x28)
   size, count, names = struct.unpack_from("<HHH", cubin, 0x3a)
   headers = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count)]  # name, ..., offset, length
@@ -72,7 +72,7 @@ def instructions(cubin: bytes) -> bytes:
 
 
 def disassemble(nvdisasm: pathlib.Path, arch: str, codes: Sequence[bytes]) -> list[str]:
-  """The text of each of `codes`, in one run of nvdisasm: it takes longer to start than to read a kernel."""
+  """Disassembles all `codes` in one run of nvdisasm, which takes longer to start than to read a kernel."""
   ends = list(itertools.accumulate(map(len, codes)))
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder, "code")

@@ -18,12 +18,12 @@ from . import assembler
 # Forms of log_decay that an op takes, in groups that share a configuration: all are checked, the first is timed.
 GATE_GROUPS = {"gla": [("channel",)], "linear_attention": [("token",), ("constant",), ("none",)],
                "delta_rule": [("none",), ("token",)]}
-CHECKED = 1100  # tokens of the check
+CHECKED = 1100  # tokens in the check
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What a configuration is chosen for, the `timed` (B, T) of the measurement, and whether kernels may spill."""
+  """The call for which a configuration is chosen, the `timed` (B, T), and whether kernels may spill."""
 
   op: str
   gates: tuple[str, ...]
@@ -39,14 +39,14 @@ class Problem:
 
 
 class Rejected(Exception):
-  """A configuration that must not ship; the message says why."""
+  """A configuration must not ship; the message says why."""
 
 
 def tune(problem: Problem, module, starts: list, candidates: dict[str, list], deadline: float, keep: Callable):
-  """The fastest configuration of one pass over the fields from the fastest of `starts`, or None if none works.
+  """Goes once over the fields, from the fastest of `starts`. Returns the fastest configuration, None if none works.
 
-  `candidates` are the values of each field that are tried. `keep(config, ms)` is called with each configuration that is
-  faster than those before. `deadline` is a `time.monotonic()`.
+  `candidates` are the values that are tried for each field. `keep(config, ms)` is called with each configuration that
+  is faster than those before. `deadline` is a `time.monotonic()`.
   """
   check, measure = Check(problem, module), Measure(problem, module)
   best, ms = starts[0], float("inf")
@@ -55,7 +55,7 @@ def tune(problem: Problem, module, starts: list, candidates: dict[str, list], de
       configs = [dataclasses.replace(best, **{field: value}) if field else value for value in values]
       programs = [(config, pool.submit(check.compile, config), pool.submit(measure.compile, config))
                   for config in dict.fromkeys(configs) if not field or config != best]
-      # Compilation takes all cores, and calls could not be issued fast enough beside it.
+      # Compilation takes all cores, so calls could not be issued fast enough beside it.
       concurrent.futures.wait([future for _, *futures in programs for future in futures])
       for config, checking, timing in programs:
         if time.monotonic() > deadline:
@@ -76,7 +76,7 @@ def tune(problem: Problem, module, starts: list, candidates: dict[str, list], de
 
 
 def describe(config) -> str:
-  """A configuration, or one field of it, on one line; a tile as block/num_warps/num_stages."""
+  """Writes a configuration, or one field of it, on one line, with a tile as block/num_warps/num_stages."""
   if isinstance(config, tuned.Tile):
     return "/".join(map(str, dataclasses.astuple(config)))
   if not dataclasses.is_dataclass(config):
@@ -85,8 +85,8 @@ def describe(config) -> str:
 
 
 class Check:
-  """Comparison of a configuration with the float32 scan for every form of the gate, on a small batch that is ragged and
-  so long that the kernels cut it into pieces."""
+  """Compares a configuration with the float32 scan for every form of the gate, on a small batch that is ragged and so
+  long that the kernels cut it into pieces."""
 
   def __init__(self, problem, module):
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
@@ -99,7 +99,7 @@ class Check:
           for gate, inputs in self.inputs.items()}
 
   def compile(self, config):
-    """The programs of one configuration, by gate."""
+    """Compiles the programs of one configuration, by gate."""
     op = functools.partial(results, call(self.module, self.scale, config))
     return {gate: compile_for(self.problem, op, *inputs) for gate, inputs in self.inputs.items()}
 
@@ -115,7 +115,7 @@ class Check:
 
 
 class Measure:
-  """Time of a configuration: forward and backward pass in one call. A constant decay gets no gradient, as in models."""
+  """Times forward and backward pass in one call of a configuration. As in models, a constant decay gets no gradient."""
 
   def __init__(self, problem, module):
     self.problem, self.module, self.scale = problem, module, problem.K**-0.5
@@ -133,20 +133,20 @@ class Measure:
 
 
 def call(module, scale, config):
-  """The op of `module` under one configuration, by keywords."""
+  """Returns the op of `module` under one configuration, to be called by keywords."""
   return lambda *, log_decay=None, **arrays: module.configured(
       log_decay=log_decay, **arrays, scale=scale, config=config)
 
 
 def results(op, arrays, cotangents):
-  """Both results of `op(**arrays)` and every gradient, by name."""
+  """Returns both results of `op(**arrays)` and every gradient, by name."""
   (output, final_state), pullback = jax.vjp(lambda arrays: op(**arrays), arrays)
   gradients = {f"d{name}": x for name, x in pullback(cotangents)[0].items()}
   return {"output": output, "final_state": final_state, **gradients}
 
 
 def compile_for(problem, function, *inputs):
-  """`function` compiled for these inputs. Raises Rejected when a GPU kernel of the op spills more than it may."""
+  """Compiles `function` for these inputs. Raises Rejected when a GPU kernel of the op spills more than it may."""
   lowered = jax.jit(function).lower(*inputs)
   if problem.may_spill or jax.default_backend() != "gpu":
     return lowered.compile()
@@ -163,10 +163,10 @@ def compile_for(problem, function, *inputs):
 
 
 def draw(problem, gate, *, B, T, H, trained=False):
-  """Arrays of the op by name, and the cotangents of its results.
+  """Makes arrays of the op by name, and the cotangents of its results.
 
-  Gates are those of a `trained` layer, or go from nearly open to nearly shut side by side, with resets as segments make
-  them where a gate is one per token or channel.
+  Gates are as in a `trained` layer, or go from nearly open to nearly shut side by side. Gates per token or channel then
+  have the resets of segments too.
   """
   keys = iter(jax.random.split(jax.random.key(0), 8))
   normal = lambda *shape, dtype="float32": jax.random.normal(next(keys), shape, dtype)
@@ -187,7 +187,7 @@ def draw(problem, gate, *, B, T, H, trained=False):
 
 
 def milliseconds(program, inputs) -> float:
-  """Median time of a call among back-to-back calls of at least 10 ms together."""
+  """Returns the median time per call over batches of back-to-back calls, which take at least 10 ms together."""
 
   def run(calls):
     start = time.perf_counter()

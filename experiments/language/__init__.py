@@ -1,1 +1,1 @@
-"""Language models of matched size on the same text: what is trained, in which sweeps, and what comes out."""
+"""Language models of matched size on the same text: the models, their runs in sweeps, and a summary of the records."""

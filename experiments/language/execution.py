@@ -13,9 +13,9 @@ from .sweeps import Sweep, further
 
 def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
             limit_seconds: float = 0) -> tuple[int, int, list[str]]:
-  """Returns how many runs it has finished, how many are left as far as can be told by now, and why others have failed.
+  """Makes the runs. Returns how many it finished, how many are left by present knowledge, and why others failed.
 
-  Each finished run adds its record to `out`, and a run with a record is not repeated. When `limit_seconds` (0: no
+  Each finished run adds its record to `out`, and a run with a record is not repeated. When `limit_seconds` (0 for no
   limit) are over, or at SIGTERM, the run under way is saved, and the next call resumes it.
   """
   found = records.load(out, "setting", "bits_per_byte", "diverged")
@@ -38,7 +38,7 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
         record = finish(config, folder(workdir, config))
       except files.Unwritable:
         raise  # the next one could not be written either
-      except Exception as e:  # one run that cannot be made must not cost the others of the sweep their record
+      except Exception as e:  # one run that fails must not cost the others of the sweep their record
         failed[run] = f"{_title(run)}: {type(e).__name__}: {e}".splitlines()[0]
         continue
       if record is None:  # stopped by SIGTERM, whoever sent it

@@ -1,9 +1,10 @@
 """The models that are compared, by name: 42M parameters each, 16.4M of them the embedding of 32,000 tokens.
 
-Width 512, eight blocks; Mamba has fifteen without an MLP. Heads are as wide as in the papers' 340M models, so there are
-half as many heads at half the width, and the kernels are tuned for them. A mixer that has more parameters than
-the 4 D^2 of attention, GLA and DeltaNet gets a narrower MLP. Gated DeltaNet has DeltaNet's heads, and so its state, in
-place of its authors' keys of three quarters of the width. The sliding window is half the training context of 1024.
+The width is 512. There are eight blocks, but fifteen of Mamba, which has no MLP. Heads are as wide as in the papers'
+340M models, because the kernels are tuned for that width; so there are half as many heads at half the model's width. A
+mixer that has more parameters than the 4 D^2 of attention, GLA and DeltaNet gets a narrower MLP. Gated DeltaNet has
+DeltaNet's heads, and so its state, in place of its authors' keys of three quarters of the width. The sliding window is
+half the training context of 1024.
 """
 
 import dataclasses
@@ -45,11 +46,11 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
 }
 COMPARED = tuple(MODELS)
 
-# GLA's layer but for its decay, which is one for each key channel in "gla".
+# These are GLA's layer with another decay; "gla" has one per key channel.
 DECAYS = {"no_decay": "none", "constant_decay": "constant", "scalar_decay": "token"}
 MODELS |= {name: _model(SimpleGLAConfig(heads=2, decay=decay)) for name, decay in DECAYS.items()}
 
-# With and without the short convolutions that DeltaNet has and GLA has not.
+# These add short convolutions to GLA, and remove DeltaNet's.
 CONVOLUTIONS = {"deltanet_no_conv": DeltaNetConfig(heads=4, conv_width=0), "gla_conv": GLAConfig(heads=2, conv_width=4)}
 MODELS |= {name: _model(mixer) for name, mixer in CONVOLUTIONS.items()}
 
@@ -58,13 +59,13 @@ NORM_AND_ACTIVATION = {
         DeltaNetConfig(heads=4, qk_norm=norm, qk_activation=activation) for norm in NORMS for activation in ACTIVATIONS}
 MODELS |= {name: _model(mixer) for name, mixer in NORM_AND_ACTIVATION.items()}
 
-# The same layers under the name of another way to train them.
+# These are the same layers, trained in another way.
 CARRIED = {"gla_carried": "gla", "retnet_carried": "retnet"}
 MODELS |= {name: MODELS[plain] for name, plain in CARRIED.items()}
 
 
 def tiny(model: ModelConfig, vocab_size: int) -> ModelConfig:
-  """The same layers at width 32 and two blocks, in float32: for tests of whatever trains these models."""
+  """Returns the same layers at width 32 with two blocks, in float32, for tests of the code that trains these models."""
   def shrunk(mixer):
     fields = {"head_dim": 8} if isinstance(mixer, GatedDeltaNetConfig) else {}
     return mixer and dataclasses.replace(mixer, **fields)

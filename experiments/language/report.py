@@ -8,11 +8,11 @@ from running import records
 
 
 def summary(rows: list[dict]) -> list[dict]:
-  """One row for each model and way of training, in the records' order: its best learning rate, and what that gave.
+  """Returns a row per model and way of training, in the records' order: its best learning rate and the results.
 
-  The best rate has the lowest loss among the runs with the first seed; all seeds of it make up the mean. Fields:
+  The best rate has the lowest loss among the runs with the first seed, and the mean is over all seeds of it. Fields:
   `model`, `sequence_length`, `parameters`, `tokens`, `epochs`, `learning_rate`, `learning_rates` (all that were tried),
-  `seeds` (how many), `bits_per_byte` (mean), `spread` (sample standard deviation over seeds, None of one), `range`
+  `seeds` (how many), `bits_per_byte` (mean), `spread` (sample standard deviation over seeds, None for one), `range`
   (lowest, highest), `perplexity` (of the mean loss), `tokens_per_second` (median), `diverged` (number of runs),
   `device`. Losses are None if every rate diverged.
   """
@@ -25,7 +25,7 @@ def _row(group):
   rates = {record["learning_rate"]: math.inf if record["diverged"] else record["bits_per_byte"]
            for record in group if record["seed"] == seed}
   best = min(rates, key=rates.get)
-  # A record that stands twice, after two files were put together, counts once.
+  # A record may occur twice after two files were joined, and then counts once.
   runs = list({record["seed"]: record for record in group
                if record["learning_rate"] == best and not record["diverged"]}.values())
   bits = [record["bits_per_byte"] for record in runs]

@@ -1,4 +1,4 @@
-"""One training run: `Run` names it, `train_config` and `setting` say all that determines it, `finish` makes it."""
+"""One training run: `Run` names it, `train_config` and `setting` determine it, and `finish` makes it."""
 
 import dataclasses
 import gc
@@ -22,18 +22,18 @@ from .models import MODELS, tiny
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A model and how it is trained; batches are of 32,768 tokens, whatever the context."""
+  """A model and the way to train it. Batches have 32,768 tokens at any context length."""
 
-  model: str  # of MODELS
-  learning_rate: float  # peak; a tenth of it at the end
+  model: str  # a name in MODELS
+  learning_rate: float  # at its peak; the last step has a tenth of it
   seed: int = 0
   steps: int = 900
   sequence_length: int = 1024
-  carried_windows: int = 1  # that a row reads, one per step; its state is kept, without a gradient across
-  tiny: bool = False  # the same layers, thousands of parameters, batches of 512 tokens
+  carried_windows: int = 1  # consecutive windows of a row, which keeps its state between them without a gradient
+  tiny: bool = False  # the same layers with thousands of parameters, on batches of 512 tokens
 
   def train_config(self, data: str) -> TrainConfig:
-    """The run on the dataset directory `data`. Raises ValueError when there is none."""
+    """Returns the run on the dataset directory `data`. Raises ValueError when there is none."""
     model, length, rows = MODELS[self.model](), self.sequence_length, 32768 // self.sequence_length
     if self.tiny:
       model, length, rows = tiny(model, read_manifest(data)["tokenizer"]["vocab_size"]), 64, 8
@@ -42,13 +42,14 @@ class Run:
         data=DataConfig(path=data, sequence_length=length, batch_size=rows, carried_windows=self.carried_windows),
         optim=OptimConfig(steps=self.steps, warmup_steps=self.steps // 10, learning_rate=self.learning_rate,
                           final_learning_rate=self.learning_rate / 10, weight_decay=0.1),
-        # The whole validation split, at the end. A run takes a minute: it is saved when it is stopped, and once done.
+        # The whole validation split is read at the end. A run takes a minute, so it is saved only when it stops or
+        # ends.
         eval=EvalConfig(every=0, batches=0), checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
         log=LogConfig(every=max(1, self.steps // 20), tensorboard=False))
 
 
 def setting(config: TrainConfig) -> dict:
-  """Everything that determines the run, as JSON holds it: its model, optimizer, seed, and the data by its checksums."""
+  """Returns everything that determines the run as JSON: its model, optimizer, seed, and the data by its checksums."""
   values = json.loads(json.dumps(to_dict(config)))
   splits = read_manifest(config.data.path)["splits"]
   shards = [shard["sha256"] for split in ("train", "val") for shard in splits[split]["shards"]]
@@ -57,7 +58,7 @@ def setting(config: TrainConfig) -> dict:
   for name in ("path", "worker_threads"):
     del values["data"][name]
   values["eval"] = {"split": "val", "batches": config.eval.batches or "all"}
-  if not config.optim.decay_steps:  # records from before there was such a field have none
+  if not config.optim.decay_steps:  # older records lack the field
     del values["optim"]["decay_steps"]
   for name in ("remat", "mesh", "checkpoint", "log"):
     del values[name]
@@ -65,7 +66,7 @@ def setting(config: TrainConfig) -> dict:
 
 
 def folder(workdir: pathlib.Path, config: TrainConfig) -> pathlib.Path:
-  """The run's own directory in `workdir`."""
+  """Returns the run's own directory in `workdir`."""
   digest = hashlib.sha256(records.key(setting(config)).encode()).hexdigest()[:8]
   return workdir / f"{config.name}_{config.optim.learning_rate:g}_seed{config.seed}_{digest}"
 
@@ -73,8 +74,8 @@ def folder(workdir: pathlib.Path, config: TrainConfig) -> pathlib.Path:
 def finish(config: TrainConfig, workdir: pathlib.Path) -> dict | None:
   """Trains to the end in `workdir`, from its last checkpoint if it has one; None if SIGTERM has stopped the run.
 
-  Returns the record of the run, which `workdir/record.json` keeps: a run that has one is not repeated. Of its
-  checkpoint only the parameters stay. A loss that is not finite ends a run as diverged, without a held-out loss.
+  Returns the record of the run, which `workdir/record.json` keeps, so that the run is not repeated. Only the parameters
+  of its checkpoint stay. A loss that is not finite ends a run as diverged, without a held-out loss.
   """
   file = workdir / "record.json"
   if file.exists():
@@ -86,12 +87,12 @@ def finish(config: TrainConfig, workdir: pathlib.Path) -> dict | None:
       raise KeyboardInterrupt  # of the sweep as well
     if result["preempted"]:
       return None
-    if math.isfinite(result["eval_loss"]):  # else the run has diverged in its last step
+    if math.isfinite(result["eval_loss"]):  # otherwise the run diverged in its last step
       loss, bits = result["eval_loss"], result["bits_per_byte"]
   except FloatingPointError as e:
     print(e, flush=True)
   finally:
-    gc.collect()  # a run's state holds cycles, and the next one needs the memory
+    gc.collect()  # a run's state has reference cycles, and the next run needs its memory
   tokens = config.optim.steps * config.data.batch_size * config.data.sequence_length
   rates = [line["tokens_per_second"] for line in metrics.read(workdir / "metrics.jsonl") if "tokens_per_second" in line]
   train_split, val = (TokenDataset(config.data.path, split) for split in ("train", "val"))

@@ -1,7 +1,8 @@
-"""Sweeps by name: lists of runs, and which ones follow from their results.
+"""Sweeps by name: lists of runs, and the runs that follow from their results.
 
-FLOPs count forward and backward pass (`lin_jax.flops`). The minutes are predicted for one H100, not measured: 0.65M
-tokens per second on average (Mamba a third of that), 10 to 20 seconds to compile a program that is not in the cache.
+FLOPs count forward and backward pass (`lin_jax.flops`). The minutes are for training and for compilation. They are
+predicted for one H100 and not measured, from 0.65M tokens per second on average (Mamba a third of that) and 10 to 20
+seconds to compile a program that is not in the cache.
 
   main     36 runs of 29.5M tokens, 2.8e17 FLOPs: 27 minutes, and 9 for 27 programs
   gates    16 runs of 29.5M tokens, 1.2e17 FLOPs: 11 minutes, and 4; 3 of them fewer after main, whose GLA it shares
@@ -18,29 +19,29 @@ from collections.abc import Callable
 from .models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, NORM_AND_ACTIVATION
 from .runs import Run
 
-RATES = 2e-3, 1e-3, 4e-3  # most promising first: a sweep that is cut short has it for all models
+RATES = 2e-3, 1e-3, 4e-3  # most promising first, so that a sweep that is cut short has it for all models
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """`runs` with seed 0, and for each model's best learning rate among them `further_seeds` more."""
+  """Runs with seed 0, and `further_seeds` more at each model's best learning rate among them."""
 
   runs: list[Run]
   further_seeds: int
 
 
 def main() -> Sweep:
-  """The language modelling tables of GLA (arXiv:2312.06635), TNL (2405.17381) and DeltaNet (2406.06484), small."""
+  """The language modelling tables of GLA (2312.06635), TNL (2405.17381) and DeltaNet (2406.06484), at small size."""
   return Sweep([Run(model, rate) for rate in RATES for model in COMPARED], further_seeds=1)
 
 
 def gates() -> Sweep:
-  """GLA's ablation: no decay, constant, per token, per key channel; in the paper 23.21, 16.55, 15.56 and 14.77."""
+  """GLA's ablation: no decay, constant, per token, per key channel. The paper has 23.21, 16.55, 15.56 and 14.77."""
   return Sweep([Run(model, rate) for rate in RATES for model in (*DECAYS, "gla")], further_seeds=1)
 
 
 def norms() -> Sweep:
-  """DeltaNet's ablation of the keys' norm and activation, all eight; the paper prints four."""
+  """DeltaNet's ablation of the keys' norm and activation, in all eight combinations; the paper prints four."""
   return Sweep([Run(model, rate, steps=600) for rate in RATES[:2] for model in NORM_AND_ACTIVATION], further_seeds=1)
 
 
@@ -54,16 +55,16 @@ def convolutions() -> Sweep:
 
 
 def lengths() -> Sweep:
-  """Models with a context of 512, to be evaluated on longer ones; two also with the state of 12 windows in a row."""
+  """Models with a context of 512, to be evaluated on longer texts. Two carry the state over 12 windows in a row."""
   models = "gla", "retnet", "tnl", "transformer", "deltanet"
   return Sweep([Run(model, RATES[0], sequence_length=512) for model in models]
                + [Run(model, RATES[0], sequence_length=512, carried_windows=12) for model in CARRIED], further_seeds=1)
 
 
 def long() -> Sweep:
-  """`main` at four times the tokens: whether its order lasts when models have seen more text.
+  """`main` at four times the tokens, to see whether its order lasts when models have seen more text.
 
-  At `main`'s first learning rate, and at the one that is ahead of it there by more than its seeds differ.
+  The runs have `main`'s first learning rate, and another one where that was better there by more than its seeds differ.
   """
   faster = "gla", "tnl", "mamba"
   return Sweep([Run(model, RATES[0], steps=3600) for model in COMPARED]
@@ -74,9 +75,9 @@ SWEEPS = {function.__name__: function for function in (main, gates, norms, convo
 
 
 def further(sweep: Sweep, bits_per_byte: Callable[[Run], float | None]) -> list[Run]:
-  """The runs with other seeds, for models whose learning rates are all done.
+  """Returns the runs with other seeds, for models whose learning rates are all done.
 
-  `bits_per_byte` of a run is None while it is not done, and infinite if it diverged.
+  `bits_per_byte` of a run is None until it is done, and infinite if it diverged.
   """
   found = []
   for model in dict.fromkeys(run.model for run in sweep.runs):
@@ -85,5 +86,5 @@ def further(sweep: Sweep, bits_per_byte: Callable[[Run], float | None]) -> list[
       continue
     best = min(scores, key=scores.get)
     found += [dataclasses.replace(best, seed=best.seed + 1 + i) for i in range(sweep.further_seeds)]
-  # The same seed of every model, then the next: a sweep that is cut short has one for all.
+  # One seed of every model comes before the next seed, so that a sweep that is cut short has one for all.
   return sorted(found, key=lambda run: run.seed)

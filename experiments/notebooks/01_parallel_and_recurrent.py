@@ -19,13 +19,13 @@
 # then the exact scheme that the kernels of this project use inside a chunk. Every claim is followed by an
 # `assert`.
 #
-# Notation, for one head; rows are tokens:
+# The notation is for one head, and rows are tokens:
 #
 # | symbol | shape | meaning |
 # |---|---|---|
 # | $q_t, k_t$ | $K$ | query and key of token $t$ |
 # | $v_t, o_t$ | $V$ | value and output of token $t$ |
-# | $g_t \le 0$ | $K$ | `log_decay`, the logarithm of the forget gate $\alpha_t = e^{g_t}$, one number a key channel |
+# | $g_t \le 0$ | $K$ | `log_decay`, the logarithm of the forget gate $\alpha_t = e^{g_t}$, one number per key channel |
 # | $S_t$ | $K \times V$ | state after token $t$; $S_0$ is given |
 # | $T, C$ | | length of the sequence and of a chunk |
 #
@@ -103,13 +103,13 @@ assert error(library_output[0, 0], first_output) < 1e-6
 # %% [markdown]
 # ## 2. Parallel form: unroll the recurrence
 #
-# Let $b_t = \sum_{r \le t} g_r$. What token $j$ wrote has been faded by
+# Let $b_t = \sum_{r \le t} g_r$. The write of token $j$ has faded by
 # $e^{g_{j+1}} \cdots e^{g_i} = e^{b_i - b_j}$ when token $i$ reads it. Hence
 #
 # $$o_i = (q_i \odot e^{b_i})\, S_0 + \sum_{j \le i} P_{ij}\, v_j, \qquad
 #   P_{ij} = \sum_d q_{id}\, k_{jd}\; e^{\,b_{id} - b_{jd}} .$$
 #
-# $P$ plays the part of the attention matrix: no softmax, but a decay that depends on the data and on the
+# $P$ plays the part of the attention matrix. It has no softmax, but a decay that depends on the data and on the
 # channel. Taken literally, the sum needs $T^2 K$ exponentials. `-inf` is put in *before* the exponential, so
 # that pairs above the diagonal yield exactly zero, and so do their gradients.
 
@@ -171,8 +171,8 @@ assert abs(logspace_scores(strong[0], strong[1], strong[3])).max() < 20
 # $$O = (Q \odot e^{b})\, S + P\, V, \qquad
 #   S' = \mathrm{diag}(e^{b_C})\, S + (K \odot e^{\,b_C - b})^\top V .$$
 #
-# The exponents $b$ and $b_C - b$ are never positive. The second is summed from the end of the chunk, not
-# subtracted; section 5 shows why that matters.
+# The exponents $b$ and $b_C - b$ are never positive. The second is summed from the end of the chunk and not
+# subtracted, and section 5 shows why that matters.
 
 # %%
 @jax.jit
@@ -259,8 +259,8 @@ def level_scores(q, k, log_decay):
 
 
 # %% [markdown]
-# No exponent is positive, the scores are those of section 2, and so is everything built on them, at any
-# strength of the gate, in float32 as well.
+# No exponent is positive. The scores, and everything built on them, equal section 2's at any strength of the gate,
+# in float32 as well.
 
 # %%
 assert all((exponents(log_decay[:C], s) <= 0).all() for s in levels(C))
@@ -270,10 +270,10 @@ assert error(chunkwise(*strong, 0 * S0, 32, level_scores)[0], truth) < 1e-6
 
 
 # %% [markdown]
-# **Picture.** Left: the matrix $P$ of a gated example; half-way, one token forgets almost everything.
-# Right: who computes which pair. The parallel form computes every cell on or below the diagonal, the
-# recurrent form none of them. The chunkwise form computes the triangles inside the heavy grid and leaves the
-# rest to the state; levels tile each triangle.
+# **Picture.** On the left is the matrix $P$ of a gated example, in which one token half-way forgets almost
+# everything. The right side shows which form computes which pair. The parallel form computes every cell on or
+# below the diagonal, the recurrent form none of them. The chunkwise form computes the triangles inside the
+# heavy grid and leaves the rest to the state. Levels tile each triangle.
 
 # %%
 size = 64
@@ -308,7 +308,7 @@ chunk_grid(right, "Who computes the pair")
 # ## 5. Accuracy in float32
 #
 # Levels are also more accurate than differences $b_i - b_j$. A difference of two large sums loses the digits
-# of a small result; a level adds terms of one sign only, so an exponent $x$ has a relative error of a few
+# of a small result. A level adds terms of one sign only, so an exponent $x$ has a relative error of a few
 # roundings $\varepsilon$, and $e^{x}$ an absolute error of about $|x|\, e^{x} \varepsilon < \varepsilon$. The
 # gates below are mixed: half the tokens keep a channel, half forget it with the given mean strength. Notebook
 # 02 draws such errors for more schemes, and says where the GPU kernels leave levels out.
@@ -350,8 +350,8 @@ for name in ("reference", "xla_chunked"):
 # %% [markdown]
 # ## 7. State passing
 #
-# The state is all that the future needs to know of the past. A sequence may be split anywhere, the pieces
-# computed by any form, and the state handed on.
+# The future needs to know nothing of the past but the state. A sequence may be cut anywhere, the pieces computed
+# by any form, and the state handed on.
 
 # %%
 def cut(position):
@@ -393,8 +393,8 @@ assert error(decay * S0 + added, final_state) < 1e-12
 #
 # A very negative gate at the first token of a document multiplies the state by $e^{-\text{large}} = 0$. So
 # several documents can be packed in one row with no new formula, and no document sees another: the outputs
-# equal those of separate calls, and no gradient crosses the border. `segment_ids` asks the library for just
-# that.
+# equal the outputs of separate calls, and no gradient crosses the border. `segment_ids` asks the library for
+# just that.
 
 # %%
 segment_ids = np.repeat([1, 2, 3, 4], [15, 1, 55, 57])
@@ -454,7 +454,7 @@ for actual, expected in zip(gradients, (dq, dk, dv, d_log_decay, dS0)):
 # %% [markdown]
 # ## 10. Cost
 #
-# Floating-point operations of the forward pass of one head, and what must be kept, in numbers:
+# Floating-point operations of the forward pass of one head, and the count of numbers that must be kept:
 #
 # | form | operations | kept | sequential steps |
 # |---|---|---|---|

@@ -17,12 +17,12 @@
 # Gated linear attention (GLA, [Yang et al. 2024](https://arxiv.org/abs/2312.06635), section 4) trains chunk by chunk:
 # matrix products inside a chunk, a small state between chunks. The shortest way to write a chunk divides by a
 # cumulative decay, and with strong gates the quotient leaves the range of float32. This notebook derives the chunk
-# form, measures where the division fails, builds the paper's cure, secondary chunking, and ends with the two schemes of
-# `kernels.gla` and a table of costs. Every claim is followed by an `assert`.
+# form, measures where the division fails, and builds the paper's cure, which is secondary chunking. It ends with the
+# two schemes of `kernels.gla` and a table of costs. Every claim is followed by an `assert`.
 #
-# Notation is that of notebook 01: for one head, rows are tokens, $q_t, k_t$ have $K$ channels, $v_t, o_t$ have $V$, the
-# state $S_t$ is $K \times V$, and $g_t \le 0$ is `log_decay`, the logarithm of the forget gate $\alpha_t$, one number a
-# key channel. $-g$ is the *strength* of a gate, $C$ the length of a chunk, $c$ of a sub-chunk.
+# The notation is notebook 01's, for one head: rows are tokens, $q_t, k_t$ have $K$ channels, $v_t, o_t$ have $V$, the
+# state $S_t$ is $K \times V$, and $g_t \le 0$ is `log_decay`, the logarithm of the forget gate $\alpha_t$, with one
+# number per key channel. $-g$ is the *strength* of a gate. A chunk has length $C$, and a sub-chunk has length $c$.
 
 # %%
 import jax
@@ -64,8 +64,8 @@ def error(actual, expected):
 #
 # $$S_t = \mathrm{diag}(e^{g_t})\, S_{t-1} + k_t^\top v_t, \qquad o_t = q_t S_t .$$
 #
-# The scan below is the truth of this notebook, in float64. `reference` is the same scan in the library, in float32: it
-# agrees to about $10^{-7}$, which is what float32 can do.
+# The scan below is the truth of this notebook, in float64. `reference` is the same scan in the library, in float32. It
+# agrees to about $10^{-7}$, the precision of float32.
 
 # %%
 @jax.jit
@@ -175,8 +175,8 @@ check(log_space_scores)
 # %% [markdown]
 # ## 3. Dividing by the cumulative decay
 #
-# `log_space_scores` has no matrix product, and those are what an accelerator is fast at. Since $e^{b_i - b_j} =
-# \Lambda_i / \Lambda_j$, the scores factor:
+# `log_space_scores` has no matrix product, although an accelerator is fast only at matrix products. Because
+# $e^{b_i - b_j} = \Lambda_i / \Lambda_j$, the scores factor:
 #
 # $$P = \text{lower triangle of } (Q \odot \Lambda)\,(K / \Lambda)^\top .$$
 
@@ -190,9 +190,9 @@ def factor_scores(q, k, g, dot):
 check(factor_scores)
 
 # %% [markdown]
-# At a mean strength of 0.3 this is right. Now the range. Every entry of $P$ is of moderate size, but $1/\Lambda$ grows
-# like $e^{s}$ a token at strength $s$, and the largest number is $e^{88.7}$ in float32 and in bfloat16, which has the
-# same exponent bits, and $e^{11.1}$ in float16.
+# At a mean strength of 0.3 this is right. The range is another matter. Every entry of $P$ is of moderate size, but
+# $1/\Lambda$ grows by a factor of $e^{s}$ per token at strength $s$. The largest number is $e^{88.7}$ in float32 and in
+# bfloat16, which has the same exponent bits, and $e^{11.1}$ in float16.
 
 # %%
 limits = {dtype: np.log(float(jnp.finfo(dtype).max)) for dtype in ("float32", "bfloat16", "float16")}
@@ -215,7 +215,7 @@ for dtype in (jnp.float32, jnp.bfloat16):
 
 # %% [markdown]
 # **Picture 1.** The longest chunk whose $1/\Lambda$ is finite, tried out in each format, over the strength. The grey
-# lines are $88.7/s$ and $11.1/s$, for a channel with the mean strength; the worst of 32 channels fails earlier: at
+# lines are $88.7/s$ and $11.1/s$, for a channel with the mean strength. The worst of 32 channels fails earlier, at
 # strength 1 after 65 tokens in float32.
 
 
@@ -249,8 +249,9 @@ _ = axis.legend(loc="lower left")
 # %% [markdown]
 # ### What bfloat16 changes
 #
-# Not the range, but the digits. Factors rounded to bfloat16 cost $2^{-9}$ each, whatever their size. The *exponents*
-# must stay in float32: at $b = -20$ neighbouring bfloat16 numbers are $1/8$ apart, and $e^{1/16}$ is 6% off.
+# It changes not the range, but the digits. Factors rounded to bfloat16 cost $2^{-9}$ each, whatever their size. The
+# *exponents* must stay in float32: at $b = -20$ neighbouring bfloat16 numbers are $1/8$ apart, and $e^{1/16}$ is 6%
+# off.
 
 
 # %%
@@ -415,11 +416,11 @@ for dtype in (jnp.float32, jnp.bfloat16):
       errors.setdefault((dtype, name), []).append(error(forward(name, inputs, dtype), expected))
 
 # %% [markdown]
-# Factors end where they overflow; until then float32 rounds their growing exponents, at $b = -80$ to $4 \cdot 10^{-6}$.
+# Factors end where they overflow. Until then float32 rounds their growing exponents, at $b = -80$ to $4 \cdot 10^{-6}$.
 # Secondary chunking has no end. With bfloat16 products it is the most accurate, because pairs of near tokens stay in
-# float32; with float32 products the differences $b_i - b_j$ of its log-space blocks make the error grow with the gates.
-# The library forms sums only. `xla_chunked` stays at rounding error, and `pallas_triton` has an error like that of
-# factors below its limit and of `xla_chunked` above it.
+# float32. With float32 products the differences $b_i - b_j$ of its log-space blocks make the error grow with the gates.
+# The library forms sums only. `xla_chunked` stays at rounding error, and `pallas_triton` has an error like
+# the factors' below its limit and like `xla_chunked`'s above it.
 
 # %%
 errors = {key: np.array(y) for key, y in errors.items()}
@@ -488,7 +489,7 @@ for name, (flop, exponentials) in table.items():
 # Per token, reading and writing the state takes $4KV$ FLOP and $P V$ takes $2CV$. Factors add $2CK$ for $P$, secondary
 # chunking $\frac{6}{16}$ of that, and halving $(C - 1)K$, because both skip blocks above the diagonal (the library's
 # masked levels do not: $2CK \log_2 C$). Log-space blocks take $C$ or $c$ times $K$ exponentials. A multiprocessor of an
-# H100 does 16 of them a clock, against 2048 multiply-adds of bfloat16 products: per token, the log-space chunk spends
+# H100 does 16 of them per clock, against 2048 multiply-adds of bfloat16 products. Per token, the log-space chunk spends
 # 528 clocks on exponentials and 20 on products, secondary chunking 168 and 22, factors 32 and 24.
 
 # %%

@@ -21,7 +21,7 @@
 # ([Yang et al. 2024](https://arxiv.org/abs/2406.06484)) runs it chunk by chunk. Every claim is followed by an
 # `assert`.
 #
-# Notation, for one head; rows are tokens:
+# The notation is for one head, and rows are tokens:
 #
 # | symbol | shape | meaning |
 # |---|---|---|
@@ -99,7 +99,7 @@ assert error(first, S0 - beta[0] * jax.grad(loss)(S0, k[0], v[0])) < 1e-12
 
 # %% [markdown]
 # Linear attention does the same for another loss, $-\langle k_t S, v_t \rangle$. It has no minimum, and its
-# gradient $-k_t^\top v_t$ does not depend on the state: the rule adds, whatever is stored already.
+# gradient $-k_t^\top v_t$ does not depend on the state, so the rule adds, whatever is stored already.
 
 # %%
 def adding_step(state, token):
@@ -114,7 +114,7 @@ assert error(adding_step(S0, (q[0], k[0], v[0], beta[0]))[0], S0 - beta[0] * slo
 # %% [markdown]
 # ### What beta does
 #
-# Multiply the rule by $k_t$. For a key of norm 1, what is read back is a mean of the old and the new,
+# Multiply the rule by $k_t$. For a key of norm 1, the value that is read back is a mean of the old and the new value,
 #
 # $$k_t S_t = (1 - \beta_t)\, k_t S_{t-1} + \beta_t v_t ,$$
 #
@@ -205,7 +205,7 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 # %% [markdown]
 # ## 3. Pseudo-values: each write in terms of the earlier ones
 #
-# Run on one chunk of $C$ tokens, step by step, this is what the following sections must reproduce.
+# The rule runs here on one chunk of $C$ tokens, step by step. The following sections must reproduce this result.
 
 # %%
 @jax.jit
@@ -269,8 +269,8 @@ assert error(A @ (bc[:, None] * vc), u) < 1e-12
 assert error(A @ (bc[:, None] * kc), w) < 1e-12
 
 # %% [markdown]
-# Only the difference $U - W S$ is ever needed. It is one product with $A$, applied to what the state
-# lacks, and takes the name $U$ from here on:
+# Only the difference $U - W S$ is ever needed. It is one product with $A$, applied to the residual $R$ that the
+# state lacks, and takes the name $U$ from here on:
 #
 # $$R = V - K S, \qquad U = A\, \mathrm{diag}(\beta)\, R .$$
 
@@ -403,8 +403,8 @@ exact = {case: np.linalg.inv(np.eye(64) + np.asarray(lower, np.float64)) for cas
 errors = {case: [error(f(lower), exact[case]) for f in methods.values()] for case, lower in cases.items()}
 
 # %% [markdown]
-# The error of $A$ in float32. The library substitutes in blocks of 16 rows and joins the blocks by matrix
-# products of inverses, whose entries stay small: most of the work is in products, none of it in powers.
+# Here is the error of $A$ in float32. The library substitutes in blocks of 16 rows and joins the blocks by matrix
+# products of inverses, whose entries stay small. Most of the work is in products, and none of it in powers.
 
 # %%
 print(" " * 25 + "".join(f"{name:>14}" for name in methods) + "      max |A|")

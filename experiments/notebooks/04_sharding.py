@@ -12,13 +12,13 @@
 # ---
 
 # %% [markdown]
-# # Sharding: what is split, what is copied, what moves
+# # Sharding: the parts, the copies and the communication
 #
 # A training step of this project is written once, for one device. A mesh says over which devices it is spread,
 # a table of logical axes says which dimension of a parameter goes where, and the compiler adds the
 # communication. This notebook spreads the step of a small GLA model over 8 devices, draws what each device
 # holds, reads the communication off the compiled program, and counts the same bytes by hand. The devices are
-# fake, parts of one CPU, and nothing is said about speed. Every claim is followed by an `assert`.
+# fake parts of one CPU, so nothing here is about speed. Every claim is followed by an `assert`.
 
 # %%
 import math
@@ -42,14 +42,14 @@ from lin_jax.mixers.gla import GLAConfig
 # %%
 cpu_compiler.switch_off()  # of a fault in jaxlib: it has to come before JAX starts a device
 jax.config.update("jax_num_cpu_devices", 8)
-# Each program runs once or twice: it is to compile fast, not to run fast.
+# Each program runs once or twice, so it should compile fast rather than run fast.
 jax.config.update("jax_disable_most_optimizations", True)
 assert jax.device_count() == 8
 
 # %% [markdown]
 # ## 1. The mesh and the rules
 #
-# A mesh has three axes. `data` copies the parameters and splits the batch. `fsdp` splits the batch, too, and
+# A mesh has three axes. `data` copies the parameters and splits the batch. `fsdp` splits the batch too, and
 # every matrix along the model width. `tensor` splits heads, MLP width and vocabulary. A parameter names its
 # dimensions by meaning, and one table turns meanings into mesh axes:
 
@@ -75,8 +75,8 @@ states = {name: training.make_state(config, meshes[name]) for name, config in co
 
 # %% [markdown]
 # `make_state` gives parameters and optimizer moments as shapes with their shardings. Here are the parameters on
-# a mesh of 2 x 2 x 2. Layers are stacked, so theirs have a leading axis of 2, which no rule names. Norm scales
-# carry no named axis either, and are copied to every device.
+# a mesh of 2 x 2 x 2. Layers are stacked, so their parameters have a leading axis of 2, which no rule names.
+# Norm scales carry no named axis either, and are copied to every device.
 
 # %%
 def leaves(state):
@@ -96,9 +96,9 @@ assert params["mixer.output.kernel"].sharding.spec == jax.P(None, "tensor", "fsd
 assert all(leaf.sharding.is_fully_replicated for name, leaf in params.items() if name.endswith("norm.scale"))
 
 # %% [markdown]
-# **Picture 1.** Who holds what on the mesh of 2 x 2 x 2. Each block shows the numbers of the devices that have
-# a copy of it. Most matrices are in four parts with two copies each, because `data` does not split them; the
-# batch is in four parts of two rows, because `tensor` does not split it.
+# **Picture 1.** The parts that each device of the mesh of 2 x 2 x 2 holds. Each block shows the numbers of the
+# devices that have a copy of it. Most matrices are in four parts with two copies each, because `data` does not
+# split them. The batch is in four parts of two rows, because `tensor` does not split it.
 
 # %%
 def blocks(shape, placement):
@@ -131,7 +131,7 @@ draw(axes.flat[-1], "tokens", (B, T), sharding.batch_sharding(meshes["2 x 2 x 2"
 
 
 # %% [markdown]
-# Memory: what a device holds between steps, of all parameters and AdamW's two moments for each.
+# The memory of a device between steps holds its part of all parameters and of AdamW's two moments for each.
 
 # %%
 def held(abstract):
@@ -146,12 +146,12 @@ assert all(1 / 8 < share[name] < 1 / 7 for name in ("fsdp 8", "tensor 8"))
 
 
 # %% [markdown]
-# ## 2. What moves: read off the compiled program
+# ## 2. The communication, read off the compiled program
 #
-# The loss sums over devices explicitly; the compiler derives all other communication from the shardings, so the
+# The loss sums over devices explicitly. The compiler derives all other communication from the shardings, so the
 # compiled program is the place to look. Its text names every collective with the shape of its result on one
-# device. Those in the body of the loop over layers run once a layer. Meshes of one axis show it best. Every
-# element has 4 bytes; single numbers (loss, counts, norms) are left out.
+# device. Collectives in the body of the loop over layers run once per layer. Meshes of one axis show it best. Every
+# element has 4 bytes, and single numbers (loss, counts, norms) are left out.
 
 # %%
 def compile_step(name):
@@ -196,21 +196,21 @@ assert not moved["one device"] and set().union(*moved.values()) == set(KINDS)
 # %% [markdown]
 # ## 3. The same bytes by hand
 #
-# **data.** Each device has a row of the batch and all parameters. It needs the sum of the gradients: one
-# all-reduce of every parameter.
+# **data.** Each device has a row of the batch and all parameters. It needs the sum of the gradients, which is
+# one all-reduce of every parameter.
 #
 # **fsdp.** Each device has a row of the batch and an eighth of every matrix. Before a layer multiplies with its
-# matrices, it gathers them, once in the forward and once in the backward pass; the head is gathered once,
+# matrices, it gathers them, once in the forward and once in the backward pass. The head is gathered once,
 # because the loss finds its gradients in the forward pass. The embedding is never gathered: each device looks
-# up its channels of *all* tokens, hence the tokens are gathered, and an all-to-all turns "my channels of all
-# rows" into "all channels of my row"; another turns the gradient back. All other gradients are summed over the
-# devices, here by an all-reduce of the whole, of which each device keeps its part.
+# up its channels of *all* tokens. For that the tokens are gathered, and an all-to-all turns "my channels of all
+# rows" into "all channels of my row". Another one turns the gradient back. All other gradients are summed over
+# the devices, here by an all-reduce of the whole, of which each device keeps its part.
 #
 # **tensor.** Each device has all rows and an eighth of heads, MLP and vocabulary. A product along a split
-# dimension leaves partial sums of activations: after the mixer, after the MLP and after the look-up in the
-# forward pass; for every product that reads the residual stream in the backward pass. No gradient of a matrix
-# moves. The loss needs three numbers a token (largest logit, sum of exponentials, logit of the target), and the
-# sum of what flows back to the hidden states.
+# dimension leaves partial sums of activations. In the forward pass they come after the mixer, after the MLP and
+# after the look-up, and in the backward pass at every product that reads the residual stream. No gradient of a
+# matrix moves. The loss needs three numbers per token (largest logit, sum of exponentials, logit of the target),
+# and the sum of the gradients of the hidden states.
 
 # %%
 def size(*keys):
@@ -241,12 +241,12 @@ for name, expected in by_hand.items():
 
 
 # %% [markdown]
-# GLA's recurrence is not among them: it works on whole heads and whole rows, so neither its forward nor its
-# backward pass communicates. The formulas say which axis suits which run: the traffic of `data` and `fsdp`
-# grows with the parameters, hardly with the batch; that of `tensor` with the tokens, and not with the
-# vocabulary or the MLP.
+# GLA's recurrence does not appear, because it works on whole heads and whole rows, so neither its forward nor
+# its backward pass communicates. The formulas say which axis suits which run. The traffic of `data` and `fsdp`
+# grows with the parameters and hardly with the batch. The traffic of `tensor` grows with the tokens, and not with
+# the vocabulary or the MLP.
 #
-# **Picture 2.** Bytes of the results of one step's collectives, on each device; crosses: counted by hand.
+# **Picture 2.** Bytes of the results of one step's collectives, on each device. Crosses are counted by hand.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained", subplot_kw={"ylabel": "MB a device and step"})
@@ -293,8 +293,8 @@ for name in many:
   assert difference(moments, gradients) < 1e-5
 
 # %% [markdown]
-# The comparison would notice a device whose part of a sum is lost: without the row of the last device, the
-# gradients are off by far more than rounding.
+# The comparison would notice a device whose part of a sum is lost, because without the row of the last device
+# the gradients are off by far more than rounding.
 
 # %%
 lost = batch | {"mask": np.repeat(np.arange(B) < B - 1, T).reshape(B, T).astype(np.float32)}

@@ -14,11 +14,11 @@
 # %% [markdown]
 # # Recall: what a matrix remembers, and why the delta rule remembers better
 #
-# Linear attention and DeltaNet keep the same thing, a matrix per head; they differ in how they write to it.
+# Linear attention and DeltaNet keep the same thing, a matrix per head, but they write to it in different ways.
 # This notebook stores pairs of a key and a value by hand, looks at the matrix, and measures what comes back:
 # with few pairs and with many, and when a key is given a new value. Then both rules are trained on
 # multi-query associative recall (MQAR, [Arora et al. 2023](https://arxiv.org/abs/2312.04927)), with everything
-# else equal. Every claim is followed by an `assert`; what the training shows is computed, not written here.
+# else equal. Every claim is followed by an `assert`. The results of the training are computed, not written here.
 #
 # For keys $k_t$ of norm 1 with $K$ channels and values $v_t$, one token after another,
 #
@@ -89,7 +89,7 @@ assert np.allclose(keys @ adding, values) and np.allclose(adding, delta)
 # %% [markdown]
 # ## 2. A key that comes back: adding mixes, the delta rule replaces
 #
-# With keys that are rows of the identity, the state can be read with the eye: row $i$ is what key $i$ holds.
+# With keys that are rows of the identity, the state can be read with the eye, because row $i$ holds key $i$'s value.
 # Three letters are written as rows of 0 and 1: A to key 1, B to key 2, then C to key 1.
 
 # %%
@@ -110,7 +110,7 @@ assert all(np.array_equal(states[-1][1], letters["B"]) for states in histories.v
 # %% [markdown]
 # **Picture 1.** The states, each row of the matrix drawn as its 5 x 5 letter. The third write leaves A and C on
 # top of each other where the rule adds, and C alone where it corrects. B is untouched in both. A sum does not
-# depend on the order of its terms: from the state, the rule that adds cannot tell which letter came last.
+# depend on the order of its terms, so the rule that adds cannot tell from the state which letter came last.
 
 # %%
 figure, axes = plt.subplots(2, 6, figsize=(10, 4), layout="constrained")
@@ -160,9 +160,9 @@ assert (means["delta rule"] < means["adding"]).all()
 assert all(e[-1] < 1e-20 for e in errors["delta rule"])
 
 # %% [markdown]
-# **Picture 2.** Left: the mean error; at 1 a value is lost in noise as large as itself. Right: where the error
-# is, of 64 pairs in a state with room for 32. Adding treats all pairs alike, and all are lost. The delta rule
-# keeps the latest and gives up the oldest.
+# **Picture 2.** On the left is the mean error. At 1 a value is lost in noise as large as itself. On the right is
+# the error by pair, for 64 pairs in a state with room for 32. Adding treats all pairs alike, and all are lost. The
+# delta rule keeps the latest and gives up the oldest.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -209,8 +209,8 @@ for name in ("mqar", "rewritten"):
 # %% [markdown]
 # One layer is enough: a convolution of two taps lets a value's position see the key before it. The model that
 # adds is DeltaNet with the look-up left out. Convolutions, keys of norm 1, writing strengths, head norm and
-# parameters are the same, so whatever differs is the rule's doing. (`linear_attention`, the mixer, has no
-# convolution; in one layer it does not see which value stands next to which key, whatever its rule.)
+# parameters are the same, so any difference comes from the rule. (`linear_attention`, the mixer, has no
+# convolution. In one layer it does not see which value stands next to which key, whatever its rule.)
 
 # %%
 @register("adding_net")
@@ -245,8 +245,8 @@ assert len({result["parameters"] for runs in results.values() for result in runs
 
 # %% [markdown]
 # **Picture 3.** Accuracy on held-out sequences during training, for two seeds each: `delta_net` solid,
-# `adding_net` dashed. A run ends when it is right in 99 cases of 100. The dotted line is what a model reaches
-# that knows both values of a key and not which came last.
+# `adding_net` dashed. A run ends when it is right in 99 cases of 100. The dotted line is the accuracy of a
+# model that knows both values of a key but not which came last.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", subplot_kw={"xlabel": "steps"})
@@ -259,9 +259,9 @@ for (task, mixer), runs in results.items():
 axes[1].axhline(0.5, color="black", linestyle=":")
 
 # %% [markdown]
-# In MQAR every key comes once, and four pairs leave room in states of 16 key channels: by section 3 the rule that
-# adds has an error of $3/16$ with random keys, and trained keys can do better. The rewritten keys are those of
-# section 2. What the runs show is computed from them; both rules have the same learning rate.
+# In MQAR every key comes once, and four pairs leave room in states of 16 key channels. By section 3 the rule that
+# adds has an error of $3/16$ with random keys, and trained keys can do better. The second task rewrites keys as
+# section 2 does. The verdicts below are computed from the runs. Both rules have the same learning rate.
 
 # %%
 gap = {task: min(accuracy[task, "delta_net"]) - max(accuracy[task, "adding_net"]) for task in ("mqar", "rewritten")}

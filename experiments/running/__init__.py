@@ -1,1 +1,1 @@
-"""What every command shares: how it runs, until when, and the records it keeps."""
+"""Shared by every command: running with errors as messages, a time limit, and records."""

@@ -1,5 +1,5 @@
-"""Runs a command's `main`: errors of the user or of the machine end with exit code 2 and one message, Ctrl-C with exit
-code 130, and a defect with its traceback."""
+"""Runs a command's `main`. Errors of the user or of the machine end with exit code 2 and one message, Ctrl-C ends with
+exit code 130, and a defect ends with its traceback."""
 
 import io
 import logging
@@ -24,22 +24,22 @@ _SOURCES = tuple(_ROOT / name for name in ("experiments", "lin_jax", "kernels"))
 def run(main: Callable[[Sequence[str]], object]) -> None:
   """Parses the flags and calls `main(argv)`, as `absl.app.run` does.
 
-  Unknown or malformed flags, and a ValueError or NotImplementedError that this repository raises, are the user's to
-  mend: the message goes to stderr and the exit code is 2. So is what the operating system refuses, whoever asked: a
-  full disk, a folder that cannot be written, an output that nobody reads any more. Any other error from inside a
-  dependency is a defect and keeps its traceback.
+  Unknown or malformed flags, and a ValueError or NotImplementedError that this repository raises, are errors of the
+  user. Their message goes to stderr, and the exit code is 2. The same holds for whatever the operating system refuses,
+  even inside a dependency: a full disk, a folder that cannot be written, an output that nobody reads any more. Any
+  other error from inside a dependency is a defect and keeps its traceback.
   """
   cpu_compiler.switch_off()
   if sys.stdout is not None:  # it may have been closed before the command began
     sys.stdout = _Output(sys.stdout)
-  # JAX otherwise cuts its own frames out, and with them the difference between its errors and ours.
+  # Otherwise JAX cuts out its own frames, and with them the difference between its errors and ours.
   jax.config.update("jax_traceback_filtering", "off")
 
   def guarded(argv):
-    # Below this level Orbax narrates every save and load; which implementation of an op runs is worth a line.
+    # Below this level Orbax narrates every save and load. The choice of an op's implementation deserves a line.
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("kernels").setLevel(logging.INFO)
-    # What goes wrong while a checkpoint is written is logged with its traceback, and then raised.
+    # Errors while a checkpoint is written are logged with their traceback before they are raised, so once too often.
     for handler in {absl_logging.get_absl_handler(), *logging.getLogger().handlers}:
       handler.addFilter(lambda record: not record.exc_info)
     threading.excepthook, sys.unraisablehook = _thread_error, _unraisable
@@ -48,7 +48,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     try:
       main(argv)
       if sys.stdout is not None:
-        sys.stdout.flush()  # what fails later fails where no message can be made of it
+        sys.stdout.flush()  # a later failure could not become a message
     except KeyboardInterrupt:
       _exit("interrupted", code=130)
     except Exception as e:
@@ -60,13 +60,13 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
 
 
 def define_checkpoint() -> flags.FlagHolder[str]:
-  """The flag --checkpoint; `checkpoint_step` reads its value."""
-  return flags.DEFINE_string("checkpoint", "last", "Which checkpoint of the run: last, best, previous "
-                             "(the newest before the last that loads), or a step.")
+  """Defines the flag --checkpoint, whose value `checkpoint_step` reads."""
+  return flags.DEFINE_string("checkpoint", "last", "Checkpoint of the run: last, best, previous (the "
+                             "newest one before the last that loads), or a step.")
 
 
 def checkpoint_step(value: str) -> int | str | None:
-  """The `step` argument of `lin_jax.checkpoint.load_model` for a value of --checkpoint. Raises ValueError."""
+  """Returns the `step` argument of `lin_jax.checkpoint.load_model` for a value of --checkpoint. Raises ValueError."""
   if value in ("last", "best", "previous"):
     return None if value == "last" else value
   if not value.isdecimal():
@@ -75,7 +75,7 @@ def checkpoint_step(value: str) -> int | str | None:
 
 
 def text(flag: flags.FlagHolder[str]) -> str:
-  """The value of a flag that is text and no path: UTF-8, whatever the locale. Raises ValueError."""
+  """Reads a flag whose value is text and not a path as UTF-8, whatever the locale. Raises ValueError."""
   try:
     return os.fsencode(flag.value).decode("utf-8")
   except UnicodeDecodeError as e:
@@ -87,9 +87,9 @@ def _parse(argv):
     return flags.FLAGS(argv)
   except flags.Error as e:
     _exit(f"{e}; pass --help for the flags of this command")
-  except OSError as e:  # of printing the help
+  except OSError as e:  # the exit code after printing the help
     _exit(_system_error(e))
-  except KeyError as e:  # how ml_collections reports an override of a field that the config does not have
+  except KeyError as e:  # ml_collections reports an override of an unknown field so
     _exit(f"unknown config field: {e.args[0]}")
 
 
@@ -99,8 +99,8 @@ def _raised_here(error):
 
 
 class _Output(io.TextIOWrapper):
-  """Standard output that names itself in its errors. A character that its encoding lacks is written as its code, as on
-  standard error, and does not end a run."""
+  """Standard output that names itself in its errors. It writes a character that its encoding lacks as a code, as
+  standard error does, so that such a character does not end a run."""
 
   def __init__(self, stream):
     super().__init__(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
@@ -121,7 +121,7 @@ class _Output(io.TextIOWrapper):
 
 
 def _system_error(error):
-  """The message for an error of the operating system; None for any other error."""
+  """Returns the message for an error of the operating system, or None for any other error."""
   if isinstance(error, BrokenPipeError):
     return "standard output was closed before the command had ended"
   if isinstance(error, OSError) and error.errno:
@@ -139,7 +139,7 @@ def _thread_error(args):
 
 
 def _unraisable(args):
-  # What a checkpoint's other writes say when the first one has failed, from threads that are not Python's.
+  # Once a checkpoint's first write has failed, its other writes say this, from threads that are not Python's.
   if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
     sys.__unraisablehook__(args)
 
@@ -150,6 +150,6 @@ def _exit(message, code=2):
       if stream is not None:
         stream.write(text)
         stream.flush()
-    except OSError:  # what is left in it goes nowhere, or Python would try again, and fail, after the message
+    except OSError:  # the rest goes nowhere; otherwise Python would try again, and fail, after the message
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
   sys.exit(code)

@@ -1,4 +1,4 @@
-"""A limit of time for commands that save what they have not finished."""
+"""A time limit for commands that save unfinished work."""
 
 import contextlib
 import math
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
   """Yields a function that says whether `seconds` (0: no limit) are over or SIGTERM or Ctrl-C has come.
 
-  From then on each training run in the context is sent SIGTERM, which ends it with a checkpoint. After Ctrl-C the
-  context ends in KeyboardInterrupt; a second Ctrl-C is one at once. For the main thread.
+  From then on each training run in the context receives SIGTERM, which ends it with a checkpoint. After Ctrl-C the
+  context ends in KeyboardInterrupt. A second Ctrl-C raises it at once. Only the main thread may use this.
   """
   end, came, done = time.monotonic() + (seconds or math.inf), [], threading.Event()
 
@@ -22,7 +22,7 @@ def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
     return bool(came) or time.monotonic() >= end
 
   def watch():
-    # `train` listens with a handler of its own for as long as it runs; a signal before that would be lost.
+    # While `train` runs, it listens with its own handler; a signal before that would be lost.
     sent = None
     while not done.wait(0.1):
       handler = signal.getsignal(signal.SIGTERM)
@@ -35,7 +35,7 @@ def deadline(seconds: float) -> Iterator[Callable[[], bool]]:
     if number == signal.SIGINT:
       signal.signal(number, signal.default_int_handler)
       with contextlib.suppress(OSError):
-        os.write(2, b"interrupted: saving; again to stop at once\n")  # print may be what is interrupted
+        os.write(2, b"interrupted: saving; again to stop at once\n")  # the signal may interrupt a print
 
   previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)
               if signal.getsignal(number) is not signal.SIG_IGN}

@@ -1,4 +1,4 @@
-"""JSON lines of runs: which are done already, and in which environment they were made."""
+"""JSON lines of runs, which say which runs are done and in which environment they were made."""
 
 import datetime
 import json
@@ -10,9 +10,9 @@ from lin_jax.workdir import environment
 
 
 def load(path: pathlib.Path, *fields: str) -> list[dict]:
-  """The records of --out, made if it is missing; a last line that a kill has cut short is dropped from the file too.
+  """Reads the records of --out, which is made if it is missing. A last line that a kill cut short is removed.
 
-  Raises ValueError when it cannot be written, or holds records without one of `fields`.
+  Raises ValueError when the file cannot be written, or holds records without one of `fields`.
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,22 +32,22 @@ def load(path: pathlib.Path, *fields: str) -> list[dict]:
 
 
 def append(path: pathlib.Path, record: dict) -> None:
-  """Adds one line."""
+  """Appends one line."""
   files.append(path, strict_json.dumps(record) + "\n")
 
 
 def key(setting: dict) -> str:
-  """Equal for equal settings, whether they were read from a file or not."""
+  """Returns a text that is equal for equal settings, whether they were read from a file or not."""
   return json.dumps(setting, sort_keys=True)
 
 
 def now() -> str:
-  """When a run was recorded."""
+  """Returns the present time, for a record."""
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def provenance() -> dict:
-  """Device, versions, git commit and command of this process."""
+  """Returns device, versions, git commit and command of this process."""
   found = environment()
   versions = {name: found[name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
   return {"device": found["device_kind"], "versions": versions, "git_commit": found["git_commit"],

@@ -1,1 +1,1 @@
-"""How fast models train and decode: what is measured, and sweeps of such measurements."""
+"""The speed of training and decoding: single measurements, and sweeps of them."""

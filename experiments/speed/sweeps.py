@@ -1,7 +1,7 @@
-"""Sweeps of speed measurements: records that say what is done, and a limit of time.
+"""Sweeps of speed measurements within a time limit, which skip the measurements that have a record.
 
-A record holds `device`, `versions`, `git_commit`, `command`, `run` (when), `setting` (all that determines the number),
-`reason` ("" or why it could not run) and the results, None where there is a reason.
+A record holds `device`, `versions`, `git_commit`, `command`, `run` (the time of the run), `setting` (everything that
+determines the number), `reason` (why it could not run, or "") and the results, which are None if there is a reason.
 """
 
 import gc
@@ -19,7 +19,7 @@ _IDENTITY = ("device", "versions", "setting")
 
 
 def chosen(flag: flags.FlagHolder[list[str]], known: Sequence) -> list:
-  """The values of `known` that a list flag names, or all of them if it names none. Raises ValueError."""
+  """Returns the values of `known` that a list flag names, or all if it names none. Raises ValueError for others."""
   names = {str(value): value for value in known}
   for name in flag.value:
     if name not in names:
@@ -32,10 +32,10 @@ def run(runs: Sequence[tuple[Any, dict]], measure: Callable[[Any], dict], line: 
   """Measures and prints every run, and appends its record to `path`.
 
   Args:
-    runs: what to measure, and a record without results.
-    measure: the results, by `fields`; an exception is the reason of a record without any.
-    line: what is printed of a record without a reason, after its name.
-    begun, limit: no run is begun that would probably end more than `limit` seconds after `begun`, a `time.monotonic`.
+    runs: pairs of a thing to measure and its record without results.
+    measure: returns the results by `fields`. An exception becomes the reason of a record without results.
+    line: formats a record without a reason, to be printed after its name.
+    begun, limit: no run begins that would probably end more than `limit` seconds after `begun`, a `time.monotonic`.
   Returns:
     The names of runs that failed.
   """
@@ -49,7 +49,7 @@ def run(runs: Sequence[tuple[Any, dict]], measure: Callable[[Any], dict], line: 
       row = row | {"run": records.now(), "reason": ""} | measure(what)
     except files.Unwritable:
       raise  # the next one could not be written either
-    except Exception as e:  # one that does not fit must not cost the others their record
+    except Exception as e:  # a run that does not fit must not cost the others their record
       row = row | {"run": records.now(), "reason": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
       row |= dict.fromkeys(fields)
     gc.collect()
@@ -66,7 +66,7 @@ def run(runs: Sequence[tuple[Any, dict]], measure: Callable[[Any], dict], line: 
 
 
 def missing(runs: Sequence[tuple[Any, dict]], path: pathlib.Path | None) -> list[tuple[Any, dict]]:
-  """The runs without a record in `path` for their device, versions and setting. Raises ValueError as `records.load`."""
+  """Returns the runs that lack a record for their device, versions and setting. Raises ValueError as `records.load`."""
   done = {_key(record) for record in load(path)} if path else set()
   return [(what, row) for what, row in runs if _key(row) not in done]
 

@@ -1,4 +1,4 @@
-"""How fast a config trains on the first device: compiles its step, feeds it drawn tokens, and measures time and memory.
+"""Training speed of a config on the first device: compiles its step, feeds it tokens, and measures time and memory.
 
 `SWEEPS` are the papers' curves against sequence length.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-import configs
+from configs import CONFIGS
 from configs.gla_paper import at_340m
 from lin_jax import flops, mixers, sharding
 from lin_jax.config import TrainConfig, to_dict
@@ -28,7 +28,7 @@ ZIPF = "drawn from Zipf's law"
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """Models by name, the lengths of their sequences, and the tokens of a step."""
+  """Models by name, the lengths of their sequences, and the tokens per step."""
 
   title: str
   models: dict[str, Callable[[], TrainConfig]]
@@ -37,22 +37,22 @@ class Sweep:
 
 
 def transformer_385m() -> TrainConfig:
-  """Transformer++ with TNL's vocabulary, and an MLP that makes up for its smaller mixer: 383M parameters."""
-  return at_340m(AttentionConfig(heads=16), mlp_width=3136, vocab_size=configs.CONFIGS["tnl_385m"]().model.vocab_size)
+  """Transformer++ with TNL's vocabulary and 383M parameters; a wider MLP makes up for its smaller mixer."""
+  return at_340m(AttentionConfig(heads=16), mlp_width=3136, vocab_size=CONFIGS["tnl_385m"]().model.vocab_size)
 
 
 SWEEPS = {
-    "gla_fig6": Sweep("Training at 1.3B parameters", {name: configs.CONFIGS[name] for name in (
+    "gla_fig6": Sweep("Training at 1.3B parameters", {name: CONFIGS[name] for name in (
         "gla_1b3", "transformer_1b3", "retnet_1b3", "mamba_1b3", "deltanet_1b3")},
         tuple(2**i for i in range(11, 15)), 2**14),
-    "tnl": Sweep("Training at 385M parameters", {"tnl_385m": configs.CONFIGS["tnl_385m"],
+    "tnl": Sweep("Training at 385M parameters", {"tnl_385m": CONFIGS["tnl_385m"],
                                                  "transformer_385m": transformer_385m},
                  tuple(2**i for i in range(10, 17)), 2**16)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The compiled initialisation and optimizer step of a config, and how long tracing and compiling took."""
+  """The compiled initialisation and optimizer step of a config, and the time that tracing and compiling took."""
 
   config: TrainConfig
   create: Callable
@@ -61,7 +61,7 @@ class Program:
 
 
 def shrunk(config: TrainConfig) -> TrainConfig:
-  """`config` with its mixers' smallest examples at width 32, two layers and 257 tokens, float32: for a CPU."""
+  """Shrinks `config` for a CPU: its mixers' smallest examples, width 32, two layers, 257 tokens, float32."""
   model = config.model
   for field in ("mixer", "hybrid_mixer"):
     if (mixer := getattr(model, field)) is not None:
@@ -72,7 +72,7 @@ def shrunk(config: TrainConfig) -> TrainConfig:
 
 
 def description(config: TrainConfig) -> dict:
-  """The fields of a record that describe the model and its training."""
+  """Returns the fields of a record that describe the model and its training."""
   _, _, abstract, _ = make_state(config, _mesh(config))
   return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
           "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length,
@@ -81,7 +81,7 @@ def description(config: TrainConfig) -> dict:
 
 
 def provenance() -> dict:
-  """`records.provenance` with a digest of the kernels and the library among the versions: they decide the speed."""
+  """Adds to `records.provenance` a digest of the kernels and the library, because they decide the speed."""
   digest = hashlib.sha256()
   for source in sorted(path for folder in ("kernels", "lin_jax") for path in (_ROOT / folder).rglob("*")):
     if source.suffix in (".py", ".json"):
@@ -91,14 +91,14 @@ def provenance() -> dict:
 
 
 def compile_all(runs: Sequence[TrainConfig], *, documents: bool = True) -> list[concurrent.futures.Future]:
-  """A finished future of a `Program` for each config; they are compiled side by side, on as many threads as cores."""
+  """Compiles a `Program` per config, side by side on as many threads as cores, and returns the finished futures."""
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    # Leaving waits for all of them: on a CPU a compilation would disturb what is timed.
+    # Leaving the context waits for all of them, because on a CPU a compilation would disturb what is timed.
     return [pool.submit(compile_step, config, documents=documents) for config in runs]
 
 
 def compile_step(config: TrainConfig, *, documents: bool = True) -> Program:
-  """For batches with segment ids, or for windows of one document each, without any."""
+  """Compiles a step for batches with segment ids, or without `documents` for windows of one document each."""
   start = time.monotonic()
   mesh = _mesh(config)
   graph, optimizer, abstract, create = make_state(config, mesh)
@@ -112,11 +112,11 @@ def compile_step(config: TrainConfig, *, documents: bool = True) -> Program:
 
 
 def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
-  """A step for each batch; the last `timed` of them give the speed.
+  """Takes a step per batch, and measures the speed of the last `timed` steps.
 
   Returns:
-    `losses`, `tokens_per_s`, `step_ms`, `mfu` (None for a device of unknown peak), `memory_gib`, what the compiled step
-    needs, parameters and optimizer included, and `compile_s`.
+    `losses`, `tokens_per_s`, `step_ms`, `mfu` (None for a device of unknown peak), `memory_gib` (of the compiled step,
+    with parameters and optimizer) and `compile_s`.
   """
   config, step = program.config, program.step
   placed = sharding.batch_sharding(_mesh(config))
@@ -142,8 +142,8 @@ def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
 
 
 def drawn_batches(config: TrainConfig, count: int, *, documents: bool = True) -> list[dict]:
-  """Batches of tokens drawn from Zipf's law, of which a model learns the frequencies at once; arguments as in
-  `compile_step`."""
+  """Draws batches of tokens from Zipf's law, whose frequencies a model learns at once. Arguments as in `compile_step`.
+  """
   random, vocabulary = np.random.default_rng(0), config.model.vocab_size
   weights = 1 / np.arange(1, vocabulary + 1)
   shape = config.data.batch_size, config.data.sequence_length + 1

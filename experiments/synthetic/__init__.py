@@ -1,7 +1,7 @@
 """Synthetic tasks by name: `TASKS["mqar"](sequence_length=512, pairs=64).draw(rng, count)` is a `Batch`.
 
-A task is a frozen dataclass, listed here. Its fields are its setting, whose rules its constructor checks
-(ValueError); fields or properties say `vocab_size` and `sequence_length`. It may have besides:
+A task is a frozen dataclass that is listed here. Its fields are its setting, and its constructor raises ValueError for
+a setting that breaks the rules. Fields or properties say `vocab_size` and `sequence_length`. A task may also have:
   training          a field: True draws examples to train on, where they differ from those that the test scores
   train_examples    a field: how many different examples the protocol trains on
   decodes_last      a class attribute: the model answers every position from its last output, through a decoder

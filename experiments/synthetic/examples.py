@@ -1,4 +1,4 @@
-"""The examples of a run: drawn anew or in a fixed set, in a new order every epoch, cut down to what a model reads."""
+"""The examples of a run: new ones in every batch, or a fixed set in a new order every epoch."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from .runs import Run
 
 
 def batches(run: Run, first: int = 0) -> Iterator[tuple[dict, np.ndarray]]:
-  """Examples, and the rows of them [evaluate_every, batch_size] that the next steps take; without the `first` items."""
+  """Yields examples, and their rows [evaluate_every, batch_size] for the next steps, without the `first` items."""
   examples, needed = run.training_examples(), run.evaluate_every * run.batch_size
   if not examples:
     rows = np.arange(needed, dtype=np.int32).reshape(run.evaluate_every, -1)
@@ -36,9 +36,9 @@ def _fixed(task, examples, seed):
 
 
 def compact(batch: Batch) -> dict[str, np.ndarray]:
-  """The batch with the positions that count, what is to be said there, and their weights, each [count, M]."""
+  """Reduces a batch to its tokens and the positions that count, with their targets and weights, each [count, M]."""
   counts = (batch.mask > 0).sum(axis=1)
-  # Where their number varies all positions stay, so that batches drawn anew share one compiled program.
+  # If their number varies, all positions stay, so that new batches share one compiled program.
   kept = counts[0] if counts.min() == counts.max() else batch.mask.shape[1]
   positions = np.argsort(batch.mask == 0, axis=1, kind="stable")[:, :kept].astype(np.int32)
   targets, weights = (np.take_along_axis(a, positions, axis=1) for a in (batch.targets, batch.mask))

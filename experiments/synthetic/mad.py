@@ -1,12 +1,12 @@
 """The six tasks of mechanistic architecture design (MAD; arXiv:2403.17844, section 3.1 and its appendix on the tasks).
 
-Each class is one task: its defaults are the paper's baseline, `changes` are the values to which the paper sets one
-field at a time. Where the text leaves something open the authors' code decides: recall asks for the value of every key
-that was seen before, not of the last one alone; blanks never stand behind the last token to copy.
+Each class is one task. Its defaults are the paper's baseline, and `changes` has the values to which the paper sets one
+field at a time. Where the text leaves something open, the authors' code decides: recall asks for the value of every key
+that was seen before and not of the last one alone, and blanks never stand behind the last token to copy.
 
-Training on a recall task asks for every next token of the sequence, its test for the answers alone: the field
-`training` says which. The other tasks train on what they test.
-The paper's protocol around them: 1,280 test examples, batches of 128, 200 epochs, accuracy averaged over the classes.
+A recall task trains on every next token of the sequence but tests the answers alone, and its field `training` chooses
+between the two. The other tasks test the same positions that they train on. The paper's protocol has 1,280 test
+examples, batches of 128, 200 epochs, and accuracy averaged over the classes.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ EXAMPLES = (6400, 3200, 1600, 800)
 
 @dataclasses.dataclass(frozen=True)
 class InContextRecall:
-  """Pairs of a key and its value, the value drawn anew for every sequence; a key seen before asks for its value.
+  """Pairs of a key and a value that is drawn anew for every sequence. A key that came before asks for its value.
 
-  Keys are the lower half of the vocabulary that is no noise, values the upper half, noise the tokens above both. With
-  the probability `noise_fraction` two noise tokens take the place of a pair; at least one pair stays, and the last pair
-  repeats a key. Position 2i holds the key of pair i and says its value; the last position says nothing.
+  Noise has the highest tokens of the vocabulary. Keys have the lower half of the other tokens, and values the upper
+  half. With the probability `noise_fraction` two noise tokens take the place of a pair, but at least one pair stays,
+  and the last pair repeats a key. Position 2i holds the key of pair i and says its value. The last position says
+  nothing.
   """
 
   vocab_size: int = 16
@@ -75,7 +76,7 @@ class InContextRecall:
 
 @dataclasses.dataclass(frozen=True)
 class NoisyRecall(InContextRecall):
-  """In-context recall between tokens of noise, which have a vocabulary of their own."""
+  """In-context recall between tokens of noise, which have their own vocabulary."""
 
   vocab_size: int = 32
   noise_vocab_size: int = 16
@@ -86,12 +87,12 @@ class NoisyRecall(InContextRecall):
 
 @dataclasses.dataclass(frozen=True)
 class FuzzyRecall:
-  """In-context recall whose keys and values are motifs of several tokens, all of one motif different.
+  """In-context recall whose keys and values are motifs of several tokens, which differ within a motif.
 
-  The last token of the vocabulary pads on the left; keys are ordered motifs over the lower half of the others, values
-  over the upper half. Their sizes are uniform between one token and the largest motif, but tests have keys of the
-  largest alone. As many pairs as leave room for the largest pair are followed by one of them again. Each token of a
-  value is said one position early; the last position says nothing.
+  The last token of the vocabulary pads on the left. Keys are ordered motifs over the lower half of the other tokens,
+  and values over the upper half. Their sizes are uniform between one token and the largest motif, but in tests all keys
+  have the largest size. A sequence holds as many pairs as leave room for the largest pair, and then one of them again.
+  Each token of a value is said one position early. The last position says nothing.
   """
 
   vocab_size: int = 16
@@ -133,7 +134,7 @@ class FuzzyRecall:
     answer = known[..., None] & (np.arange(pair.shape[-1]) >= self.key_motif)
     pair, answer = pair.reshape(count, -1), answer.reshape(count, -1)
 
-    # Each token's distance from the end: how many tokens of any motif stand from it on.
+    # Each token's distance from the end, which is the number of tokens from it on.
     used = pair >= 0
     place = self.sequence_length - np.cumsum(used[:, ::-1], axis=1)[:, ::-1]
     at = (np.nonzero(used)[0], place[used])
@@ -148,8 +149,8 @@ class FuzzyRecall:
 class SelectiveCopying:
   """Tokens between blanks, then a token that asks for them in their order, then as many blanks, which say them.
 
-  The last token of the vocabulary asks, the one before it is the blank. Each blank among the tokens goes before one of
-  them, chosen uniformly. The last `copies` positions say the tokens.
+  The last token of the vocabulary asks, and the one before it is the blank. Each blank among the tokens stands before
+  one of them, which is chosen uniformly. The last `copies` positions say the tokens.
   """
 
   vocab_size: int = 16
@@ -183,10 +184,11 @@ class SelectiveCopying:
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-  """Random tokens and one that asks to compress them: its output alone must give back the whole sequence.
+  """Random tokens and one that asks to compress them, whose output alone must give back the whole sequence.
 
-  The last token of the vocabulary asks and stands last. Targets are the tokens themselves at every position, so the
-  model is an encoder: a decoder reads its last output and a position's encoding, and says that position.
+  The last token of the vocabulary asks, and it stands last. The targets are the tokens themselves at every position.
+  The model is an encoder: a decoder reads its last output and a position's encoding, and says the token of that
+  position.
   """
 
   decodes_last = True
@@ -213,8 +215,9 @@ class Compression:
 class Memorization:
   """Keys whose values are the same in all sequences, so that only the parameters can hold them.
 
-  Sequences alternate a random key and the last token of the vocabulary, at which the key's value is to be said. Keys
-  are the lower half of the other tokens; values, all different, lie in the upper half. `table_seed` makes the table.
+  Sequences alternate a random key and the last token of the vocabulary, at which the model must say the key's value.
+  Keys are the lower half of the other tokens. Values all differ and lie in the upper half. `table_seed` draws the
+  table.
   """
 
   vocab_size: int = 256
@@ -230,7 +233,7 @@ class Memorization:
       raise ValueError(f"sequence_length={self.sequence_length}: must be even and at least 2")
 
   def table(self) -> np.ndarray:
-    """The value of each key, [(vocab_size - 1) // 2]."""
+    """Returns the value of each key, [(vocab_size - 1) // 2]."""
     keys = (self.vocab_size - 1) // 2
     return np.random.default_rng(self.table_seed).permutation(np.arange(keys, self.vocab_size - 1))[:keys]
 
@@ -250,14 +253,14 @@ def _batch(tokens, targets, mask):
 
 
 def _next_token(sequence, counted):
-  """Every position says the next token; it counts where `counted` has that token."""
+  """Makes every position say the next token, which counts where `counted` has that token."""
   targets, mask = np.zeros_like(sequence), np.zeros(sequence.shape)
   targets[:, :-1], mask[:, :-1] = sequence[:, 1:], counted[:, 1:]
   return _batch(sequence, targets, mask)
 
 
 def _motifs(rng, symbols, smallest, largest, shape):
-  """Ordered motifs of different symbols, of uniform size: [*shape, largest], -1 where a motif is shorter."""
+  """Draws ordered motifs of different symbols and of uniform size: [*shape, largest], -1 where a motif is shorter."""
   drawn = np.empty((*shape, largest), np.int32)
   for i in range(largest):
     drawn[..., i] = rng.integers(len(symbols) - i, size=shape)
@@ -268,7 +271,7 @@ def _motifs(rng, symbols, smallest, largest, shape):
 
 
 def _first_equal(motifs):
-  """For each motif of [count, pairs, size] the place of the first one in its row that equals it: [count, pairs]."""
+  """Finds for each motif of [count, pairs, size] the first equal one in its row: [count, pairs]."""
   codes = np.zeros(motifs.shape[:-1], np.int64)
   for part in np.moveaxis(motifs, -1, 0):
     codes = codes * (motifs.max() + 2) + part + 1

@@ -1,10 +1,10 @@
 """Multi-query associative recall (MQAR; Arora et al. 2023, arXiv:2312.04927, and its code, HazyResearch/zoology).
 
-A sequence opens with `pairs` of a key and its value, k1 v1 k2 v2 ..., keys from the lower half of the vocabulary and
-values from the upper one, all different. Each key then comes once more as a query, and at that position the model must
-say its value. Query i stands at 2 pairs + 2 g_i: the g are drawn without replacement from the slots that are left, slot
-j = 1, 2, ... with a probability proportional to j^(power - 1), so that most queries follow soon and a few late. What is
-left between them is token 0, or with `random_filler` any token.
+A sequence opens with `pairs` of a key and its value, k1 v1 k2 v2 .... Keys come from the lower half of the vocabulary
+and values from the upper half, and all differ. Each key then comes once more as a query, and at that position the model
+must say its value. Query i stands at 2 pairs + 2 g_i. The g are drawn without replacement from the slots that are left,
+slot j = 1, 2, ... with a probability proportional to j^(power - 1), so that most queries follow soon and a few late.
+The other positions hold token 0, or with `random_filler` any token.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from .batch import Batch
 
 @dataclasses.dataclass(frozen=True)
 class MQAR:
-  """Defaults are the easier of the two settings that the GLA and DeltaNet papers plot; the other is (512, 64)."""
+  """The defaults are the easier of the two settings that the GLA and DeltaNet papers plot; the other is (512, 64)."""
 
   sequence_length: int = 256
   pairs: int = 16
@@ -51,22 +51,22 @@ class MQAR:
     return Batch(tokens, targets, mask)
 
   def slot_probabilities(self) -> np.ndarray:
-    """Of the first query's slot, [(sequence_length - 2 pairs) / 2]."""
+    """Returns the probabilities of the first query's slot, [(sequence_length - 2 pairs) / 2]."""
     weights = np.arange(1, (self.sequence_length - 2 * self.pairs) // 2 + 1) ** (self.power - 1.0)
     return weights / weights.sum()
 
   def _slots(self, rng, count):
-    # An exponential clock of rate p for each slot: the order in which they ring is that of draws without replacement.
+    # Each slot has an exponential clock of rate p, and the clocks ring in the order of draws without replacement.
     p = self.slot_probabilities()
     return np.argsort(rng.exponential(size=(count, len(p))) / p, axis=1)[:, :self.pairs]
 
 
 def distinct(rng: np.random.Generator, count: int, size: int, low: int, high: int) -> np.ndarray:
-  """`count` rows of `size` different integers from [low, high), each such row equally likely. int32 [count, size]."""
+  """Draws `count` rows of `size` different integers from [low, high), all equally likely: int32 [count, size]."""
   if size * size > 2 * (high - low):
     return (low + np.argsort(rng.random((count, high - low)), axis=1)[:, :size]).astype(np.int32)
   rows = rng.integers(low, high, (count, size), dtype=np.int32)
-  # Fewer than two in three rows repeat a number: drawing those again costs less than a permutation of the range.
+  # Fewer than two in three rows repeat a number. Drawing such rows again costs less than a permutation of the range.
   while (repeated := (np.diff(np.sort(rows, axis=1)) == 0).any(axis=1)).any():
     rows[repeated] = rng.integers(low, high, (repeated.sum(), size), dtype=np.int32)
   return rows

@@ -1,12 +1,12 @@
 """RegBench: regular languages learned in context (Akyürek et al. 2024, arXiv:2401.12973, section 3, and its code).
 
-Every sequence is made from a random automaton of its own and lists strings of its language, `string|string|...`: to go
-on, a model has to infer the language from them. A step of the automaton leaves its state by one of its edges, each with
-the same probability; all states accept, so that strings may end anywhere. An answer is right if it is the letter of an
-edge of the state. Bars and padding are not to be said.
+Every sequence has its own random automaton and lists strings of its language, `string|string|...`, from which a model
+has to infer the language. A step of the automaton leaves its state by one of its edges, each with the same probability.
+All states accept, so strings may end anywhere. An answer is right if it is the letter of an edge of the state. Bars and
+padding are never the right answer.
 
 The authors also minimise each automaton. That changes no string's probability and no set of right letters, so it is not
-done here. As in their code, a language may come twice and in both training and test: small ones sometimes do.
+done here. As in their code, a language may come twice, and in both training and test, as small ones sometimes do.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from .batch import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Regbench:
-  """Letters are the tokens 0 to `max_letters` - 1, then come the bar and the padding; ranges include both ends.
+  """Letters are the tokens 0 to `max_letters` - 1, and the bar and the padding follow. Ranges include both ends.
 
   The paper's figure has 1,000 to 40,000 training sequences. The default `sequence_length` is a multiple of 64 that
-  holds the longest sequence, of 949 symbols; what does not fit a shorter one is cut.
+  holds the longest sequence, which has 949 symbols. A shorter `sequence_length` cuts sequences off.
   """
 
   sequence_length: int = 960
@@ -54,10 +54,10 @@ class Regbench:
     return self.max_letters + 2
 
   def automata(self, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Random automata as the state behind each letter, -1 where there is none: [count, max_nodes, max_letters].
+    """Draws automata as the state behind each letter, -1 where there is none: [count, max_nodes, max_letters].
 
-    State 0 is the start. Each of `min_nodes` to `max_nodes` states has 1 to `max_edges` edges, of different letters of
-    the automaton's alphabet, to different other states; the rows of states that it does not have are -1.
+    State 0 is the start. Each of `min_nodes` to `max_nodes` states has 1 to `max_edges` edges, with different letters
+    of the automaton's alphabet, to different other states. Rows beyond its number of states are -1.
     """
     nodes = rng.integers(self.min_nodes, self.max_nodes + 1, size=count)
     letters = rng.integers(self.min_letters, self.max_letters + 1, size=count)
@@ -74,8 +74,8 @@ class Regbench:
   def draw(self, rng: np.random.Generator, count: int) -> Batch:
     """`count` sequences of `count` languages; tokens, targets and mask are [count, sequence_length].
 
-    `allowed`, [count, sequence_length, vocab_size], has the right letters; all are equally probable. Training does not
-    need it and has None.
+    `allowed`, [count, sequence_length, vocab_size], has the right letters, which are equally probable. It is None for
+    training, which does not need it.
     """
     automata = self.automata(rng, count)
     sequence = self._layout(rng, count)
@@ -93,7 +93,7 @@ class Regbench:
     return Batch(sequence[:, :-1], sequence[:, 1:], mask, None if allowed is None else allowed[:, 1:])
 
   def _layout(self, rng, count):
-    """Where bars and padding stand, with 0 in the place of letters: [count, sequence_length + 1]."""
+    """Places bars and padding, with 0 in the place of letters: [count, sequence_length + 1]."""
     lengths = rng.integers(1, self.max_string_length + 1, size=(count, self.max_strings))
     strings = rng.integers(self.min_strings, self.max_strings + 1, size=count)
     ends = np.cumsum(lengths + 1, axis=1) - 1
@@ -104,5 +104,5 @@ class Regbench:
     return layout[:, :self.sequence_length + 1]
 
   def _distinct(self, rng, choices):
-    """`max_edges` different indices, in random order, of what is True along the last axis of `choices`."""
+    """Draws `max_edges` different indices, in random order, at which `choices` is True along its last axis."""
     return np.argsort(np.where(choices, rng.random(choices.shape), 2.0), axis=-1)[..., :self.max_edges]

@@ -13,7 +13,7 @@ from . import TASKS
 HEADS = {"attention": 1, "linear_attention": 2, "retention": 2, "gla": 2, "delta_net": 2, "gated_delta_net": 2}
 
 
-# How kernels start: with the layers' own standard deviation (None), or one for all from the number of their inputs.
+# The standard deviation at which kernels start: the layers' own (None), or one function of the number of inputs.
 STARTS = {"layers": None, "normal": lambda inputs: 0.02, "fan_in": lambda inputs: (3 * inputs) ** -0.5}
 
 
@@ -23,48 +23,49 @@ def _option(default, text):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A task, a model and how it is trained; defaults are MQAR's protocol, but for the number of steps."""
+  """A task, a model and the way to train it. The defaults are MQAR's protocol, except for the number of steps."""
 
   task: str = _option("", "Name of the task.")
   mixer: str = _option("", "Registered name of the sequence mixer.")
   task_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
   mixer_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
-  width: int = _option(64, "Of the model.")
+  width: int = _option(64, "Width of the model.")
   depth: int = _option(2, "Blocks.")
-  mlp_width: int = _option(0, "Of each block's SwiGLU; 0 for blocks of the mixer alone.")
-  dtype: str = _option("float32", "Of activations.")
-  start: str = _option("layers", "Of kernels: each layer's own, or for all of them normal, N(0, 0.02^2), or fan_in, "
-                                 "N(0, 1 / (3 inputs)), which suits narrow models.")
-  embedding_dropout: float = _option(0.0, "Share of the entries of embeddings that a training step drops.")
-  learning_rate: float = _option(1e-3, "Peak, of AdamW; falls as a cosine.")
-  final_fraction: float = _option(0.0, "Of the learning rate, at the last step.")
+  mlp_width: int = _option(0, "Width of each block's SwiGLU; 0 for blocks of the mixer alone.")
+  dtype: str = _option("float32", "Dtype of activations.")
+  start: str = _option("layers", "Start of kernels: layers is each layer's own, normal is N(0, 0.02^2) for all, and "
+                                 "fan_in is N(0, 1 / (3 inputs)) for all, which suits narrow models.")
+  embedding_dropout: float = _option(0.0, "Fraction of the entries of embeddings that a training step drops.")
+  learning_rate: float = _option(1e-3, "Peak learning rate of AdamW, which falls as a cosine.")
+  final_fraction: float = _option(0.0, "Fraction of the learning rate that is left at the last step.")
   warmup_steps: int = _option(0, "Steps of linear warmup.")
-  weight_decay: float = _option(0.1, "On matrices.")
-  beta2: float = _option(0.999, "Of AdamW.")
+  weight_decay: float = _option(0.1, "Weight decay of matrices.")
+  beta2: float = _option(0.999, "Second beta of AdamW.")
   batch_size: int = _option(128, "Sequences per step.")
   steps: int = _option(1000, "Optimizer steps at most.")
-  examples: int = _option(0, "Training examples; 0 is the task's own number, or draws anew if it has none.")
+  examples: int = _option(0, "Training examples; 0 is the task's own number, or new examples in every batch if it has "
+                             "none.")
   test_examples: int = _option(1280, "Held-out examples.")
   evaluate_every: int = _option(100, "Steps between tests.")
   stop_accuracy: float = _option(0.99, "Held-out accuracy at which the task counts as solved and the run ends.")
-  seed: int = _option(0, "Of parameters and data.")
+  seed: int = _option(0, "Seed of parameters and data.")
 
   def build_task(self, **changes) -> Any:
-    """The task. Raises ValueError for an unknown one or a setting that it refuses."""
+    """Returns the task. Raises ValueError for an unknown one or a setting that it refuses."""
     if self.task not in TASKS:
       raise ValueError(f"task={self.task!r}: must be one of {', '.join(TASKS)}")
     return _build(TASKS[self.task], self.task, self.task_fields | changes)
 
   def training_task(self) -> Any:
-    """The task as it draws what is trained on."""
+    """Returns the task that draws training examples."""
     return self.build_task(**({"training": True} if "training" in _fields(TASKS[self.task]) else {}))
 
   def training_examples(self) -> int:
-    """How many different examples are trained on; 0 if every batch is new."""
+    """Returns the number of different training examples, 0 if every batch is new."""
     return self.examples or getattr(self.build_task(), "train_examples", 0)
 
   def train_config(self) -> TrainConfig:
-    """Model, data and optimizer, checked. Raises ValueError."""
+    """Returns model, data and optimizer, checked. Raises ValueError for values that break a rule."""
     for field, least in (("evaluate_every", 1), ("test_examples", 1), ("examples", 0)):
       if getattr(self, field) < least:
         raise ValueError(f"{field}={getattr(self, field)}: must be at least {least}")
@@ -86,20 +87,20 @@ class Run:
     return validate(TrainConfig(seed=self.seed, model=model, data=data, optim=optim))
 
   def setting(self) -> dict:
-    """Everything that determines the run, defaults included, as JSON holds it."""
+    """Returns everything that determines the run, defaults included, as JSON holds it."""
     resolved = {"task_fields": dataclasses.asdict(self.build_task()),
                 "mixer_fields": dataclasses.asdict(self._mixer_config()), "examples": self.training_examples()}
     return dataclasses.asdict(self) | resolved
 
   def _mixer_config(self):
     fields = {"heads": HEADS[self.mixer]} if self.mixer in HEADS else {}
-    if self.mixer == "gated_delta_net":  # its heads have a size of their own; other mixers' heads divide the width
+    if self.mixer == "gated_delta_net":  # its heads have their own size; other mixers' heads divide the width
       fields |= {"head_dim": self.width // int(self.mixer_fields.get("heads", 2)), "expand_v": 1.0}
     return _build(mixers.config_class(self.mixer), self.mixer, fields | self.mixer_fields)
 
 
 def whole(setting: dict) -> dict:
-  """A record's setting with the fields that `Run` did not have when it was made, which had their defaults.
+  """Completes a record's setting with the defaults of fields that `Run` did not have when it was made.
 
   Raises ValueError for fields that it does not have.
   """
@@ -110,12 +111,12 @@ def whole(setting: dict) -> dict:
 
 
 def without_rate(setting: dict) -> dict:
-  """What learning rates are tried for: the setting less the rate and the end of its decay, which may follow from it."""
+  """Returns the setting without the learning rate and the end of its decay, so that rates of one setting are equal."""
   return {name: value for name, value in setting.items() if name not in ("learning_rate", "final_fraction")}
 
 
 def parse_fields(cls: type, text: str) -> dict[str, Any]:
-  """"pairs=64,power=0.1" as values of the dataclass's types. Raises ValueError for unknown fields and other types."""
+  """Reads "pairs=64,power=0.1" as values of the dataclass's types. Raises ValueError for others."""
   values, known = {}, _fields(cls)
   for item in filter(None, text.split(",")):
     name, _, value = item.partition("=")

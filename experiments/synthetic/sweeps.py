@@ -1,9 +1,10 @@
-"""Sweeps by name, as lists of runs; runs that differ in the learning rate alone follow each other.
+"""Sweeps by name, as lists of runs. Runs that differ in the learning rate alone follow each other.
 
-They are the papers' grids, cut to what one GPU does in hours: three learning rates each, and a quarter of the epochs.
-MQAR: all seven mixers, 16 epochs. MAD: baselines and the hardest change of each task, one weight decay, 50 epochs.
-RegBench: training sets of 1,000 to 10,000 sequences, 50 epochs, one size of model, a tenth of the embeddings dropped.
-Activations are bfloat16: MAD's protocol says so, and the delta rule's published kernel takes nothing wider.
+They are the papers' grids, reduced so that one GPU takes hours: three learning rates each, and a quarter of the epochs.
+MQAR has all seven mixers and 16 epochs. MAD has the baselines and the hardest change of each task, one weight decay and
+50 epochs. RegBench has training sets of 1,000 to 10,000 sequences, 50 epochs and one size of model, and drops a tenth
+of the embeddings. Activations are bfloat16, because MAD's protocol says so and the delta rule's published kernel takes
+nothing wider.
 """
 
 from .runs import Run
@@ -13,8 +14,8 @@ MIXERS = "attention", "linear_attention", "retention", "gla", "mamba", "delta_ne
 
 def mqar() -> list[Run]:
   """GLA's figure 4 and DeltaNet's MQAR figure: blocks without MLP, 100,000 examples, DeltaNet without convolutions."""
-  # The papers' grid is 1e-4, 4.6e-4, 2.2e-3, 1e-2. At width 64 GLA recalls less than a twelfth of 16 pairs at both
-  # ends, and RetNet at the lower; in their place stands the rate between the other two.
+  # The papers' grid is 1e-4, 4.6e-4, 2.2e-3, 1e-2. At width 64 GLA recalls less than a twelfth of 16 pairs at
+  # both ends, and so does RetNet at the lower end. In their place stands the rate between the other two.
   rates = 4.6e-4, 1e-3, 2.2e-3
   return [Run("mqar", mixer, {"sequence_length": length, "pairs": pairs},
               {"conv_width": 0} if mixer == "delta_net" else {}, width=width, dtype="bfloat16", learning_rate=rate,
@@ -24,7 +25,7 @@ def mqar() -> list[Run]:
 
 
 def mad() -> list[Run]:
-  """MAD's tasks at their baselines and at the hardest value of one field; width 128, two blocks with an MLP."""
+  """MAD's tasks at their baselines and at the hardest value of one field, with width 128 and two blocks with an MLP."""
   fields = {mixer: {"heads": 8} for mixer in MIXERS} | {"attention": {"heads": 16}, "linear_attention": {"heads": 16},
                                                         "mamba": {"state_size": 4}}
   hardest = {"in_context_recall": {"vocab_size": 128}, "noisy_recall": {"noise_fraction": 0.8},
@@ -38,7 +39,7 @@ def mad() -> list[Run]:
 
 
 def regbench() -> list[Run]:
-  """RegBench against the number of training sequences: width 128, four blocks with an MLP, two heads."""
+  """RegBench against the number of training sequences, with width 128, four blocks with an MLP and two heads."""
   return [Run("regbench", mixer, {"train_examples": examples}, {} if mixer == "mamba" else {"heads": 2}, width=128,
               depth=4, mlp_width=344, dtype="bfloat16", learning_rate=rate, warmup_steps=examples // 32 * 5,
               final_fraction=0.1, batch_size=32, steps=examples // 32 * 50, test_examples=500,

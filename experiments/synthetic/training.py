@@ -1,10 +1,10 @@
 """Trains a `Run`, or several that differ in the learning rate alone, and scores them on held-out sequences.
 
-The papers' loop, reduced to what a task needs: AdamW with a cosine, no clipping, a set of examples in a new order every
-epoch (or new examples at every step), a test every so many steps, an end when the task is solved. Only the positions
+The papers' loop is reduced to the needs of a task: AdamW with a cosine and without clipping, a set of examples in a new
+order every epoch (or new examples at every step), regular tests, and an end when the task is solved. Only the positions
 that count reach the head. One model this small does not fill a GPU, so the learning rates of a sweep are trained side
-by side, as one program over a leading axis of models that all read the same batches. All steps between two tests are
-one call of it, over examples that lie on the device.
+by side, as one program over a leading axis of models that all read the same batches. One call of it takes all steps
+between two tests, over examples that lie on the device.
 """
 
 import dataclasses
@@ -34,11 +34,12 @@ from .runs import STARTS, Run, without_rate
 
 
 class Answerer(nnx.Module):
-  """A language model that answers at given positions, from its output there.
+  """A language model that answers at given positions from its output there.
 
   With `decodes_last` its last output answers for all positions: sines of the position are added, and a two-layer GELU
   MLP of the same width decodes the sum (MAD, arXiv:2403.17844, compression). `start` is one of `runs.STARTS`. With a
-  key, each entry of the embeddings is zero with probability `dropout`, and the others make up for it.
+  key, each entry of the embeddings becomes zero with probability `dropout`, and the other entries grow to keep the
+  mean.
   """
 
   def __init__(self, config: ModelConfig, decodes_last: bool, start: str, dropout: float = 0.0, *, rngs: nnx.Rngs):
@@ -53,7 +54,7 @@ class Answerer(nnx.Module):
         layer.kernel[...] = deviation(shape[-2]) * jax.random.normal(rngs.params(), shape)
 
   def __call__(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Activations before the head [B, M, D] for tokens [B, T] and positions [B, M]."""
+    """Returns the activations before the head [B, M, D] for tokens [B, T] and positions [B, M]."""
     embedded = self.model.embed(tokens)
     if key is not None and self.dropout:
       kept = jax.random.bernoulli(key, 1 - self.dropout, embedded.shape)
@@ -68,10 +69,16 @@ class Answerer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """Jitted, with R models in the leading axis of every state and R peaks and ends of their learning rates:
-  `create(seed, peaks, ends)` a state, `advance(state, data, rows, keys, peaks, ends)` it and the mean losses [R] over a
-  step for each of `rows` [steps, batch_size] and `keys` [steps], `answer(state, data, rows)` what the models say, [R,
-  *rows.shape, M], and of tasks with several right answers how far their distribution is from the true one, or None.
+  """Jitted functions over R models, which are stacked on the leading axis of every state.
+
+  `peaks` and `ends` [R] are the learning rates at their peak and at their end.
+
+  Attributes:
+    create: (seed, peaks, ends) to a state.
+    advance: (state, data, rows, keys, peaks, ends) to the state after a step for each of `rows` [steps, batch_size] and
+      `keys` [steps], and the mean losses [R].
+    answer: (state, data, rows) to the models' answers [R, *rows.shape, M] and the distance of their distribution from
+      the true one, which is None for tasks with one right answer per position.
   """
 
   create: Callable
@@ -81,8 +88,8 @@ class Programs:
 
 @dataclasses.dataclass
 class Course:
-  """What a run has come to: its curve of [step, loss, accuracy], the distance from the true distribution at each of its
-  tests, and once it has ended its result."""
+  """The progress of a run: its curve of [step, loss, accuracy], its distance from the true distribution at each test,
+  and its result once it has ended."""
 
   curve: list[list] = dataclasses.field(default_factory=list)
   distances: list[float | None] = dataclasses.field(default_factory=list)
@@ -92,15 +99,15 @@ class Course:
 def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None,
           over: Callable[[], bool] = lambda: False, unfinished: pathlib.Path | None = None, *,
           until_solved: bool = False) -> list[dict | None] | None:
-  """Trains runs that differ in the learning rate alone; what they score does not depend on which are together.
+  """Trains runs that differ in the learning rate alone. A run scores the same whichever runs are beside it.
 
-  Returns for each `accuracy` and `class_accuracy` of its last test, `solved`, `curve` [step, loss, accuracy],
-  `total_variation` of the answer's distribution from the true one at the curve's tests (None where only one answer is
-  right), ... With `until_solved` all end at the test at which the first of them has solved the task; the others are
-  then None.
+  Returns a record per run: `accuracy` and `class_accuracy` of its last test, `solved`, `curve` [step, loss, accuracy],
+  `total_variation` of the answer's distribution from the true one at the curve's tests (None if only one answer is
+  right), and more. With `until_solved` all runs end at the test at which the first of them has solved the task, and the
+  other runs give None.
 
-  Once `over()` after a test, it returns None, with what it has reached in the file `unfinished`, from which the next
-  call goes on to the same end. Raises ValueError for runs that differ in more.
+  If `over()` is true after a test, the function saves its progress in the file `unfinished` and returns None. The next
+  call continues from there to the same end. Raises ValueError for runs that differ in more than the learning rate.
   """
   start, run, (peaks, ends) = time.monotonic(), runs[0], _rates(runs)
   programs, throughput = _programs(_shared(run)), Throughput()
@@ -136,7 +143,7 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
 
 
 def _rates(runs):
-  """Learning rates at the peak and at the end of each run, which must be all that the runs differ in."""
+  """Returns the learning rates at the peak and at the end of each run. The runs must differ in nothing else."""
   if any(without_rate(run.setting()) != without_rate(runs[0].setting()) for run in runs):
     raise ValueError("runs that are trained side by side may differ in the learning rate and its end alone")
   return [np.array([getattr(run.train_config().optim, field) for run in runs], np.float32)
@@ -144,7 +151,7 @@ def _rates(runs):
 
 
 def _judge(course, run, step, loss, said, distance, test):
-  """Adds a test to the course, and the result if it is the run's last."""
+  """Adds a test to the course, and the result if this is the run's last test."""
   accuracy, finite = score(said, test), math.isfinite(loss)
   course.curve.append([step, round(loss, 5) if finite else None, round(accuracy, 5)])
   course.distances.append(distance)
@@ -159,7 +166,7 @@ def _judge(course, run, step, loss, said, distance, test):
 
 
 def score(said: np.ndarray, batch: Batch) -> float:
-  """Share of the masked positions at which `said` [count, T] is right."""
+  """Returns the share of the masked positions at which `said` [count, T] is right."""
   if batch.allowed is None:
     right = said == batch.targets
   else:
@@ -168,9 +175,9 @@ def score(said: np.ndarray, batch: Batch) -> float:
 
 
 def class_accuracy(said: np.ndarray, batch: Batch) -> float:
-  """MAD's measure: the share of right answers for each token that is to be said, averaged over these tokens.
+  """Returns MAD's measure, the share of right answers for each target token, averaged over these tokens.
 
-  As its authors compute it, a token that was said and is never to be said counts with 0.
+  As its authors compute it, a token that was said but is never a target counts with 0.
   """
   counted = batch.mask > 0
   said, targets = said[counted], batch.targets[counted]
@@ -230,22 +237,22 @@ def _optimizer(config, peak, end):
 
 
 def _shared(run):
-  """The run as JSON, without what its compiled program does not depend on."""
+  """Returns the run as JSON, with fixed values for the fields that do not change its compiled program."""
   return json.dumps(dataclasses.asdict(run) | dict(seed=0, learning_rate=1e-3, final_fraction=0.0))
 
 
 def _total_variation(logits, allowed):
-  """Half the sum of differences between softmax(logits) and equal shares of what is `allowed`: [B, M] of [B, M, V]."""
+  """Returns half the sum of differences between softmax(logits) [B, M, V] and equal shares of `allowed`: [B, M]."""
   allowed = allowed.astype(jnp.float32)
   shares = allowed / jnp.maximum(allowed.sum(axis=-1, keepdims=True), 1)
   return 0.5 * jnp.abs(jax.nn.softmax(logits) - shares).sum(axis=-1)
 
 
 def _answers(programs, state, held_out, shape, batch_size):
-  """What each model says at the positions that count, and 0 elsewhere, [R, *shape]; and its mean total variation [R]
-  from the true distribution, Nones where every position has one answer."""
+  """Returns each model's answers at the positions that count, with 0 elsewhere, [R, *shape], and its mean total
+  variation [R] from the true distribution, or Nones if every position has one answer."""
   count = shape[0]
-  rows = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32) % count  # the last batch is filled up
+  rows = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32) % count  # rows repeat to fill the last batch
   said, distance = jax.tree.map(lambda x: np.asarray(x).reshape(len(x), -1, x.shape[-1])[:, :count],
                                 programs.answer(state, held_out, rows.reshape(-1, batch_size)))
   whole = np.zeros((len(said), *shape), np.int32)
@@ -263,7 +270,7 @@ def _save(path, state, courses, step, seconds):
 
 
 def _restore(path, like):
-  """State, courses, step and seconds that `_save` wrote; `like` has the structure of the state."""
+  """Reads state, courses, step and seconds that `_save` wrote; `like` has the structure of the state."""
   with np.load(path) as file:
     leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(file.files) - 1)]
     courses, step, seconds = json.loads(str(file["progress"]))
@@ -271,7 +278,7 @@ def _restore(path, like):
 
 
 def _sines(positions, width):
-  """Sines and cosines of [B, M] positions, [B, M, width] (Vaswani et al. 2017, section 3.5)."""
+  """Returns sines and cosines [B, M, width] of positions [B, M] (Vaswani et al. 2017, section 3.5)."""
   frequencies = 10000.0 ** (-jnp.arange((width + 1) // 2, dtype=jnp.float32) / (width / 2))
   angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]

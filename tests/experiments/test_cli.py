@@ -133,7 +133,7 @@ def test_make_without_a_python_says_what_to_install(tmp_path):
   commands = tmp_path / "bin"
   commands.mkdir()
   (commands / "make").symlink_to(shutil.which("make"))
-  # What a version manager leaves of an interpreter that is not selected.
+  # A version manager leaves this of an interpreter that is not selected.
   for name in ("python3.12", "python3.13", "python3.14", "python3", "python"):
     (commands / name).write_text("#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
     (commands / name).chmod(0o755)

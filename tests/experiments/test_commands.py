@@ -1,4 +1,4 @@
-"""How a command ends: one message and its code for what others have to mend, a traceback for a defect."""
+"""The end of a command: one message and its code for errors that others have to mend, a traceback for a defect."""
 
 import pytest
 

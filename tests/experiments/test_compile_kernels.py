@@ -1,4 +1,4 @@
-"""The compile check: what it reads from the assembler, what it calls a fault, and its exit status and record."""
+"""The compile check: the numbers that it reads from the assembler, its faults, its exit status and its record."""
 
 import functools
 import json
@@ -98,7 +98,7 @@ def test_digest_is_that_of_the_code_that_kernels_need(tmp_path, monkeypatch):
   code = digest('"""Kernels."""\ndef f():\n  """Doc."""\n  return 1\n')
   assert code == digest('"""Other."""\n\ndef f():\n  # why\n  return 1\n')
   assert code != digest('"""Kernels."""\ndef f():\n  """Doc."""\n  return 2\n')
-  # What is imported counts, at any distance; what is not, and the choice of a configuration, does not.
+  # Imported modules count, at any distance. Other modules and the choice of a configuration do not.
   code = digest("from kernels import blocks, tuned\nfrom kernels.gla import bodies\n")
   assert code == digest("1\n", "gla/reference") == digest("1\n", "tuned")
   code = digest("from kernels.sums import total\n", "blocks")

@@ -1,4 +1,4 @@
-"""The record of the compile check: of which kernels it is, what is left to compile, and that nothing has a fault."""
+"""The record of the compile check belongs to the present kernels, counts what is pending, and has no fault."""
 
 import json
 

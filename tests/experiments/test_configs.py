@@ -8,7 +8,7 @@ import jax
 import pytest
 from flax import nnx
 
-import configs
+from configs import CONFIGS, lookup
 from lin_jax import mixers, sharding
 from lin_jax.config import MeshConfig, from_dict, to_dict, validate
 from lin_jax.model import abstract_model, parameter_count
@@ -29,27 +29,27 @@ SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, 
 
 
 def test_every_config_has_a_size():
-  assert set(SIZES) == set(configs.CONFIGS)
+  assert set(SIZES) == set(CONFIGS)
 
 
-@pytest.mark.parametrize("name", configs.CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_config_is_valid_and_has_its_size(name):
-  config = validate(configs.lookup(name))
+  config = validate(lookup(name))
   assert config.name == name
   assert parameter_count(config.model) == pytest.approx(SIZES[name], rel=0.01)
   assert from_dict(to_dict(config)) == config
 
 
-@pytest.mark.parametrize("name", configs.CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_docstring_records_the_run(name):
-  text = configs.CONFIGS[name].__doc__
+  text = CONFIGS[name].__doc__
   for part in ("Command:", "Expected:", "Obtained:", f"--config={name} "):
     assert part in text
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "340m", "1b3"])
 def test_twins_share_everything_but_the_mixer(size):
-  gla, transformer = configs.lookup(f"gla_{size}"), configs.lookup(f"transformer_{size}")
+  gla, transformer = lookup(f"gla_{size}"), lookup(f"transformer_{size}")
   assert mixers.name_of(gla.model.mixer) == "gla" and mixers.name_of(transformer.model.mixer) == "attention"
   transformer.model.mixer, transformer.name = gla.model.mixer, gla.name
   assert transformer == gla
@@ -58,7 +58,7 @@ def test_twins_share_everything_but_the_mixer(size):
 @pytest.mark.parametrize(("name", "tokens", "batch", "warmup"), [
     ("gla_340m", 15e9, 0.5e6, 0.5e9), ("gla_1b3", 100e9, 2e6, 1e9)])
 def test_schedule_is_the_papers(name, tokens, batch, warmup):
-  config = configs.lookup(name)
+  config = lookup(name)
   per_step = config.data.batch_size * config.data.sequence_length
   assert config.data.sequence_length == 2048
   # The paper rounds its batches: 0.5M is 256 x 2048 = 0.52M, 2M is 1024 x 2048 = 2.1M.
@@ -70,9 +70,9 @@ def test_schedule_is_the_papers(name, tokens, batch, warmup):
   assert (optim.weight_decay, optim.clip_norm) == (0.01, 1.0)
 
 
-@pytest.mark.parametrize("name", [name for name in configs.CONFIGS if name.startswith("deltanet")])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("deltanet")])
 def test_deltanet_has_the_recipe_of_gla(name):
-  config, gla = configs.lookup(name), configs.lookup(f"gla_{name.rsplit('_', 1)[1]}")
+  config, gla = lookup(name), lookup(f"gla_{name.rsplit('_', 1)[1]}")
   hybrid = {"swa": tuple(range(1, 24, 2)), "global": (1, 12)}.get(name.split("_")[1], ())
   assert config.model.hybrid_layers == hybrid and (config.model.hybrid_mixer is None) == (not hybrid)
   config.model, config.name = gla.model, gla.name
@@ -84,23 +84,23 @@ def test_deltanet_has_the_recipe_of_gla(name):
     ("mlp", "geglu", "config.model.mlp='geglu': must be one of swiglu, sglu"),
     ("norm", "layer", "config.model.norm='layer': must be one of rms, simple_rms")])
 def test_bad_layouts_are_refused(field, value, message):
-  config = configs.lookup("gla_tiny")
+  config = lookup("gla_tiny")
   setattr(config.model, field, value)
   with pytest.raises(ValueError, match=re.escape(message)):
     validate(config)
 
 
 def test_models_saved_before_a_layout_had_a_name_load():
-  config = configs.lookup("gla_tiny")
+  config = lookup("gla_tiny")
   values = to_dict(config)
   for field in ("mlp", "norm", "scale_embeddings"):
     del values["model"][field]
   assert from_dict(values) == config
 
 
-@pytest.mark.parametrize("name", [name for name in configs.CONFIGS if name.startswith("tnl")])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tnl")])
 def test_tnl_has_the_papers_layout(name):
-  model = configs.lookup(name).model
+  model = lookup(name).model
   assert (model.mlp, model.norm, model.scale_embeddings, model.tie_embeddings) == ("sglu", "simple_rms", True, True)
   assert model.width == 128 * model.mixer.heads and not model.mixer.lrpe
   assert model.hybrid_layers == (0,) and model.hybrid_mixer == dataclasses.replace(model.mixer, lrpe=True)
@@ -111,9 +111,9 @@ def mesh():
   return sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
 
-@pytest.mark.parametrize("config_name", configs.CONFIGS)
+@pytest.mark.parametrize("config_name", CONFIGS)
 def test_config_is_sharded_over_eight_devices(config_name, mesh):
-  config = configs.lookup(config_name)
+  config = lookup(config_name)
   config.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
   # The configs' microbatches are one GPU's; four times as many sequences fit a batch that is split four ways.
   config.optim.accumulation = max(1, config.optim.accumulation // 4)
@@ -135,10 +135,10 @@ def test_config_is_sharded_over_eight_devices(config_name, mesh):
 
 def test_unknown_name_lists_the_known():
   with pytest.raises(ValueError, match=re.escape("unknown config 'gla_2b'; known: gla_tiny, gla_small, gla_340m")):
-    configs.lookup("gla_2b")
+    lookup("gla_2b")
 
 
 def test_lookup_returns_a_fresh_config():
-  changed = configs.lookup("gla_tiny")
+  changed = lookup("gla_tiny")
   changed.optim.steps, changed.model.mixer.heads = 1, 1
-  assert configs.lookup("gla_tiny").optim.steps != 1 and configs.lookup("gla_tiny").model.mixer.heads != 1
+  assert lookup("gla_tiny").optim.steps != 1 and lookup("gla_tiny").model.mixer.heads != 1

@@ -1,4 +1,4 @@
-"""From a run to a Hugging Face checkpoint and back, by the commands, and what the converted run can do."""
+"""From a run to a Hugging Face checkpoint and back by the commands, and the use of the converted run."""
 
 import json
 import pathlib

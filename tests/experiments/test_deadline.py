@@ -1,4 +1,4 @@
-"""The limit of time, and who hears of it."""
+"""The time limit, and the runs that are told of it."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Which files are read as which format, and which are refused."""
+"""Files are read by their format, or refused."""
 
 import bz2
 import gzip

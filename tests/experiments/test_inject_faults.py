@@ -1,4 +1,4 @@
-"""A short form of the fault campaign, and that its judge can fail."""
+"""A short form of the fault campaign, whose judge must be able to fail."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments: the short form of the campaign, and that it sees a difference."""
+"""A short form of the campaign that kills runs at random moments, which must see a difference."""
 
 import pytest
 

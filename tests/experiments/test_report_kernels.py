@@ -1,4 +1,4 @@
-"""The kernels' page: what it says of known records, and that the committed page is that of the committed records."""
+"""The kernels' page of known records, and the committed page, which must follow from the committed records."""
 
 import dataclasses
 import json

@@ -1,12 +1,11 @@
-"""The page of models is that of the configs, its sizes are the papers', and its numbers follow from the layouts."""
+"""The page of models follows from the configs, its sizes are the papers', and its numbers follow from the layouts."""
 
 import json
 import pathlib
 
 import pytest
 
-import configs
-from configs import page
+from configs import CONFIGS, page
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments/results/models.md"
 # Configs whose count neither lies within 1% of the printed size nor rounds to it; the page says why.
@@ -15,7 +14,7 @@ OFF = {"retnet_340m"}
 
 @pytest.fixture(scope="module")
 def models():
-  return {name: page.measure(name) for name in configs.CONFIGS}
+  return {name: page.measure(name) for name in CONFIGS}
 
 
 def test_the_page_is_current():
@@ -24,8 +23,8 @@ def test_the_page_is_current():
 
 def test_every_config_is_on_the_page_with_its_command():
   text = PAGE.read_text()
-  assert set(page.SIZES) == set(configs.CONFIGS)
-  for name in configs.CONFIGS:
+  assert set(page.SIZES) == set(CONFIGS)
+  for name in CONFIGS:
     assert f"`python experiments/train.py --config={name}`" in text
 
 

@@ -1,4 +1,4 @@
-"""The search for a configuration, on an op whose tiles fail in known ways; what the command writes and refuses."""
+"""The search for a configuration, on an op whose tiles fail in known ways, and the files and errors of the command."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""The language sweeps: what they hold, runs that a time limit stops, the best rate's seeds, the summary, mistakes."""
+"""The language sweeps: their runs, runs that a time limit stops, the best rate's seeds, the summary, mistakes."""
 
 import dataclasses
 import json

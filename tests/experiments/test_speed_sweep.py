@@ -1,4 +1,4 @@
-"""Sweeps of speed measurements: what is done is skipped, a limit ends them, failures are recorded; both commands."""
+"""Sweeps of speed measurements skip what is done, end at a limit, and record failures, in both commands."""
 
 import json
 import pathlib
@@ -67,7 +67,7 @@ def test_unknown_names_are_refused():
 
 
 def records_of(command, folder, *arguments):
-  """What a tiny sweep writes."""
+  """The records that a tiny sweep writes."""
   path = folder / "speed.jsonl"
   result = subprocess.run([sys.executable, ROOT / "experiments" / command, "--tiny", f"--out={path}", *arguments],
                           cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import pytest
 
 import kernels
 from kernels import chunks
-from tests.kernels import cases, test_selective_scan
+from tests.kernels import cases, selective_scan_cases
 from tests.kernels.cases import Case, make_inputs
 
 LENGTHS = 15, 14, 11
@@ -27,8 +27,8 @@ def prepared(op, implementation):
   """Arrays, cotangents, and a function of both that gives results by name; time is axis 1 but in states and rates."""
   fn = functools.partial(getattr(kernels, op), implementation=implementation)
   if op == "selective_scan":
-    arrays, ids, cotangents = test_selective_scan.make_inputs(test_selective_scan.Case(B=1, T=40, segments=LENGTHS))
-    run = lambda arrays, cotangents: test_selective_scan.results(fn, arrays, ids, cotangents)
+    arrays, ids, cotangents = selective_scan_cases.make_inputs(selective_scan_cases.Case(B=1, T=40, segments=LENGTHS))
+    run = lambda arrays, cotangents: selective_scan_cases.results(fn, arrays, ids, cotangents)
   else:
     inputs = make_inputs(Case(B=1, T=40, H=1, K=8, V=8, segments=LENGTHS, gate="near_zero", **FORMS[op]))
     arrays, cotangents = inputs.arrays, inputs.cotangents

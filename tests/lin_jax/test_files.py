@@ -13,7 +13,7 @@ from tests.forked import ROOT
 
 @contextlib.contextmanager
 def longest_file(size):
-  """What a full disk does, as far as one process is concerned: no file grows beyond `size` bytes."""
+  """Acts like a full disk for one process: no file grows beyond `size` bytes."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
   try:
