@@ -1,15 +1,15 @@
-"""Sequence mixers by name. A mixer is one file of this folder: a config dataclass and a registered nnx module.
+"""Sequence mixers by name. A mixer is one file of this folder: it has a config dataclass and a registered nnx module.
 
 The module's contract (`B` batch, `T` time, `D` width):
   Config                                      its config dataclass; `Config.examples()` lists small ones for width 32
   Module(config, *, width, norm_eps, dtype, rngs)
-  __call__(x[B,T,D], state, segment_ids) -> (y[B,T,D], state)     parallel form; a state of None gives None back
+  __call__(x[B,T,D], state, segment_ids) -> (y[B,T,D], state)     parallel form; a state of None returns None
   step(x[B,D], state) -> (y[B,D], state)                          recurrent form
   init_state(batch, max_length) -> pytree                         empty state for up to max_length tokens
   flops_per_token(sequence_length) -> int                         forward pass, projections included
-and, only of a mixer that depends on its place in the stack,
+and, only for a mixer that depends on its place in the stack,
   set_layers(mixers, layers, depth)                               static; see `set_layers` below
-`matrix_memory.MatrixMemory` has all of these but the constructor for mixers whose op keeps a matrix per head.
+`matrix_memory.MatrixMemory` provides all of these except the constructor for mixers whose op keeps a matrix per head.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ MIXERS: dict[str, type[nnx.Module]] = {}
 
 
 def register(name: str):
-  """Class decorator: makes a mixer available to configs and tests under `name`. A name can be taken once."""
+  """Class decorator that makes a mixer available to configs and tests under `name`. Each name can be taken once."""
 
   def add(cls):
     if name in MIXERS:
@@ -40,13 +40,15 @@ def register(name: str):
 
 
 def require(config: Any, field: str, ok: bool, rule: str) -> None:
-  """Raises ValueError with the field's value and the rule unless `ok`; for the constructors of mixers."""
+  """Raises ValueError with the field's value and the rule unless `ok`. The constructors of mixers call it."""
   if not ok:
     raise ValueError(f"{field}={getattr(config, field)!r}: {rule}")
 
 
 def head_widths(config: Any, width: int) -> tuple[int, int]:
-  """Key and value channels over all heads, by `expand_k` and `expand_v`. Raises ValueError if heads do not divide them.
+  """Key and value channels over all heads, from `expand_k` and `expand_v`.
+
+  Raises ValueError if the number of heads does not divide them.
   """
   require(config, "heads", config.heads >= 1, "must be at least 1")
   sizes = round(width * config.expand_k), round(width * config.expand_v)
@@ -58,7 +60,7 @@ def head_widths(config: Any, width: int) -> tuple[int, int]:
 
 
 def name_of(config: Any) -> str:
-  """The registered name of a mixer config. Raises ValueError for an object that is none."""
+  """The registered name of a mixer config. Raises ValueError for any other object."""
   for name, cls in MIXERS.items():
     if type(config) is cls.Config:
       return name
@@ -73,16 +75,16 @@ def config_class(name: str) -> type:
 
 
 def build(config: Any, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs) -> nnx.Module:
-  """A new mixer for residual width `width`, computing in `dtype`."""
+  """A new mixer for the residual width `width` that computes in `dtype`."""
   return MIXERS[name_of(config)](config, width=width, norm_eps=norm_eps, dtype=dtype, rngs=rngs)
 
 
 def set_layers(mixers: Sequence[nnx.Module], layers: Sequence[Sequence[int]], depth: int) -> None:
-  """Tells the mixers of a model of `depth` layers where they stand, before it runs them.
+  """Tells the mixers of a model of `depth` layers where they stand, before the model runs them.
 
-  Each has a leading layer axis on its arrays, and `layers` are the numbers, from 0, along it. The mixers are copies
-  made for this: what is set on them, with the same leading axis, is neither a parameter nor state. A class that defines
-  `set_layers` is called once with all of its mixers.
+  The arrays of each mixer have a leading layer axis, and its entry of `layers` gives the layer numbers along that axis,
+  counted from 0. The mixers are copies made for this call. Values that are set on them have the same leading axis and
+  are neither parameters nor state. A class that defines `set_layers` is called once with all of its mixers.
   """
   for cls in dict.fromkeys(map(type, mixers)):
     if hasattr(cls, "set_layers"):

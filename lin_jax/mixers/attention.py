@@ -1,9 +1,9 @@
 """Softmax attention of Transformer++ (LLaMA): rotary positions, grouped key-value heads, optional sliding window.
 
-The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's flash kernels where they apply: 16-bit
-dtypes, head sizes that are multiples of 8 up to 128 and, with a mask, even lengths. It has no segment ids, so packed
-documents pass a boolean mask [B,1,T,T] shared by all heads; cuDNN reads it as a bias and stores no scores. Elsewhere
-XLA's form runs, which stores scores [B,H,T,T].
+The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's flash kernels where they apply, which is
+for 16-bit dtypes, head sizes that are multiples of 8 up to 128 and, with a mask, even lengths. The function takes no
+segment ids, so packed documents pass a boolean mask [B,1,T,T] shared by all heads. cuDNN reads the mask as a bias and
+stores no scores. In all other cases XLA's form runs, which stores scores [B,H,T,T].
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from lin_jax.sharding import map_over_heads
 
 @dataclasses.dataclass
 class AttentionConfig:
-  """Defaults are those of the GLA paper's 340M Transformer++."""
+  """The defaults are the GLA paper's 340M Transformer++."""
 
   heads: int = 16
-  kv_heads: int = 0  # 0 is one per head
-  window: int = 0  # tokens seen, the current one included; 0 is all
+  kv_heads: int = 0  # 0 means one per head
+  window: int = 0  # tokens that a query sees, the current one included; 0 means all
   rope_base: float = 10000.0
 
   @staticmethod
@@ -38,7 +38,7 @@ class AttentionConfig:
 
 @register("attention")
 class Attention(nnx.Module):
-  """Causal attention. Its state is a ring of the last keys and values, with the position each slot holds."""
+  """Causal attention. Its state is a ring of the last keys and values, with the position that each slot holds."""
 
   Config = AttentionConfig
 
@@ -77,7 +77,7 @@ class Attention(nnx.Module):
     return self._finish(checkpoint_name(o, "mixer_output")), None
 
   def _extend(self, x, state, segment_ids):
-    """Attends to the cache and to `x`, then keeps the last keys and values of the last token's segment."""
+    """Attends to the cache and to `x`. The new state keeps the last keys and values of the last token's segment."""
     time, slots = x.shape[1], state["position"].shape[1]
     if time > slots and slots != self.window:
       raise ValueError(f"{time} tokens do not fit a cache of max_length={slots}")
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
       key_positions = jnp.where(key_runs == runs[:, -1:], key_positions, -1)
     attend = map_over_heads(_attention, "bthk,bshk,bshk,b1ts->bthk")
     y = self._finish(attend(q, keys, values, visible[:, None]))
-    # Only the last `slots` tokens are written, so that no slot is written twice; older ones are gone from the ring.
+    # Only the last `slots` tokens are written, so that no slot is written twice. Older tokens have left the ring.
     kept = min(time, slots)
     state = dict(state, position=key_positions[:, :slots])
     return y, _write(state, k[:, -kept:], v[:, -kept:], positions[:, -kept:], key_positions[:, -kept:]) | {
@@ -108,9 +108,9 @@ class Attention(nnx.Module):
     return self._finish(_attention(q, state["key"], state["value"], mask, flash=False))[:, 0], state
 
   def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty cache of `max_length` tokens, or of the window if that is shorter.
+    """An empty cache of `max_length` tokens, or of the window if the window is shorter.
 
-    Tokens past `max_length` overwrite the oldest, as in a window of that size; generation checks the length beforehand.
+    Tokens past `max_length` overwrite the oldest, as in a window of that size. Generation checks the length beforehand.
     """
     slots = min(max_length, self.window or max_length)
     cache = jnp.zeros((batch, slots, self.kv_heads, self.head_dim), self.key.dtype)
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
             "length": jnp.zeros((batch,), jnp.int32)}
 
   def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, and causal scores and averages over the mean number of tokens seen."""
+    """FLOPs of the projections, and of causal scores and averages over the mean number of tokens that a query sees."""
     width = self.query.kernel.shape[-1]
     seen = sequence_length if not self.window else min(self.window, sequence_length)
     mean_seen = (seen * (seen + 1) / 2 + (sequence_length - seen) * seen) / sequence_length
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
     return rotary(q, positions, self.rope_base), rotary(k, positions, self.rope_base), v
 
   def _visible(self, positions, key_positions):
-    """Which keys each query sees [B,T,S]: filled slots, not later, and within the window."""
+    """The keys that each query sees, [B,T,S]: filled slots that are not later than the query and within the window."""
     distance = positions[:, :, None] - key_positions[:, None, :]
     visible = (distance >= 0) & (key_positions >= 0)[:, None, :]
     return visible & (distance < self.window) if self.window else visible
@@ -140,7 +140,7 @@ class Attention(nnx.Module):
 
 
 def _write(state, k, v, positions, labels):
-  """Puts keys and values at their ring slots, labelled with their position (-1 for one that must not be seen)."""
+  """Puts keys and values into their ring slots and labels them with their position, or with -1 to keep them unseen."""
   rows = jnp.arange(k.shape[0])[:, None]
   slots = positions % state["position"].shape[1]
   new = {"key": k, "value": v, "position": labels}
@@ -151,6 +151,6 @@ def _attention(q, k, v, mask, *, flash=True, **options):
   (_, time, _, head_dim), keys = q.shape, k.shape[1]
   flash &= dispatch.platform() == "cuda" and q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
   flash &= mask is None or (time % 2 == 0 and keys % 2 == 0)
-  # JAX's XLA form mixes dtypes, which callers under strict promotion would be refused.
+  # JAX's XLA form mixes dtypes, which strict promotion in the caller would refuse.
   with jax.numpy_dtype_promotion("standard"):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if flash else "xla", **options)

@@ -1,13 +1,13 @@
-"""DeltaNet (Yang et al. 2024, arXiv:2406.06484, section 3; the rule is that of Schlag et al. 2021, arXiv:2102.11174).
+"""DeltaNet (Yang et al. 2024, arXiv:2406.06484, section 3), with the rule of Schlag et al. 2021 (arXiv:2102.11174).
 
 Per head, with rows q_t, k_t in R^K, v_t in R^V, and conv a short causal convolution:
   S_t = S_{t-1} + b_t k_t^T (v_t - k_t S_{t-1}),   o_t = q_t S_t / sqrt(K),   b_t = sigmoid(x_t W_b)
   q_t, k_t = norm(f(conv(x W)_t)),   v_t = silu(conv(x W_v)_t),   y_t = RMSNorm(o_t) W_o
-where f is SiLU and norm is L2 per head unless the config names others of the paper's ablation. Where the paper is
-silent this follows flash-linear-attention, which trains the published checkpoints: no biases, 1e-6 under the L2 norm's
-root, one head norm scale shared by all heads, SiLU kept on values whatever f is, and an optional swish gate on the
-normalised output. Beta doubled to (0, 2) gives the state's transition negative eigenvalues (Grazzi et al. 2024,
-arXiv:2411.12537).
+where f is SiLU and norm is L2 per head unless the config names another choice from the paper's ablation. Where the
+paper is silent, the layer follows flash-linear-attention, which trains the published checkpoints. It has no biases,
+1e-6 under the L2 norm's root, one head norm scale shared by all heads, SiLU on values whatever f is, and an optional
+swish gate on the normalised output. Doubling beta to (0, 2) gives the state's transition negative eigenvalues
+(Grazzi et al. 2024, arXiv:2411.12537).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
-# elu1 is formed as in flash-linear-attention and in the recorded runs: in bfloat16 it rounds to 0 below -5, which the
+# elu1 is formed as in flash-linear-attention and in the recorded runs. In bfloat16 it rounds to 0 below -5, which the
 # function of the same name in `lin_jax.mixers.linear_attention` avoids.
 ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: jax.nn.elu(x) + 1, "identity": lambda x: x}
 NORMS = ("l2", "l1")
@@ -30,16 +30,16 @@ NORMS = ("l2", "l1")
 
 @dataclasses.dataclass
 class DeltaNetConfig(OpConfig):
-  """Defaults are the paper's 340M model: heads of 128 at width 1024, convolutions of 4 taps, no output gate."""
+  """The defaults are the paper's 340M model: heads of 128 at width 1024, convolutions of 4 taps, no output gate."""
 
   heads: int = 8
-  expand_k: float = 1.0  # key width / model width, over all heads
+  expand_k: float = 1.0  # key width of all heads / model width
   expand_v: float = 1.0
-  conv_width: int = 4  # taps of the short convolution on q, k and v; 0 is none
-  qk_activation: str = "silu"  # of ACTIVATIONS
+  conv_width: int = 4  # taps of the short convolution on q, k and v; 0 means no convolution
+  qk_activation: str = "silu"  # a name in ACTIVATIONS
   qk_norm: str = "l2"  # "l1" divides by the sum of absolute values
   output_gate: bool = False  # swish gate on the normalised output
-  allow_neg_eigval: bool = False  # beta in (0, 2) in place of (0, 1)
+  allow_neg_eigval: bool = False  # beta in (0, 2) instead of (0, 1)
 
   @staticmethod
   def examples() -> list["DeltaNetConfig"]:

@@ -1,13 +1,14 @@
-"""Gated DeltaProduct (Siems et al. 2025, arXiv:2502.10297, section 4): several steps of the delta rule a token.
+"""Gated DeltaProduct (Siems et al. 2025, arXiv:2502.10297, section 4): several steps of the delta rule per token.
 
 Token t has one query and n keys, values and betas, j = 1 .. n, each projected, convolved and normalised as in
 `lin_jax.mixers.gated_delta_net`. Per head, with H_0 = a_t S_{t-1} and S_t = H_n:
   H_j = H_{j-1} + b_tj k_tj^T (v_tj - k_tj H_{j-1}),   o_t = q_t S_t / sqrt(K)
-So a token's transition is the decay a_t times a product of n generalised Householder matrices, of which one key allows
-one only: with betas up to 2 products of two are rotations. n = 1 is Gated DeltaNet; a_t = 1 is plain DeltaProduct.
+So a token's transition is the decay a_t times a product of n generalised Householder matrices, whereas a single
+key allows only one. With betas up to 2, products of two are rotations. n = 1 is Gated DeltaNet, and a_t = 1 is plain
+DeltaProduct.
 
-The parallel form is one call of the delta rule on n T steps: the steps of a token follow each other, the decay comes
-with the first, and the query, zero before, with the last.
+The parallel form is one call of the delta rule on n T steps. The steps of a token follow each other. The decay comes
+with the first step and the query with the last; the query is zero in the steps before.
 """
 
 import dataclasses
@@ -23,9 +24,9 @@ from lin_jax.mixers.matrix_memory import short_convolutions
 
 @dataclasses.dataclass
 class DeltaProductConfig(GatedDeltaNetConfig):
-  """The fields of Gated DeltaNet, and the steps a token; as many heads of values as of keys."""
+  """The fields of Gated DeltaNet, and the steps per token. There are as many heads of values as of keys."""
 
-  householders: int = 2  # steps of the delta rule a token
+  householders: int = 2  # steps of the delta rule per token
   decay: bool = True  # False is plain DeltaProduct
   allow_neg_eigval: bool = True
 
@@ -37,7 +38,7 @@ class DeltaProductConfig(GatedDeltaNetConfig):
 
 @register("delta_product")
 class GatedDeltaProduct(GatedDeltaNet):
-  """The Gated DeltaProduct layer. Its state is that of Gated DeltaNet, with the wider inputs of its convolutions."""
+  """The Gated DeltaProduct layer. Its state is Gated DeltaNet's, with the wider inputs of its own convolutions."""
 
   Config = DeltaProductConfig
   layout = "btnhk,btnhk,btnhv,btnh,btnh"
@@ -71,10 +72,10 @@ class GatedDeltaProduct(GatedDeltaNet):
     return memory, o
 
   def project(self, x, state, segment_ids):
-    """q, k [B,T,n,H,K] before their L2 norm, v [B,T,n,H,V], beta and log_decay [B,T,n,H] or None."""
+    """Returns q, k [B,T,n,H,K] before their L2 norm, v [B,T,n,H,V], and beta and log_decay [B,T,n,H] or None."""
     n = self.householders
     q, k, v, kept = self._project(x, state, segment_ids)
-    # The steps of a head lie side by side among the channels, so that heads can be split over devices.
+    # The steps of a head lie side by side among the channels, so that the heads can be sharded over devices.
     k, v, beta = (jnp.moveaxis(a.reshape(*x.shape[:2], self.heads, n, -1), 3, 2) for a in (k, v, self._beta(x)))
     steps = jnp.arange(n)[:, None]
     log_decay = None if self.decay is None else jnp.where(steps == 0, self._log_decay(x)[:, :, None], 0.0)

@@ -5,11 +5,11 @@ Per value head, with rows q_t, k_t in R^K of its key head, v_t in R^V, and conv 
   log a_t = -exp(A_log) softplus(x_t W_a + dt_bias),   b_t = sigmoid(x_t W_b)
   q_t, k_t = L2 norm per head of silu(conv(x W)_t),   v_t = silu(conv(x W_v)_t)
   y_t = (RMSNorm(o_t) * swish(x_t W_g)) W_o
-Where the paper is silent this follows flash-linear-attention: no biases but dt_bias, 1e-6 under the L2 norm's root, one
-head norm scale shared by all heads, value heads in equal groups that share a key head, and the start of A uniform in
-(0, 16] and of softplus(dt_bias) log-uniform in [1e-3, 1e-1]. A_log and dt_bias are vectors, to which the optimizer
-applies no weight decay. Beta doubled to (0, 2) gives the state's transition negative eigenvalues (Grazzi et al. 2024,
-arXiv:2411.12537).
+Where the paper is silent, the layer follows flash-linear-attention. It has no biases except dt_bias, 1e-6 under the L2
+norm's root, one head norm scale shared by all heads, and value heads in equal groups that share a key head. At the
+start A is uniform in (0, 16] and softplus(dt_bias) log-uniform in [1e-3, 1e-1]. A_log and dt_bias are vectors, to which
+the optimizer applies no weight decay. Doubling beta to (0, 2) gives the state's transition negative eigenvalues
+(Grazzi et al. 2024, arXiv:2411.12537).
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short
 
 @dataclasses.dataclass
 class GatedDeltaNetConfig(OpConfig):
-  """Defaults are the 1.3B model's: 6 heads with keys of 256 and values of 512 at width 2048, output gate."""
+  """The defaults are the 1.3B model's: 6 heads with keys of 256 and values of 512 at width 2048, and an output gate."""
 
   heads: int = 6  # of queries and keys
-  value_heads: int = 0  # a multiple of heads; 0 is one per key head
+  value_heads: int = 0  # a multiple of heads; 0 means one per key head
   head_dim: int = 256  # of queries and keys
-  expand_v: float = 2.0  # value head / key head
-  conv_width: int = 4  # taps of the short convolution on q, k and v; 0 is none
+  expand_v: float = 2.0  # channels of a value head / channels of a key head
+  conv_width: int = 4  # taps of the short convolution on q, k and v; 0 means no convolution
   output_gate: bool = True  # swish gate on the normalised output
-  allow_neg_eigval: bool = False  # beta in (0, 2) in place of (0, 1)
+  allow_neg_eigval: bool = False  # beta in (0, 2) instead of (0, 1)
 
   @staticmethod
   def examples() -> list["GatedDeltaNetConfig"]:
@@ -91,7 +91,7 @@ class GatedDeltaNet(MatrixMemory):
     return delta_step(memory, q, k, *arrays, normalize_qk=True)
 
   def _project(self, x, state, segment_ids):
-    """q, k [B,T,G,K] before their L2 norm, v [B,T,H,V], and what the state keeps."""
+    """Returns q, k [B,T,G,K] before their L2 norm, v [B,T,H,V], and the inputs that the state keeps."""
     qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
     heads = (self.heads, self.heads, self.value_heads)
     return *(by_heads(jax.nn.silu(a), n) for a, n in zip(qkv, heads, strict=True)), kept

@@ -3,7 +3,7 @@
 Per head, with rows q_t, k_t in R^K and v_t in R^V:
   S_t = diag(a_t) S_{t-1} + k_t^T v_t,   o_t = q_t S_t / sqrt(K),   log a_t = log_sigmoid(x_t W_1 W_2 + b) / 16
   y_t = (RMSNorm(o_t) * swish(x_t W_r)) W_o
-The paper normalises heads with LayerNorm; this is RMSNorm with one scale shared by all heads, as in the authors'
+The paper normalises heads with LayerNorm. Here it is RMSNorm with one scale shared by all heads, as in the authors'
 flash-linear-attention, which trains the published checkpoints.
 """
 
@@ -25,14 +25,14 @@ SMALL_XAVIER = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
 
 @dataclasses.dataclass
 class GLAConfig(OpConfig):
-  """Defaults are the paper's: 4 heads, keys of half the width, values of the full width, no convolution."""
+  """The defaults are the paper's: 4 heads, keys of half the width, values of the full width, no convolution."""
 
   heads: int = 4
-  expand_k: float = 0.5  # key width / model width, over all heads
+  expand_k: float = 0.5  # key width of all heads / model width
   expand_v: float = 1.0
   gate_rank: int = 16
   gate_temperature: float = 16.0
-  conv_width: int = 0  # taps of a short convolution on q, k and v; 0 is none
+  conv_width: int = 0  # taps of a short convolution on q, k and v; 0 means no convolution
 
   @staticmethod
   def examples() -> list["GLAConfig"]:

@@ -3,18 +3,18 @@
 Per head, with i_t the input and f_t the forget gate, bounded from below by beta:
   f_t = beta + (1 - beta) sigmoid(x_t W_f),   i_t = x_t W_i,   q_t = swish(x_t W_q)
   S_t = diag(f_t) S_{t-1} + (1 - f_t)^T i_t,   o_t = q_t S_t / sqrt(K),   y_t = RMSNorm(o_t) W_o
-The outer product with the tied input gate 1 - f_t makes the state K times that of an elementwise gated RNN, without
-parameters. The swish of the output gate q_t, its scale (which matters only beside the norm's eps), the input without an
-activation, and the RMSNorm over all heads at once with one scale a channel are those of flash-linear-attention's layer;
-weights start as everywhere in `lin_jax.layers`.
+The outer product with the tied input gate 1 - f_t makes the state K times as large as that of an elementwise gated RNN,
+without more parameters. Four choices follow flash-linear-attention's layer: the swish of the output gate q_t, its scale
+(which matters only beside the norm's eps), the input without an activation, and the RMSNorm over all heads at once with
+one scale per channel. Weights start as everywhere in `lin_jax.layers`.
 
-beta is learned per channel, and ties the HGRN2 layers l = 0 ... L - 1 of a model together through logits G [L, D]:
+beta is learned per channel. Logits G [L, D] tie together the HGRN2 layers l = 0 ... L - 1 of a model:
   P = softmax(G) over layers,   beta_l = P_1 + ... + P_l
-It is 0 in the first layer, grows with depth, and starts at l / L from logits of zero. That the sum leaves out P_0 is as
-the code of HGRN (Qin et al. 2023, arXiv:2311.04823) and flash-linear-attention have it; a sum of the first l terms is
-the same model with its logits in another order. In hybrids only HGRN2 layers have terms (in flash-linear-attention the
-others do as well), and G_0 is zero where the model's layer 0 is another mixer. A mixer outside a model is a layer above
-such a one: beta = sigmoid(G).
+It is 0 in the first layer, grows with depth, and starts at l / L from logits of zero. The sum leaves out P_0, as in the
+code of HGRN (Qin et al. 2023, arXiv:2311.04823) and in flash-linear-attention. A sum of the first l terms is the same
+model with its logits in another order. In hybrids only HGRN2 layers have terms, whereas in flash-linear-attention the
+other layers have terms as well. G_0 is zero where the model's layer 0 is another mixer. A mixer outside a model counts
+as the layer above such a layer 0, so beta = sigmoid(G).
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads
 
 @dataclasses.dataclass
 class HGRN2Config(OpConfig):
-  """Defaults are those of the published 340M layer at width 1024: the state is expanded width / heads = 128 times."""
+  """The defaults are the published 340M layer at width 1024. It expands the state width / heads = 128 times."""
 
   heads: int = 8
-  learned_bound: bool = True  # of the forget gate, from below; without it the bound is 0
-  norm_eps: float = 0.0  # of the layer's own norm, 1e-5 in flash-linear-attention; 0 is that of the model
-  conv_width: int = 0  # taps of a short convolution on q, f and i; 0 is none
+  learned_bound: bool = True  # bounds the forget gate from below; without it the bound is 0
+  norm_eps: float = 0.0  # of the layer's own norm, 1e-5 in flash-linear-attention; 0 means the model's norm_eps
+  conv_width: int = 0  # taps of a short convolution on q, f and i; 0 means no convolution
 
   @staticmethod
   def examples() -> list["HGRN2Config"]:
@@ -76,7 +76,7 @@ class HGRN2(MatrixMemory):
 
   @staticmethod
   def set_layers(mixers: Sequence["HGRN2"], layers: Sequence[Sequence[int]], depth: int) -> None:
-    """The bounds of all layers, from the logits of all layers."""
+    """Sets the bounds of all layers, from the logits of all layers."""
     bounded = [pair for pair in zip(mixers, layers, strict=True) if pair[0].bound_logits is not None]
     if bounded:
       numbers = np.concatenate([own for _, own in bounded])
@@ -93,7 +93,7 @@ class HGRN2(MatrixMemory):
     return (jax.nn.silu(q), k.astype(v.dtype), v, log_decay), kept
 
   def _bound(self):
-    """[1,1,H,K], or None without one."""
+    """The bound [1,1,H,K], or None without one."""
     if self.bound_logits is None:
       return None
     bound = jax.nn.sigmoid(self.bound_logits[...]) if self.lower_bound is None else self.lower_bound
@@ -105,20 +105,22 @@ class HGRN2(MatrixMemory):
 
 
 def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:
-  """Bounds of layers in their order: P_1 + ... + P_l of P = softmax(logits) over layers."""
+  """Bounds of the layers in their order: P_1 + ... + P_l of P = softmax(logits) over layers."""
   share = jax.nn.softmax(logits, axis=0)
   return jnp.cumsum(share.at[0].set(0.0), axis=0)
 
 
 def gates(f: Float[Array, "*x"], bound: Float[Array, "*#x"] | None) -> tuple[Float[Array, "*x"], Float[Array, "*x"]]:
-  """1 - forget gate and log(forget gate), in float32 and each to its own relative precision; the bound broadcasts to f.
+  """Returns 1 - (forget gate) and log(forget gate) in float32, each accurate to its own relative precision.
+
+  The bound broadcasts to f.
   """
   if bound is None:
     return jax.nn.sigmoid(-f), jax.nn.log_sigmoid(f)
-  # Neither logarithm below has an infinite derivative, whose product with zero would be none.
+  # Clipping gives both logarithms finite derivatives: an infinite one times zero would be NaN.
   bound = jnp.clip(bound, 1e-37, 1 - 1e-7)
   k = (1 - bound) * jax.nn.sigmoid(-f)
-  # log(1 - k) loses what is left of a gate that is all but closed, the log of a sum the rest of one all but open.
+  # log(1 - k) loses the remainder of a nearly closed gate, and the log of a sum that of a nearly open one.
   opened = jnp.log1p(-jnp.minimum(k, 0.5))
   closed = jnp.logaddexp(jnp.log(bound), jnp.log1p(-bound) + jax.nn.log_sigmoid(f))
   return k, jnp.where(k < 0.5, opened, closed)

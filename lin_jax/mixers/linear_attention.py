@@ -2,12 +2,12 @@
 
 Per head, with phi applied to each channel of q_t, k_t in R^K, and v_t in R^V:
   S_t = S_{t-1} + phi(k_t)^T v_t,   z_t = z_{t-1} + phi(k_t)
-  o_t = phi(q_t) S_t / sqrt(K), divided with the normaliser by phi(q_t) . z_t / sqrt(K) + 1e-10
+  o_t = phi(q_t) S_t / sqrt(K), which the normaliser divides by phi(q_t) . z_t / sqrt(K) + 1e-10
   y_t = RMSNorm(o_t) W_o
-The 2020 paper has phi = elu + 1 and the normaliser, and no norm. The GLA and DeltaNet papers (arXiv:2312.06635 and
-arXiv:2406.06484, section 2) describe linear attention as it is used since: phi = identity, no normaliser, and a norm
-in its place (Qin et al. 2022, arXiv:2210.10340), here per head; these are the defaults. Layout, the 1e-10 and the start
-from N(0, 0.02) are flash-linear-attention's. A head norm undoes the normaliser, but for its epsilon.
+The 2020 paper has phi = elu + 1, the normaliser, and no norm. The GLA and DeltaNet papers (arXiv:2312.06635 and
+arXiv:2406.06484, section 2) describe linear attention as it is used today, with phi = identity, no normaliser, and a
+norm in its place (Qin et al. 2022, arXiv:2210.10340), here per head. These are the defaults. The layout, the 1e-10 and
+the start from N(0, 0.02) follow flash-linear-attention. A head norm undoes the normaliser except for its epsilon.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ NONNEGATIVE = ("elu1", "relu")
 
 @dataclasses.dataclass
 class LinearAttentionConfig(OpConfig):
-  """Defaults are those of a baseline beside GLA: 4 heads, q, k and v of the full width."""
+  """The defaults are a baseline's beside GLA: 4 heads, and q, k and v of the full width."""
 
   heads: int = 4
-  expand_k: float = 1.0  # key width / model width, over all heads
+  expand_k: float = 1.0  # key width of all heads / model width
   expand_v: float = 1.0
   feature_map: str = "identity"  # or "elu1", "relu"
   normalizer: bool = False  # divides by the query times the sum of keys
@@ -95,26 +95,29 @@ class LinearAttention(nnx.Module):
     return self._finish(outputs)[:, 0], {name: memory for name, (memory, _) in mixed.items()}
 
   def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory, the same for any `max_length`."""
+    """An empty memory. It is the same for any `max_length`."""
     key_dim, value_dim = (linear.kernel.shape[-1] // self.heads for linear in (self.key, self.value))
     widths = {"memory": value_dim} | ({"normalizer": 1} if self.normalizer else {})
     return {name: jnp.zeros((batch, self.heads, key_dim, size), jnp.float32) for name, size in widths.items()}
 
   def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, and the recurrence's write and read; the chunked form's extra scores are not counted."""
+    """FLOPs of projections and of the recurrence's write and read. The chunked form's extra scores are not counted."""
     key_width, value_width = self.key.kernel.shape[-1], self.value.kernel.shape[-1]
     linears = (self.query, self.key, self.value, self.output)
     mixing = 4 * key_width * (value_width // self.heads + self.normalizer)
     return sum(linear.flops_per_token() for linear in linears) + mixing
 
   def _project(self, x):
-    """q, k [B,T,H,K], and what each part of the state sums with k: v [B,T,H,V] in the memory, 1 in the normaliser."""
+    """Returns q, k [B,T,H,K] and the two factors that the state sums with k.
+
+    The memory sums v [B,T,H,V], and the normaliser sums 1.
+    """
     q, k, v = (linear(x).reshape(*x.shape[:2], self.heads, -1) for linear in (self.query, self.key, self.value))
     q, k = map(FEATURE_MAPS[self.feature_map], (q, k))
     return q, k, {"memory": v} | ({"normalizer": jnp.ones_like(v[..., :1])} if self.normalizer else {})
 
   def _finish(self, outputs):
-    """Normaliser, head norm, output projection: [B,T,H,V] and [B,T,H,1] -> [B,T,D]."""
+    """Normaliser, head norm and output projection: [B,T,H,V] and [B,T,H,1] -> [B,T,D]."""
     o = outputs["memory"]
     if self.normalizer:
       o = (o.astype(jnp.float32) / (outputs["normalizer"].astype(jnp.float32) + EPSILON)).astype(o.dtype)

@@ -1,13 +1,14 @@
-"""Mamba: a selective state-space layer, N states of their own for each channel (Gu and Dao 2023, arXiv:2312.00752).
+"""Mamba: a selective state-space layer with N states for each channel (Gu and Dao 2023, arXiv:2312.00752).
 
-With x_t in R^D inside, D = expand times the model width, and b_t, c_t in R^N shared by all channels (section 3.4):
+With x_t in R^D inside the layer, D = expand times the model width, and b_t, c_t in R^N for all channels (section 3.4):
   x = swish(conv(u W_x) + conv_bias),   z = u W_z
   r_t, b_t, c_t = x_t W_r, x_t W_b, x_t W_c,   dt_t = softplus(r_t W_dt + dt_bias)
   h_t = exp(dt_t A) h_{t-1} + dt_t x_t b_t,   A = -exp(A_log);   y_t = (h_t c_t + skip x_t) swish(z_t) W_o
-The ranges at the start are those of section 3.6 and the authors' mamba_ssm: A = -(1, ..., N) in every channel, dt
-log-uniform in [1e-3, 0.1], W_dt uniform within rank^-1/2, skip one. The other kernels start from N(0, 0.02) as
-everywhere in `lin_jax.layers`, not from mamba_ssm's uniform. Its input projection is two here, x and z in its order,
-and its x_proj three, r, b, c, so that channels can be split over devices: these three are then sums over devices.
+The ranges at the start are from section 3.6 and the authors' mamba_ssm: A = -(1, ..., N) in every channel, dt
+log-uniform in [1e-3, 0.1], W_dt uniform within rank^-1/2, and a skip of one. The other kernels start from N(0, 0.02) as
+everywhere in `lin_jax.layers`, not from mamba_ssm's uniform. So that channels can be sharded over devices, mamba_ssm's
+input projection is two projections here (x and z, in its order) and its x_proj three (r, b and c), whose results are
+then sums over devices.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ from lin_jax.sharding import map_over_heads
 
 @dataclasses.dataclass
 class MambaConfig:
-  """Defaults are the published ones."""
+  """The defaults are the published ones."""
 
   state_size: int = 16  # states of each channel
   expand: float = 2.0  # channels / model width
-  dt_rank: int = 0  # of the step sizes' projection; 0 is a sixteenth of the model width, rounded up
+  dt_rank: int = 0  # of the step sizes' projection; 0 means a sixteenth of the model width, rounded up
   conv_width: int = 4  # taps of the short convolution
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+  implementation: str = ""  # of the op; "" means the first that supports the inputs
 
   @staticmethod
   def examples() -> list["MambaConfig"]:
@@ -66,7 +67,7 @@ class Mamba(nnx.Module):
     # The step size leaves the compute dtype at its last product: rounded decays compound over thousands of tokens.
     self.dt = Linear(rank, inner, ("embed", "heads"), init=start, output_dtype=jnp.float32, **linear)
     self.dt_bias = param(rngs, time_step_biases, (inner,), ("heads",))
-    # Stored as a vector, channel by channel: it is no matrix, and weight decay is for matrices only.
+    # Stored as a vector, channel by channel, because weight decay applies to matrices only and this is not one.
     self.A_log = param(rngs, _a_log_start(config.state_size), (inner * config.state_size,), ("heads",))
     self.skip = param(rngs, nnx.initializers.ones, (inner,), ("heads",))
     self.output = Linear(inner, width, ("heads", "embed"), **linear)
@@ -93,35 +94,35 @@ class Mamba(nnx.Module):
     return self._finish(x, y[:, None].astype(v.dtype), v)[:, 0], {"memory": memory, "inputs": inputs}
 
   def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory, the same for any `max_length`."""
+    """An empty memory. It is the same for any `max_length`."""
     memory = jnp.zeros((batch, self.skip.shape[-1], self.state_size), jnp.float32)
     return {"memory": memory, "inputs": self.convolution.init_state(batch)}
 
   def flops_per_token(self, sequence_length: int) -> int:
-    """Projections, convolution, and the recurrence's write and read."""
+    """FLOPs of the projections, the convolution, and the recurrence's write and read."""
     layers = (self.value, self.gate, self.convolution, self.rank, self.key, self.query, self.dt, self.output)
     return sum(layer.flops_per_token() for layer in layers) + 4 * self.A_log.shape[-1]
 
   def _convolve(self, x, inputs, segment_ids):
-    """x `[B, T, D]` inside the layer, and the convolution's new state."""
+    """Returns x `[B, T, D]` inside the layer, and the convolution's new state."""
     y, inputs = self.convolution(self.value(x), inputs, segment_ids)
     return jax.nn.silu(y), inputs
 
   def _step_size(self, v):
-    """dt `[B, T, D]`, float32."""
+    """The step sizes dt `[B, T, D]` in float32."""
     dt = self.dt(self.rank(v))
     return jax.nn.softplus(dt + align(self.dt_bias[...], dt))
 
   def _rates(self):
-    """A `[D, N]`."""
+    """The rates A `[D, N]`."""
     return -jnp.exp(self.A_log[...].reshape(-1, self.state_size))
 
   def _finish(self, x, y, v):
-    """Skip, gate, output projection."""
+    """Skip, gate and output projection."""
     y = y.astype(jnp.float32) + align(self.skip[...], v) * v.astype(jnp.float32)
     return self.output((y * jax.nn.silu(self.gate(x).astype(jnp.float32))).astype(v.dtype))
 
 
 def _a_log_start(size):
-  """Initializer: log(1), ..., log(size), again and again."""
+  """Initializer that repeats log(1), ..., log(size)."""
   return lambda key, shape, dtype: jnp.tile(jnp.log(jnp.arange(1, size + 1, dtype=dtype)), shape[0] // size)

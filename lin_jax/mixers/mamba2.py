@@ -4,11 +4,11 @@ Per head, with x_t in R^V, and B_t, C_t in R^N shared by the heads of a group:
   x, B, C = swish(conv(u W_x) + b_x), swish(conv(u W_B) + b_B), swish(conv(u W_C) + b_C)
   dt_t = softplus(u_t W_dt + dt_bias),   log a_t = -exp(A_log) dt_t
   S_t = a_t S_{t-1} + B_t^T (dt_t x_t),   o_t = C_t S_t + D x_t,   y_t = RMSNorm(o_t * swish(u_t W_z)) W_o
-In the words of linear attention, q = C, k = B and v = dt x, with fewer heads of q and k than of v, unscaled. The order
-of gate and norm, the norm's statistics over the heads of a group, the ranges of A and dt at the start, and a
-convolution with and projections without bias are those of the authors' mamba_ssm. Its one input projection and one
-convolution are five and three here, z, x, B, C, dt in its order, so that heads can be split over devices.
-Kernels start from N(0, 0.02) as everywhere in `lin_jax.layers`, not from mamba_ssm's uniform.
+In the words of linear attention, q = C, k = B and v = dt x. There are fewer heads of q and k than of v, and q is not
+scaled. Four choices follow the authors' mamba_ssm: the order of gate and norm, the norm's statistics over the heads of
+a group, the ranges of A and dt at the start, and a convolution with and projections without bias. So that heads can be
+sharded over devices, its one input projection is five here, for z, x, B, C and dt in its order, and its one convolution
+is three. Kernels start from N(0, 0.02) as everywhere in `lin_jax.layers`, not from mamba_ssm's uniform.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ A_RANGE = (1.0, 16.0)
 
 @dataclasses.dataclass
 class Mamba2Config(OpConfig):
-  """Defaults are the published ones at width 1024: 32 heads of 64 channels, one group of B and C of 128 channels."""
+  """The defaults are the published ones at width 1024: 32 heads of 64 channels, one group of B and C with 128 each."""
 
   heads: int = 32
-  groups: int = 1  # of heads that share B and C
+  groups: int = 1  # groups of heads that share B and C
   state_size: int = 128  # channels of B and C
-  expand: float = 2.0  # width of x and z / model width, over all heads
+  expand: float = 2.0  # width of x and z over all heads / model width
   conv_width: int = 4  # taps of the short convolution on x, B and C
 
   @staticmethod
@@ -60,7 +60,7 @@ class Mamba2(MatrixMemory):
     super().__init__(config, (config.heads, config.state_size, inner // config.heads))
     self.heads, self.groups = config.heads, config.groups
     self.norm_eps = norm_eps
-    # A single group serves the heads of every device, so each computes it whole.
+    # A single group serves the heads of every device, so each device computes it whole.
     shared = "heads" if config.groups > 1 else None
     self.layout = "btgk,btgk,bthv,bth,bth" if config.groups == 1 else "bthk,bthk,bthv,bth,bth"
     sizes = {"value": (inner, "heads"), "key": (config.groups * config.state_size, shared),
@@ -79,7 +79,7 @@ class Mamba2(MatrixMemory):
     self.output = Linear(inner, width, ("heads", "embed"), **linear)
 
   def project(self, x, state, segment_ids):
-    """q, k [B,T,G,N], v [B,T,H,V] before its time step, dt and log_decay [B,T,H]."""
+    """Returns q, k [B,T,G,N], v [B,T,H,V] before its time step, and dt and log_decay [B,T,H]."""
     vkq, kept = self.convolved((self.value, self.key, self.query), x, state, segment_ids)
     v, k, q = (by_heads(jax.nn.silu(a), heads)
                for a, heads in zip(vkq, (self.heads, self.groups, self.groups), strict=True))
@@ -93,13 +93,13 @@ class Mamba2(MatrixMemory):
     return linear_attention_step(memory, q, k, _scale_heads(dt, v), log_decay)
 
   def _time_steps(self, x):
-    """dt and log_decay [B,T,H], float32."""
+    """Returns dt and log_decay [B,T,H] in float32."""
     dt = self.dt(x)
     dt = jax.nn.softplus(dt + align(self.dt_bias[...], dt))
     return dt, -align(jnp.exp(self.A_log[...]), dt) * dt
 
   def finish(self, x, o, v):
-    """Skip, gate, norm over the heads of a group, output projection: o and v [B,T,H,V] -> [B,T,D]."""
+    """Skip, gate, norm over the heads of a group, and output projection: o and v [B,T,H,V] -> [B,T,D]."""
     skip = _scale_heads(self.D[...][None, None], v.astype(jnp.float32))
     o = (o.astype(jnp.float32) + skip).reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x).astype(jnp.float32))
     o = o.reshape(*x.shape[:2], self.groups, -1)
@@ -109,7 +109,7 @@ class Mamba2(MatrixMemory):
 
 
 class BiasedConvolution(ShortConvolution):
-  """A short convolution plus one bias a channel, which starts as PyTorch's: uniform within 1 / sqrt(taps)."""
+  """A short convolution plus one bias per channel, which starts as PyTorch's does: uniform within 1 / sqrt(taps)."""
 
   def __init__(self, channels: int, taps: int, *, axis: str | None, dtype, rngs: nnx.Rngs):
     super().__init__(channels, taps, axis=axis, dtype=dtype, rngs=rngs)
@@ -123,10 +123,10 @@ class BiasedConvolution(ShortConvolution):
 
 
 def _scale_heads(scale, x):
-  """`scale` [..., H] times `x` [..., H, V], in float32 and then in the dtype of `x`."""
+  """`scale` [..., H] times `x` [..., H, V], computed in float32 and returned in the dtype of `x`."""
   return (scale[..., None] * x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _log_uniform_start(bounds):
-  """Initializer: the log of a uniform variable."""
+  """Initializer that takes the log of a uniform variable."""
   return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *bounds))

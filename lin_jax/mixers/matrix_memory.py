@@ -1,11 +1,11 @@
-"""The base of mixers whose op keeps a matrix per head: projections, the op, a head norm with an optional gate, output.
+"""The base of mixers whose op keeps a matrix per head: projections, the op, a head norm with optional gate, output.
 
-A subclass builds its layers, says in `layout` which arrays its op takes, and defines three methods:
-  project(x[B,T,D], state, segment_ids) -> (arrays, kept)    arrays of the op, which begin with q, k, v, and what the
-                                                             state keeps besides the memory
+A subclass builds its layers, names in `layout` the arrays that its op takes, and defines three methods:
+  project(x[B,T,D], state, segment_ids) -> (arrays, kept)    the op's arrays, beginning with q, k, v, and the part of
+                                                             the state besides the memory
   mix(*arrays, **options) -> (o[B,T,H,V], memory)            the op, with its usual options
   mix_step(memory, *arrays) -> (memory, o[B,H,V])            the op's step on the arrays of one token, without `scale`
-`finish` is for mixers that do something else after the op. `B` batch, `T` time, `D` width, `H` heads, `K` and `V` key
+Mixers that do something else after the op override `finish`. `B` batch, `T` time, `D` width, `H` heads, `K` and `V` key
 and value channels per head.
 """
 
@@ -27,18 +27,18 @@ from lin_jax.sharding import map_over_heads
 
 @dataclasses.dataclass(kw_only=True)
 class OpConfig:
-  """How a mixer calls its op."""
+  """The options with which a mixer calls its op."""
 
   chunk_size: int = 0  # tokens per chunk of the parallel form; 0 lets the op choose
-  implementation: str = ""  # of the op; "" takes the first that supports the inputs
+  implementation: str = ""  # of the op; "" means the first that supports the inputs
 
 
 class MatrixMemory(nnx.Module):
-  """A mixer without layers. Its state is the float32 memory and what `project` keeps of the tokens before."""
+  """A mixer without layers. Its state is the float32 memory and the part that `project` keeps of earlier tokens."""
 
   layout: str  # axes of the op's arrays, in the letters of `map_over_heads`
-  scale: float | None = None  # of the queries; None is 1 / sqrt(K)
-  flops_per_entry = 4  # of the memory and per token: two for the write and two for the read
+  scale: float | None = None  # of the queries; None means 1 / sqrt(K)
+  flops_per_entry = 4  # per entry of the memory and token: two for the write and two for the read
   gate: Linear | None = None
 
   def __init__(self, config: OpConfig, memory_shape: tuple[int, int, int]):
@@ -70,36 +70,37 @@ class MatrixMemory(nnx.Module):
     return self.finish(x, o[:, None], v)[:, 0], {"memory": memory, **kept}
 
   def init_state(self, batch: int, max_length: int) -> dict:
-    """An empty memory and empty convolutions, the same for any `max_length`."""
+    """An empty memory and empty convolutions. They are the same for any `max_length`."""
     return {"memory": self.empty_memory(batch), "inputs": [conv.init_state(batch) for conv in self.convolutions]}
 
   def empty_memory(self, batch: int) -> Float[Array, "B H K V"]:
     return jnp.zeros((batch, *self.memory_shape), jnp.float32)
 
   def flops_per_token(self, sequence_length: int) -> int:
-    """All projections and convolutions, and the recurrence; the chunked form's extra products are not counted."""
+    """FLOPs of all projections, convolutions and the recurrence. The chunked form's extra products are not counted."""
     layers = [layer for layer in (*vars(self).values(), *getattr(self, "convolutions", ())) if isinstance(
         layer, Linear | ShortConvolution)]
     return sum(layer.flops_per_token() for layer in layers) + self.flops_per_entry * math.prod(self.memory_shape)
 
   def convolved(self, layers: Sequence[Linear], x: Float[Array, "B T D"], state: dict | None,
                 segment_ids: Int[Array, "B T"] | None) -> tuple[list[Array], dict[str, Any]]:
-    """The projections of x by `layers`, each after its convolution if there are any, and the convolutions' states."""
+    """The projections of x by `layers`, each followed by its convolution if there is one, and the convolutions' states.
+    """
     states = None if state is None else state["inputs"]
     outputs, inputs = convolve(self.convolutions, [layer(x) for layer in layers], states, segment_ids)
     return outputs, {"inputs": inputs}
 
   def finish(self, x: Float[Array, "B T D"], o: Float[Array, "B T H V"], v: Array) -> Float[Array, "B T D"]:
-    """Head norm, swish output gate if there is one, output projection. A mixer with a skip connection reads v."""
+    """Head norm, swish output gate if there is one, and output projection. A mixer with a skip connection reads v."""
     o = self.norm(o).reshape(*x.shape[:2], -1)
     return self.output(o if self.gate is None else o * jax.nn.silu(self.gate(x)))
 
 
 def short_convolutions(channels: Sequence[int], taps: int, *, dtype, rngs: nnx.Rngs) -> nnx.List:
-  """One convolution per array of so many channels, split over devices as heads; none if `taps` is 0."""
+  """One convolution for each number of `channels`, sharded over devices as heads are, or none if `taps` is 0."""
   return nnx.List([ShortConvolution(size, taps, axis="heads", dtype=dtype, rngs=rngs) for size in channels if taps])
 
 
 def by_heads(x: Float[Array, "B T C"], heads: int) -> Float[Array, "B T H _"]:
-  """The channels of x as those of `heads` heads."""
+  """Reshapes the channels of x into those of `heads` heads."""
   return x.reshape(*x.shape[:2], heads, -1)

@@ -3,11 +3,11 @@
 Per head h = 0 .. H-1, with q_t, k_t in R^K turned by the rotary angle of position t, and v_t in R^V:
   S_t = (1 - 2^(-5-h)) S_{t-1} + k_t^T v_t,   o_t = q_t S_t / sqrt(K)
   y_t = (RMSNorm(o_t) * swish(x_t W_g)) W_o
-The paper also rescales scores by a positive number per query and head; the head norm undoes it, so it is left out.
+The paper also rescales scores by a positive number per query and head. The head norm undoes it, so it is left out.
 
-The layout is that of flash-linear-attention, the GLA paper's baseline: rotary pairs (i, i + K/2) with angles
+The layout is flash-linear-attention's, as in the GLA paper's baseline: rotary pairs (i, i + K/2) with angles
 base^(-2i/K), and a head norm with one learned scale shared by all heads. The paper's own code (TorchScale) pairs
-neighbours, spaces its angles over one fewer interval and learns no scale. The initialisation is TorchScale's.
+neighbours, spaces its angles over one interval fewer and learns no scale. The initialisation is TorchScale's.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ from lin_jax.layers import Linear, RMSNorm, rotary
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
-# Xavier with gain 2^-2.5 for what enters the recurrence and the gate, with gain 2^-1 for what leaves.
+# Xavier with gain 2^-2.5 for the projections into the recurrence and the gate, and with gain 2^-1 for the output.
 INPUT_XAVIER = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
 OUTPUT_XAVIER = nnx.initializers.variance_scaling(2**-2, "fan_avg", "uniform")
 
 
 @dataclasses.dataclass
 class RetentionConfig(OpConfig):
-  """Defaults are those of the GLA paper's 340M baseline: at width 1024, heads of 256 key and 512 value channels."""
+  """The defaults are the GLA paper's 340M baseline: at width 1024, heads of 256 key and 512 value channels."""
 
   heads: int = 4
-  expand_k: float = 1.0  # key width / model width, over all heads
+  expand_k: float = 1.0  # key width of all heads / model width
   expand_v: float = 2.0
   rope_base: float = 10000.0
-  conv_width: int = 0  # taps of a short convolution on q, k and v; 0 is none
+  conv_width: int = 0  # taps of a short convolution on q, k and v; 0 means no convolution
 
   @staticmethod
   def examples() -> list["RetentionConfig"]:
@@ -47,8 +47,10 @@ class RetentionConfig(OpConfig):
 
 @register("retention")
 class MultiScaleRetention(MatrixMemory):
-  """The retention layer. Its state is the float32 matrix memory, the number of tokens seen and, with a convolution,
-  its last inputs."""
+  """The retention layer.
+
+  Its state is the float32 matrix memory, the number of tokens seen and, with a convolution, its last inputs.
+  """
 
   Config = RetentionConfig
   layout = "bthk,bthk,bthv,h"
@@ -79,7 +81,7 @@ class MultiScaleRetention(MatrixMemory):
     qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
     qkv = map(jax.nn.silu, qkv) if self.convolutions else qkv
     q, k, v = (by_heads(a, self.heads) for a in qkv)
-    # Only differences of positions count, so they run on across segments.
+    # Only differences of positions count, so positions run on across segments.
     length = jnp.zeros(x.shape[:1], jnp.int32) if state is None else state["length"]
     positions = length[:, None] + jnp.arange(x.shape[1])[None]
     q, k = (rotary(a, positions, self.rope_base) for a in (q, k))
@@ -87,5 +89,5 @@ class MultiScaleRetention(MatrixMemory):
 
 
 def constant_log_decay(heads: int) -> Float[Array, "H"]:
-  """The logarithm of 1 - 2^(-5-h): constants, so that no optimizer sees them."""
+  """The logarithm of 1 - 2^(-5-h). It is a constant, so that no optimizer sees it."""
   return jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(heads)))), jnp.float32)

@@ -1,4 +1,4 @@
-"""GLA with one decay per token and head in place of one per key channel ("simple GLA").
+"""GLA with one decay per token and head instead of one per key channel ("simple GLA").
 
 This is the data-dependent scalar decay of the GLA paper's ablation (Yang et al. 2024, arXiv:2312.06635, section 5) and
 of gated RFA (Peng et al. 2021, arXiv:2103.02143). Mamba-2 has the same recurrence (arXiv:2405.21060, section 6).
@@ -6,10 +6,10 @@ of gated RFA (Peng et al. 2021, arXiv:2103.02143). Mamba-2 has the same recurren
 Per head, with rows q_t, k_t in R^K and v_t in R^V:
   S_t = a_t S_{t-1} + k_t^T v_t,   o_t = q_t S_t / sqrt(K),   log a_t = log_sigmoid(x_t w + b) / 16
   y_t = (RMSNorm(o_t) * swish(x_t W_r)) W_o
-With `decay` "constant" a_t is RetNet's 1 - 2^(-5-h) of head h (arXiv:2307.08621), with "none" it is 1: two more rows of
-that ablation, in a layer that is otherwise the same.
+With `decay` "constant", a_t is RetNet's 1 - 2^(-5-h) of head h (arXiv:2307.08621), and with "none" it is 1. These are
+two more rows of that ablation, in a layer that is otherwise the same.
 
-The paper prints no formula for this gate. It is flash-linear-attention's, one projection to H logits with a bias; the
+The paper prints no formula for this gate. It is flash-linear-attention's: one projection to H logits with a bias. The
 rest, initialisation included, is the GLA layer of `lin_jax.mixers.gla`, so that the two differ in the decay alone.
 (Flash-linear-attention's own defaults are keys of the full width and convolutions of 4 taps.)
 """
@@ -33,14 +33,14 @@ DECAYS = ("token", "constant", "none")
 
 @dataclasses.dataclass
 class SimpleGLAConfig(OpConfig):
-  """Defaults are GLA's: 4 heads, keys of half the width, values of the full width, no convolution."""
+  """The defaults are GLA's: 4 heads, keys of half the width, values of the full width, no convolution."""
 
   heads: int = 4
-  expand_k: float = 0.5  # key width / model width, over all heads
+  expand_k: float = 0.5  # key width of all heads / model width
   expand_v: float = 1.0
   gate_temperature: float = 16.0
   decay: str = "token"  # or "constant", "none"
-  conv_width: int = 0  # taps of a short convolution on q, k and v; 0 is none
+  conv_width: int = 0  # taps of a short convolution on q, k and v; 0 means no convolution
 
   @staticmethod
   def examples() -> list["SimpleGLAConfig"]:
@@ -82,7 +82,7 @@ class SimpleGatedLinearAttention(MatrixMemory):
     return (*(by_heads(a, self.heads) for a in qkv), self._log_decay(x)), kept
 
   def _log_decay(self, x):
-    """[B,T,H] of tokens, [H] of constants, which no optimizer sees, or None; float32."""
+    """The log-decay in float32: [B,T,H] for tokens, [H] for constants, which no optimizer sees, or None."""
     if self.decay is None:
       return constant_log_decay(self.heads) if self.constant else None
     return jax.nn.log_sigmoid(self.decay(x)) / self.temperature
