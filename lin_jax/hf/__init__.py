@@ -1,8 +1,9 @@
 """Checkpoints of flash-linear-attention in Hugging Face's format, read and written: `config.json` and safetensors.
 
-Served are the families of `lin_jax.hf.names.FAMILIES` and their hybrids with softmax attention, in the layouts of
-flash-linear-attention 0.6. A checkpoint is taken whole or refused: every tensor of the model must be there in its
-shape, and nothing else. What it computes is the library's, up to rounding; `experiments/compare_fla.py` measures that.
+The library reads and writes the families of `lin_jax.hf.names.FAMILIES` and their hybrids with softmax attention, in
+the layouts of flash-linear-attention 0.6. A checkpoint is taken whole or refused: every tensor of the model must be
+there in its shape, and nothing else. The model computes the same as flash-linear-attention's up to rounding, which
+`experiments/compare_fla.py` measures.
 """
 
 import pathlib
@@ -29,16 +30,16 @@ _BOUNDS = f"model.{bounds.TENSOR}"
 
 
 def load_config(path: pathlib.Path | str) -> ModelConfig:
-  """The model of the checkpoint directory `path`. Raises ValueError when it is missing, foreign or not served."""
+  """The model of the checkpoint directory `path`. Raises ValueError if it is missing, foreign or of another family."""
   return _described(pathlib.Path(path))[1]
 
 
 def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
-  """The model of the checkpoint directory `path`, its parameters in float32 on the default device.
+  """The model of the checkpoint directory `path`, with its parameters in float32 on the default device.
 
   Raises:
-    ValueError: the directory holds no such checkpoint, one with options that no mixer here has, or one whose tensors
-      are not exactly those of the model; the message names them.
+    ValueError: the directory holds no such checkpoint, it holds one with options that no mixer here has, or its tensors
+      are not exactly the model's. The message names the options or tensors.
   """
   path = pathlib.Path(path)
   values, config, graph, abstract = _described(path)
@@ -49,7 +50,7 @@ def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
   if bounded:
     expected[_BOUNDS] = (config.depth, config.width)
   with Tensors(path) as stored:
-    # A tied head may be stored as well; the embedding is what counts.
+    # A tied head may be stored as well, but the embedding is the one that counts.
     stored.require(expected, optional={MODEL["head"]} if config.tie_embeddings else set())
     arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
     for name, parts in tensors:
@@ -68,9 +69,9 @@ def load(path: pathlib.Path | str) -> tuple[ModelConfig, LanguageModel]:
 
 
 def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel) -> None:
-  """Writes `model`, of the config `config`, as a checkpoint directory with float32 tensors.
+  """Writes `model`, whose config is `config`, as a checkpoint directory with float32 tensors.
 
-  Raises ValueError when flash-linear-attention has no such model, or `path` holds a checkpoint or cannot be written.
+  Raises ValueError if flash-linear-attention has no such model, or if `path` holds a checkpoint or cannot be written.
   """
   path = pathlib.Path(path)
   values = to_hf(config)
@@ -89,15 +90,15 @@ def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel) ->
   try:
     with naming(path):
       path.mkdir(parents=True, exist_ok=True)
-      # The metadata is what tells transformers that the tensors are laid out as PyTorch's.
+      # The metadata tells transformers that the tensors are laid out as PyTorch lays them out.
       save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
   except OSError as e:
     raise Unwritable(f"{path}: cannot be written: {e.strerror}") from e
-  write_json(path / CONFIG, values)  # last, since it is what makes the directory a checkpoint
+  write_json(path / CONFIG, values)  # last, because it makes the directory a checkpoint
 
 
 def _tensors(config: ModelConfig, shapes: dict, fused_norm: bool) -> Iterator[tuple[str, list]]:
-  """(tensor there, [(parameter here, layer's index along its leading axis), ...]) of every tensor of the model."""
+  """Yields (tensor there, [(parameter here, layer's index along its leading axis), ...]) for every tensor."""
   family = next(f for f in FAMILIES.values() if f.mixer == name_of(config.mixer))
   names = {"base": family.base, "final_norm": family.final_norm}
   for here, there in MODEL.items():
@@ -106,12 +107,12 @@ def _tensors(config: ModelConfig, shapes: dict, fused_norm: bool) -> Iterator[tu
   for layer, (prefix, repetition, mixer) in enumerate(_layers(config)):
     for here, there in _block(family, mixer, fused_norm).items():
       parts = [prefix + part for part in here]
-      if parts[0] in shapes:  # without an output gate or a convolution, there is none
+      if parts[0] in shapes:  # a model without an output gate or convolution has none
         yield f"{family.base}.layers.{layer}.{there}", [(part, repetition) for part in parts]
 
 
 def _layers(config) -> Iterator[tuple[str, int, Any]]:
-  """Of each layer: the prefix of its parameters, its index along their leading axis, and its mixer's config."""
+  """Yields for each layer the prefix of its parameters, its index along their leading axis, and its mixer's config."""
   for run, (pattern, count) in enumerate(layer_runs(layer_mixers(config))):
     for repetition in range(count):
       for position, mixer in enumerate(pattern):
@@ -125,7 +126,7 @@ def _bounded(config, shapes) -> dict[int, tuple[str, int]]:
 
 
 def _block(family, mixer, fused_norm) -> dict[tuple[str, ...], str]:
-  """Parameters of one block -> its tensor there."""
+  """The parameters of one block, each with its tensor there."""
   own = next(f for f in FAMILIES.values() if f.mixer == name_of(mixer))
   renamed = {} if fused_norm else own.unfused
   tensors = {("mixer_norm.scale",): f"{family.mixer_norm}.weight"}
@@ -137,7 +138,7 @@ def _block(family, mixer, fused_norm) -> dict[tuple[str, ...], str]:
 
 
 def _transposed(name: str, array: np.ndarray) -> np.ndarray:
-  """A parameter as it is stored, outputs first, or the other way round."""
+  """Turns a parameter into its stored form, where outputs are the first axis, or back."""
   array = array[:, 0] if array.ndim == 3 else array
   return array.T if name.endswith("kernel") or name == "head" else array
 
@@ -147,7 +148,7 @@ def _outputs(name, shape):
 
 
 def _stored_shape(parts, shapes) -> tuple[int, ...]:
-  """Shape of the tensor that concatenates `parts`."""
+  """The shape of the tensor that concatenates `parts`."""
   own = [shapes[part] if repetition is None else shapes[part][1:] for part, repetition in parts]
   part, shape = parts[0][0], own[0]
   outputs = sum(_outputs(part, shape) for part, shape in zip([p for p, _ in parts], own, strict=True))
@@ -159,7 +160,7 @@ def _stored_shape(parts, shapes) -> tuple[int, ...]:
 
 
 def _described(path):
-  """What `config.json` says, the model's config, and the model with shapes in place of arrays, as nnx splits it."""
+  """Returns the values of `config.json`, the model's config, and nnx's split of the model with shapes for arrays."""
   values = read_json(path / CONFIG)
   try:
     config = from_hf(values)

@@ -20,11 +20,11 @@ _log = logging.getLogger(__name__)
 def from_hf(values: dict) -> ModelConfig:
   """The model that a `config.json` describes.
 
-  Options that the library does not know are ignored, as it ignores them, and logged.
+  Flash-linear-attention ignores options that it does not know. They are ignored here too, and logged.
 
   Raises:
-    ValueError: another model type, a value of another type or range than its option's, or options that no mixer here
-      has; the message names each with its value.
+    ValueError: the model type is another, a value is not of its option's type or range, or no mixer here has some of
+      the options. The message names each with its value.
   """
   kind = values.get("model_type")
   if not isinstance(kind, str) or kind not in FAMILIES:
@@ -51,10 +51,10 @@ def from_hf(values: dict) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict:
-  """The `config.json` of a model; tensors are written in float32, so that is its dtype.
+  """The `config.json` of a model. Its dtype is float32, because tensors are written in float32.
 
   Raises:
-    ValueError: the model has no equivalent there; the message names every field in the way.
+    ValueError: the model has no equivalent there. The message names every field in the way.
   """
   name, refused = mixers.name_of(config.mixer), []
   kind = next((kind for kind, family in FAMILIES.items() if family.mixer == name), None)
@@ -90,7 +90,7 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 def _refuse_options(family, values, known, refused):
-  """Appends to `refused` the options that no mixer here has."""
+  """Appends the options that no mixer here has to `refused`."""
   ignored = []
   for option, value in values.items():
     served = (COMMON_OPTIONS | family.options).get(option)
@@ -107,7 +107,7 @@ def _refuse_options(family, values, known, refused):
 
 
 def _derived(kind, values, refused):
-  """`values` with the number of heads where the layout derives it from other options."""
+  """`values` with the number of heads, where the layout derives that number from other options."""
   width = values.get("hidden_size", 2048)
   if kind == "mamba2":
     inner, option = round(values.get("expand", 2) * width), "head_dim"
@@ -138,7 +138,7 @@ def _mixer_from_hf(family: Family, values: dict, refused: list) -> Any:
 
 
 def _mixer_to_hf(family: Family, mixer: Any, refused: list) -> dict:
-  """Options of the mixer; appends to `refused` each field whose value no option expresses."""
+  """The options of the mixer. Each field whose value no option expresses is appended to `refused`."""
   values = {}
   for field in dataclasses.fields(mixer):
     value = getattr(mixer, field.name)
@@ -156,7 +156,7 @@ def _mixer_to_hf(family: Family, mixer: Any, refused: list) -> dict:
 
 
 def _hybrid_from_hf(parts: list[dict], refused: list) -> tuple[AttentionConfig | None, tuple[int, ...]]:
-  """The attention layers of a hybrid: their mixer and which they are."""
+  """The mixer of a hybrid's attention layers, and the numbers of these layers."""
   layers, configs = [], []
   for part in parts:
     for option, served in ATTENTION_OPTIONS.items():

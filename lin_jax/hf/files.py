@@ -13,15 +13,15 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 _DTYPES = ("F32", "F16", "BF16")
-_LISTED = 12  # names of each kind in a refusal
+_LISTED = 12  # most names of each kind that a refusal lists
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def read_json(path: pathlib.Path) -> dict:
-  """The object of a JSON file. Raises ValueError when there is none."""
+  """The object in a JSON file. Raises ValueError if there is none."""
 
   def convert(value) -> Any:
-    # Infinity has no spelling in JSON; transformers writes it as an object.
+    # Infinity has no spelling in JSON, so transformers writes it as an object.
     spelled = value.get("__float__") if len(value) == 1 else None
     return _FLOATS.get(spelled, value) if isinstance(spelled, str) else value
 
@@ -29,13 +29,13 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 class Tensors:
-  """The tensors of a checkpoint directory by name, while the context lasts."""
+  """The tensors of a checkpoint directory by name. They can be read while the context lasts."""
 
   def __init__(self, path: pathlib.Path):
     self._path, self._files, self._where = path, [], {}
 
   def __enter__(self):
-    """Opens the files. Raises ValueError naming the file, and the entry of the index, that is wrong."""
+    """Opens the files. Raises ValueError that names the wrong file, or the wrong entry of the index."""
     try:
       index = _weight_map(self._path)
       for name in sorted(set(index.values())) or [WEIGHTS]:
@@ -65,7 +65,7 @@ class Tensors:
       self._where[tensor] = name, file
 
   def require(self, shapes: dict[str, tuple[int, ...]], optional: set[str]) -> None:
-    """Raises ValueError unless the tensors are those of `shapes`, in these shapes, and perhaps the `optional` ones."""
+    """Raises ValueError unless the tensors are exactly the ones in `shapes`, and perhaps `optional` ones."""
     found = {name: self._where[name][1].get_slice(name) for name in shapes if name in self._where}
     sizes = {name: tuple(part.get_shape()) for name, part in found.items()}
     problems = {
@@ -84,7 +84,7 @@ class Tensors:
 
 
 def _weight_map(path) -> dict[str, str]:
-  """Which tensor is in which file, as the index says; nothing without an index."""
+  """The file of each tensor, as the index gives it. The result is empty without an index."""
   index = path / INDEX
   if not index.exists():
     pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind))
@@ -97,7 +97,7 @@ def _weight_map(path) -> dict[str, str]:
   if not isinstance(names, dict) or not names:
     raise ValueError(f"{index}: weight_map={shown(names)}: must be an object that gives each tensor's file")
   for tensor, name in names.items():
-    # A file elsewhere is not part of this checkpoint.
+    # A file in another folder is not part of this checkpoint.
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
       raise ValueError(f"{index}: weight_map has {shown(tensor)} in {shown(name)}: must be the name of a .safetensors "
                        "file beside the index")

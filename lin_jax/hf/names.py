@@ -1,7 +1,8 @@
-"""Which parameter here is which tensor of flash-linear-attention, and which field of a config is which option.
+"""The tensor of flash-linear-attention for each parameter here, and its option for each field of a config.
 
-A layout names tensors of one layer by the parameters that they hold: a tuple of several is their concatenation along
-the outputs. Kernels of linear layers are stored transposed, those of short convolutions as [channels, 1, taps].
+A layout names the tensors of one layer by the parameters that they hold. A tuple of several parameters stands for their
+concatenation along the outputs. Kernels of linear layers are stored transposed, and kernels of short convolutions as
+[channels, 1, taps].
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ _DELTA = _PROJECTIONS | _CONVOLUTIONS | {
 
 MLP = {"mlp_norm.scale": "mlp_norm.weight", "mlp.gate.kernel": "mlp.gate_proj.weight",
        "mlp.up.kernel": "mlp.up_proj.weight", "mlp.down.kernel": "mlp.down_proj.weight"}
-# Tensors of the whole model; "{base}" is the family's.
+# Tensors of the whole model. "{base}" stands for the family's name of its base model.
 MODEL = {"embedding": "{base}.embeddings.weight", "norm.scale": "{base}.{final_norm}.weight", "head": "lm_head.weight"}
 
 
@@ -27,11 +28,11 @@ class Family:
   Attributes:
     mixer: the registered name of its mixer here.
     fields: field of the mixer's config -> (option there, its default there). None there is 0 here.
-    values: field -> {value there: value here}, where they differ.
-    options: option there -> values that mean what the mixer here does; the first is the default and is written.
+    values: field -> {value there: value here}, where the two differ.
+    options: option there -> the values that mean what the mixer here does. The first is the default and is written.
     constants: field here -> the one value that every model there has.
-    short_convolution: the default of `use_short_conv` there; None when its models never have one.
-    tensors: parameter of the mixer, or a tuple of them -> tensor of the mixer there.
+    short_convolution: the default of `use_short_conv` there, or None if its models never have such a convolution.
+    tensors: parameter of the mixer, or a tuple of parameters -> tensor of the mixer there.
     unfused: tensors that have another name in a model with `fuse_norm` false.
     defaults: options of the model whose default differs from `COMMON`.
   """
@@ -129,7 +130,7 @@ FAMILIES = {
         base="backbone", mixer_name="mixer", mixer_norm="norm", final_norm="norm_f", mlp=False),
 }
 
-# Options that change how a model is computed or trained, but not what it computes, and the Hub's own keys.
+# Options that change how a model is computed or trained but not its outputs, and the Hub's own keys.
 IGNORED = frozenset("""
   _name_or_path architectures auto_map model_type dtype torch_dtype transformers_version use_cache bos_token_id
   eos_token_id pad_token_id initializer_range max_position_embeddings fuse_norm fuse_swiglu fuse_cross_entropy

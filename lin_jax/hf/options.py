@@ -1,4 +1,4 @@
-"""Types and ranges of the options in flash-linear-attention's configs, and which options no model here has."""
+"""Types and ranges of the options in flash-linear-attention's configs, and the options that no model here has."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _TYPES = {option: kind for kind, options in {
     float: "norm_eps hidden_ratio expand_k expand_v expand rope_theta",
     bool: "tie_word_embeddings use_short_conv use_gate allow_neg_eigval use_lower_bound fuse_norm",
     str: "qk_norm qk_activation"}.items() for option in options.split()}
-# Where null is a value: another option, or the absence of something, takes its place.
+# For these options null is a value: another option, or the absence of something, takes its place.
 _OPTIONAL = frozenset("num_kv_heads num_v_heads intermediate_size hidden_ratio expand_ratio window_size".split())
 _MOST = {"num_hidden_layers": 10_000, "rope_theta": 10**12, int: 2**24, float: 1000}
 
@@ -33,9 +33,9 @@ def known(kind: str, family: Family) -> set[str]:
 
 
 def require(values: dict, names: set[str], where: str = "", optional: frozenset[str] = frozenset()) -> None:
-  """Raises ValueError unless those of `values` that `names` lists have their types, numbers positive.
+  """Raises ValueError unless each of `values` that `names` lists has its option's type, and numbers are positive.
 
-  `optional` are more that may be null. The message begins with `where` and the option.
+  The names in `optional` may be null as well. The message begins with `where` and the option.
   """
   for option in sorted(names & set(values)):
     value, kind, name = values[option], _TYPES[option], where + option
@@ -46,9 +46,9 @@ def require(values: dict, names: set[str], where: str = "", optional: frozenset[
 
 
 def require_attention(attn: Any, depth: int) -> list[dict]:
-  """The groups of attention layers that the option `attn` describes, one or several.
+  """The groups of attention layers, one or several, that the option `attn` describes.
 
-  Raises ValueError when it is no such description, or names layers that a model of `depth` layers does not have.
+  Raises ValueError if `attn` is no such description, or names layers that a model of `depth` layers does not have.
   """
   parts = attn if isinstance(attn, list) else [] if attn is None else [attn]
   for part in parts:
