@@ -1,10 +1,10 @@
-"""Checkpoints of a run, through Orbax: the only module that knows it.
+"""Checkpoints of a run, through Orbax, which only this module and `lin_jax.retention` know.
 
 A step under `workdir/checkpoints` holds five items: `params` and `optimizer` (each a flat dict of arrays by name, the
-second with the rest of the training state), `data` (the data iterator's position), `config`, and `checksums`: the CRC32
-of every array and of the iterator's position, which every load verifies. A checkpoint from before there were checksums
-loads unverified. Saves copy to the host and are written in the background; the checksums are computed before that, in
-about 1 s per GB and core.
+second with the rest of the training state), `data` (the data iterator's position), `config`, and `checksums`. The last
+holds the CRC32 of every array and of the iterator's position, which every load verifies. Checkpoints from before there
+were checksums load unverified. Saves copy to the host and are written in the background. The checksums are computed
+before that, in about 1 s per GB and core.
 """
 
 import contextlib
@@ -30,19 +30,20 @@ _POSITIONS = "process_*-of-*.json"
 
 
 class Checkpoints:
-  """Checkpoints of one workdir: keeps the last `keep_last`, and the `keep_best` of lowest `eval_loss`."""
+  """Checkpoints of one workdir. It keeps the last `keep_last`, and the `keep_best` with the lowest `eval_loss`."""
 
   def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
     """Opens `workdir/checkpoints`, for reading only when `config` is None.
 
-    Checkpoints that were not evaluated count among the best only while fewer than `keep_best` were. One that was not
-    scheduled counts among neither, and goes when a later one is there: what is kept is what an unbroken run keeps.
+    Checkpoints that were not evaluated count among the best only while fewer than `keep_best` were evaluated. An
+    unscheduled one counts among neither and goes when a later one is there, so that the same checkpoints are kept as in
+    an unbroken run.
     """
     config, read_only = config or CheckpointConfig(), config is None
     self._policy = retention.policy(config.keep_last, config.keep_best)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=self._policy, best_fn=retention.eval_loss, best_mode="min",
-        # Orbax warns of its own mode for reading; a manager that never saves needs none.
+        # Orbax warns about its own mode for reading, which a manager that never saves does not need.
         create=not read_only)
     handlers = {"params": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
                 "data": grain.checkpoint.CheckpointHandler(), "config": ocp.JsonCheckpointHandler(),
@@ -55,18 +56,18 @@ class Checkpoints:
            scheduled: bool = True) -> None:
     """Starts saving `step`, unless it is saved already.
 
-    Only `scheduled` steps with a finite `eval_loss` can become the best; a step that is saved because the run is being
+    Only `scheduled` steps with a finite `eval_loss` can become the best. A step that is saved because the run is being
     stopped is not scheduled.
     """
     if step == self.latest():
       return
-    # Orbax warns of a save without metrics; one with empty metrics ranks last.
+    # Orbax warns about a save without metrics. One with empty metrics ranks last.
     evaluated = scheduled and eval_loss is not None and math.isfinite(eval_loss)
     metrics = {"eval_loss": eval_loss} if evaluated else {} if scheduled else {"scheduled": False}
     self._save(step, {"params": params, "optimizer": optimizer}, config, metrics, data)
 
   def save_params(self, step: int, params, config: TrainConfig) -> None:
-    """Starts saving the parameters of `step` alone; `restore_params` reads them, `restore` does not."""
+    """Starts saving the parameters of `step` alone, which `restore_params` reads and `restore` does not."""
     self._save(step, {"params": params}, config, {})
 
   def _save(self, step, trees, config, metrics, data=None):
@@ -81,9 +82,9 @@ class Checkpoints:
     self._manager.save(step, args=items, metrics=metrics, force=True)
 
   def restore(self, step: int, params, optimizer, data):
-    """(params, optimizer) placed like the abstract arrays given, and `data` moved to where it was at `step`.
+    """Returns (params, optimizer), placed like the abstract arrays given, and moves `data` to its position at `step`.
 
-    Raises ValueError naming the first array whose name or shape differs, or DamagedCheckpoint.
+    Raises ValueError that names the first array whose name or shape differs, or DamagedCheckpoint.
     """
     restored = self._restore(step, {"params": _flat(params), "optimizer": _flat(optimizer)}, data)
     return _unflat(params, restored["params"]), _unflat(optimizer, restored["optimizer"])
@@ -93,7 +94,7 @@ class Checkpoints:
     return _unflat(params, self._restore(step, {"params": _flat(params)})["params"])
 
   def _restore(self, step, targets, data=None):
-    self._manager.wait_until_finished()  # a save under way is no damage
+    self._manager.wait_until_finished()  # a save under way is not damage
     folder = self.path / str(step)
     with damage.reading(folder):
       checksums = damage.read_checksums(folder)
@@ -115,14 +116,14 @@ class Checkpoints:
     return restored
 
   def load(self, which: int | str | None, load: Callable[[int], Any]) -> tuple[int, Any]:
-    """(step, `load(step)`) of the checkpoint `which`.
+    """Returns (step, `load(step)`) for the checkpoint `which`.
 
     Args:
-      which: a saved step, "best", "previous" (the newest before the last one that loads), or None for the last.
+      which: a saved step, "best", "previous" (the newest that loads before the last one), or None for the last.
       load: calls `restore` or `restore_params`.
     Raises:
       ValueError: there is no such step.
-      DamagedCheckpoint: it does not load; the message names the newest checkpoint that does.
+      DamagedCheckpoint: the checkpoint does not load. The message names the newest one that does.
     """
     steps = self.steps()
     named = {None: steps[-1:], "best": [self.best()], "previous": steps[-2::-1]}
@@ -144,10 +145,10 @@ class Checkpoints:
     raise damage.DamagedCheckpoint(f"{failure}. No other checkpoint of this run loads") from failure
 
   def resume_from(self, step: int) -> list[pathlib.Path]:
-    """Leaves the checkpoints that a run which goes on from `step` has.
+    """Leaves only the checkpoints that a run which goes on from `step` has, and returns where the moved ones are now.
 
-    Those that are not to be kept are deleted, which a kill may have prevented. Later ones, and what a kill in the midst
-    of a deletion has left, move to `workdir/set_aside`; returns where they are now.
+    Checkpoints that are not to be kept are deleted, because a kill may have prevented it. Later ones, and the remains
+    of a deletion that a kill interrupted, move to `workdir/set_aside`.
     """
     left = [s for s in self.steps() if s > step or s < step and not (self.path / f"{s}/metrics/metrics").exists()]
     moved = [self._set_aside(s) for s in left]
@@ -170,12 +171,12 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best(self) -> int | None:
-    """The saved step of lowest `eval_loss`, or None when no saved step was evaluated."""
+    """The saved step of lowest `eval_loss`, or None if no saved step was evaluated."""
     step = self._manager.best_step()
     return None if step is None or retention.eval_loss(self._manager.metrics(step)) == math.inf else step
 
   def processes(self, step: int) -> int | None:
-    """How many processes have saved `step`, or None when it does not say."""
+    """The number of processes that saved `step`, or None if the checkpoint does not say."""
     self._manager.wait_until_finished()
     names = (path.name for path in (self.path / str(step) / "data").glob(_POSITIONS))
     return next((int(name.removesuffix(".json").split("-of-")[1]) for name in names), None)
@@ -189,14 +190,14 @@ class Checkpoints:
 
 
 def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
-  """(config, model) of a run, the parameters on the first device.
+  """Returns (config, model) of a run, with the parameters on the first device.
 
   Args:
-    step: a saved step, "best" (lowest held-out loss), "previous" (the newest before the last that loads), or None for
+    step: a saved step, "best" (lowest held-out loss), "previous" (the newest that loads before the last), or None for
       the last.
   Raises:
-    ValueError: the workdir holds no run, no such step, or a checkpoint of another model.
-    DamagedCheckpoint: the checkpoint cannot be read, or its parameters are not those that were saved.
+    ValueError: the workdir holds no run or no such step, or the checkpoint is of another model.
+    DamagedCheckpoint: the checkpoint cannot be read, or its parameters are not the ones that were saved.
   """
   from lin_jax.model import LanguageModel
 
@@ -215,7 +216,7 @@ def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
 def save_model(workdir: pathlib.Path | str, config: TrainConfig, model) -> None:
   """Makes `workdir` a run that `load_model` reads: the config, and the parameters as step 0.
 
-  There is no optimizer state to resume from. Raises ValueError when `workdir` holds a run or cannot be written.
+  There is no optimizer state to resume from. Raises ValueError if `workdir` holds a run or cannot be written.
   """
   workdir = pathlib.Path(workdir)
   if (workdir / "config.json").exists() or any(workdir.glob("checkpoints/*")):
@@ -226,8 +227,8 @@ def save_model(workdir: pathlib.Path | str, config: TrainConfig, model) -> None:
 
 
 def _stored(item, checksums):
-  """The arrays of an item by name. The names are those of the checksums, or the item's own where it has none."""
-  json.loads((item / "_METADATA").read_text())  # without which Orbax could not read it
+  """The arrays of an item by name. The names come from the checksums, or from the item itself if it has none."""
+  json.loads((item / "_METADATA").read_text())  # without this file Orbax could not read the item
   names = ocp.StandardCheckpointHandler().metadata(item).tree if checksums is None else checksums
   return damage.stored(item, names)
 
@@ -242,7 +243,7 @@ def _require_same_model(folder, item, saved, target):
 
 def _set_position(data, folder):
   """Moves the iterator `data`. A position counts global batches, whatever the number of processes (`lin_jax.data`), so
-  that the file of any process will do; Grain's own handler wants one of as many processes as there are now."""
+  the file of any process will do. Orbax's handler from Grain demands one file for each process that runs now."""
   saved = sorted(folder.glob(_POSITIONS))
   if not saved:
     raise ValueError(f"{folder}: holds no position in the data")

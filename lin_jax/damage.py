@@ -1,4 +1,4 @@
-"""Reads the arrays of a checkpoint and verifies their checksums; one error for whatever keeps it from being read."""
+"""Reads the arrays of a checkpoint and verifies their checksums. One error covers every reason not to read it."""
 
 import concurrent.futures
 import contextlib
@@ -32,12 +32,12 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
     local = not isinstance(array, jax.Array) or array.is_fully_addressable
     return array if local else multihost_utils.process_allgather(array, tiled=True)
 
-  with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib and copies to the host leave Python's lock to others
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib and copies to the host release Python's lock
     return dict(zip(arrays, pool.map(_crc, map(whole, arrays.values())), strict=True))
 
 
 def read_checksums(folder: pathlib.Path) -> dict | None:
-  """The item `checksums`, or None of a checkpoint that was saved without."""
+  """The item `checksums`, or None for a checkpoint that was saved without it."""
   listed = json.loads((folder / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
   if _CHECKSUMS not in listed and not (folder / _CHECKSUMS).exists():
     return None
@@ -48,7 +48,7 @@ def read_checksums(folder: pathlib.Path) -> dict | None:
 
 
 def stored(item: pathlib.Path, names: Iterable[str]) -> dict[str, tensorstore.TensorStore]:
-  """The arrays of these names in the folder of an item of a checkpoint, not read yet."""
+  """The arrays with these names in the folder of a checkpoint's item. They are opened and not read yet."""
   spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}}
   opening = {name: tensorstore.open(spec | {"path": name}) for name in names}
   return {name: future.result() for name, future in opening.items()}
@@ -56,9 +56,9 @@ def stored(item: pathlib.Path, names: Iterable[str]) -> dict[str, tensorstore.Te
 
 def arrays(item: pathlib.Path, stored: dict[str, tensorstore.TensorStore], targets: dict[str, jax.ShapeDtypeStruct],
            saved: dict[str, int] | None) -> dict[str, jax.Array]:
-  """The arrays of an item, placed like `targets`; DamagedCheckpoint when a checksum is not the one that was `saved`.
+  """The arrays of an item, placed like `targets`. Raises DamagedCheckpoint if a checksum is not the one in `saved`.
 
-  Orbax would read all at once, and when one fails, those under way can end the process without a word.
+  Orbax would read all arrays at once. If one failed, the reads under way could end the process without a message.
   """
 
   def array(name):
@@ -71,13 +71,16 @@ def arrays(item: pathlib.Path, stored: dict[str, tensorstore.TensorStore], targe
       return name, jax.device_put(whole)
     return name, jax.make_array_from_callback(target.shape, target.sharding, lambda index: whole[index])
 
-  with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each of which holds a whole array
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:  # each thread holds a whole array
     return dict(pool.map(array, targets))
 
 
 @contextlib.contextmanager
 def reading(folder: pathlib.Path) -> Iterator[None]:
-  """Whatever keeps the block from reading the checkpoint `folder`, but a lack of memory, is a DamagedCheckpoint."""
+  """Turns every error that keeps the block from reading the checkpoint `folder` into DamagedCheckpoint.
+
+  A lack of memory is the exception.
+  """
   with silenced():
     try:
       yield
@@ -94,7 +97,7 @@ def _crc(array) -> int:
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-  """Keeps Orbax from logging a failure that one message is about to tell."""
+  """Keeps Orbax from logging a failure that a message of our own is about to report."""
   logger = logging.getLogger("absl")
   before, logger.disabled = logger.disabled, True
   try:

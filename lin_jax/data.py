@@ -1,11 +1,12 @@
 """Reading prepared token shards as fixed windows, for training (Grain, shuffled, resumable) and for evaluation.
 
-A dataset directory (written by `experiments/prepare_data.py`) holds, for each split, the documents' ids end to end as
-little-endian uint16 shards `<split>-00000.bin`, each document closed by the tokenizer's end id; the uint64 document
-starts `<split>.idx.npy`; `manifest.json` with counts and checksums; and the tokenizer's file if it has one.
+A dataset directory (written by `experiments/prepare_data.py`) holds for each split the documents' ids end to end as
+little-endian uint16 shards `<split>-00000.bin`, where the tokenizer's end id closes each document, and the uint64
+document starts `<split>.idx.npy`. It also holds `manifest.json` with counts and checksums, and the tokenizer's file if
+there is one.
 
-Window i of a split covers ids [i T, i T + T] (T + 1 of them, the last one shared with window i + 1), so every id but
-the split's first is the target of exactly one window. A batch is a dict of arrays [B, T]:
+Window i of a split covers ids [i T, i T + T]. These are T + 1 ids, the last one shared with window i + 1, so every id
+except the split's first is the target of exactly one window. A batch is a dict of arrays [B, T]:
   tokens, targets   int32; targets are the tokens one position later
   segment_ids       int32 >= 1, one value per document inside the window
   mask              float32; 0 where the target lies in another document than its token, and on padding
@@ -29,20 +30,20 @@ Batch = dict[str, np.ndarray]
 
 
 class TokenDataset:
-  """One split of a dataset directory, read piece by piece.
+  """One split of a dataset directory, read in parts as they are asked for.
 
-  Sizes are compared with the manifest at once; the checksum of the index when `document_starts` is first asked for, and
-  that of a shard before its first id is read. That takes about 0.6 s per GB with a processor's SHA instructions, and
+  Sizes are compared with the manifest at once, the index's checksum when `document_starts` is first asked for, and a
+  shard's checksum before its first id is read. That takes about 0.6 s per GB with a processor's SHA instructions, and
   each process does it for the shards that it reads.
 
   Attributes:
     tokens, documents, bytes: counts of the split; `bytes` is the UTF-8 size of its text.
     bytes_per_token: turns a loss in nats per token into bits per byte: loss / (ln 2 * bytes_per_token).
-    vocab_size: of the dataset's tokenizer.
+    vocab_size: the number of ids of the dataset's tokenizer.
     document_starts: uint64 [documents], the position of each document's first id.
 
   Raises ValueError for a missing directory, file or split, an empty split, a file whose size is not the manifest's, a
-  foreign format, and ids that a model of `vocab_size` does not have; when it is read, for a file that is not the one
+  foreign format, and ids that a model of `vocab_size` does not have. Reading raises it for a file that is not the one
   that the manifest describes.
   """
 
@@ -102,7 +103,7 @@ class TokenDataset:
     return load_tokenizer(self.path)
 
   def read(self, start: int, stop: int) -> np.ndarray:
-    """Ids [start, stop) as int32. Raises ValueError when they are not those that the manifest describes."""
+    """Ids [start, stop) as int32. Raises ValueError if they are not the ids that the manifest describes."""
     pieces = []
     for i in range(np.searchsorted(self._ends, start, "right"), np.searchsorted(self._ends, stop, "left") + 1):
       first, end = int(self._ends[i - 1]) if i else 0, int(self._ends[i])
@@ -114,7 +115,7 @@ class TokenDataset:
     return ids
 
   def segments(self, start: int, stop: int) -> np.ndarray:
-    """int32 [stop - start]: 1 in the document of position `start`, one more in each document after it."""
+    """int32 [stop - start]: 1 in the document of position `start`, and one more in each document after it."""
     inner = slice(*np.searchsorted(self.document_starts, np.array([start + 1, stop], np.uint64)))
     steps = np.zeros(stop - start, np.int32)
     steps[self.document_starts[inner].astype(np.int64) - start] = 1
@@ -122,7 +123,7 @@ class TokenDataset:
 
 
 class _Shard:
-  """A shard's ids. It is read and not mapped into memory, where a file that is cut short ends the process."""
+  """A shard's ids. The file is read, not mapped into memory, where a file that is cut short would end the process."""
 
   def __init__(self, file: pathlib.Path, sha256: str):
     self.file, self._sha256 = file, sha256
@@ -145,7 +146,7 @@ class _Shard:
 class Windows(Sequence):
   """The split as a sequence of unbatched windows of `length` targets.
 
-  The incomplete window at the end is left out, or padded (`pad`) with tokens that the mask hides.
+  The incomplete window at the end is left out, or with `pad` filled up with tokens that the mask hides.
   """
 
   def __init__(self, dataset: TokenDataset, length: int, *, reset_at_documents: bool = True, pad: bool = False):
@@ -169,7 +170,7 @@ class Windows(Sequence):
     ids = self._dataset.read(start, stop)
     segments = self._dataset.segments(start, stop) if self._reset else np.ones(len(ids), np.int32)
     if missing := self._length + 1 - len(ids):
-      # Padding is a segment of its own, and its first position is no target of the text.
+      # Padding is a segment of its own, and its first position is not a target of the text.
       ids = np.pad(ids, (0, missing))
       segments = np.pad(segments, (0, missing), constant_values=segments[-1] + 1)
     mask = segments[1:] == segments[:-1]
@@ -177,7 +178,7 @@ class Windows(Sequence):
     return dict(tokens=ids[:-1], targets=ids[1:], segment_ids=segments[:-1], mask=mask.astype(np.float32))
 
   def hidden(self) -> Batch:
-    """A window of padding alone."""
+    """A window of nothing but padding."""
     zeros = np.zeros(self._length, np.int32)
     return dict(tokens=zeros, targets=zeros, segment_ids=zeros + 1, mask=zeros.astype(np.float32))
 
@@ -186,11 +187,11 @@ def train_iterator(config: DataConfig, seed: int, *, split: str = "train", vocab
                    process_index: int | None = None, process_count: int | None = None) -> grain.DatasetIterator:
   """An endless iterator of batches, reshuffled in every epoch, with Grain's `get_state()` and `set_state()`.
 
-  Each process gets every `process_count`-th window of one global order, `config.batch_size / process_count` at a time;
-  together they form the same global batches whatever their number. Processes default to JAX's. With
-  `config.carried_windows` of n the order is one of runs of n neighbouring windows, and each row of n batches in a row
-  holds a run, from batch 0 on. Raises ValueError as `TokenDataset` does, and when the sequence or the run is longer
-  than the split or the processes do not divide the batch.
+  Each process gets every `process_count`-th window of one global order, `config.batch_size / process_count` at a time.
+  Together the processes form the same global batches whatever their number, which defaults to JAX's. With
+  `config.carried_windows` = n, the unit of shuffling is a run of n consecutive windows, and each batch row reads one
+  run over n successive batches, from batch 0 on. Raises ValueError as `TokenDataset` does, if the sequence or the run
+  is longer than the split, and if the processes do not divide the batch.
   """
   index, count, rows = _processes(config, process_index, process_count)
   windows = Windows(TokenDataset(config.path, split, vocab_size=vocab_size), config.sequence_length,
@@ -213,7 +214,7 @@ def train_iterator(config: DataConfig, seed: int, *, split: str = "train", vocab
 
 
 class Neighbours(Sequence):
-  """Numbers of windows, batch after batch of `rows`: row r of batches 0 to n - 1 is the r-th run of n neighbouring
+  """Numbers of windows, batch after batch of `rows`. Row r of batches 0 to n - 1 is the r-th run of n neighbouring
   windows in the order `runs`, row r of the next n batches is run `rows` + r, and so on."""
 
   def __init__(self, runs: Sequence[int], windows: int, rows: int):
@@ -229,7 +230,7 @@ class Neighbours(Sequence):
 
 
 class EvalBatches(Sequence):
-  """Batches of a held-out split in order, each of full shape; the last ones are filled up with masked windows."""
+  """Batches of a held-out split in order, each of full shape. The last ones are filled up with masked windows."""
 
   def __init__(self, windows: Windows, batches: int, rows: int, index: int, count: int):
     self._windows, self._rows, self._index, self._count = windows, rows, index, count
@@ -244,7 +245,7 @@ class EvalBatches(Sequence):
       raise IndexError(batch)
     rows = self._rows * self._count
     chosen = range(batch * rows + self._index, (batch + 1) * rows, self._count)
-    # Fewer batches than the split holds: windows spread evenly over it, since neighbours share a document.
+    # Fewer batches than the split holds take windows spread evenly over it, because neighbours share a document.
     spread = max(len(self._windows), self._batches * rows)
     picked = [self._windows[w] if (w := row * spread // (self._batches * rows)) < len(self._windows)
               else self._windows.hidden() for row in chosen]
@@ -253,7 +254,7 @@ class EvalBatches(Sequence):
 
 def eval_batches(config: DataConfig, split: str, batches: int = 0, *, vocab_size: int | None = None,
                  process_index: int | None = None, process_count: int | None = None) -> EvalBatches:
-  """`batches` batches spread over `split`, or all of it (0): a sequence, the same in every pass.
+  """A sequence of `batches` batches spread over `split`, or of all batches for 0. Every pass over it is the same.
 
   Over all batches and processes of a whole pass, every target of the split occurs once. Raises ValueError as
   `train_iterator` does.

@@ -16,19 +16,19 @@ from lin_jax.model import LanguageModel, keep_rows
 
 def evaluate(model: LanguageModel, batches: Iterable[Batch], *, bytes_per_token: float | None = None,
              bucket_width: int = 0, piece: int = 0) -> dict:
-  """Mean next-token loss over every unmasked target of `batches` (see `lin_jax.data`; all of one shape).
+  """Mean next-token loss over every unmasked target of `batches` (see `lin_jax.data`), which all have one shape.
 
-  The position of a target is how many tokens of its segment come before its input token, so it is how far back the
-  model can look; without segment resets it is the place in the window.
+  The position of a target is the number of tokens of its segment before its input token, so it is how far back the
+  model can look. Without segment resets it is the place in the window.
 
   Args:
     bytes_per_token: of the text, for bits per byte.
-    piece: tokens of a forward pass; the windows are read in pieces of this size, from state to state, so that long ones
-      need less memory; 0 reads each in one pass.
-    bucket_width: positions per bucket; 0 doubles the width from bucket to bucket: [0, 16), [16, 32), [32, 64), ...
+    piece: tokens per forward pass. The windows are read in pieces of this size, from state to state, so that long
+      windows need less memory. With 0 each window is read in one pass.
+    bucket_width: positions per bucket. With 0 the width doubles from bucket to bucket: [0, 16), [16, 32), [32, 64), ...
   Returns:
     `targets`, `loss` (nats per token), `perplexity`, `bits_per_byte` (None without bytes_per_token), and `buckets`: a
-    list of dicts with `start`, `stop`, `targets`, `loss`, `perplexity`; empty buckets are left out.
+    list of dicts with `start`, `stop`, `targets`, `loss`, `perplexity`, without empty buckets.
   Raises:
     ValueError: no unmasked target, a negative bucket_width, or windows that pieces do not divide.
   """

@@ -1,8 +1,8 @@
 """Next-token cross-entropy straight from hidden states, in chunks of time, so that the logits never exist at once.
 
-At batch 16, length 2048 and a vocabulary of 32000 the float32 logits alone would take 4.2 GB, their gradient as much
-again. Here each chunk's logits are made once, turned into that chunk's loss *and* gradients, and dropped: because the
-loss is a plain sum, its gradients are known before the cotangent arrives, which then only scales them.
+At batch 16, length 2048 and a vocabulary of 32000, the float32 logits alone would take 4.2 GB, and their gradient as
+much again. Here each chunk's logits are made once, turned into that chunk's loss *and* gradients, and dropped. Because
+the loss is a plain sum, its gradients are known before the cotangent arrives, which then only scales them.
 """
 
 import functools
@@ -22,17 +22,17 @@ def next_token_loss(hidden: Float[Array, "B T D"], unembedding: Float[Array, "D 
   """Sum over tokens of mask * -log softmax(hidden @ unembedding)[target], in nats.
 
   Under a mesh (`jax.set_mesh`) the batch is split over ("data", "fsdp") and the vocabulary over "tensor" where it
-  divides evenly; gradients of `unembedding` are summed over the batch axes once, after the last chunk.
+  divides evenly. Gradients of `unembedding` are summed over the batch axes once, after the last chunk.
 
   Args:
-    mask: weight of each target; 0 leaves it out.
-    chunk_tokens: tokens per chunk on each device; sets the peak memory (chunk_tokens * V floats), not the result.
+    mask: weight of each target; 0 leaves the target out.
+    chunk_tokens: tokens per chunk on each device. It sets the peak memory (chunk_tokens * V floats), not the result.
   Returns:
-    The sum, float32, differentiable in `hidden` and `unembedding`, and a dict without gradients: `targets` (sum of the
-    mask), `correct` (masked count of targets that have the largest logit), `token_loss` [B, T].
+    The sum, float32, differentiable in `hidden` and `unembedding`, and a dict without gradients that holds `targets`
+    (sum of the mask), `correct` (masked count of targets that have the largest logit) and `token_loss` [B, T].
   Raises:
     ValueError: shapes disagree.
-  Precision: products in hidden's dtype with float32 accumulation; logits, softmax and sums float32.
+  Precision: products in hidden's dtype with float32 accumulation. Logits, softmax and sums are float32.
   """
   if targets.shape != hidden.shape[:2] or mask.shape != hidden.shape[:2] or hidden.shape[2] != unembedding.shape[0]:
     raise ValueError(f"hidden {hidden.shape}, unembedding {unembedding.shape}, targets {targets.shape} and mask "
@@ -65,7 +65,7 @@ def _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients):
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   batch_axes = tuple(axis for axis in _BATCH_AXES if sizes.get(axis, 1) > 1)
   vocab_axis = _VOCAB_AXIS if sizes.get(_VOCAB_AXIS, 1) > 1 else None
-  # What an axis does not divide is computed whole on each of its devices.
+  # A dimension that an axis does not divide is computed whole on each of the axis's devices.
   if hidden.shape[0] % math.prod(sizes[axis] for axis in batch_axes):
     batch_axes = ()
   if vocab_axis and unembedding.shape[1] % sizes[vocab_axis]:
@@ -82,7 +82,7 @@ def _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients):
 
 
 def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, batch_axes, vocab_axis):
-  """(loss sum, metrics, dhidden, dunembedding); the gradients are None when not asked for."""
+  """Returns (loss sum, metrics, dhidden, dunembedding), where the gradients are None unless they are asked for."""
   B, T, _ = hidden.shape
   N = math.ceil(T / max(1, chunk_tokens // B))
   weights = unembedding.astype(hidden.dtype)
@@ -95,7 +95,7 @@ def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, bat
     top = logits.max(axis=-1)
     top = jax.lax.pmax(top, vocab_axis) if vocab_axis else top
     log_norm = top + jnp.log(reduce(jnp.exp(logits - top[..., None]).sum(axis=-1)))
-    # Comparing with the ids rather than gathering keeps a sharded vocabulary in place.
+    # Comparing with the ids instead of gathering keeps a sharded vocabulary in place.
     is_target = vocab[None, None] == target[..., None]
     target_logit = reduce(jnp.where(is_target, logits, 0.0).sum(axis=-1))
     token_loss, correct = weight * (log_norm - target_logit), jnp.where(target_logit >= top, weight, 0.0)
@@ -116,7 +116,7 @@ def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, bat
 
 
 def _to_chunks(x, N):
-  """[B, T, ...] to [N, B, ceil(T / N), ...]; the padding of zeros carries mask 0."""
+  """[B, T, ...] to [N, B, ceil(T / N), ...]. The padding consists of zeros, so that its mask is 0."""
   padding = -x.shape[1] % N
   x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
   return jnp.moveaxis(x.reshape(x.shape[0], N, -1, *x.shape[2:]), 1, 0)

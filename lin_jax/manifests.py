@@ -1,4 +1,4 @@
-"""The manifest of a dataset directory: what `lin_jax.data` describes, as counts and checksums of every file."""
+"""The manifest of a dataset directory (see `lin_jax.data`): counts and checksums of every file."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ DTYPE = np.dtype("<u2")
 
 
 def read_manifest(path: str | pathlib.Path) -> dict:
-  """The manifest of a dataset directory. Raises ValueError when it is missing or of another format."""
+  """The manifest of a dataset directory. Raises ValueError if it is missing or of another format."""
   path = pathlib.Path(path)
   if not path.is_dir():
     raise ValueError(f"data path {str(path)!r}: no such directory; experiments/prepare_data.py makes one")
@@ -35,10 +35,10 @@ def read_manifest(path: str | pathlib.Path) -> dict:
 
 
 def describe(path: str | pathlib.Path) -> dict:
-  """What a run remembers of its dataset: `path`, `train_tokens`, and `sha256` of what the manifest says of all that
-  training and its evaluation read: the splits train and val, with their checksums and counts, and the tokenizer.
+  """The record that a run keeps of its dataset: `path`, `train_tokens` and `sha256`.
 
-  Raises ValueError.
+  The hash covers the manifest's entries for everything that training and its evaluation read: the splits train and val
+  with their checksums and counts, and the tokenizer. Raises ValueError.
   """
   manifest = read_manifest(path)
   try:
@@ -50,8 +50,8 @@ def describe(path: str | pathlib.Path) -> dict:
 
 
 def verify(path: str | pathlib.Path) -> int:
-  """Compares every file of a dataset with its manifest, and returns how many bytes were read. Raises ValueError, which
-  names all that differ."""
+  """Compares every file of a dataset with its manifest, and returns the number of bytes read. Raises ValueError that
+  names all files that differ."""
   path, faults, size = pathlib.Path(path), [], 0
   manifest = read_manifest(path)
   try:
@@ -73,7 +73,7 @@ def verify(path: str | pathlib.Path) -> int:
 
 
 def require_size(file: pathlib.Path, expected: int) -> None:
-  """Raises ValueError when the file cannot be read or is not of `expected` bytes."""
+  """Raises ValueError if the file cannot be read or does not have `expected` bytes."""
   try:
     size = file.stat().st_size
   except OSError as e:

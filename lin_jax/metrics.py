@@ -1,4 +1,4 @@
-"""What a run reports: a progress line, `metrics.jsonl`, TensorBoard scalars, and the loss curve as a picture."""
+"""The reports of a run: a progress line, `metrics.jsonl`, TensorBoard scalars, and the loss curve as a picture."""
 
 import collections
 import concurrent.futures
@@ -14,7 +14,7 @@ from lin_jax.config import LogConfig, TrainConfig
 
 
 class Reporter:
-  """Reports the steps and evaluations of one run; only the first process prints and writes."""
+  """Reports the steps and evaluations of one run. Only the first process prints and writes."""
 
   def __init__(self, config: TrainConfig, workdir: pathlib.Path, start: int, bytes_per_token: float):
     self.throughput, self._save_seconds = Throughput(), None
@@ -26,7 +26,7 @@ class Reporter:
     self._writer = Writer(workdir, config.log, start) if jax.process_index() == 0 else None
 
   def start(self, parameters: int, note: str = "") -> None:
-    """Prints what is about to run, and a `note` on it."""
+    """Prints the run that is about to start, and a `note` on it."""
     if self._writer:
       device = jax.devices()[0]
       print(f"{self._config.name}: {parameters:,} parameters on {jax.device_count()} x {device.device_kind}, "
@@ -35,9 +35,9 @@ class Reporter:
   def step(self, step: int, metrics: dict) -> None:
     """Counts a finished step, and reports it when it is due: the first, every `config.log.every`-th and the last.
 
-    `save_seconds` of the record is how long saving has kept training waiting since the last one, which
-    `tokens_per_second` leaves out. The first after a resumption is printed too, but not recorded: the records are those
-    of an unbroken run.
+    `save_seconds` in the record is the time for which saving has kept training waiting since the previous record.
+    `tokens_per_second` leaves that time out. The first step after a resumption is printed but not recorded, so that
+    the records are the same as an unbroken run's.
     """
     self.throughput.count(self._tokens)
     steps, every = self._config.optim.steps, self._config.log.every
@@ -54,7 +54,7 @@ class Reporter:
     self._report(step, record if due else {}, progress(step, steps, scalars["loss"], rate, mfu, self._tokens))
 
   def evaluation(self, step: int, loss: float, seconds: float | None = None) -> float:
-    """Reports the held-out loss in nats per token, and what it took, and returns it."""
+    """Reports the held-out loss in nats per token, with the seconds that it took, and returns the loss."""
     bits = bits_per_byte(loss, self._bytes_per_token)
     self._report(step, {"eval_loss": loss, "bits_per_byte": bits, "evaluation_seconds": seconds},
                  f"step {step}/{self._config.optim.steps}  held-out loss {loss:.3f}  {bits:.3f} bits per byte")
@@ -62,7 +62,7 @@ class Reporter:
 
   @contextlib.contextmanager
   def saving(self):
-    """Time inside goes into `save_seconds` of the next record of a step."""
+    """Time inside the block goes into `save_seconds` of the next record of a step."""
     begin = time.perf_counter()
     yield
     self._save_seconds = (self._save_seconds or 0.0) + time.perf_counter() - begin
@@ -79,7 +79,7 @@ class Reporter:
 
 
 class Throughput:
-  """Tokens per second from the last step of one `read` to that of the next, without the time inside `paused`."""
+  """Tokens per second between the last steps of two successive calls of `read`, without the time inside `paused`."""
 
   def __init__(self, clock=time.perf_counter):
     self._clock = clock
@@ -88,16 +88,16 @@ class Throughput:
     self._watch, self._ends = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
 
   def begin(self, arrays) -> None:
-    """A step ends when the device has computed these `arrays` of it, however much later it is counted.
+    """Starts a step. It ends when the device has computed these `arrays` of it, however much later it is counted.
 
-    The loop reads a step's metrics once the next step is under way, but at once before it saves or evaluates: by the
-    time of reading, the step of a save would seem short and the one after it long.
+    The loop reads a step's metrics once the next step is under way, but at once before it saves or evaluates. Measured
+    by the time of reading, the step of a save would seem short and the one after it long.
     """
     self._ends.append(self._watch.submit(lambda: (jax.block_until_ready(arrays), self._clock())[1]))
 
   def count(self, tokens: int) -> None:
-    """Adds the tokens of the next step that was begun, or of one that ends now. The first call only starts the clock:
-    that step includes compilation."""
+    """Adds the tokens of the oldest step that was begun and not counted, or of one that ends now. The first call only
+    starts the clock, because that step includes compilation."""
     self._until = self._ends.popleft().result() if self._ends else self._clock()
     if self._since is None:
       self._since = self._until
@@ -105,7 +105,7 @@ class Throughput:
       self._tokens += tokens
 
   def read(self) -> float | None:
-    """Tokens per second since the last `read`, or None before a second step has finished, and when no time passed."""
+    """Tokens per second since the last `read`, or None before a second step has finished or if no time has passed."""
     if not self._tokens or self._until <= self._since:
       return None
     rate = self._tokens / (self._until - self._since)
@@ -114,7 +114,7 @@ class Throughput:
 
   @contextlib.contextmanager
   def paused(self):
-    """Time inside does not count. Every step begun before it must have been counted."""
+    """Time inside the block does not count. Every step begun before it must have been counted."""
     begin = self._clock()
     yield
     if self._since is not None:
@@ -122,9 +122,10 @@ class Throughput:
 
 
 class Writer:
-  """Appends scalars to `workdir/metrics.jsonl`, one object a line, and to `workdir/tensorboard` when configured.
+  """Appends scalars to `workdir/metrics.jsonl`, one object per line, and to `workdir/tensorboard` when configured.
 
-  What both hold of steps after `resume_step` is dropped first: a killed run may have logged beyond its last checkpoint.
+  Records of steps after `resume_step` are dropped from both first, because a killed run may have logged steps beyond
+  its last checkpoint.
   """
 
   def __init__(self, workdir: pathlib.Path, config: LogConfig, resume_step: int = 0):
@@ -134,12 +135,12 @@ class Writer:
     self._path = path
     self._board = None
     if config.tensorboard:
-      from lin_jax.tensorboard import Board  # where it is used: a second of import that other runs need not pay
+      from lin_jax.tensorboard import Board  # here, because its import takes a second
 
       self._board = Board(workdir / "tensorboard", resume_step)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
-    """Writes one record; values of None are left out, and a non-finite number is written as a string."""
+    """Writes one record. Values of None are left out, and a non-finite number is written as a string."""
     scalars = {name: value for name, value in scalars.items() if value is not None}
     files.append(self._path, strict_json.dumps({"step": step, **scalars}) + "\n")
     if self._board:
@@ -151,20 +152,23 @@ class Writer:
 
 
 class Profile:
-  """A trace of steps `start` to `stop` of "start,stop" in `workdir/profile`, for TensorBoard or xprof; "" is off."""
+  """A trace of the steps from `start` to `stop` in `workdir/profile`, for TensorBoard or xprof.
+
+  The steps are given as "start,stop", and "" switches the trace off.
+  """
 
   def __init__(self, workdir: pathlib.Path, steps: str):
     self._folder, self._tracing = workdir / "profile", False
     self._start, self.stop = map(int, steps.split(",")) if steps else (None, None)
 
   def before(self, step: int) -> None:
-    """Starts the trace when `step`, about to be dispatched, is the first one to trace."""
+    """Starts the trace if `step`, which is about to be dispatched, is the first one to trace."""
     if step == self._start:
       jax.profiler.start_trace(str(self._folder))
       self._tracing = True
 
   def after(self, step: int) -> None:
-    """Ends the trace when `step`, whose result has been read, is the last one to trace."""
+    """Ends the trace if `step`, whose result has been read, is the last one to trace."""
     if step == self.stop:
       self.close()
 
@@ -175,15 +179,15 @@ class Profile:
 
 
 def peak_memory_gib() -> float | None:
-  """Most memory that the first device has held so far, in GiB; None for a backend that does not count (the CPU)."""
+  """The most memory that the first device has held so far, in GiB, or None where the backend does not count (a CPU)."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
 
 
 def read(path: pathlib.Path) -> list[dict]:
-  """The records of a `metrics.jsonl`; a last line cut short by a kill is left out, a missing file has none.
+  """The records of a `metrics.jsonl`. A last line cut short by a kill is left out, and a missing file has no records.
 
-  Raises ValueError, which names the first other line that is no record.
+  Raises ValueError that names the first other line that is not a record.
   """
   if not path.exists():
     return []
@@ -206,7 +210,7 @@ def summary(workdir: pathlib.Path) -> dict:
 
 def progress(step: int, steps: int, loss: float, tokens_per_second: float | None, mfu: float | None,
              tokens_per_step: int) -> str:
-  """`step 120/1000  loss 3.214  12,345 tok/s  MFU 31.2%  eta 3m12s`; what is unknown is left out."""
+  """`step 120/1000  loss 3.214  12,345 tok/s  MFU 31.2%  eta 3m12s`, without the values that are unknown."""
   parts = [f"step {step}/{steps}", f"loss {loss:.3f}"]
   if tokens_per_second is not None:
     parts.append(f"{tokens_per_second:,.0f} tok/s")
@@ -218,7 +222,7 @@ def progress(step: int, steps: int, loss: float, tokens_per_second: float | None
 
 
 def duration(seconds: float) -> str:
-  """`42s`, `3m12s`, `5h07m`, `2d03h`, or what it is when it is not finite."""
+  """`42s`, `3m12s`, `5h07m` or `2d03h`; a number that is not finite is written as it is."""
   if not math.isfinite(seconds):
     return str(seconds)
   seconds = round(seconds)
@@ -229,18 +233,18 @@ def duration(seconds: float) -> str:
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-  """Nats per token to bits per byte of the text that the tokens encode."""
+  """Converts nats per token into bits per byte of the text that the tokens encode."""
   return loss / math.log(2) / bytes_per_token
 
 
 def perplexity(loss: float) -> float:
-  """e to the power of a loss in nats; beyond 700 it is infinite, which an overflow would say less well."""
+  """e to the power of a loss in nats. Beyond a loss of 700 it is infinite, which says more than an overflow would."""
   return math.inf if loss >= 700 else math.exp(loss)
 
 
 def plot_loss(workdir: pathlib.Path, title: str, train_bytes_per_token: float) -> pathlib.Path:
   """Draws training and held-out loss of `workdir/metrics.jsonl`, in bits per byte, as `workdir/loss.png`."""
-  from matplotlib.figure import Figure  # a second of import that only the end of a run pays
+  from matplotlib.figure import Figure  # here, because its import takes a second
 
   records = read(workdir / "metrics.jsonl")
   train = [(r["step"], _drawn(bits_per_byte(r["loss"], train_bytes_per_token))) for r in records if "loss" in r]
@@ -260,5 +264,5 @@ def plot_loss(workdir: pathlib.Path, title: str, train_bytes_per_token: float) -
 
 
 def _drawn(value):
-  """A curve has a gap where it is not finite; infinity has no place on an axis."""
+  """Replaces values that are not finite by a gap in the curve, because infinity has no place on an axis."""
   return value if math.isfinite(value) else math.nan

@@ -11,7 +11,7 @@ from lin_jax.config import OptimConfig
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-  """Clip to `config.clip_norm`, then AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), decay decoupled."""
+  """Clips to `config.clip_norm` and applies AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with decoupled decay."""
   optimizer = optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(learning_rate(config), config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay,
@@ -19,7 +19,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
   )
 
   def update(grads, state, params):
-    # Optax mixes integer counts and floats, which fails where the caller has turned implicit promotion off.
+    # Optax mixes integer counts and floats, which fails if the caller has turned implicit promotion off.
     with jax.numpy_dtype_promotion("standard"):
       return optimizer.update(grads, state, params)
 
@@ -27,8 +27,8 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-  """Update number (from 0) to learning rate: the first update already moves, the last of the decay, and all after it,
-  use `final_learning_rate`."""
+  """Maps the number of an update, from 0, to its learning rate. The first update already moves. The last update of the
+  decay and all updates after it use `final_learning_rate`."""
   decay_steps = config.decay_steps or config.steps
   warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
 
@@ -42,9 +42,9 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
 
 
 def lengthened(old: OptimConfig, new: OptimConfig) -> tuple[OptimConfig, str]:
-  """`new` for a run that was begun with `old`, from which it may differ by more steps, and what there is to say of it.
+  """`new` for a run that was begun with `old`, and a message about the change. `new` may differ by more steps.
 
-  Raises ValueError for fewer steps, another end of the decay, and more steps at a rate of zero.
+  Raises ValueError for fewer steps, for another end of the decay, and for more steps at a rate of zero.
   """
   end, constant = old.decay_steps or old.steps, new.final_learning_rate == new.learning_rate
   if new.steps < old.steps:
@@ -66,9 +66,9 @@ def lengthened(old: OptimConfig, new: OptimConfig) -> tuple[OptimConfig, str]:
 
 
 def matrices(params) -> object:
-  """Same-structure booleans: True for parameters with two or more axes of their own.
+  """Booleans in the structure of `params`: True for parameters with two or more axes of their own.
 
-  Parameters of stacked layers carry a leading layer axis besides, so the logical axis names are counted where the
+  Parameters of stacked layers have a leading layer axis besides. The logical axis names are therefore counted where the
   parameter has them, and its dimensions where it has none.
   """
   return jax.tree.map(lambda p: axis_count(p) >= 2, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], str]]:
-  """Yields a function of the step: the name of the signal after which every process is to stop after this step, or "".
+  """Yields a function of the step that names the signal after which every process must stop after this step, or "".
 
-  SIGTERM and the first Ctrl-C (SIGINT) are such; a second Ctrl-C interrupts at once. Only the main thread may handle
-  signals; in another one the answer is always "". Several processes agree on the step after a SIGTERM only.
+  Such signals are SIGTERM and the first Ctrl-C (SIGINT). A second Ctrl-C interrupts at once. Only the main thread may
+  handle signals, so in another thread the answer is always "". Several processes agree on the step after SIGTERM only.
   """
   came = []
 
@@ -24,7 +24,7 @@ def stop_signals() -> Iterator[Callable[[int], str]]:
     if number == signal.SIGINT:
       signal.signal(number, signal.default_int_handler)
       with contextlib.suppress(OSError):
-        # Not print, which may be under way.
+        # Not `print`, which may be under way when the signal arrives.
         os.write(2, b"interrupted: saving after this step; again to stop at once\n")
 
   if jax.process_count() > 1:

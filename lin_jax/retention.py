@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, by what their metrics say, and what their metrics are when a file is damaged."""
+"""The checkpoints of a run that are kept, judged by their metrics, and their metrics when a file is damaged."""
 
 import math
 import types
@@ -18,20 +18,20 @@ def policy(last: int, best: int) -> policies.PreservationPolicy:
 
 
 def unneeded(policy: policies.PreservationPolicy, metrics: dict[int, dict | None]) -> list[int]:
-  """Those steps of `metrics` that the policy does not keep."""
+  """The steps of `metrics` that the policy does not keep."""
   infos = [types.SimpleNamespace(step=step, metrics=found) for step, found in sorted(metrics.items())]
   kept = policy.should_preserve(infos, context=policies.PreservationContext()) if infos else []
   return [info.step for info, keep in zip(infos, kept, strict=True) if not keep]
 
 
 def eval_loss(metrics: dict | None) -> float:
-  """What checkpoints are ranked by: infinite without a finite loss."""
+  """The number by which checkpoints are ranked. It is infinite without a finite loss."""
   loss = (metrics or {}).get("eval_loss", math.inf)
   return loss if math.isfinite(loss) else math.inf
 
 
 class Manager(ocp.CheckpointManager):
-  """Orbax's, but a metrics file that is damaged is one that is missing: it only says which steps are the best."""
+  """Orbax's manager, except that a damaged metrics file counts as missing: it says only which steps are best."""
 
   def metrics(self, step):
     try:
@@ -43,7 +43,7 @@ class Manager(ocp.CheckpointManager):
 
 
 class _Scheduled:
-  """A preservation policy that shows another one the scheduled checkpoints only, and keeps the last whatever it is."""
+  """A preservation policy that shows only the scheduled checkpoints to another one, and always keeps the last."""
 
   def __init__(self, policy):
     self._policy = policy

@@ -31,31 +31,32 @@ from lin_jax.preemption import stop_signals
                    data_fields=["params", "opt_state", "step", "skipped", "carried"], meta_fields=[])
 @dataclasses.dataclass
 class TrainState:
-  """What an optimizer step reads and writes."""
+  """The state that an optimizer step reads and writes."""
 
   params: Any  # nnx.State of float32 parameters
   opt_state: Any
   step: jax.Array  # batches consumed
-  skipped: jax.Array  # of these, batches whose loss or gradient was not finite
-  carried: Any = None  # the model's state from which each row's next window goes on, with data.carried_windows above 1
+  skipped: jax.Array  # the part of `step` whose loss or gradient was not finite
+  carried: Any = None  # with data.carried_windows above 1, the model's state from which each row continues
 
 
 def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | str | None = None) -> dict:
   """Trains `config` in `workdir` from scratch, or from its last checkpoint to the exact end of an unbroken run.
 
-  With `checkpoint`, a step or "previous" or "best" as in `checkpoint.load_model`, the run goes on from that one; later
-  ones are moved to `workdir/set_aside`. More `config.optim.steps` than the run had lengthen it: `optim.lengthened`.
+  `checkpoint` is a step, "previous" or "best" as in `checkpoint.load_model`. The run then goes on from that checkpoint,
+  and later ones are moved to `workdir/set_aside`. If `config.optim.steps` exceeds the steps of the run, it is
+  lengthened as `optim.lengthened` says.
 
-  SIGTERM and Ctrl-C end the run after the step under way, with the evaluation that is due there, and a checkpoint. The
+  SIGTERM and Ctrl-C end the run after the step under way, with the evaluation that is due there and a checkpoint. The
   config may differ from the interrupted run's in the fields of `workdir.RESUMABLE` only.
 
   Returns:
-    The last value of each metric, `step`, `preempted` (the name of the signal that has ended it, or ""), and
-    `checkpoint` (the folder of the last).
+    The last value of each metric, `step`, `preempted` (the name of the signal that ended the run, or ""), and
+    `checkpoint` (the folder of the last checkpoint).
   Raises:
     ValueError, or NotImplementedError from an op's named implementation: the config, the data or the workdir breaks a
-      rule; raised before anything is written, but for a shard that is not what the manifest says, which is found when
-      it is first read.
+      rule. It is raised before anything is written, except for a shard that differs from the manifest, which is found
+      when the shard is first read.
     FloatingPointError: the loss or a gradient is not finite and config.optim.nonfinite is "stop".
   """
   workdir = pathlib.Path(workdir)
@@ -68,7 +69,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
   held_out = eval_batches(config.data, "val", config.eval.batches, vocab_size=vocab_size)
   bytes_per_token = {split: TokenDataset(config.data.path, split).bytes_per_token for split in ("train", "val")}
   with jax.set_mesh(mesh):
-    # Ops refuse what they cannot run only when they are traced.
+    # Ops refuse inputs that they cannot run only when they are traced.
     jax.eval_shape(functools.partial(loss_sum, graph), abstract.params, held_out[0])
 
   with contextlib.ExitStack() as stack:
@@ -141,8 +142,8 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
 
 
 def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
-  """(graph, optimizer, abstract, create): the module's structure, the transformation, the `TrainState` as shapes with
-  their shardings, and a function that makes it, every leaf directly where it belongs."""
+  """Returns (graph, optimizer, abstract, create): the module's structure, the transformation, the `TrainState` as
+  shapes with their shardings, and a function that makes it, with every leaf created directly where it belongs."""
   optimizer = optim.make_optimizer(config.optim)
 
   def init():
@@ -160,7 +161,7 @@ def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
 
 
 def empty_carried(model: LanguageModel, data: DataConfig) -> Any:
-  """What `TrainState.carried` is before a row's first window. Raises ValueError for a model that cannot carry it."""
+  """`TrainState.carried` before a row's first window. Raises ValueError for a model that cannot carry its state."""
   if data.carried_windows == 1:
     return None
   longest = data.carried_windows * data.sequence_length
@@ -175,14 +176,14 @@ def empty_carried(model: LanguageModel, data: DataConfig) -> Any:
 
 def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation,
                     abstract: TrainState) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-  """The jitted optimizer step (state, batch) -> (state, metrics); the given state's buffers are reused.
+  """The jitted optimizer step (state, batch) -> (state, metrics), which reuses the buffers of the given state.
 
-  The loss is the mean over the batch's targets, whatever the number of microbatches. When it or a gradient is not
+  The loss is the mean over the batch's targets, whatever the number of microbatches. If it or a gradient is not
   finite, parameters and optimizer state stay as they are and `metrics["finite"]` is False.
 
-  With `config.data.carried_windows` of n, a window goes on from the state that its row's last one left, as a constant,
-  but for every n-th, one that begins a document, and one after a step that was not finite: backpropagation through
-  time, truncated to a window.
+  With `config.data.carried_windows` = n, each window starts from its row's previous state, without gradient, which
+  truncates backpropagation through time to a window. The state resets every n windows, at a document start, and after
+  a step that was not finite.
   """
   schedule = optim.learning_rate(config.optim)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -211,7 +212,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
   def next_carried(state, batch, carried, finite):
     if carried is None:
       return None
-    # The mask hides a window's last target where that begins another document.
+    # The mask hides a window's last target if that target begins another document.
     goes_on = (batch["mask"][:, -1] > 0) & finite & ((state.step + 1) % config.data.carried_windows > 0)
     empty = empty_carried(nnx.merge(graph, state.params), config.data)
     return keep_rows(goes_on, carried, empty)
@@ -250,8 +251,8 @@ def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, d
 
 
 def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = None) -> tuple[jax.Array, tuple]:
-  """Summed next-token loss of a batch in nats, with the counts `targets` and `correct`, and the model's state after
-  the batch where one before it is given."""
+  """Returns a batch's summed next-token loss in nats, with the counts `targets` and `correct`, and the model's state
+  after the batch if a state before it is given."""
   model = nnx.merge(graph, params)
   hidden, state = model.hidden(batch["tokens"], state, batch["segment_ids"])
   total, counts = next_token_loss(hidden, model.unembedding(), batch["targets"], batch["mask"])
@@ -259,7 +260,8 @@ def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = N
 
 
 def _microbatches(tree, count, axis=0):
-  """`axis` of B rows to B / count, after a new first axis: every count-th row, so that no row leaves its device."""
+  """Splits `axis` from B rows to B / count, after a new first axis. Each part takes every count-th row, so that no row
+  leaves its device."""
 
   def regroup(x):
     x = jnp.moveaxis(x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1:]), axis + 1, 0)
@@ -282,7 +284,7 @@ def _restore(checkpoints, step, abstract, batches, config):
 
 
 def _require_rows(processes, data):
-  """A carried state belongs to a row, and which windows a row reads depends on the number of processes."""
+  """Refuses another number of processes: a carried state belongs to a row, and that number decides a row's windows."""
   if data.carried_windows > 1 and processes not in (None, jax.process_count()):
     raise ValueError(f"config.data.carried_windows={data.carried_windows}: the run was saved by {processes} processes "
                      f"and cannot go on with {jax.process_count()}, since its rows carry a state: start as many")

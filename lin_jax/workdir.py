@@ -1,4 +1,4 @@
-"""A run's directory: which run it belongs to, whether it can be written, and in what environment the run was made."""
+"""A run's directory: the run to which it belongs, whether it can be written, and the environment of the run."""
 
 import contextlib
 import dataclasses
@@ -20,19 +20,19 @@ from lin_jax.config import load as load_config
 from lin_jax.config import save as save_config
 from lin_jax.optim import lengthened
 
-# What may change when a run is resumed: it alters how the run is computed, watched and kept, not what it computes.
+# The fields that may change when a run is resumed: they alter how a run is computed, watched and kept, not its results.
 RESUMABLE = ("remat", "mesh", "eval", "checkpoint", "log", "optim.accumulation", "optim.nonfinite",
              "data.worker_threads")
-_LENGTH = {"optim.steps", "optim.decay_steps"}  # what a run is lengthened by: `lin_jax.optim.lengthened`
+_LENGTH = {"optim.steps", "optim.decay_steps"}  # the fields that lengthen a run: see `lin_jax.optim.lengthened`
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def continued(workdir: pathlib.Path, config: TrainConfig) -> tuple[TrainConfig, str]:
-  """`config` as the run in `workdir`, if there is one, goes on with it, and what there is to say of more steps.
+  """`config` as the run in `workdir`, if there is one, goes on with it, and a message about more steps.
 
-  Raises ValueError as `optim.lengthened`; any other difference is for `prepare` to refuse.
+  Raises ValueError as `optim.lengthened` does. `prepare` refuses any other difference.
   """
-  if not os.path.exists(workdir / "config.json"):  # not so either where there can be no such file
+  if not os.path.exists(workdir / "config.json"):  # also true where there can be no such file
     return config, ""
   saved = load_config(workdir / "config.json")
   if not _differing(saved, config).keys() <= _LENGTH:
@@ -43,9 +43,9 @@ def continued(workdir: pathlib.Path, config: TrainConfig) -> tuple[TrainConfig, 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps `workdir` for this training run, whose first process holds the lock. Reading it needs no lock.
+  """Keeps `workdir` for this training run, whose first process holds the lock. Reading the directory needs no lock.
 
-  Raises ValueError, which names the process and its host, when another run has it, and when it cannot be written.
+  Raises ValueError if another run holds the lock, naming its process and host, or if the directory cannot be written.
   """
   if jax.process_index():
     yield
@@ -62,10 +62,10 @@ def prepare(workdir: pathlib.Path, config: TrainConfig, data: dict | None = None
   """Creates `workdir` with `config.json`, `data.json` and `environment.json`, or checks that it belongs to this run.
 
   Args:
-    data: what `lin_jax.manifests.describe` says of the run's dataset; a run that has not recorded it yet does so now.
+    data: the result of `lin_jax.manifests.describe` for the run's dataset. A run that has not recorded it does so now.
   Raises:
-    ValueError: it holds a run whose config differs in a field outside `RESUMABLE`, one on other data, or checkpoints of
-      an unknown run, or it cannot be written.
+    ValueError: it holds a run whose config differs in a field outside `RESUMABLE`, a run on other data, or checkpoints
+      of an unknown run, or it cannot be written.
   """
   saved, data_file = workdir / "config.json", workdir / "data.json"
   try:
@@ -127,7 +127,7 @@ def _require_same_data(file, data):
 
 
 def _differing(saved, config):
-  """Name to both values of every field outside `RESUMABLE` that differs."""
+  """The fields outside `RESUMABLE` that differ, each name with both values."""
   saved, config = (dict(_fields(to_dict(c))) for c in (saved, config))
   return {name: (saved.get(name), config.get(name)) for name in sorted(saved.keys() | config.keys())
           if saved.get(name) != config.get(name)
