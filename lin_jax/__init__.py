@@ -9,7 +9,7 @@ import pathlib
 
 
 def _require_own_kernels():
-  """Raises ImportError where another package hides the `kernels` that comes with lin_jax: Hugging Face has one."""
+  """Raises ImportError if another package, such as Hugging Face's, hides the `kernels` that comes with lin_jax."""
   found = importlib.util.find_spec("kernels")
   folders = [pathlib.Path(folder) for folder in (found and found.submodule_search_locations or ())]
   if not any((folder / "gla" / "reference.py").exists() for folder in folders):

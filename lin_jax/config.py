@@ -1,7 +1,7 @@
 """Configuration of a training run: plain mutable dataclasses, so that the command line can override any field.
 
-A run is one `TrainConfig`. `experiments/configs` maps a bare name to a function that returns one; `validate` states
-every rule once, after overrides are parsed; `save` and `load` keep the resolved config beside the checkpoints.
+A run is one `TrainConfig`. `experiments/configs` maps a bare name to a function that returns one. `validate` states
+every rule once, after overrides are parsed, and `save` and `load` keep the resolved config beside the checkpoints.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ class ModelConfig:
   """A stack of `depth` blocks `x += mixer(norm(x)); x += mlp(norm(x))` between an embedding and a head."""
 
   mixer: Any = None  # a config dataclass registered in lin_jax.mixers
-  hybrid_mixer: Any = None  # another, of the layers `hybrid_layers`, counted from 0
+  hybrid_mixer: Any = None  # the mixer of the layers `hybrid_layers`, counted from 0
   hybrid_layers: tuple[int, ...] = ()
   vocab_size: int = 32000
   width: int = 1024
   depth: int = 24
   mlp: str = "swiglu"  # or "sglu", without activation
-  mlp_width: int = 2816  # 0 is a block of the mixer alone
+  mlp_width: int = 2816  # 0 means a block of the mixer alone
   norm: str = "rms"  # of blocks and output; "simple_rms" has no parameters
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
@@ -46,7 +46,7 @@ class DataConfig:
   batch_size: int = 256  # sequences per optimizer step, over all devices and accumulation steps
   reset_at_documents: bool = True  # documents packed in one window do not see each other
   shuffle: bool = True
-  carried_windows: int = 1  # neighbouring windows that a row reads one a step, keeping its state but not its gradient
+  carried_windows: int = 1  # neighbouring windows read by a row, one per step, with its state but not its gradient
   worker_threads: int = 4
 
 
@@ -54,13 +54,14 @@ class DataConfig:
 class OptimConfig:
   """AdamW with linear warmup to `learning_rate` and cosine decay to `final_learning_rate`.
 
-  A run can be given more `steps` later, finished or not. Where the two rates are equal, it is then the run that was
-  planned so. Elsewhere the decay ends where it was planned to, and further steps keep the final rate: a run planned for
-  as many `steps` with that `decay_steps` from the start, which the lengthened run's config says.
+  A run can be given more `steps` later, finished or not. If the two rates are equal, it is then the same run as one
+  planned with that many steps. Otherwise the decay ends where it was planned to end, and further steps keep the final
+  rate. That is the same as a run planned with that many `steps` and that `decay_steps` from the start, as the
+  lengthened run's config says.
   """
 
   steps: int = 1000
-  decay_steps: int = 0  # the step at which the decay ends; 0 is the last
+  decay_steps: int = 0  # the step at which the decay ends; 0 means the last step
   warmup_steps: int = 100
   learning_rate: float = 3e-4
   final_learning_rate: float = 3e-5
@@ -75,8 +76,8 @@ class OptimConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
-  """Devices per mesh axis; -1 takes what the others leave. `data` replicates parameters, `fsdp` shards them over the
-  batch, `tensor` over heads, MLP width and vocabulary."""
+  """Devices per mesh axis, where -1 takes the devices that the other axes leave. `data` replicates parameters, `fsdp`
+  shards them over the batch, and `tensor` over heads, MLP width and vocabulary."""
 
   data: int = -1
   fsdp: int = 1
@@ -85,7 +86,7 @@ class MeshConfig:
 
 @dataclasses.dataclass
 class EvalConfig:
-  """Held-out loss on `batches` batches of the validation split every `every` steps (0: only at the end)."""
+  """Held-out loss on `batches` batches of the validation split every `every` steps, or only at the end for 0."""
 
   every: int = 1000
   batches: int = 16
@@ -93,7 +94,7 @@ class EvalConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-  """Asynchronous saves every `every` steps and at the end; keeps the last `keep_last` and the best `keep_best`."""
+  """Asynchronous saves every `every` steps and at the end. The last `keep_last` and the best `keep_best` are kept."""
 
   every: int = 1000
   keep_last: int = 2
@@ -102,7 +103,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass
 class LogConfig:
-  """Console line and scalars every `every` steps; `profile_steps` "start,stop" writes a trace of those steps."""
+  """Console line and scalars every `every` steps. `profile_steps` as "start,stop" writes a trace of those steps."""
 
   every: int = 10
   tensorboard: bool = True
@@ -111,12 +112,12 @@ class LogConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-  """Everything that determines a run. Equal configs, data and devices give equal losses: bit for bit on a CPU, to
-  rounding on a GPU, where some sums have no fixed order."""
+  """Everything that determines a run. Equal configs, data and devices give equal losses: bit for bit on a CPU, and
+  up to rounding on a GPU, where some sums have no fixed order."""
 
   name: str = ""
   seed: int = 0
-  remat: str = "none"  # what a block recomputes in its backward pass: see `lin_jax.model.REMAT`
+  remat: str = "none"  # the part of a block that its backward pass recomputes: see `lin_jax.model.REMAT`
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -127,7 +128,7 @@ class TrainConfig:
 
 
 def validate(config: TrainConfig) -> TrainConfig:
-  """Returns `config`, or raises ValueError naming the first field that breaks a rule, its value and the rule."""
+  """Returns `config`, or raises ValueError that names the first field that breaks a rule, its value and the rule."""
 
   def require(ok, field, rule):
     if not ok:
@@ -189,7 +190,7 @@ def _get(config, field):
 
 
 def to_dict(config: TrainConfig) -> dict:
-  """The config as nested plain values; mixers carry their registered name under `"type"`."""
+  """The config as nested plain values, in which mixers carry their registered name under `"type"`."""
   from lin_jax import mixers
 
   values = dataclasses.asdict(config)
@@ -200,7 +201,7 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def from_dict(values: dict) -> TrainConfig:
-  """Inverse of `to_dict`; fields that are left out have their defaults.
+  """Inverse of `to_dict`. Missing fields have their defaults.
 
   Raises ValueError for an unknown mixer or field, and for a value of another type than its field's.
   """
@@ -228,8 +229,8 @@ def save(config: TrainConfig, path: pathlib.Path) -> None:
 def load(path: pathlib.Path) -> TrainConfig:
   """Reads a config written by `save`.
 
-  Raises ValueError naming the file, and the field, when it is missing or damaged, breaks a rule of `validate`, or
-  describes a model that cannot be built.
+  Raises ValueError, which names the file and the field, if the file is missing or damaged, breaks a rule of `validate`,
+  or describes a model that cannot be built.
   """
   from lin_jax.model import abstract_model
 

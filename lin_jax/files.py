@@ -1,6 +1,6 @@
-"""The one place that writes results: files and folders that appear whole or not at all, lines, locks and checksums.
+"""The only module that writes results: files and folders that appear whole or not at all, lines, locks and checksums.
 
-Standard library alone: unpacking a dataset must run where there is nothing else.
+It needs the standard library alone, because unpacking a dataset must run where nothing else is installed.
 """
 
 import contextlib
@@ -23,24 +23,24 @@ _REFUSALS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 
 
 class Unwritable(ValueError):
-  """The operating system refuses to write; the message names the file and the reason."""
+  """The operating system refuses to write. The message names the file and the reason."""
 
 
 def write(path: pathlib.Path | str, text: str) -> None:
-  """Writes a text file, as UTF-8 wherever it runs, so that `path` always holds either its old or its new content."""
+  """Writes a text file, in UTF-8 on every system, so that `path` always holds either its old or its new content."""
   with replacing(path) as file:
-    # What is no text, such as an undecodable byte of a command line, must not cost the rest.
+    # Characters that cannot be encoded, such as an undecodable byte of a command line, must not cost the rest.
     file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: pathlib.Path | str, value: Any, indent: int = 2) -> None:
-  """Writes `value` as `write` does."""
+  """Writes `value` as JSON, in the way that `write` does."""
   write(path, json.dumps(value, indent=indent) + "\n")
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path | str) -> Iterator[BinaryIO]:
-  """A file that becomes `path` when the block ends; after an error, or a kill, `path` is what it was.
+  """Yields a file that becomes `path` when the block ends. After an error or a kill, `path` is unchanged.
 
   A device or a pipe, such as /dev/stdout, is written directly. Raises Unwritable.
   """
@@ -50,7 +50,7 @@ def replacing(path: pathlib.Path | str) -> Iterator[BinaryIO]:
       with open(target, "wb") as file:
         yield file
       return
-    # Not one name for all: two processes that write the same file must not write into each other's.
+    # One name for all would let two processes that write the same file write into each other's.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
       with open(temporary, "wb") as file:
@@ -65,7 +65,7 @@ def replacing(path: pathlib.Path | str) -> Iterator[BinaryIO]:
 
 
 def append(path: pathlib.Path | str, text: str) -> None:
-  """Adds `text` to the end of `path`: all of it, or nothing when it does not fit on the disk. Raises Unwritable."""
+  """Adds all of `text` to the end of `path`, or nothing if it does not fit on the disk. Raises Unwritable."""
   with _refusing(path), open(path, "ab", buffering=0) as file:
     size, rest = file.seek(0, os.SEEK_END), text.encode()
     try:
@@ -78,10 +78,10 @@ def append(path: pathlib.Path | str, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: pathlib.Path | str) -> Iterator[pathlib.Path]:
-  """An empty folder that becomes `path` when the block ends; until then there is none of that name.
+  """Yields an empty folder that becomes `path` when the block ends. Until then there is no folder of that name.
 
-  What a killed process has left of an earlier attempt is thrown away. Raises ValueError when `path` exists and holds
-  something and when another process is making it, and Unwritable.
+  Remains of an earlier attempt by a killed process are thrown away. Raises ValueError if `path` exists and is not
+  empty or if another process is making it, and Unwritable.
   """
   path = pathlib.Path(os.path.abspath(path))
   _require_nothing(path)
@@ -111,9 +111,9 @@ def _require_nothing(path):
 def lock(path: pathlib.Path | str, held: str) -> Iterator[None]:
   """Holds the lock file `path`, which names this process and host, and removes it at the end.
 
-  The lock is the operating system's, so that it ends with the process however that ends, and a file that a killed
+  The lock is the operating system's, so it ends with the process however the process ends, and a file that a killed
   process has left is taken over. Where the file system has no locks, a warning on stderr says so, and nothing is held.
-  Raises ValueError, which begins with `held` and names the process, when another one holds the lock.
+  Raises ValueError, which begins with `held` and names the process, if another process holds the lock.
   """
   path = pathlib.Path(path)
   with _refusing(path):
@@ -124,7 +124,7 @@ def lock(path: pathlib.Path | str, held: str) -> Iterator[None]:
   finally:
     path.unlink(missing_ok=True)
     file.close()
-    for folder in missing:  # those of them in which nothing was made
+    for folder in missing:  # only the folders in which nothing was made are removed
       with contextlib.suppress(OSError):
         folder.rmdir()
 
@@ -142,7 +142,7 @@ def _locked(path, held):
     except OSError as e:
       print(f"{path}: this file system has no locks ({e.strerror}): nothing keeps a second process out",
             file=sys.stderr, flush=True)
-    # The one who held it may have removed the file between its opening and its locking here.
+    # The previous holder may have removed the file between its opening and its locking here.
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
       file.close()
       continue
@@ -167,15 +167,15 @@ def _holder(file):
 
 
 def sha256(path: pathlib.Path | str) -> str:
-  """Hexadecimal SHA-256 of a file."""
+  """The hexadecimal SHA-256 of a file."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_sha256(path: pathlib.Path, expected: str) -> None:
-  """Raises ValueError when the file cannot be read or its SHA-256 is not `expected`.
+  """Raises ValueError if the file cannot be read or its SHA-256 is not `expected`.
 
-  A process reads a file once for this, unless its size or time changes.
+  A process reads a file for this only once, unless the file's size or time changes.
   """
   try:
     status = path.stat()
@@ -193,9 +193,9 @@ def _sha256(path, size, changed):
 
 @contextlib.contextmanager
 def naming(path: pathlib.Path | str) -> Iterator[None]:
-  """Makes an error of the block that says that nothing can be written, but not where, an Unwritable about `path`.
+  """Turns an error in the block that says that nothing can be written, but not where, into an Unwritable about `path`.
 
-  The libraries that write checkpoints put the system's words into errors of their own.
+  The libraries that write checkpoints put the system's message into errors of their own.
   """
   try:
     yield

@@ -3,7 +3,7 @@
 from lin_jax.config import ModelConfig
 from lin_jax.model import abstract_model
 
-# Dense bfloat16 FLOP/s from the vendors' data sheets, by a part of `jax.Device.device_kind`; the first match counts.
+# Dense bfloat16 FLOP/s from the vendors' data sheets, by a part of `jax.Device.device_kind`. The first match counts.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
@@ -33,7 +33,7 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-  """Forward and backward, the latter counted as twice the former; recomputation is not counted."""
+  """FLOPs per token of forward and backward pass, the latter counted as twice the former, without recomputation."""
   return 3 * forward_flops_per_token(config, sequence_length)
 
 

@@ -1,7 +1,8 @@
-"""Sampling: the prompt in the parallel form of the model, every further token in its recurrent form.
+"""Sampling. The model reads the prompt in its parallel form and every further token in its recurrent form.
 
-One compiled program does both. A recurrent mixer carries a state of fixed size from token to token, attention a cache
-of the whole sequence; what the program needs is known from its shapes, so too long a prompt is refused before it runs.
+One compiled program does both. A recurrent mixer carries a state of fixed size from token to token, and attention a
+cache of the whole sequence. The program's memory is known from its shapes, so a prompt that is too long is refused
+before the program runs.
 """
 
 import dataclasses
@@ -22,10 +23,11 @@ from lin_jax.model import LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn from logits: divided by `temperature`, cut to the `top_k` most likely, then to the smallest
-  set of probability `top_p`. Temperature 0 takes the most likely token; top_k 0 and top_p 1 cut nothing.
+  """How a token is drawn from logits. They are divided by `temperature`, cut to the `top_k` most likely, and then to
+  the smallest set with probability `top_p`. Temperature 0 takes the most likely token. With top_k 0 and top_p 1 nothing
+  is cut.
 
-  Ids from `vocab_size` on, which pad a model's vocabulary beyond its tokenizer's, are never drawn; 0 draws from all.
+  Ids from `vocab_size` on, which pad a model's vocabulary beyond its tokenizer's, are never drawn. With 0 all ids are.
   """
 
   temperature: float = 1.0
@@ -47,11 +49,11 @@ class Sampling:
 def generate(model: LanguageModel, prompt: Int[Array, "B P"] | Sequence[Sequence[int]], steps: int, *,
              temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, vocab_size: int = 0,
              key: Array | None = None) -> Int[Array, "B steps"]:
-  """`steps` tokens that continue each prompt (P >= 1); equal keys give equal tokens. Key 0 if None.
+  """Generates `steps` tokens that continue each prompt (P >= 1). Equal keys give equal tokens, and None means key 0.
 
-  The other options are those of `Sampling`. Raises ValueError for token ids outside the vocabulary, sampling values
-  outside their domain, and a prompt and steps that need more memory than the device has. It compiles at every call:
-  keep the result of `compile_generate` to sample repeatedly.
+  The other options are the fields of `Sampling`. Raises ValueError for token ids outside the vocabulary, for sampling
+  values outside their domain, and for a prompt and steps that need more memory than the device has. Every call compiles
+  anew. To sample repeatedly, keep the result of `compile_generate`.
   """
   prompt = np.asarray(prompt)
   if prompt.ndim != 2:
@@ -69,7 +71,7 @@ def compile_generate(model: LanguageModel, batch: int, prompt_length: int, steps
   if prompt_length < 1 or steps < 1 or batch < 1:
     raise ValueError(f"batch={batch}, prompt_length={prompt_length}, steps={steps}: each must be at least 1")
   request = f"a prompt of {prompt_length:,} and {steps:,} new tokens (batch {batch})"
-  # Before compiling: the compiler itself runs out of memory on states and tokens (int32) that cannot fit.
+  # Checked before compiling, because states and tokens (int32) that are too big exhaust the compiler's own memory.
   _require_memory(request, state_bytes(model, batch, prompt_length + steps) + 4 * batch * (prompt_length + steps))
   tokens = jax.ShapeDtypeStruct((batch, prompt_length), jnp.int32)
   program = _generate.lower(model, tokens, jax.eval_shape(jax.random.key, 0), steps, sampling).compile()
@@ -105,7 +107,10 @@ def _generate(model, prompt, key, steps, sampling):
 
 def decode(model: LanguageModel, logits: Float[Array, "B V"], state: Any, key: Array, steps: int,
            sampling: Sampling) -> tuple[Int[Array, "B steps"], tuple[Float[Array, "B V"], Any]]:
-  """`steps` tokens, the first drawn from `logits`, and logits and state after the last; to be called under jit."""
+  """Generates `steps` tokens, the first drawn from `logits`. Returns them with the logits and the state after the last.
+
+  It must be called under jit.
+  """
 
   def next_token(carry, i):
     logits, state = carry
@@ -117,7 +122,7 @@ def decode(model: LanguageModel, logits: Float[Array, "B V"], state: Any, key: A
 
 
 def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, "B"]:
-  """One token id per row."""
+  """Draws one token id per row."""
   if sampling.vocab_size:
     logits = jnp.where(jnp.arange(logits.shape[-1])[None] < sampling.vocab_size, logits, -jnp.inf)
   if sampling.temperature == 0:
@@ -131,17 +136,17 @@ def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[A
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-  """Logits with all but the `k` largest, and those equal to the k-th, at -inf."""
+  """Logits where all but the `k` largest, and any equal to the k-th, are -inf."""
   kth = jax.lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
   return jnp.where(logits < kth, -jnp.inf, logits)
 
 
 def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-  """Logits outside the smallest set of most likely tokens whose probability reaches `p`, at -inf (Holtzman et al.
-  2020, arXiv:1904.09751, section 3.1)."""
+  """Logits where all tokens outside the smallest set of most likely ones whose probability reaches `p` are -inf
+  (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
   ordered = jnp.sort(logits, axis=-1, descending=True)
   probability = jax.nn.softmax(ordered, axis=-1)
-  # A token stays when those before it fall short of p: the one that crosses p is in, and the first always is.
+  # A token stays if the tokens before it fall short of p, so the one that crosses p stays, and the first always does.
   kept = jnp.cumsum(probability, axis=-1) - probability < p
   last = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits < last, -jnp.inf, logits)
@@ -162,7 +167,7 @@ def _require_memory(request, needed):
 
 
 def _memory(device):
-  """Bytes free on an accelerator; all of the machine's for the CPU, whose free memory is mostly its file cache."""
+  """Bytes free on an accelerator, or all bytes of a CPU's machine, whose free memory is mostly its file cache."""
   stats = device.memory_stats()
   if stats:
     return stats["bytes_limit"] - stats["bytes_in_use"]

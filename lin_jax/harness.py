@@ -1,9 +1,9 @@
-"""A model as EleutherAI's lm-evaluation-harness wants it (extra `evaluation`; nothing else here imports that package).
+"""A model as EleutherAI's lm-evaluation-harness wants it. Nothing else here imports that package (extra `evaluation`).
 
 Rows of a batch are padded to a few lengths, so that few programs are compiled. A model whose state has a fixed size
-reads texts of any length, long ones piece by piece with its state carried over, and nothing is cut. A model with a
-growing cache reads `context` tokens at most: prompts lose their beginning, and documents are scored in windows of that
-many tokens, each new token once. A text without a context follows the end-of-document token.
+reads texts of any length. It reads long texts piece by piece with its state carried over, and nothing is cut. A model
+with a growing cache reads at most `context` tokens: prompts lose their beginning, and documents are scored in windows
+of that many tokens, where each new token is scored once. A text without a context follows the end-of-document token.
 """
 
 import functools
@@ -33,19 +33,20 @@ SHORTEST = 32  # tokens; rows are padded to this times a power of two
 PIECE = 2048  # tokens that a model with a fixed state reads at once
 DECODED = 32  # tokens between two looks for stop strings
 _HEAD_TOKENS = 32  # tokens per row whose logits exist at once
-_ENDLESS = 2**24  # as the length of a state: attention with a window then keeps all of its window
+_ENDLESS = 2**24  # as the length of a state, it lets attention keep all of its window
 
 _log = logging.getLogger(__name__)
 
 
 class HarnessModel(TemplateLM):
-  """`model` behind `loglikelihood`, `loglikelihood_rolling` and `generate_until`, greedy unless a task samples.
+  """Puts `model` behind `loglikelihood`, `loglikelihood_rolling` and `generate_until`, greedy unless a task samples.
 
-  Log-probabilities are float32, of logits whose products are in the model's dtype, and are summed in float64.
+  Log-probabilities are float32, come from logits whose products are in the model's dtype, and are summed in float64.
   """
 
   def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, context: int, batch_size: int = 16, seed: int = 0):
-    """`context` bounds what models with a growing cache read, their training length say; others do not use it."""
+    """`context` bounds the tokens that models with a growing cache read, for instance by their training length. Other
+    models do not use it."""
     super().__init__()
     if context < 2 or batch_size < 1:
       raise ValueError(f"context={context}, batch_size={batch_size}: must be at least 2 and 1")
@@ -61,7 +62,7 @@ class HarnessModel(TemplateLM):
     return self.text.encode(string)
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """Log-probability of each whole text after the end-of-document token."""
+    """The log-probability of each whole text after the end-of-document token."""
     owners, rows = [], []
     for i, request in enumerate(requests):
       ids = self.tok_encode(request.args[0])
@@ -77,7 +78,7 @@ class HarnessModel(TemplateLM):
     return totals.tolist()
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Text that follows each prompt, up to a stop string, the end of the document or the task's `max_gen_toks`.
+    """The text that follows each prompt, up to a stop string, the end of the document or the task's `max_gen_toks`.
 
     Raises ValueError for a generation option other than until, max_gen_toks, do_sample, temperature, top_k, top_p.
     """
@@ -111,8 +112,8 @@ class HarnessModel(TemplateLM):
     return results
 
   def _score(self, rows, disable_tqdm):
-    """For each (ids, n): the log-probability of the last n ids after those before, and whether greedy decoding gives
-    them. The first id is never scored."""
+    """Returns for each (ids, n) the log-probability of the last n ids after the ids before them, and whether greedy
+    decoding gives them. The first id is never scored."""
     results = [(0.0, True)] * len(rows)
     with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as progress:
       for batch in self._batches({i: len(ids) for i, (ids, _) in enumerate(rows)}):
@@ -143,7 +144,7 @@ class HarnessModel(TemplateLM):
     return ids[-(self.context - most):] if self.context else ids
 
   def _continue(self, prompts, stops, most, sampling):
-    """Texts of up to `most` tokens; looks for stop strings every `DECODED` tokens."""
+    """Texts of up to `most` tokens. It looks for stop strings every `DECODED` tokens."""
     length, pieces = padded(max(map(len, prompts))), -(-most // DECODED)
     tokens, segments = np.zeros((2, self.batch_size, length), np.int32)
     for row, ids in enumerate(prompts):
@@ -162,16 +163,16 @@ class HarnessModel(TemplateLM):
     return texts
 
   def _finished(self, ids, stops, last):
-    """The text if it has ended, or at the `last` look; else None."""
+    """The text if it has ended or this is the `last` look, and None otherwise."""
     ended = self.eot_token_id in ids
     ids = ids[:ids.index(self.eot_token_id)] if ended else ids
-    # Unlike a text's own decoding this keeps the space that separates it from the prompt.
+    # Unlike a text's own decoding, this keeps the space that separates the text from the prompt.
     text = b"".join(map(self.text.token_bytes, ids)).decode(errors="replace")
     ends = [at for stop in stops if (at := text.find(stop)) >= 0]
     return text[:min(ends)] if ends else text if ended or last else None
 
   def _batches(self, lengths: dict[int, int]) -> Iterator[list[int]]:
-    """The longest first: a batch is padded little, and one that does not fit the memory fails at once."""
+    """Yields the longest rows first, so that padding is little and a batch too big for the memory fails at once."""
     ordered = sorted(lengths, key=lengths.get, reverse=True)
     return (ordered[i:i + self.batch_size] for i in range(0, len(ordered), self.batch_size))
 
@@ -182,7 +183,7 @@ def has_growing_state(model: LanguageModel) -> bool:
 
 
 def padded(length: int) -> int:
-  """The next of the lengths that programs are compiled for."""
+  """The next larger of the lengths for which programs are compiled."""
   return SHORTEST * 2 ** max(0, (-(-length // SHORTEST) - 1).bit_length())
 
 
@@ -220,7 +221,7 @@ def _token_logprobs(model: LanguageModel, tokens: Int[Array, "B T"], targets: In
 
 @functools.partial(jax.jit, static_argnames="max_length")
 def _prefill(model, tokens, segment_ids, max_length):
-  """Logits after the last token and the state of its segment: what the padding on the left wrote is gone."""
+  """Logits after the last token, and the state of its segment, without the effects of the padding on the left."""
   hidden, state = model.hidden(tokens, model.init_state(tokens.shape[0], max_length), segment_ids)
   return jnp.dot(hidden[:, -1], model.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32), state
 

@@ -2,7 +2,8 @@
 
 Parameters are float32 and are cast to the compute dtype where they are used. Each carries one logical axis name per
 dimension, which `lin_jax.sharding` maps to a mesh axis. Kernels start from N(0, 0.02), as LLaMA-style models do, unless
-a caller passes an initializer; residual output projections are not rescaled by depth (the GLA paper's code does not).
+a caller passes an initializer. Residual output projections are not rescaled by depth, nor are they in the GLA paper's
+code.
 """
 
 import math
@@ -18,18 +19,18 @@ NORMAL = nnx.initializers.normal(0.02)
 
 
 def param(rngs: nnx.Rngs, init: Callable, shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
-  """A float32 parameter with logical axis names; placement is left to the caller's jit (`out_shardings`)."""
+  """A float32 parameter with logical axis names. Its placement is left to the caller's jit (`out_shardings`)."""
   return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), out_sharding=tuple(axes), eager_sharding=False)
 
 
 def time_step_biases(key: Array, shape: Sequence[int], dtype) -> Array:
-  """Initializer of the bias under a softplus that gives time steps: these start log-uniform in [1e-3, 1e-1]."""
+  """Initializer of the bias under the softplus of a time step. The time steps start log-uniform in [1e-3, 1e-1]."""
   dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
   return dt + jnp.log(-jnp.expm1(-dt))
 
 
 class Linear(nnx.Module):
-  """y = x W (+ b), products in `dtype` with float32 accumulation; y in `output_dtype` (`dtype` if None)."""
+  """y = x W (+ b), with products in `dtype` and float32 accumulation. y is in `output_dtype` (`dtype` if None)."""
 
   def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, dtype, rngs: nnx.Rngs,
                init: Callable = NORMAL, bias: bool = False, output_dtype=None):
@@ -39,7 +40,7 @@ class Linear(nnx.Module):
     self.output_dtype = jnp.dtype(dtype if output_dtype is None else output_dtype)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    # As one axis: for a kernel's gradient over two, XLA on a CPU makes transposed copies of both operands.
+    # Flattened to one axis, because XLA on a CPU copies and transposes both operands of a kernel's gradient over two.
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
     y = jnp.matmul(rows, self.kernel[...].astype(self.dtype), preferred_element_type=self.output_dtype)
     y = y.reshape(*x.shape[:-1], -1)
@@ -52,7 +53,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """x / sqrt(mean(x²) + eps) * scale over the last axis; statistics in float32, result in x's dtype."""
+  """x / sqrt(mean(x²) + eps) * scale over the last axis, with statistics in float32 and the result in x's dtype."""
 
   def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
     self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
@@ -65,7 +66,7 @@ class RMSNorm(nnx.Module):
 
 
 class SimpleRMSNorm(nnx.Module):
-  """x / sqrt(mean(x²) + eps) over the last axis, without parameters; statistics in float32, result in x's dtype."""
+  """x / sqrt(mean(x²) + eps) over the last axis, without parameters, statistics in float32, result in x's dtype."""
 
   def __init__(self, *, eps: float):
     self.eps = eps
@@ -100,8 +101,8 @@ class SGLU(SwiGLU):
 class ShortConvolution(nnx.Module):
   """Depthwise causal convolution: y_t = Σ_i w_i x_{t-taps+1+i}, i < taps. State: the last taps - 1 inputs.
 
-  Inputs of another segment, and those before the first token of an empty state, count as zero. After a call the state
-  holds inputs of the last token's segment only.
+  Inputs of another segment, and inputs before the first token of an empty state, count as zero. After a call the state
+  holds only inputs of the last token's segment.
   """
 
   def __init__(self, channels: int, taps: int, *, axis: str | None, dtype, rngs: nnx.Rngs):
@@ -147,7 +148,8 @@ def convolve(convolutions: Sequence[ShortConvolution], inputs: Sequence[Array], 
 
 
 def segment_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-  """Number of id changes up to each token: 0 in the first segment, which is the one that continues a given state."""
+  """Number of id changes up to each token. It is 0 in the first segment, which is the one that continues a given state.
+  """
   changes = segment_ids[:, 1:] != segment_ids[:, :-1]
   return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 

@@ -2,10 +2,10 @@
 
   x = x + mixer(norm(x));  x = x + mlp(norm(x))
 
-Layers that repeat, one or a short pattern of several, are stored with a leading axis of repetitions and applied by
-`lax.scan`, so that compile time does not grow with depth. Parameters are float32; activations have the config's dtype,
-and the residual stream stays split over the batch axes of the mesh in use. Recurrent state is an explicit pytree: one
-stacked mixer state per layer of each run's pattern.
+Layers that repeat, singly or as a short pattern of several, are stored with a leading axis of repetitions and applied
+by `lax.scan`, so that compile time does not grow with depth. Parameters are float32. Activations have the config's
+dtype, and the residual stream stays split over the batch axes of the mesh in use. The recurrent state is an explicit
+pytree with one stacked mixer state per layer of each run's pattern.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from lin_jax.sharding import shard_batch
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-  """Checkpoint policies of a block's mixer branch and of the whole block; None saves whatever autodiff asks for."""
+  """Checkpoint policies of a block's mixer branch and of the whole block. None saves all that autodiff asks for."""
 
   mixer: Callable | None = None
   block: Callable | None = None
 
 
-# Results of products with weights, and of the mixing op; elementwise results are recomputed.
+# Saves results of products with weights and of the mixing op. Elementwise results are recomputed.
 PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names("mixer_output"))
@@ -51,7 +51,7 @@ MLPS = {"swiglu": SwiGLU, "sglu": SGLU}
 
 
 class Block(nnx.Module):
-  """One layer: mixer branch, MLP branch. A config with an `mlp_width` of 0 has no MLP branch."""
+  """One layer: mixer branch, then MLP branch. A config with an `mlp_width` of 0 has no MLP branch."""
 
   def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
     dtype = jnp.dtype(config.dtype)
@@ -78,7 +78,7 @@ class Block(nnx.Module):
     return self.mlp_branch(x + y), state
 
   def mlp_branch(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """x plus the MLP of its norm; x itself in a block without an MLP."""
+    """x plus the MLP of its norm, or x itself in a block without an MLP."""
     if self.mlp is None:
       return x
     with jax.named_scope("mlp"):
@@ -86,10 +86,10 @@ class Block(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-  """A causal language model. Parallel call for training and prefill, recurrent `step` for decoding.
+  """A causal language model. It has a parallel call for training and prefill, and a recurrent `step` for decoding.
 
-  `unroll` repetitions are compiled together in a step of the scan over layers. With all of them nothing is stacked for
-  the backward pass, and compilation takes as many times longer: worth it for two layers.
+  `unroll` repetitions are compiled together in one step of the scan over layers. If all are, nothing is stacked for the
+  backward pass, and compilation takes as many times longer. That is worth it for two layers.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, remat: str = "none", unroll: int = 1):
@@ -109,18 +109,18 @@ class LanguageModel(nnx.Module):
 
   def hidden(self, tokens: Int[Array, "B T"], state: Any = None, segment_ids: Int[Array, "B T"] | None = None,
              ) -> tuple[Float[Array, "B T D"], Any]:
-    """Normed activations before the head, and the state after the last token (None if none was given).
+    """Normed activations before the head, and the state after the last token (None if no state was given).
 
     Args:
       tokens: ids in [0, vocab_size).
-      state: of `init_state` or of an earlier call; continues that sequence.
-      segment_ids: documents packed in a row; nothing passes where the id changes. The first segment continues `state`.
+      state: from `init_state` or from an earlier call, whose sequence this call continues.
+      segment_ids: documents packed in a row. Nothing passes where the id changes. The first segment continues `state`.
     """
     return self.hidden_from_embeddings(self.embed(tokens), state, segment_ids)
 
   def hidden_from_embeddings(self, x: Float[Array, "B T D"], state: Any = None,
                              segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], Any]:
-    """`hidden` of embedded tokens, for what changes embeddings in between, such as dropout."""
+    """`hidden` of embedded tokens, for callers that change the embeddings in between, for instance by dropout."""
     states = []
     for run, run_state in zip(self._runs(), [None] * len(self.runs) if state is None else state, strict=True):
 
@@ -137,7 +137,7 @@ class LanguageModel(nnx.Module):
 
   def __call__(self, tokens: Int[Array, "B T"], state: Any = None, segment_ids: Int[Array, "B T"] | None = None,
                ) -> tuple[Float[Array, "B T V"], Any]:
-    """Float32 logits of the next token, and the state; arguments as in `hidden`."""
+    """Float32 logits of the next token, and the state. The arguments are the same as in `hidden`."""
     x, state = self.hidden(tokens, state, segment_ids)
     return self._logits(x), state
 
@@ -158,23 +158,23 @@ class LanguageModel(nnx.Module):
     return self._logits(self.norm(x)), states
 
   def init_state(self, batch: int, max_length: int) -> list:
-    """Empty state for `batch` rows of up to `max_length` tokens."""
+    """The empty state for `batch` rows of up to `max_length` tokens."""
     empty = jax.vmap(lambda block: block.mixer.init_state(batch, max_length))
     return [[empty(blocks) for blocks in run] for run in self.runs]
 
   def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-    """What the first layer reads of each token."""
+    """The vector of each token that the first layer reads."""
     with jax.named_scope("embed"):
-      # Rows are cast after the look-up: its gradient then sums repeated tokens in float32.
+      # Rows are cast after the look-up, so that its gradient sums repeated tokens in float32.
       rows = self.embedding[...][tokens]
       return shard_batch((rows * self.embedding_scale if self.embedding_scale else rows).astype(self.dtype))
 
   def unembedding(self) -> Float[Array, "D V"]:
-    """The float32 output matrix: the transposed embedding if they are tied."""
+    """The float32 output matrix, which is the transposed embedding if the two are tied."""
     return self.embedding[...].T if self.head is None else self.head[...]
 
   def flops_per_token(self, sequence_length: int) -> int:
-    """Matmul and mixing FLOPs of the forward pass, averaged over a sequence; embedding look-ups count as none."""
+    """Matmul and mixing FLOPs of the forward pass per token, averaged over a sequence, without embedding look-ups."""
     total = 2 * self.embedding.shape[0] * self.embedding.shape[1]
     for blocks, layers in self._stacks(self.runs):
       total += len(layers) * blocks.mixer.flops_per_token(sequence_length)
@@ -199,12 +199,12 @@ class LanguageModel(nnx.Module):
 
 
 def keep_rows(kept: Bool[Array, "B"], state: Any, empty: Any) -> Any:
-  """The model state `state` in the rows `kept`, `empty` of `init_state` in the others."""
+  """The model state with the rows of `state` that are `kept`, and the rows of `empty` (from `init_state`) elsewhere."""
   return jax.tree.map(lambda x, e: jnp.where(kept.reshape(1, -1, *(1,) * (x.ndim - 2)), x, e), state, empty)
 
 
 def parameter_count(config: ModelConfig) -> int:
-  """Number of parameters, without allocating any."""
+  """The number of parameters, found without allocating any."""
   return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param)))
 
 
@@ -220,7 +220,7 @@ def layer_mixers(config: ModelConfig) -> list:
 
 
 def layer_runs(layers: list) -> list[tuple[list, int]]:
-  """Patterns of layers and how often each repeats: one pattern for the whole stack, or runs of equal layers, whichever
+  """Patterns of layers and how often each repeats. The stack is either one pattern or runs of equal layers, whichever
   has fewer layers to compile."""
   equal = [([mixer], len(list(group))) for mixer, group in itertools.groupby(layers)]
   period = next(p for p in range(1, len(layers) + 1) if layers[:p] * (len(layers) // p) == layers)
@@ -249,5 +249,5 @@ def _stack(config, mixer, depth, rngs):
 
 
 def _checkpoint(fn, policy):
-  # Under scan the compiler cannot merge the recomputation with the forward pass, so no barrier is needed against it.
+  # Under scan the compiler cannot merge the recomputation with the forward pass, so no barrier is needed against that.
   return fn if policy is None else jax.checkpoint(fn, policy=policy, prevent_cse=False)

@@ -2,7 +2,7 @@
 
 Each op maps arrays of a whole sequence to `(output, final_state)` and has gradients. Each `*_step` advances the state
 by one token, for decoding: `step(state, q, k, v, ...) -> (state, output)`. `explain` says which implementation an op
-would run on given arrays and why not the others; `Implementation` is the type of their names. `kernels/README.md`
+would run on given arrays, and why not the others. `Implementation` is the type of their names. `kernels/README.md`
 lists every op with its formula and what each implementation supports.
 """
 

@@ -1,6 +1,6 @@
 """Placement of parameters and activations on a mesh with axes ("data", "fsdp", "tensor").
 
-`data` and `fsdp` split the batch; `fsdp` also splits every matrix along the model width; `tensor` splits heads, MLP
+`data` and `fsdp` split the batch. `fsdp` also splits every matrix along the model width, and `tensor` splits heads, MLP
 width and vocabulary. Parameters are placed by jit's `out_shardings`, activations by `shard_batch`, and ops whose
 kernels the compiler cannot partition run on local blocks through `map_over_heads`. The last two act only under
 `jax.set_mesh`.
@@ -25,7 +25,7 @@ LOGICAL_AXES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "t
 
 
 def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
-  """Sizes of `AXES`, with -1 resolved. Raises ValueError when they do not multiply to `device_count`."""
+  """Sizes of `AXES`, with -1 resolved. Raises ValueError if their product is not `device_count`."""
   sizes = [getattr(config, axis) for axis in AXES]
   text = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
   if sizes.count(-1) > 1:
@@ -37,13 +37,13 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of all devices, or of those given, with compiler-propagated (Auto) axes."""
+  """A mesh of all devices, or of the given ones, with compiler-propagated (Auto) axes."""
   devices = jax.devices() if devices is None else list(devices)
   return jax.make_mesh(mesh_shape(config, len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def validate_mesh(config: TrainConfig, device_count: int) -> None:
-  """Raises ValueError when the mesh does not fit the devices, or the batch or the heads do not fit the mesh."""
+  """Raises ValueError if the mesh does not fit the devices, or if the batch or the heads do not fit the mesh."""
   data, fsdp, tensor = mesh_shape(config.mesh, device_count)
   rows = config.data.batch_size // config.optim.accumulation
   if rows % (data * fsdp):
@@ -57,7 +57,7 @@ def validate_mesh(config: TrainConfig, device_count: int) -> None:
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
-  """NamedShardings in the structure of `tree`: parameters by their logical axes, any other leaf replicated.
+  """NamedShardings in the structure of `tree`: parameters by their logical axes, every other leaf replicated.
 
   `tree` may be a module, an `nnx.State`, an optimizer state built from one, or an abstract form of these. Stacked
   parameters have unnamed leading axes. A dimension that its mesh axis does not divide stays whole.
@@ -88,11 +88,11 @@ def shard_batch(x: Array) -> Array:
 
 
 def map_over_heads(fn: Callable, layouts: str) -> Callable:
-  """`fn` applied to each device's batch rows and heads; plain `fn` when no mesh is in use.
+  """`fn` applied to each device's batch rows and heads, or plain `fn` if no mesh is in use.
 
-  `layouts` names the dimensions of every argument and result, as "bthk,bthv->bthv": `b` is split over the batch axes,
-  `h` over "tensor", other letters stay whole. An argument may be None. A batch that the mesh does not divide (a single
-  prompt, say) is computed by every device; heads that it does not divide raise ValueError.
+  `layouts` names the dimensions of every argument and result, as in "bthk,bthv->bthv". `b` is split over the batch
+  axes, `h` over "tensor", and dimensions with other letters stay whole. An argument may be None. A batch that the mesh
+  does not divide (a single prompt, say) is computed by every device. Heads that it does not divide raise ValueError.
   """
   inputs, outputs = (side.split(",") for side in layouts.replace(" ", "").split("->"))
 
@@ -116,7 +116,7 @@ def map_over_heads(fn: Callable, layouts: str) -> Callable:
 
 
 def _is_partitioned(mesh) -> bool:
-  """Whether a mesh of several devices is in use, and not already manual (inside another shard_map)."""
+  """Whether a mesh of several devices is in use and is not already manual (inside another shard_map)."""
   return not mesh.empty and mesh.size > 1 and set(AXES) <= set(mesh.auto_axes)
 
 

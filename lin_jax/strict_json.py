@@ -1,4 +1,4 @@
-"""JSON that every parser reads: a number that is not finite, for which JSON has no word, is "nan", "inf" or "-inf"."""
+"""JSON that every parser reads. Numbers that are not finite have no form in JSON and become "nan", "inf" or "-inf"."""
 
 import json
 import math

@@ -1,11 +1,11 @@
 """Tokenizers: text to token ids and back, each with an end-of-document id and no beginning-of-document id.
 
-`bytes` needs no file; `mistral` reads a SentencePiece model, such as that of Mistral-7B-v0.1 (32,000 pieces, the
-vocabulary of the GLA and DeltaNet papers). A prepared dataset carries its tokenizer: `load_tokenizer("data/english")`
-is all that decoding needs.
+`bytes` needs no file. `mistral` reads a SentencePiece model, such as Mistral-7B-v0.1's (32,000 pieces, the vocabulary
+of the GLA and DeltaNet papers). A prepared dataset carries its tokenizer, so `load_tokenizer("data/english")` is
+enough for decoding.
 
-Encoding keeps every text, but for U+2581, which SentencePiece takes for a space: bits per byte count the bytes of the
-text, and would be too low if some of it were dropped or became the unknown token.
+Encoding keeps every text, except for U+2581, which SentencePiece takes for a space. That matters because bits per byte
+count the bytes of the text, and would be too low if some of it were dropped or became the unknown token.
 """
 
 import codecs
@@ -22,29 +22,29 @@ MANIFEST_FILE = "manifest.json"
 
 
 class Tokenizer(Protocol):
-  """What a dataset, a model and a sampler need to know of a tokenizer."""
+  """The interface of a tokenizer that a dataset, a model and a sampler need."""
 
   name: str
   vocab_size: int
   eos_id: int
-  prefix: str  # what encoding puts before a text, and decoding takes off again
-  decoding_errors: str  # the name of a handler of `codecs`, for bytes that are no UTF-8
+  prefix: str  # encoding puts it before a text, and decoding removes it
+  decoding_errors: str  # the name of a handler of `codecs`, for bytes that are not UTF-8
 
   def encode(self, text: str) -> list[int]:
     """Ids of `text`, without `eos_id`."""
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text of `ids`; invalid UTF-8 becomes U+FFFD, control ids nothing. Raises ValueError as `token_bytes` does."""
+    """Text of `ids`. Invalid UTF-8 becomes U+FFFD, and control ids give nothing. Raises ValueError as `token_bytes`."""
 
   def token_bytes(self, token: int, *, first: bool = False) -> bytes:
-    """The bytes that `token` stands for, less the prefix if it is the `first` of a text; none for control ids.
+    """The bytes of `token`, without the prefix if it is the `first` of a text. Control ids have none.
 
     Raises ValueError for an id that the tokenizer does not have.
     """
 
 
 class ByteTokenizer:
-  """Ids 0..255 are the bytes of UTF-8; 256 ends a document, so `vocab_size` is 257."""
+  """Ids 0..255 are the bytes of UTF-8, and 256 ends a document, so `vocab_size` is 257."""
 
   name = "bytes"
   vocab_size = 257
@@ -64,12 +64,12 @@ class ByteTokenizer:
 
 
 class MistralTokenizer:
-  """A SentencePiece model with byte fallback, read from `path`: ids and texts are those of SentencePiece itself.
+  """A SentencePiece model with byte fallback, read from `path`. Its ids and texts are those that SentencePiece gives.
 
-  A BPE model whose pieces span no newline and no space that follows another character is encoded faster: the text is
-  split there, and each distinct word is encoded once and remembered. That is exact because no merge crosses a split.
-  Raises ValueError for a file that is no such model, and for a model without an end id or with an option that makes
-  encoding lose a part of some texts.
+  Encoding is faster for a BPE model whose pieces span no newline and no space that follows another character. The text
+  is then split at these places, and each distinct word is encoded once and remembered. The result is exact, because no
+  merge crosses a split. Raises ValueError for a file that is not such a model, and for a model without an end id or
+  with an option that makes encoding lose a part of some texts.
   """
 
   name = "mistral"
@@ -86,7 +86,7 @@ class MistralTokenizer:
     self._bytes = [self._piece_bytes(i, piece.piece, options) for i, piece in enumerate(options.pieces)]
     self._prefixed = {i for i, piece in enumerate(options.pieces)
                       if self.prefix and piece.piece.startswith("\u2581") and not self._model.is_unknown(i)}
-    # A word is encoded after a newline: alone, it would lose the distinction between " a" and "a".
+    # A word is encoded after a newline, because alone it would lose the distinction between " a" and "a".
     newline = self._model.encode("\n")
     self._cache = {"\n": (newline[-1],)}
     self._newline_ids = len(newline) if _splits_at_words(options, newline[-1]) else 0
@@ -125,7 +125,7 @@ class MistralTokenizer:
 
 
 def _read_sentencepiece(path):
-  """The model of a file, and the message that describes it. Raises ValueError as `MistralTokenizer` does."""
+  """The model in a file, and the message that describes it. Raises ValueError as `MistralTokenizer` does."""
   import sentencepiece
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2
@@ -179,22 +179,22 @@ def _require_id(tokenizer, token):
     raise ValueError(f"token id {token}: tokenizer {tokenizer.name!r} has ids from 0 to {tokenizer.vocab_size - 1}")
 
 
-# As SentencePiece does; Python's "replace" writes one character for several bytes of a broken one.
+# This is how SentencePiece does it. Python's "replace" writes one character for several bytes of a broken one.
 codecs.register_error(MistralTokenizer.decoding_errors, lambda e: ("\ufffd" * (e.end - e.start), e.end))
 
 
 def stream_decode(tokenizer: Tokenizer, ids: Iterable[int], *, first: bool = True) -> Iterator[str]:
-  """Yields the text of `ids` as it becomes certain: a character of several ids appears with its last one.
+  """Yields the text of `ids` as it becomes certain. A character of several ids appears with its last one.
 
-  The joined pieces equal `tokenizer.decode(ids)`. Ids that continue a text are not `first`: they keep the space that
-  they begin with.
+  The joined texts equal `tokenizer.decode(ids)`. Ids that continue a text are not `first`, so they keep the space with
+  which they begin.
   """
   decoder = codecs.getincrementaldecoder("utf-8")(errors=tokenizer.decoding_errors)
   for token in ids:
     content = tokenizer.token_bytes(int(token), first=first)
-    # What is empty without its prefix was first as well; control ids are not.
+    # A token that is empty without the prefix counts as the first one too, whereas control ids do not.
     first = first and not tokenizer.token_bytes(int(token))
-    # What spells no bytes ends a character that is incomplete.
+    # An id that spells no bytes ends a character that is incomplete.
     if text := decoder.decode(content, final=not content):
       yield text
   if text := decoder.decode(b"", final=True):
@@ -208,7 +208,7 @@ def _decode(tokenizer, ids):
 def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
   """Raises ValueError when the tokenizer has ids that a model of `vocab_size` does not have.
 
-  The model may have more: those pad its vocabulary and stand for nothing.
+  The model may have more ids. They pad its vocabulary and stand for nothing.
   """
   if tokenizer.vocab_size > vocab_size:
     raise ValueError(f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model {vocab_size}: not the "
@@ -216,9 +216,9 @@ def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
-  """The tokenizer called `bytes`, of a SentencePiece `.model` file, or of a prepared dataset directory.
+  """The tokenizer called `bytes`, or the one in a SentencePiece `.model` file or in a prepared dataset directory.
 
-  Raises ValueError when it is none of these, and when the dataset's file is not the one that its manifest describes.
+  Raises ValueError for anything else, and if the dataset's file is not the one that its manifest describes.
   """
   if str(name_or_path) == ByteTokenizer.name:
     return ByteTokenizer()

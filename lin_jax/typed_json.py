@@ -1,4 +1,4 @@
-"""JSON files of one object, and dataclasses out of it: whatever is wrong is one ValueError that names file and key."""
+"""JSON files of one object, and dataclasses built from them. Every fault is one ValueError that names file and key."""
 
 import dataclasses
 import json
@@ -8,15 +8,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-LARGEST = 2**32 - 1  # of whole numbers; the largest are seeds
+LARGEST = 2**32 - 1  # of whole numbers, of which seeds are the largest
 _ARTICLES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
              tuple[int, ...]: "a list of whole numbers"}
 
 
 def read_object(path: pathlib.Path, kind: str, convert: Callable[[dict], Any] = lambda value: value) -> dict:
-  """The object that a UTF-8 JSON file holds, with `convert` applied to each object in it, inner ones first.
+  """The object that a UTF-8 JSON file holds, with `convert` applied to each object in it, inner objects first.
 
-  Raises ValueError, "not <kind>", when the file is not readable, not JSON, has a key twice or holds no object.
+  Raises ValueError, "not <kind>", if the file is not readable, is not JSON, has a key twice or holds no object.
   """
 
   def unique(pairs):
@@ -36,7 +36,7 @@ def read_object(path: pathlib.Path, kind: str, convert: Callable[[dict], Any] = 
 
 
 def build(cls: type, values: Any, where: str) -> Any:
-  """The dataclass `cls` with the fields `values`, of the types that it declares; those left out have their defaults.
+  """The dataclass `cls` with the fields `values`, of the types that it declares. Missing fields have their defaults.
 
   Raises ValueError, naming the field after `where`, for an unknown field or a value of another type.
   """
@@ -61,8 +61,8 @@ def build(cls: type, values: Any, where: str) -> Any:
 def require_types(config: Any, where: str) -> None:
   """Raises ValueError unless every field of the dataclass `config` has the type that it declares.
 
-  Fields of other types than numbers, booleans, texts, tuples of numbers and dataclasses may hold anything. Numbers are
-  finite, but for fields with "infinite" among their metadata.
+  Fields may hold anything if their type is not a number, a boolean, a text, a tuple of numbers or a dataclass. Numbers
+  must be finite, except in fields with "infinite" among their metadata.
   """
   for field in dataclasses.fields(config):
     value, name = getattr(config, field.name), f"{where}.{field.name}"
@@ -73,7 +73,7 @@ def require_types(config: Any, where: str) -> None:
 
 
 def require_type(value: Any, kind: Any, name: str, optional: bool = False, infinite: bool = False) -> None:
-  """Raises ValueError, which begins with `name`, unless `value` is of the type `kind`, and finite or `infinite`."""
+  """Raises ValueError beginning with `name` unless `value` is of the type `kind`, and finite if not `infinite`."""
   fits = {
       int: lambda: type(value) is int,
       float: lambda: isinstance(value, int | float) and not isinstance(value, bool),
@@ -92,6 +92,6 @@ def require_type(value: Any, kind: Any, name: str, optional: bool = False, infin
 
 
 def shown(value: Any) -> str:
-  """`value` for a message, cut if it is long."""
+  """`value` as a text for a message, cut short if it is long."""
   text = repr(value)
   return text if len(text) <= 80 else text[:77] + "..."
