@@ -71,7 +71,7 @@ class OptimConfig:
   weight_decay: float = 0.01  # on matrices only
   clip_norm: float = dataclasses.field(default=1.0, metadata={"infinite": True})  # infinity clips nothing
   accumulation: int = 1  # microbatches per optimizer step
-  nonfinite: str = "stop"  # what a non-finite loss or gradient does: "stop" the run, or "skip" the step
+  nonfinite: str = "stop"  # on a non-finite loss or gradient, "stop" the run or "skip" the step
 
 
 @dataclasses.dataclass

@@ -139,7 +139,10 @@ class ShortConvolution(nnx.Module):
 
 def convolve(convolutions: Sequence[ShortConvolution], inputs: Sequence[Array], states: Sequence[Array] | None,
              segment_ids: Int[Array, "B T"] | None) -> tuple[list[Array], list[Array]]:
-  """Each of the inputs [B, T, C] through its convolution, and their new states; without convolutions as they are."""
+  """Returns each of the inputs [B, T, C] after its convolution, and the new states.
+
+  Without convolutions it returns the inputs as they are.
+  """
   if not convolutions:
     return list(inputs), []
   states = [None] * len(inputs) if states is None else states

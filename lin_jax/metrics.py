@@ -222,7 +222,7 @@ def progress(step: int, steps: int, loss: float, tokens_per_second: float | None
 
 
 def duration(seconds: float) -> str:
-  """`42s`, `3m12s`, `5h07m` or `2d03h`; a number that is not finite is written as it is."""
+  """`42s`, `3m12s`, `5h07m` or `2d03h`. A number that is not finite is written as it is."""
   if not math.isfinite(seconds):
     return str(seconds)
   seconds = round(seconds)

@@ -53,7 +53,7 @@ class Family:
   mlp: bool = True
 
 
-# The model's own options: (option there, default), and those of which one value is served.
+# The model's own options as (option there, default), and the options of which one value is served.
 COMMON = {"width": ("hidden_size", 2048), "depth": ("num_hidden_layers", 24), "vocab_size": ("vocab_size", 32000),
           "norm_eps": ("norm_eps", 1e-6), "tie_embeddings": ("tie_word_embeddings", False)}
 COMMON_OPTIONS = {"hidden_act": ("swish",), "attnres_block_size": (None,)}

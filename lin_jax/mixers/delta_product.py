@@ -8,7 +8,7 @@ key allows only one. With betas up to 2, products of two are rotations. n = 1 is
 DeltaProduct.
 
 The parallel form is one call of the delta rule on n T steps. The steps of a token follow each other. The decay comes
-with the first step and the query with the last; the query is zero in the steps before.
+with the first step and the query with the last. In all steps before, the query is zero.
 """
 
 import dataclasses
