@@ -46,7 +46,12 @@ def drop_compiled_programs():
     jax.clear_caches()
 
 
+# Their tests take 5 to 30 s each: one that began last would leave the other cores without work.
+LONGEST = ("test_differential.py", "test_cpu_compiler.py", "test_notebooks.py", "test_train_cli.py")
+
+
 def pytest_collection_modifyitems(config, items):
+  items.sort(key=lambda item: item.path.name not in LONGEST)
   if jax.default_backend() == "gpu":
     return
   needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
