@@ -1,7 +1,6 @@
 """The kernel benchmark: its shapes and byte model, its check against the scan, its records, and peers that fail."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import pytest
 import kernels
 from kernel_bench import cases, timing
 from kernel_bench.cases import Case
+from tests.environment import ENVIRONMENT
 from tests.forked import ROOT, Command
 
 # Stands for an installed library: its forward pass computes something else, its backward pass does not run.
@@ -33,9 +33,6 @@ def linear_attention(kind, q, k, v, *, g, impl):
 """
 
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-
-
 def bench(*arguments, fake=None):
   environment = ENVIRONMENT | ({"PYTHONPATH": str(fake)} if fake else {})
   command = [sys.executable, "experiments/bench_kernels.py", *arguments]
@@ -44,7 +41,7 @@ def bench(*arguments, fake=None):
 
 def fork(*arguments):
   """(process, stdout, stderr)"""
-  process = Command("bench_kernels.py", *arguments, env=ENVIRONMENT)
+  process = Command("bench_kernels.py", *arguments)
   return process, *process.communicate()
 
 
