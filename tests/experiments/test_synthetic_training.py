@@ -137,7 +137,7 @@ def test_dropout():
   tokens, positions = np.zeros((1, 2000), np.int32), np.zeros((1, 1), np.int32)
   seen = []
   for answerer in (plain, dropping):
-    answerer.model.read = lambda x: (seen.append(np.asarray(x)), (x, None))[1]
+    answerer.model.hidden_from_embeddings = lambda x: (seen.append(np.asarray(x)), (x, None))[1]
     answerer(tokens, positions, jax.random.key(0))
     answerer(tokens, positions)
   embedded, _, dropped, tested = seen
