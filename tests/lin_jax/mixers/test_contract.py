@@ -1,5 +1,7 @@
 """The contract of every registered mixer, and the registry."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,16 @@ def test_gradients_are_finite_and_reach_every_parameter(mixer):
   gradients, _ = pullback(mixer, inputs(), 2 * call(mixer, inputs())[0])
   for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("config", EXAMPLES)
+def test_the_op_gets_the_named_implementation(config):
+  if not hasattr(config, "implementation"):
+    assert mixers.name_of(config) == "attention"  # it calls no op of `kernels`
+    return
+  named = dataclasses.replace(config, implementation="nonesuch")
+  with pytest.raises(ValueError, match="implementation='nonesuch' is unknown"):
+    jax.eval_shape(lambda: start(named)(inputs()))
 
 
 def test_registry():

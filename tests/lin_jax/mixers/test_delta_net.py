@@ -85,11 +85,6 @@ def test_bad_configs(config, message):
     create(config)
 
 
-def test_passes_its_implementation_on():
-  with pytest.raises(ValueError, match="nonesuch"):
-    create(DeltaNetConfig(heads=2, implementation="nonesuch"))(inputs(), None, None)
-
-
 def test_flops_per_token():
   # 4 d^2 weights, beta, three convolutions, and two reads and a write of 8 states of 128 x 128.
   mixer = jax.eval_shape(lambda: create(DeltaNetConfig(), width=1024))

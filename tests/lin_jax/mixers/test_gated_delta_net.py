@@ -97,11 +97,6 @@ def test_bad_configs(config, message):
     create(config)
 
 
-def test_passes_its_implementation_on():
-  with pytest.raises(ValueError, match="nonesuch"):
-    create(GatedDeltaNetConfig(heads=2, head_dim=8, implementation="nonesuch"))(inputs(), None, None)
-
-
 def test_flops_per_token():
   # Queries and keys of 6 x 256; values, gates and outputs of 6 x 512; two scalars a head; three products with a state.
   mixer = jax.eval_shape(lambda: create(GatedDeltaNetConfig(), width=2048))

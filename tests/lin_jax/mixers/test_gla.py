@@ -45,11 +45,6 @@ def test_bad_configs(config, message):
     create(config)
 
 
-def test_passes_its_implementation_on():
-  with pytest.raises(ValueError, match="nonesuch"):
-    create(GLAConfig(implementation="nonesuch"))(inputs(), None, None)
-
-
 def test_flops_per_token():
   # 3 d^2 + 2 (d^2 / 2) weights, the low-rank gate, and a write and a read of 4 states of 128 x 256.
   gla = jax.eval_shape(lambda: create(GLAConfig(), width=1024))

@@ -152,11 +152,6 @@ def test_bad_configs(config, message):
     create(config)
 
 
-def test_implementation_is_passed_on():
-  with pytest.raises(ValueError, match="nonesuch"):
-    create(HGRN2Config(implementation="nonesuch"))(inputs())
-
-
 def test_flops_per_token():
   # Four square projections, a write and a read of 8 states of 128 x 128, and three convolutions of 4 taps.
   mixer = jax.eval_shape(lambda: create(HGRN2Config(conv_width=4), width=1024))

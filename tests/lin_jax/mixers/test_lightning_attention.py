@@ -160,11 +160,6 @@ def test_bad_configs(config, message):
     create(config)
 
 
-def test_implementation_is_passed_on():
-  with pytest.raises(ValueError, match="nonesuch"):
-    create(LightningAttentionConfig(implementation="nonesuch"))(inputs())
-
-
 @pytest.mark.parametrize("lrpe", [False, True])
 def test_flops_per_token(lrpe):
   # Five square projections, and a write and a read of 8 states of 128 (with angles 256) x 128.

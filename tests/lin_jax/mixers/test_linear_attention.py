@@ -97,9 +97,3 @@ def test_flops_per_token(normalizer):
 def test_bad_configs(config, message):
   with pytest.raises(ValueError, match=message):
     create(config)
-
-
-def test_passes_its_implementation_on():
-  mixer = create(LinearAttentionConfig(implementation="nonesuch"))
-  with pytest.raises(ValueError, match="nonesuch"):
-    mixer(jnp.ones((1, 3, WIDTH)))

@@ -100,11 +100,6 @@ def test_channels_that_the_devices_do_not_divide():
     jax.eval_shape(lambda: start(MambaConfig(expand=1.5), width=36)(jnp.zeros((2, TIME, 36))))
 
 
-def test_implementation_is_passed_on():
-  with pytest.raises(ValueError, match="nonesuch"):
-    jax.eval_shape(lambda: start(MambaConfig(implementation="nonesuch"))(inputs()))
-
-
 def test_size_of_the_published_layer():
   mixer = jax.eval_shape(lambda: start(MambaConfig(), width=1024))
   # In and out projections, x_proj and dt_proj, the convolution and its bias, dt_bias, A and D.

@@ -107,11 +107,6 @@ def test_bad_configs(config, message):
     jax.eval_shape(lambda: create(config))
 
 
-def test_implementation_is_passed_on():
-  with pytest.raises(ValueError, match="nonesuch"):
-    jax.eval_shape(lambda: create(Mamba2Config(heads=HEADS, implementation="nonesuch"))(inputs()))
-
-
 def test_size_of_the_published_layer():
   mixer = jax.eval_shape(lambda: create(Mamba2Config(), width=1024))
   # In and out projections, the convolution and its bias, the norm's scale, and A_log, dt_bias and D.

@@ -9,7 +9,7 @@ from flax import nnx
 from lin_jax.mixers.retention import RetentionConfig
 from tests.close import assert_close, relative_error
 from tests.lin_jax.mixers.formulas import by_heads, rms_norm, silu, weights, wide
-from tests.lin_jax.mixers.small import BATCH, WIDTH, call, create, inputs
+from tests.lin_jax.mixers.small import BATCH, call, create, inputs
 
 HEADS, TIME = 2, 40
 
@@ -70,9 +70,3 @@ def test_flops_per_token():
 def test_bad_configs(config, message):
   with pytest.raises(ValueError, match=message):
     create(config)
-
-
-def test_passes_its_implementation_on():
-  mixer = create(RetentionConfig(implementation="nonesuch"))
-  with pytest.raises(ValueError, match="nonesuch"):
-    mixer(jnp.ones((1, 3, WIDTH)))

@@ -8,7 +8,7 @@ import pytest
 from lin_jax.mixers.simple_gla import SimpleGLAConfig
 from tests.close import assert_close, relative_error
 from tests.lin_jax.mixers.formulas import by_heads, convolve, rms_norm, sigmoid, silu, weights, wide
-from tests.lin_jax.mixers.small import BATCH, WIDTH, assert_stays_float32, call, create, inputs, jit
+from tests.lin_jax.mixers.small import BATCH, assert_stays_float32, call, create, inputs, jit
 
 HEADS, TIME = 2, 40
 
@@ -94,9 +94,3 @@ def test_flops_per_token():
 def test_bad_configs(config, message):
   with pytest.raises(ValueError, match=message):
     create(config)
-
-
-def test_passes_its_implementation_on():
-  mixer = create(SimpleGLAConfig(implementation="nonesuch"))
-  with pytest.raises(ValueError, match="nonesuch"):
-    mixer(jnp.ones((1, 3, WIDTH)))
