@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Tile:
 
 def lookup[C](op: str, config_class: type[C], *, gate: str, K: int, V: int, dtype) -> C | None:
   """The configuration measured on the device that the program is compiled for, or on one with the same
-  multiprocessors; None where nothing is listed.
+  multiprocessors, for these heads or for the `nearest` wider ones; None where nothing near is listed.
 
   Args:
     gate: the form of log_decay, see `gate_key`.
@@ -42,12 +42,23 @@ def lookup[C](op: str, config_class: type[C], *, gate: str, K: int, V: int, dtyp
     ValueError: the device's file is broken, or written for other kernels.
   """
   device = device_kind()
-  path = device and _path(device)
+  path = device and file_of(device)
   if not path or not path.exists():
     return None
-  config = read(path).get((op, gate, K, V, dtype_key(dtype)))
-  where = f"{path}: {op} {gate} {K}x{V} {dtype_key(dtype)}"
-  return None if config is None else to_config(config_class, config, where)
+  entries = {(k, v): config for (*kind, k, v, listed_dtype), config in read(path).items()
+             if (*kind, listed_dtype) == (op, gate, dtype_key(dtype))}
+  widths = nearest(K, V, entries)
+  where = f"{path}: {op} {gate} {'x'.join(map(str, widths or ()))} {dtype_key(dtype)}"
+  return to_config(config_class, entries[widths], where) if widths else None
+
+
+def nearest(K: int, V: int, widths: Iterable[tuple[int, int]]) -> tuple[int, int] | None:
+  """The smallest of `widths` that holds K key and V value channels, each less than doubled; None if there is none.
+
+  The kernels pad heads to the width of their tiles, so such heads run in the very kernels that were measured.
+  """
+  return min(((k, v) for k, v in widths if K <= k < 2 * K and V <= v < 2 * V), key=lambda width: width[0] * width[1],
+             default=None)
 
 
 def gate_key(log_decay) -> str:
@@ -57,7 +68,7 @@ def gate_key(log_decay) -> str:
 
 def listed(op: str, device: str) -> list[tuple[str, int, int, str]]:
   """Gate, K, V and dtype of everything that is listed for `op` on `device`."""
-  path = _path(device)
+  path = file_of(device)
   return [key[1:] for key in read(path) if key[0] == op] if path.exists() else []
 
 
@@ -79,8 +90,8 @@ def dtype_key(dtype) -> str:
   return "bfloat16" if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype).name
 
 
-def _path(device):
-  """The device's file, or the one that stands in for it; it need not exist."""
+def file_of(device):
+  """The device's file, or the one that stands in for it. Neither need exist."""
   path = FOLDER / f"{slug(device)}.json"
   stand_in = next((name for pattern, name in RELATED.items() if re.fullmatch(pattern, slug(device))), None)
   return path if path.exists() or stand_in is None else FOLDER / f"{stand_in}.json"

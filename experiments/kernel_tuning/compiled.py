@@ -32,6 +32,8 @@ COLUMNS = [field.name for field in dataclasses.fields(assembler.Kernel)]
 LONG, SHORT = 2048, 256
 B, H, D = 1, 2, 128
 SHORT_GPUS = ("sm_90a",)
+# Widths that are not listed, and take a measured configuration of wider heads where there is one.
+BORROWING_WIDTHS = (33, 96), (96, 160), (96, 192), (192, 192)
 # Widths of heads that no tile divides, compiled for the same GPUs.
 ODD_WIDTHS = (1, 7), (3, 1), (7, 33), (33, 96), (96, 160), (160, 3)
 
@@ -80,10 +82,13 @@ def _of_heads(op, gpu):
       config = configs.heuristic(K, V, jnp.dtype(dtype), None)
     for gate in itertools.chain(*search.GATE_GROUPS[op]):
       yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
-  for gate, K, V, dtype in tuned.listed(op, GPUS[gpu].device):
+  listed = tuned.listed(op, GPUS[gpu].device)
+  borrowing = itertools.product(dict.fromkeys((gate, dtype) for gate, _, _, dtype in listed), BORROWING_WIDTHS)
+  for gate, K, V, dtype in [*listed, *((gate, *width, dtype) for (gate, dtype), width in borrowing)]:
     with use_abstract_mesh(GPUS[gpu].abstract):
       config = tuned.lookup(op, configs.Config, gate=gate, K=K, V=V, dtype=dtype)
-    yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
+    if config:
+      yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
 
 
 def _selective_scans(gpu):

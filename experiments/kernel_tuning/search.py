@@ -1,6 +1,8 @@
-"""The search for an op's fastest configuration: each candidate is checked against the float32 scan, then timed."""
+"""The search for an op's fastest configuration: candidates are timed, and the fastest is checked against the float32
+scan."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import statistics
@@ -16,7 +18,7 @@ from kernels import accuracy, chunks, tuned
 from . import assembler
 
 # Forms of log_decay that an op takes, in groups that share a configuration: all are checked, the first is timed.
-GATE_GROUPS = {"gla": [("channel",)], "linear_attention": [("token",), ("constant",), ("none",)],
+GATE_GROUPS = {"gla": [("channel",)], "linear_attention": [("token",), ("constant", "none")],
                "delta_rule": [("none",), ("token",)]}
 CHECKED = 1100  # tokens in the check
 
@@ -42,37 +44,65 @@ class Rejected(Exception):
   """A configuration must not ship; the message says why."""
 
 
-def tune(problem: Problem, module, starts: list, candidates: dict[str, list], deadline: float, keep: Callable):
-  """Goes once over the fields, from the fastest of `starts`. Returns the fastest configuration, None if none works.
+def tune(problem: Problem, module, starts: list, candidates: dict[str, list], deadline: float,
+         turn: Callable = contextlib.nullcontext, threads: int | None = None):
+  """Goes once over the fields, from the fastest of `starts`, and returns the fastest configuration that is right.
 
-  `candidates` are the values that are tried for each field. `keep(config, ms)` is called with each configuration that
-  is faster than those before. `deadline` is a `time.monotonic()`.
+  `candidates` are the values that are tried for each field. Compilation takes as long as everything else, so nothing is
+  checked until all is timed. `turn()` is a context in which this process has the GPU alone. `deadline` is a
+  `time.monotonic()`; no candidate is timed behind it. Programs are compiled on `threads`, by default one per core.
+
+  Returns:
+    The configuration, its milliseconds, and whether every candidate was timed; None if no configuration works.
   """
-  check, measure = Check(problem, module), Measure(problem, module)
-  best, ms = starts[0], float("inf")
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    for field, values in {"": starts, **candidates}.items():
-      configs = [dataclasses.replace(best, **{field: value}) if field else value for value in values]
-      programs = [(config, pool.submit(check.compile, config), pool.submit(measure.compile, config))
-                  for config in dict.fromkeys(configs) if not field or config != best]
-      # Compilation takes all cores, so calls could not be issued fast enough beside it.
-      concurrent.futures.wait([future for _, *futures in programs for future in futures])
-      for config, checking, timing in programs:
-        if time.monotonic() > deadline:
-          pool.shutdown(cancel_futures=True)
-          return best if ms < float("inf") else None
-        try:
-          check(checking.result())
-          found = measure(timing.result())
-          outcome = f"{found:.3f} ms"
-        except (Rejected, jax.errors.JaxRuntimeError) as e:
-          found, outcome = float("inf"), f"rejected: {str(e).splitlines()[0][:200]}"
-        label = f"{field}={describe(getattr(config, field))}" if field else f"start {describe(config)}"
-        print(f"{problem} {label}: {outcome}", flush=True)
-        if found < ms:
-          best, ms = config, found
-          keep(best, ms)
-  return best if ms < float("inf") else None
+  measure, times, whole = Measure(problem, module), {}, True
+  for field, values in {"": starts, **candidates}.items():
+    best = min(times, key=times.get, default=None)
+    configs = [dataclasses.replace(best, **{field: value}) if field else value for value in values]
+    left = [config for config in dict.fromkeys(configs) if config not in times]
+    for config, program in compiled(measure, left, threads):
+      if time.monotonic() > deadline:
+        whole = False
+        break
+      times[config] = timed(problem, field, config, measure, program, turn)
+    if not times or min(times.values()) == float("inf"):
+      return None
+  check = Check(problem, module)
+  for config in sorted(times, key=times.get):
+    try:
+      if times[config] < float("inf"):
+        programs = check.compile(config)
+        with turn():
+          check(programs)
+        return config, times[config], whole
+    except (Rejected, jax.errors.JaxRuntimeError) as e:
+      print(f"{problem} {describe(config)}: rejected: {first_line(e)}", flush=True)
+  return None
+
+
+def compiled(measure, configs, threads):
+  """Returns each configuration and the future of its program. All are done."""
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    # Compilation takes all cores, so calls could not be issued fast enough beside it.
+    return [(config, pool.submit(measure.compile, config)) for config in configs]
+
+
+def timed(problem, field, config, measure, program, turn) -> float:
+  """Prints and returns the milliseconds of a compiled `program`, which are infinite when it cannot run."""
+  try:
+    program = program.result()
+    with turn():
+      found = measure(program)
+    outcome = f"{found:.3f} ms"
+  except (Rejected, jax.errors.JaxRuntimeError) as e:
+    found, outcome = float("inf"), f"rejected: {first_line(e)}"
+  label = f"{field}={describe(getattr(config, field))}" if field else f"start {describe(config)}"
+  print(f"{problem} {label}: {outcome}", flush=True)
+  return found
+
+
+def first_line(error: Exception) -> str:
+  return str(error).splitlines()[0][:200]
 
 
 def describe(config) -> str:

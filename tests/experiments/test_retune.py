@@ -63,37 +63,52 @@ def clock(monkeypatch):
   monkeypatch.setattr(search, "CHECKED", 40)
 
 
+def tune(module, starts, fields, deadline=None):
+  return search.tune(PROBLEM, module, starts, fields, time.monotonic() + 600 if deadline is None else deadline)
+
+
 def test_takes_the_fastest_of_those_that_are_right(module, clock, capsys):
-  kept = []
-  best = search.tune(PROBLEM, module, [START], FIELDS, time.monotonic() + 600, lambda *found: kept.append(found))
-  assert best == Config(16, FAST, None)
-  assert [ms for _, ms in kept] == [6.0, 5.0, 4.0]
+  assert tune(module, [START], FIELDS) == (Config(16, FAST, None), 4.0, True)
   lines = capsys.readouterr().out.splitlines()
   assert [line.split(": ")[0].removeprefix("gla channel 16x16 bfloat16 ") for line in lines] == [
       "start chunk=16 forward=16/4/2 backward=16/4/2", "forward=128/4/2", "backward=32/4/2", "backward=64/4/2",
       "backward=None"]
-  assert "rejected: gate channel: dv has relative error 1.0e+00 over 8e-03" in lines[2]
-  assert lines[3].endswith("rejected: RESOURCE_EXHAUSTED: Shared memory size limit exceeded")
+
+
+def test_a_fast_one_that_is_wrong_or_does_not_run_gives_way_to_the_next(module, clock, capsys):
+  right = Config(16, NARROW, NARROW)
+  for tile, reason in ((WRONG_GRADIENT, "gate channel: dv has relative error 1.0e+00 over 8e-03"),
+                       (TOO_LARGE, "RESOURCE_EXHAUSTED: Shared memory size limit exceeded")):
+    assert tune(module, [Config(16, FAST, tile), right], {}) == (right, 6.0, True)
+    assert f"backward={search.describe(tile)}: rejected: {reason}\n" in capsys.readouterr().out
 
 
 def test_begins_with_the_faster_start(module, clock):
   listed = Config(16, FAST, NARROW)
   for starts in ([START, listed], [listed, START]):
-    assert search.tune(PROBLEM, module, starts, {}, time.monotonic() + 600, lambda *_: None) == listed
+    assert tune(module, starts, {}) == (listed, 5.0, True)
 
 
-def test_nothing_is_kept_when_nothing_works(module, clock):
-  starts, fields = [Config(16, NARROW, TOO_LARGE)], {"forward": [NARROW, FAST]}
-  assert search.tune(PROBLEM, module, starts, fields, time.monotonic() + 600, lambda *_: pytest.fail("kept")) is None
+def test_nothing_is_found_when_nothing_works(module, clock):
+  assert tune(module, [Config(16, NARROW, TOO_LARGE)], {"forward": [NARROW, FAST]}) is None
 
 
 def test_an_end_in_time_keeps_the_best_so_far(module, clock, monkeypatch):
-  now = iter([0, 0, 2])
+  now = iter([0, 0, 2, 2])
   monkeypatch.setattr(search, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
-  kept = []
-  best = search.tune(PROBLEM, module, [START], FIELDS, 1, lambda config, ms: kept.append(config))
-  assert best == Config(16, FAST, NARROW)
-  assert kept == [START, Config(16, FAST, NARROW)]
+  assert tune(module, [START], FIELDS, 1) == (Config(16, FAST, NARROW), 5.0, False)
+
+
+def test_the_gpu_is_held_for_each_measurement_and_for_the_check(module, clock):
+  held = []
+
+  @contextlib.contextmanager
+  def turn():
+    held.append(True)
+    yield
+
+  assert search.tune(PROBLEM, module, [START], FIELDS, time.monotonic() + 600, turn)[2]
+  assert len(held) == 5 + 1
 
 
 def test_spilling_kernels_are_rejected(monkeypatch):
@@ -180,11 +195,14 @@ def test_command_adds_to_the_file(run, tmp_path):
   record = json.loads(out.read_text())
   assert [(x["K"], x["V"], x["dtype"], x["timed"]) for x in record["configs"]] == [
       (16, 16, "bfloat16", {"B": 1, "T": 16, "H": 1}), (8, 16, "float32", {"B": 1, "T": 16, "H": 1})]
-  again = run(out, "--shapes=16x16x1", "--limit_seconds=0.001")
-  assert "gla channel 16x16 bfloat16: not begun, --limit_seconds=0.001 are over" in again.stdout
+  late = run(out, "--shapes=16x16x1", "--limit_seconds=0.001", "--again")
+  assert "gla channel 16x16 bfloat16: not begun, --limit_seconds=0.001 are over" in late.stdout
+  assert "start" not in run(out, "--shapes=16x16x1", "--part=1/2", f"--turns={out}").stdout  # it is complete
+  assert "start" not in run(out, "--shapes=16x16x1,8x16x1", "--part=2/2", "--again", "--dtype=bfloat16",
+                            "--limit_seconds=0.001").stdout
   record["configs"][0]["config"] = {"chunk": 16, "old": None}
   out.write_text(json.dumps(record))
-  stale = run(out, "--shapes=16x16x1")
+  stale = run(out, "--shapes=16x16x1", "--again")
   assert "entry ignored: gla channel 16x16 bfloat16: config={'chunk': 16, 'old': None} must" in stale.stdout
   record = json.loads(out.read_text())
   for entry in record["configs"]:
@@ -210,10 +228,16 @@ class Config:
 path, record = pathlib.Path(sys.argv[1]), {"device": "X", "versions": {}, "configs": []}
 every = Problem("linear_attention", ("token", "constant", "none"), 16, 16, 1, "bfloat16", timed=(1, 16))
 constant = dataclasses.replace(every, gates=("constant",))
-for problem, chunk in ((every, 16), (constant, 32), (dataclasses.replace(every, K=32), 64)):
-  retune.save(path, record, problem, Config(chunk, Tile(16)), 1.0)
+wider = dataclasses.replace(every, K=32)
+for problem, chunk, complete in ((every, 16, True), (constant, 32, False), (wider, 64, True)):
+  retune.save(path, record, problem, Config(chunk, Tile(16)), 1.0, complete)
 configs = types.SimpleNamespace(Config=Config, heuristic=lambda K, V, dtype, chunk_size: Config(0, Tile(16)))
 assert [config.chunk for config in retune.starts(record, constant, configs)] == [32, 0]
+assert [config.chunk for config in retune.starts(record, dataclasses.replace(constant, K=17), configs)] == [64, 0]
+assert [config.chunk for config in retune.starts(record, dataclasses.replace(constant, K=33), configs)] == [0]
+narrow = dataclasses.replace(wider, V=8)
+complete = [retune.is_complete(record, problem) for problem in (every, constant, wider, narrow)]
+assert complete == [False, False, True, False]
 """
 
 
@@ -229,6 +253,7 @@ def test_a_gate_searched_alone_leaves_the_entry_of_the_others(tmp_path):
 
 @pytest.mark.parametrize("flag, rule", [
     ("--shapes=16", "--shapes=16: a shape is KxV or KxVxH, for instance 128x128x16"),
+    ("--part=3/2", "--part=3/2: must be i/n with i from 1 to n"),
     ("--ops=softmax", "--ops=softmax: known ops are gla, linear_attention, delta_rule"),
     ("--out=", "--out is empty and the default backend is cpu; without a GPU it is required"),
 ])

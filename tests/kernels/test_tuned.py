@@ -52,13 +52,23 @@ def test_finds_what_was_measured_on_this_device_for_this_shape(folder):
   with on(DEVICE):
     assert lookup() == lookup(dtype="float16") == MEASURED
     assert lookup(dtype="float32").chunk == 16
-    assert lookup(op="linear_attention") is lookup(gate="none") is lookup(K=64) is lookup(V=128) is None
+    assert lookup(op="linear_attention") is lookup(gate="none") is lookup(K=64) is lookup(V=32) is None
   with on("NVIDIA A100-SXM4-80GB"):
     assert lookup() is None
   assert lookup() is None  # the host of the tests has no GPU
   assert tuned.listed("gla", DEVICE) == [
       (gate, 128, 64, dtype) for dtype in ("bfloat16", "float32") for gate in ("channel", "token")]
   assert tuned.listed("linear_attention", DEVICE) == tuned.listed("gla", "NVIDIA A100-SXM4-80GB") == []
+
+
+def test_heads_that_are_not_listed_take_the_nearest_wider_ones(folder):
+  wide, wider = (dataclasses.asdict(dataclasses.replace(MEASURED, chunk=chunk)) for chunk in (32, 16))
+  write(folder, entry(), entry(K=128, V=96, config=wide), entry(K=256, config=wider))
+  with on(DEVICE):
+    assert [lookup(K=K).chunk for K in (65, 96, 128, 129, 192)] == [64, 64, 64, 16, 16]
+    assert [lookup(V=V).chunk for V in (33, 64, 65, 96)] == [64, 64, 32, 32]
+    # Padding doubles no width, so these take the heuristic's answer.
+    assert lookup(K=64) is lookup(K=257) is lookup(V=32) is lookup(V=97) is lookup(K=96, gate="none") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"configs": 3}', '{"configs": [{"op": "gla"}]}'])
