@@ -107,6 +107,14 @@ def tile_width(size, widest=None):
   return width if widest is None else min(width, widest)
 
 
+def loop_width(block, size):
+  """How many of `size` columns one iteration of a loop over tiles takes: `block`, which divides them, but half of 64.
+
+  A loop of a single iteration is unrolled, and 64 columns at once want more registers than there are.
+  """
+  return min(block, size // 2 if size >= 64 else size)
+
+
 def given(flag, *items):
   """The items if `flag`, otherwise none: operands, blocks and outputs that only some launches of a kernel have."""
   return items if flag else ()

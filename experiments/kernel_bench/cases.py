@@ -45,7 +45,8 @@ def _named_sets():
   goes from one long sequence to many short ones, and `length` is time against length. In each of these three, all calls
   have the same number of tokens. `figures` has the papers' own plots against length: GLA's figure 2 and the table of
   TransNormerLLM's code at a fixed number of sequences, and DeltaNet's speed-up over its token scan at a fixed number of
-  tokens. `cpu` is for a CPU.
+  tokens. `widths` has every width of heads that people use, with as many heads as `retune.py` takes. `cpu` is for a
+  CPU.
   """
   paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
@@ -58,9 +59,11 @@ def _named_sets():
               for op, gate in (("linear_attention", "constant"), ("attention", None))]
   figures += [("delta_rule", "none", 2**14 // T, T, 2048 // D, D, D)
               for D in (64, 128, 256) for T in (2048, 4096, 8192)]
+  widths = [(op, None, 16, 2048, max(4, min(16, 2048 // max(K, V))), K, V) for K in (64, 96, 128, 192, 256)
+            for V in (64, 96, 128, 192, 256, 512) for op in TIMED]
   cpu = [(op, None, 1, 2048, 4, 64, 64) for op in TIMED]
   return {"paper": ("bfloat16", paper), "grid": ("bfloat16", grid), "length": ("bfloat16", length),
-          "figures": ("bfloat16", figures), "cpu": ("float32", cpu)}
+          "figures": ("bfloat16", figures), "widths": ("bfloat16", widths), "cpu": ("float32", cpu)}
 
 
 SETS = _named_sets()

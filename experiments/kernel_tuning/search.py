@@ -5,7 +5,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ from . import assembler
 GATE_GROUPS = {"gla": [("channel",)], "linear_attention": [("token",), ("constant", "none")],
                "delta_rule": [("none",), ("token",)]}
 CHECKED = 1100  # tokens in the check
+BATCHES = 10  # of timed calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,9 @@ class Check:
     """Raises Rejected."""
     for gate, program in programs.items():
       actual = program(*self.inputs[gate])
-      for name, expected in self.expected[gate].items():
-        error = accuracy.relative_error(actual[name], expected)
+      # Nothing of a configuration decides the gradient of a constant decay, which always takes the heuristic's.
+      for name in actual.keys() - ({"dlog_decay"} if gate == "constant" else set()):
+        error = accuracy.relative_error(actual[name], self.expected[gate][name])
         bound = accuracy.tolerance(name, self.problem.dtype, multi_pass=True)
         if not error <= bound:
           raise Rejected(f"gate {gate}: {name} has relative error {error:.1e} over {bound:.0e}")
@@ -217,7 +218,8 @@ def draw(problem, gate, *, B, T, H, trained=False):
 
 
 def milliseconds(program, inputs) -> float:
-  """Returns the median time per call over batches of back-to-back calls, which take at least 10 ms together."""
+  """Returns the time per call in the fastest of several batches of back-to-back calls, which take at least 10 ms
+  together. Work beside it, such as compilation, can only delay a batch."""
 
   def run(calls):
     start = time.perf_counter()
@@ -230,4 +232,4 @@ def milliseconds(program, inputs) -> float:
   run(calls)
   while run(calls) < 0.01:
     calls *= 2
-  return round(1e3 * statistics.median(run(calls) for _ in range(3)) / calls, 4)
+  return round(1e3 * min(run(calls) for _ in range(BATCHES)) / calls, 4)

@@ -17,7 +17,7 @@ class Config:
   scores: Tile | None  # key channels of one product of scores; None: the scans compute P
   scan: Tile  # value channels per program of the forward scan
   reverse_scan: Tile  # value channels per program of the reversed scan
-  dqk: Tile  # key channels per program of the gradients, which takes as many value channels at a time
+  dqk: Tile  # key channels per program of the gradients, which takes as many value channels at a time (`loop_width`)
 
 
 def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
@@ -41,8 +41,7 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan, keys = tiles(V, (16, 4, 1), (32, 4, 1), (32, 8, 1)), tiles(K, (16, 4, 1), (32, 4, 1))
   else:
     scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1), *([(128, 8, 2)] if K > 128 else []))
-    # With 4 warps and a single tile of 64 columns the loop over tiles is unrolled into more than the registers hold.
-    keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), *([(64, 4, 1), (64, 4, 2), (64, 4, 3)] if V > 64 else []))
+    keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3))
   # For wide heads: each of many tiles would compute P again, in an accumulator that costs a second program's registers.
   scores = [Tile(64, 4, 2)] if not wide and K > 128 else []
   return {"chunk": [16 if wide else 64], "scores": scores, "depth": sorted({32 if wide else 64, tile_width(K)}),

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from kernels import triton_blocks
 from kernels.scalar_decay import between, decay_of, gate_block, weigh
-from kernels.triton_blocks import given, operand, rows_and_columns
+from kernels.triton_blocks import given, loop_width, operand, rows_and_columns
 
 
 def _dqk_kernel(*refs, gated, scale, block_v, dot):
@@ -81,7 +81,7 @@ def dqk(q, k, v, log_decay, do, states, dstates, scale, config):
   gate, gate_spec = gate_block(log_decay, C, chunked=True)
   per_token = bool(gate) and log_decay.ndim == 3
   dq, dk, *dg = triton_blocks.launch(
-      functools.partial(_dqk_kernel, gated=bool(gate), scale=scale, block_v=min(config.dqk.block, V)),
+      functools.partial(_dqk_kernel, gated=bool(gate), scale=scale, block_v=loop_width(config.dqk.block, V)),
       name="linear_attention_dqk", grid=(K // block, T // C, H, B),
       in_specs=[keys, keys, values, values, state, state, *gate_spec], out_specs=[keys, keys, *given(per_token, dgate)],
       out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype),

@@ -147,7 +147,7 @@ def test_milliseconds_times_calls_until_they_are_long_enough(monkeypatch):
   calls = []  # of 4 ms each, on a clock that they alone move
   monkeypatch.setattr(search.time, "perf_counter", lambda: 0.004 * len(calls))
   assert search.milliseconds(lambda x: calls.append(x), [1]) == 4
-  assert len(calls) == 1 + (1 + 2 + 4) + 3 * 4  # four calls are the first to take 10 ms
+  assert len(calls) == 1 + (1 + 2 + 4) + search.BATCHES * 4  # four calls are the first to take 10 ms
 
 
 # The command, with an op that has one tile in the place of the kernels.
