@@ -11,9 +11,7 @@ with the float32 scan. A call that cannot run is recorded with its reason. `repo
 """
 
 import concurrent.futures
-import contextlib
 import datetime
-import fcntl
 import functools
 import hashlib
 import json
@@ -30,7 +28,7 @@ from absl import flags
 from kernel_bench import cases, peers, timing
 from kernels import dispatch
 from lin_jax import files
-from running import commands, records
+from running import commands, records, turns
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "versions")
@@ -56,7 +54,7 @@ _OUT = flags.DEFINE_string("out", "", "JSON lines file to which one record per m
 _RESUME = flags.DEFINE_bool("resume", False, "Skips the calls that --out has for this device, these versions and "
                             "these kernels.")
 _MATCH = flags.DEFINE_string("match", "", "Times only the calls whose line contains this regular expression.")
-_TURNS = flags.DEFINE_string("turns", "", "File by which several of these commands, each with its part of the calls, "
+_TURNS = flags.DEFINE_string("turns", "", "Existing file or folder by which several of these commands, each with its part of the calls, "
                              "take turns on one GPU: they compile side by side and measure one at a time.")
 _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begins no measurement after this time; 0 for no limit.", lower_bound=0)
 
@@ -95,17 +93,6 @@ def main(_):
   if wrong:
     print("not exact, or failed:", *wrong, sep="\n  ", file=sys.stderr)
     sys.exit(1)
-
-
-@contextlib.contextmanager
-def _turn():
-  """Has the GPU for this command alone among those that share --turns. Inputs stay in memory between the turns."""
-  if not _TURNS.value:
-    yield
-    return
-  with open(_TURNS.value, "a") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
 
 
 def _chosen():
@@ -177,7 +164,7 @@ def _compile(name, case, label):
 def _measured(name, case, label, compiled):
   try:
     run = compiled()  # what cannot run this shape raises here
-    with _turn():
+    with turns.turn(_TURNS.value):  # inputs stay in memory between the turns
       sets, wanted = _prepared(case)
       program = timing.jax_program(run, sets) if run else peers.fla_program(case, label, sets)
       return timing.measure(case, label, program, wanted, _REPEATS.value)
