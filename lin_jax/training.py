@@ -147,11 +147,12 @@ def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
   optimizer = optim.make_optimizer(config.optim)
 
   def init():
-    model = LanguageModel(config.model, rngs=nnx.Rngs(config.seed), remat=config.remat)
+    model = LanguageModel(config.model, rngs=nnx.Rngs(config.seed), remat=config.remat, unroll=config.unroll)
     params = nnx.state(model)
     return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), empty_carried(model, config.data))
 
-  model = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0), remat=config.remat))
+  model = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0), remat=config.remat,
+                                                unroll=config.unroll))
   shapes = jax.eval_shape(init)
   rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))  # states have a leading axis of layers
   shardings = dataclasses.replace(sharding.param_shardings(shapes, mesh),

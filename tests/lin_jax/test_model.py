@@ -68,9 +68,34 @@ def test_hybrids(layers, counts):
   assert 4 * parameter_count(hybrid) == (4 - len(layers)) * alone[0] + len(layers) * alone[1]
 
 
-def test_unrolled_layers_compute_the_same():
-  three = config(GLAConfig(heads=2), depth=3)
-  assert_close("logits", call(build(three, unroll=3), tokens())[0], call(build(three), tokens())[0], 1e-6)
+HYBRIDS = {"alone": {}, "runs": dict(hybrid_layers=(2,)), "pattern": dict(hybrid_layers=(1, 3))}
+
+
+@pytest.mark.parametrize("layers", HYBRIDS.values(), ids=HYBRIDS)
+@pytest.mark.parametrize("unroll", [0, 2])
+def test_unrolled_layers_compute_the_same(layers, unroll):
+  attention = dict(hybrid_mixer=AttentionConfig(heads=4)) if layers else {}
+  four = config(GLAConfig(heads=2), depth=4, **layers, **attention)
+  loss = lambda lm: jnp.square(lm(tokens())[0]).sum()
+  expected, gradients = jit(jax.value_and_grad(loss))(build(four))
+  for remat in ("none", "dots"):
+    actual, found = jit(jax.value_and_grad(loss))(build(four, unroll=unroll, remat=remat))
+    assert_close("loss", actual, expected, 1e-6)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
+      assert_close("gradient", a, b, 1e-5)
+
+
+@pytest.mark.parametrize("depth, unroll", [(3, 1), (3, 0), (3, 2), (1, 1)])
+def test_the_compiler_keeps_what_remat_recomputes(depth, unroll):
+  def exponentials(remat):
+    small = config(GLAConfig(heads=2), depth=depth)
+    graph, params = nnx.split(jax.eval_shape(lambda: build(small, remat=remat, unroll=unroll)))
+    loss = lambda params: jnp.square(nnx.merge(graph, params).hidden(tokens())[0]).sum()
+    return jit(jax.grad(loss)).lower(params).compile().as_text().count(" exponential(")
+
+  # With "dots", a block's three gates and activations are computed again: in the body of a loop or in every layer.
+  bodies = 1 if unroll == 1 else depth
+  assert exponentials("dots") >= exponentials("none") + 3 * bodies
 
 
 def test_layers_are_applied_in_their_order():
