@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from kernels.triton_blocks import RESIDUALS
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.layers import NORMAL, SGLU, RMSNorm, SimpleRMSNorm, SwiGLU, param
@@ -33,16 +34,19 @@ class Remat:
   block: Callable | None = None
 
 
-# Saves results of products with weights and of the mixing op. Elementwise results are recomputed.
-PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("mixer_output"))
+def products(primitive, *args, **params) -> bool:
+  """The checkpoint policy that saves the results of products with weights, of the mixing op, and of its forward kernels
+  for its backward pass. Elementwise results are recomputed, and no kernel of a forward pass runs twice."""
+  policies = jax.checkpoint_policies
+  return (policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+          or policies.save_only_these_names("mixer_output", RESIDUALS)(primitive, *args, **params)
+          or primitive.name.startswith("dot_product_attention_fwd"))  # cuDNN's, which gives its residuals no name
 
 # From most memory and least work to least memory and most work.
 REMAT = {
     "none": Remat(),
-    "mixer": Remat(mixer=PRODUCTS),  # norms, gates and activations of the mixer branch are recomputed
-    "dots": Remat(block=PRODUCTS),  # the same in both branches
+    "mixer": Remat(mixer=products),  # norms, gates and activations of the mixer branch are recomputed
+    "dots": Remat(block=products),  # the same in both branches
     "full": Remat(block=jax.checkpoint_policies.nothing_saveable),  # everything but the block's input
 }
 

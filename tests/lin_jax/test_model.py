@@ -1,5 +1,6 @@
 """The whole model: parallel = recurrent, packing, parameter counts, and what each remat policy saves and costs."""
 
+import collections
 import functools
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from kernels import dispatch
 from lin_jax import flops, mixers, model
 from lin_jax.config import REMAT_POLICIES, ModelConfig
 from lin_jax.mixers.attention import AttentionConfig
@@ -245,3 +248,40 @@ def test_structure_hashes(name):
   """As jit asks of its arguments: equal configs give equal keys of the compilation cache."""
   first, second = (model.abstract_model(config(mixers.config_class(name).examples()[0])) for _ in range(2))
   assert nnx.graphdef(first) == nnx.graphdef(second) and hash(nnx.graphdef(first)) == hash(nnx.graphdef(second))
+
+
+H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
+
+
+@pytest.mark.parametrize("name", list(mixers.MIXERS))
+def test_remat_runs_no_kernel_twice(name, monkeypatch):
+  # The forward and backward kernels of one layer for a GPU, whose cuDNN nobody asks for its version here.
+  monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
+  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+  small = config(mixers.config_class(name).examples()[0], dtype="bfloat16", width=64)
+  params, ids = nnx.state(model.abstract_model(small)), jax.ShapeDtypeStruct((BATCH, 64), jnp.int32)
+
+  def kernels(remat):
+    graph = nnx.graphdef(jax.eval_shape(lambda: build(small, remat=remat)))
+    loss = lambda params, ids: jnp.square(nnx.merge(graph, params).hidden(ids, segment_ids=ids)[0]).sum()
+    with use_abstract_mesh(H100):
+      jaxpr = jax.make_jaxpr(jax.grad(loss))(params, ids).jaxpr
+    return collections.Counter(launches(jaxpr))
+
+  plain, full = kernels("none"), kernels("full")
+  assert plain == kernels("dots") == kernels("mixer") and full.total() > plain.total() > 0, (plain, full)
+
+
+def launches(jaxpr):
+  """The names of all kernels that a program launches, from this library and from cuDNN."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call":
+      if not eqn.params["interpret"]:
+        yield eqn.params["name"]
+    elif eqn.primitive.name.startswith("dot_product_attention"):
+      yield eqn.primitive.name
+    else:
+      for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from launches(inner)
