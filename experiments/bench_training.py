@@ -2,16 +2,21 @@
 
   python experiments/bench_training.py --set=gla_fig6 --out=experiments/results/training.jsonl --limit_seconds=540
   python experiments/bench_training.py --set=tnl --out=experiments/results/training.jsonl
+  python experiments/bench_training.py --set=step --unroll=0,1 --remat=none,dots --out=runs/step.jsonl
   python experiments/bench_training.py --set=tnl --tiny                                 # proves the command on a CPU
 
 gla_fig6 is figure 6 of arXiv:2312.06635: 1.3B parameters and 16,384 tokens per step. tnl is the training table of
 arXiv:2405.17381: 385M parameters, here with 65,536 tokens per step, beside a Transformer++ of that size and vocabulary.
-Each window is one document, so attention runs its causal kernel without a mask. All programs are compiled first, side
-by side. A run that fails is recorded with its reason. A run is skipped when --out has its record for this device, these
-versions and this setting. `report_claims.py` draws the curves. Exit codes: 0 done, or the time is over; 1 a run failed;
-2 a user's error.
+step is 16,384 tokens in 8 windows for each family at the size of its paper, to compare values of --unroll and --remat.
+Runs go through all models with the first values of --unroll and --remat before they take the next.
+
+Each window is one document, so attention runs its causal kernel without a mask. Programs are compiled in groups, side
+by side, and a group is measured before the next is compiled. A run that fails is recorded with its reason. A run is
+skipped when --out has its record for this device, these versions and this setting. `report_claims.py` draws the curves
+of gla_fig6 and tnl. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
 """
 
+import itertools
 import math
 import pathlib
 import sys
@@ -31,7 +36,12 @@ _MODELS = flags.DEFINE_list("models", [], "Models of the set; all if none is giv
 _LENGTHS = flags.DEFINE_list("lengths", [], "Lengths of the set; all if none is given.")
 _STEPS = flags.DEFINE_integer("steps", 12, "Optimizer steps.", lower_bound=2)
 _TIMED = flags.DEFINE_integer("timed_steps", 8, "How many of the last steps are timed.", lower_bound=1)
-_REMAT = flags.DEFINE_enum("remat", "dots", REMAT_POLICIES, "What a block recomputes in its backward pass.")
+_REMAT = flags.DEFINE_list("remat", ["dots"], "What a block recomputes in its backward pass: one or more of "
+                           f"{', '.join(REMAT_POLICIES)}.")
+_UNROLL = flags.DEFINE_list("unroll", ["1"], "Repetitions of layers compiled in one step of their scan, 0 for all: one "
+                            "or more numbers.")
+_GROUP = flags.DEFINE_integer("group", 4, "How many programs are compiled side by side before they are measured.",
+                              lower_bound=1)
 _TINY = flags.DEFINE_bool("tiny", False, "Trains models of width 32 with two layers, in float32, on a 256th of the "
                           "lengths and tokens.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
@@ -47,23 +57,32 @@ def main(_):
   path = pathlib.Path(_OUT.value) if _OUT.value else None
   common = training.provenance()
   every = []
-  for model in sweeps.chosen(_MODELS, list(sweep.models)):
-    for length in sweeps.chosen(_LENGTHS, sweep.lengths):
-      config = _config(f"{model} at {length}", sweep.models[model](), length, sweep.tokens)
-      every.append((config, common | {"setting": _setting(model, config)}))
+  for unroll, remat, model, length in itertools.product(
+      map(_number, _UNROLL.value), _REMAT.value, sweeps.chosen(_MODELS, list(sweep.models)),
+      sweeps.chosen(_LENGTHS, sweep.lengths)):
+    config = sweep.models[model]()
+    config.remat, config.unroll = remat, unroll
+    config = _config(f"{model} at {length}", config, length, sweep.tokens)
+    every.append((config, common | {"setting": _setting(model, config)}))
   runs = sweeps.missing(every, path)
-  print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before")
-  programs = training.compile_all([config for config, _ in runs], documents=False)
-  runs = [(program, row) for program, (_, row) in zip(programs, runs, strict=True)]
-  failed = sweeps.run(runs, _measured, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
+  print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before", flush=True)
+  programs = training.compiled_in_groups([config for config, _ in runs], _GROUP.value, documents=False)
+  measure = lambda config: _measured(next(programs))  # runs are measured in their order, and none after one is left
+  failed = sweeps.run(runs, measure, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
   if failed:
     print("failed:", *failed, file=sys.stderr)
     sys.exit(1)
 
 
+def _number(text):
+  if not text.isdecimal():
+    raise ValueError(f"--unroll={text}: must be whole numbers that are not negative")
+  return int(text)
+
+
 def _config(name, config, length, tokens):
   shrink = 256 if _TINY.value else 1
-  config.name, config.remat, config.mesh = name, _REMAT.value, MeshConfig(1, 1, 1)
+  config.name, config.mesh = name, MeshConfig(1, 1, 1)
   config.data = DataConfig(sequence_length=length // shrink, batch_size=tokens // length)
   config.optim = OptimConfig(steps=_STEPS.value, warmup_steps=1)
   return validate(training.shrunk(config) if _TINY.value else config)
@@ -87,7 +106,8 @@ def _measured(program):
 def _line(row):
   setting = row["setting"]
   mfu = "" if row["mfu"] is None else f", MFU {100 * row['mfu']:.1f}%"
-  return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} {row['tokens_per_s']:>9,.0f} tokens/s, "
+  return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} unroll {setting['unroll']:<2} "
+          f"{setting['remat']:<5} {row['tokens_per_s']:>9,.0f} tokens/s, "
           f"{row['step_ms']:.1f} ms per step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s")
 
 

@@ -9,11 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels import cpu_compiler
 
+RESIDUALS = "op_residuals"  # the name of kernels' results that a backward pass reads, for policies of jax.checkpoint
 LOG2E = 1.4426950408889634  # kernels use exp2 of logarithms in base 2
 CHUNKS = (16, 32, 64)
 MOST_KEYS = 256  # more do not leave room for a tile of the state in registers
@@ -70,6 +72,11 @@ def launch(kernel, *, name, grid, in_specs, out_specs, out_shape, num_warps, num
                               "in reverse mode; implementation='xla_chunked' has second ones")
 
   return run
+
+
+def residuals(tree):
+  """`tree` under the name by which a policy of `jax.checkpoint` saves it, so that no forward kernel runs twice."""
+  return jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), tree)
 
 
 def _with_start(kernel, start_ref, *refs, **options):

@@ -118,6 +118,7 @@ class TrainConfig:
   name: str = ""
   seed: int = 0
   remat: str = "none"  # the part of a block that its backward pass recomputes: see `lin_jax.model.REMAT`
+  unroll: int = 1  # repetitions of layers compiled in one step of their scan; 0 means all: see `LanguageModel`
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -144,7 +145,8 @@ def validate(config: TrainConfig) -> TrainConfig:
   for field, most in (("depth", 10_000), ("width", 2**24), ("mlp_width", 2**24), ("vocab_size", 2**24)):
     require(_get(config.model, field) <= most, f"model.{field}", f"must be at most {most:,}")
   for field in ("model.mlp_width", "optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches",
-                "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed", "optim.decay_steps"):
+                "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed", "unroll",
+                "optim.decay_steps"):
     require(_get(config, field) >= 0, field, "must not be negative")
   for field in ("optim.learning_rate", "optim.clip_norm", "optim.eps", "model.norm_eps"):
     require(_get(config, field) > 0, field, "must be positive")

@@ -1,9 +1,9 @@
 """Layers shared by every mixer and by the model. `B` batch, `T` time, `D` width, `F` MLP width.
 
-Parameters are float32 and are cast to the compute dtype where they are used. Each carries one logical axis name per
-dimension, which `lin_jax.sharding` maps to a mesh axis. Kernels start from N(0, 0.02), as LLaMA-style models do, unless
-a caller passes an initializer. Residual output projections are not rescaled by depth, nor are they in the GLA paper's
-code.
+Parameters are float32 and are cast to the compute dtype where they are used, or once per step by `with_cast_kernels`.
+Each carries one logical axis name per dimension, which `lin_jax.sharding` maps to a mesh axis. Kernels start from N(0,
+0.02), as LLaMA-style models do, unless a caller passes an initializer. Residual output projections are not rescaled by
+depth, nor are they in the GLA paper's code.
 """
 
 import math
@@ -50,6 +50,19 @@ class Linear(nnx.Module):
 
   def flops_per_token(self) -> int:
     return 2 * self.kernel.shape[-2] * self.kernel.shape[-1]
+
+
+def with_cast_kernels(graph: nnx.GraphDef, params: nnx.State) -> nnx.State:
+  """`params` of a module, in which the kernels of products and convolutions have the dtype in which they are used.
+
+  The module computes the same from them, and casts nothing again where a layer is repeated or recomputed. Derivatives
+  with respect to a kernel have its dtype, which is the dtype of the product that gives them.
+  """
+  module = nnx.merge(graph, params)
+  for _, layer in nnx.iter_modules(module):
+    if isinstance(layer, Linear | ShortConvolution):
+      layer.kernel = layer.kernel.replace(layer.kernel[...].astype(layer.dtype))
+  return nnx.state(module)
 
 
 class RMSNorm(nnx.Module):

@@ -21,6 +21,7 @@ from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import DataConfig, TrainConfig, validate
 from lin_jax.data import TokenDataset, eval_batches, train_iterator
+from lin_jax.layers import with_cast_kernels
 from lin_jax.loss import next_token_loss
 from lin_jax.manifests import describe
 from lin_jax.model import LanguageModel, keep_rows
@@ -147,11 +148,12 @@ def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
   optimizer = optim.make_optimizer(config.optim)
 
   def init():
-    model = LanguageModel(config.model, rngs=nnx.Rngs(config.seed), remat=config.remat)
+    model = LanguageModel(config.model, rngs=nnx.Rngs(config.seed), remat=config.remat, unroll=config.unroll)
     params = nnx.state(model)
     return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), empty_carried(model, config.data))
 
-  model = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0), remat=config.remat))
+  model = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0), remat=config.remat,
+                                                unroll=config.unroll))
   shapes = jax.eval_shape(init)
   rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))  # states have a leading axis of layers
   shardings = dataclasses.replace(sharding.param_shardings(shapes, mesh),
@@ -178,7 +180,8 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
                     abstract: TrainState) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
   """The jitted optimizer step (state, batch) -> (state, metrics), which reuses the buffers of the given state.
 
-  The loss is the mean over the batch's targets, whatever the number of microbatches. If it or a gradient is not
+  The kernels of products are cast to the compute dtype once, parameters and summed gradients are float32. The loss is
+  the mean over the batch's targets, whatever the number of microbatches. If it or a gradient is not
   finite, parameters and optimizer state stay as they are and `metrics["finite"]` is False.
 
   With `config.data.carried_windows` = n, each window starts from its row's previous state, without gradient, which
@@ -191,7 +194,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
 
   def value_and_gradients(params, batch, carried):
     (total, (counts, carried)), grads = gradients(params, batch, carried)
-    return (total, counts, grads), carried
+    return (total, counts, jax.tree.map(lambda g: g.astype(jnp.float32), grads)), carried
 
   def accumulate(params, batch, carried):
     if config.optim.accumulation == 1:
@@ -218,7 +221,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
     return keep_rows(goes_on, carried, empty)
 
   def train_step(state, batch):
-    (total, counts, grads), carried = accumulate(state.params, batch, state.carried)
+    (total, counts, grads), carried = accumulate(with_cast_kernels(graph, state.params), batch, state.carried)
     targets = jnp.maximum(counts["targets"], 1.0)
     grads = jax.tree.map(lambda g: g / targets, grads)
     grad_norm = optax.tree.norm(grads)

@@ -21,7 +21,7 @@ from lin_jax.config import save as save_config
 from lin_jax.optim import lengthened
 
 # The fields that may change when a run is resumed: they alter how a run is computed, watched and kept, not its results.
-RESUMABLE = ("remat", "mesh", "eval", "checkpoint", "log", "optim.accumulation", "optim.nonfinite",
+RESUMABLE = ("remat", "unroll", "mesh", "eval", "checkpoint", "log", "optim.accumulation", "optim.nonfinite",
              "data.worker_threads")
 _LENGTH = {"optim.steps", "optim.decay_steps"}  # the fields that lengthen a run: see `lin_jax.optim.lengthened`
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

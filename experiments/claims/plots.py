@@ -7,12 +7,12 @@ import pathlib
 from collections.abc import Callable
 
 from lin_jax import files
-from speed.training import SWEEPS
+from speed.training import CURVES
 
 from . import kernels, language, lengths, speed, synthetic
 from .claim import Results
 
-_TRAINED = tuple(name for sweep in SWEEPS.values() for name in sweep.models)
+_TRAINED = tuple(name for sweep in CURVES.values() for name in sweep.models)
 _DECODED = "tnl_385m", "gla_340m", "deltanet_340m", "transformer_340m"
 
 # Each line has its own marker and dash, so that lines are distinct in black and white.
@@ -98,7 +98,7 @@ def _kernels(results):
 
 def _training(results, field):
   panels = {}
-  for name, sweep in SWEEPS.items():
+  for name, sweep in CURVES.items():
     device, rows = speed.training(results, name)
     panels[f"{sweep.title}, {sweep.tokens:,} tokens per step\n{device}"] = _by_model(rows, field)
   return panels

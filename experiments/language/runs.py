@@ -60,7 +60,7 @@ def setting(config: TrainConfig) -> dict:
   values["eval"] = {"split": "val", "batches": config.eval.batches or "all"}
   if not config.optim.decay_steps:  # older records lack the field
     del values["optim"]["decay_steps"]
-  for name in ("remat", "mesh", "checkpoint", "log"):
+  for name in ("remat", "unroll", "mesh", "checkpoint", "log"):
     del values[name]
   return values
 

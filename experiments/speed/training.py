@@ -1,15 +1,16 @@
 """Training speed of a config on the first device: compiles its step, feeds it tokens, and measures time and memory.
 
-`SWEEPS` are the papers' curves against sequence length.
+`SWEEPS` are the papers' curves against sequence length, and one step of every family at the size of its paper.
 """
 
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -47,7 +48,11 @@ SWEEPS = {
         tuple(2**i for i in range(11, 15)), 2**14),
     "tnl": Sweep("Training at 385M parameters", {"tnl_385m": CONFIGS["tnl_385m"],
                                                  "transformer_385m": transformer_385m},
-                 tuple(2**i for i in range(10, 17)), 2**16)}
+                 tuple(2**i for i in range(10, 17)), 2**16),
+    "step": Sweep("One training step", {name: CONFIGS[name] for name in (
+        "gla_1b3", "transformer_1b3", "deltanet_1b3", "gated_deltanet_1b3", "retnet_1b3", "tnl_385m", "mamba2_1b3")},
+        (2048,), 2**14)}
+CURVES = {name: sweep for name, sweep in SWEEPS.items() if len(sweep.lengths) > 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,7 @@ def description(config: TrainConfig) -> dict:
   _, _, abstract, _ = make_state(config, _mesh(config))
   return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
           "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length,
-          "dtype": config.model.dtype, "remat": config.remat, "steps": config.optim.steps,
+          "dtype": config.model.dtype, "remat": config.remat, "unroll": config.unroll, "steps": config.optim.steps,
           "model": to_dict(config)["model"]}
 
 
@@ -95,6 +100,13 @@ def compile_all(runs: Sequence[TrainConfig], *, documents: bool = True) -> list[
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     # Leaving the context waits for all of them, because on a CPU a compilation would disturb what is timed.
     return [pool.submit(compile_step, config, documents=documents) for config in runs]
+
+
+def compiled_in_groups(runs: Sequence[TrainConfig], count: int, *, documents: bool = True,
+                       ) -> Iterator[concurrent.futures.Future]:
+  """Yields what `compile_all` returns, and compiles `count` programs when the first of them is asked for."""
+  for group in itertools.batched(runs, count):
+    yield from compile_all(group, documents=documents)
 
 
 def compile_step(config: TrainConfig, *, documents: bool = True) -> Program:

@@ -44,7 +44,7 @@ class Answerer(nnx.Module):
 
   def __init__(self, config: ModelConfig, decodes_last: bool, start: str, dropout: float = 0.0, *, rngs: nnx.Rngs):
     self.dropout = dropout
-    self.model = LanguageModel(config, rngs=rngs, unroll=config.depth)
+    self.model = LanguageModel(config, rngs=rngs, unroll=0)
     linear = lambda: Linear(config.width, config.width, ("embed", None), dtype=config.dtype, rngs=rngs, bias=True)
     self.decoder = nnx.List([linear(), linear()]) if decodes_last else None
     deviation = STARTS[start]

@@ -66,7 +66,7 @@ def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, co
 def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
   operands = prepare(q, k, beta, log_decay, normalize_qk, config.chunk)
   output, e, states, final_state, kept = scan(operands, v, initial_state, scale, config)
-  return (output, final_state), (operands, e, states, kept)
+  return (output, final_state), (operands, *triton_blocks.residuals((e, states, kept)))
 
 
 def _backward(scale, normalize_qk, config, residuals, cotangents):
@@ -77,4 +77,4 @@ def _backward(scale, normalize_qk, config, residuals, cotangents):
   return dq, dk, dv, dbeta, dlog_decay, dinitial_state
 
 
-_delta_rule.defvjp(_forward, _backward, optimize_remat=True)
+_delta_rule.defvjp(_forward, _backward)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from kernels import triton_blocks
 from kernels.delta_rule.inverse import inverse
 from kernels.scalar_decay import weigh
 
@@ -32,7 +33,7 @@ jax.tree_util.register_dataclass(Operands)
 
 def prepare(q, k, beta, log_decay, normalize_qk, chunk):
   """Runs the kernel of the inverse on chunks of `chunk` tokens."""
-  y, sums, q_norm, k_norm = inverse(q, k, beta, log_decay, normalize_qk, chunk)
+  y, sums, q_norm, k_norm = triton_blocks.residuals(inverse(q, k, beta, log_decay, normalize_qk, chunk))
   return Operands(q, k, y, beta, log_decay, sums, q_norm, k_norm)
 
 

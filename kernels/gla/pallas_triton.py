@@ -57,7 +57,7 @@ def _gla(q, k, v, log_decay, initial_state, scale, config):
 def _forward(q, k, v, log_decay, initial_state, scale, config):
   found = factors(q, k, log_decay, scale, config)
   output, states, final_state = scan(found, v, initial_state, config)
-  return (output, final_state), (q, k, v, log_decay, states)
+  return (output, final_state), (q, k, v, log_decay, triton_blocks.residuals(states))
 
 
 def _backward(scale, config, residuals, cotangents):
@@ -71,4 +71,4 @@ def _backward(scale, config, residuals, cotangents):
   return dq, dk, dv, dlog_decay, dinitial_state
 
 
-_gla.defvjp(_forward, _backward, optimize_remat=True)
+_gla.defvjp(_forward, _backward)

@@ -66,7 +66,7 @@ def _linear_attention(q, k, v, log_decay, initial_state, real, scale, config):
 
 def _forward(q, k, v, log_decay, initial_state, real, scale, config):
   output, states, final_state = scan(q, k, v, _filled(log_decay, real), initial_state, scale, config)
-  return (output, final_state), (q, k, v, log_decay, initial_state, real, states)
+  return (output, final_state), (q, k, v, log_decay, initial_state, real, triton_blocks.residuals(states))
 
 
 def _backward(scale, config, residuals, cotangents):
@@ -80,7 +80,7 @@ def _backward(scale, config, residuals, cotangents):
   return dq, dk, dv, dlog_decay, dinitial_state, None
 
 
-_linear_attention.defvjp(_forward, _backward, optimize_remat=True)
+_linear_attention.defvjp(_forward, _backward)
 
 
 def _filled(log_decay, real):

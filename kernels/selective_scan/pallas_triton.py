@@ -70,7 +70,7 @@ def _selective_scan(x, step_size, a, b, c, resets, initial_state, block):
 
 def _forward(x, step_size, a, b, c, resets, initial_state, block):
   output, states, final_state = _scan(x, step_size, a, b, c, resets, initial_state, block, save=True)
-  return (output, final_state), (x, step_size, a, b, c, resets, states)
+  return (output, final_state), (x, step_size, a, b, c, resets, triton_blocks.residuals(states))
 
 
 def _backward(block, residuals, cotangents):
@@ -96,7 +96,7 @@ def _backward(block, residuals, cotangents):
   return dx, ds, jnp.sum(da, axis=0), db, dc, None, dinitial_state
 
 
-_selective_scan.defvjp(_forward, _backward, optimize_remat=True)
+_selective_scan.defvjp(_forward, _backward)
 
 
 # Kernel bodies. A ref holds all T tokens of one piece for the program's channels; `a` and the resets are in base 2.

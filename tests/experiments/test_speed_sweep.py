@@ -51,7 +51,7 @@ def test_no_run_begins_that_would_end_beyond_the_limit(tmp_path, capsys, monkeyp
 
 
 def test_sizes_are_those_of_the_papers():
-  for name, sweep in training.SWEEPS.items():
+  for name, sweep in training.CURVES.items():
     size = {"gla_fig6": 1.32e9, "tnl": 384e6}[name]
     for make in sweep.models.values():
       assert parameter_count(make().model) == pytest.approx(size, rel=0.03 if name == "gla_fig6" else 0.005)
@@ -79,10 +79,14 @@ def records_of(command, folder, *arguments):
 
 
 def test_training_speed_against_length(tmp_path):
-  r, = records_of("bench_training.py", tmp_path, "--set=tnl", "--models=transformer_385m", "--lengths=32768",
-                  "--steps=3", "--timed_steps=2")
-  assert (r["setting"]["sequence_length"], r["setting"]["batch_size"]) == (128, 2)
-  assert r["tokens_per_s"] == pytest.approx(256 / r["step_ms"] * 1000, rel=1e-2) and len(r["losses"]) == 3
+  rows = records_of("bench_training.py", tmp_path, "--set=tnl", "--models=transformer_385m", "--lengths=32768",
+                    "--steps=3", "--timed_steps=2", "--unroll=0,1", "--remat=none,dots", "--group=3")
+  assert [(r["setting"]["unroll"], r["setting"]["remat"]) for r in rows] == [
+      (0, "none"), (0, "dots"), (1, "none"), (1, "dots")]
+  for r in rows:
+    assert (r["setting"]["sequence_length"], r["setting"]["batch_size"]) == (128, 2)
+    assert r["tokens_per_s"] == pytest.approx(256 / r["step_ms"] * 1000, rel=1e-2)
+    assert r["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4) and len(r["losses"]) == 3
 
 
 def test_decoding_against_context(tmp_path):

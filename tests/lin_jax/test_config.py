@@ -41,6 +41,7 @@ CASES = {
     "huge": (lambda c: c["data"].update(batch_size=10**30), "config.data.batch_size=10+: must lie within"),
     "NaN": (lambda c: c["optim"].update(learning_rate=float("nan")), "config.optim.learning_rate=nan: must be finite"),
     "number": (lambda c: c["data"].update(path=1), "config.data.path=1: must be a text"),
+    "unroll": (lambda c: c.update(unroll=-1), "config.unroll=-1: must not be negative"),
     "layers": (lambda c: c["model"].update(hybrid_layers=["1"]), "config.model.hybrid_layers=.*: must be a list of"),
     "heads": (lambda c: c["model"]["mixer"].update(heads=0), "heads=0: must be at least 1"),
     "heads null": (lambda c: c["model"]["mixer"].update(heads=None), "config.model.mixer.heads=None: must be a whole"),
@@ -75,6 +76,13 @@ def test_files_that_hold_no_config_are_refused(tmp_path, content, message):
   with pytest.raises(ValueError, match=f"config.json: not a saved lin_jax config .*{message}" if "not a" not in message
                      else message):
     load(path)
+
+
+def test_a_config_older_than_unroll_loads(tmp_path):
+  values = saved()
+  del values["unroll"]
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  assert load(tmp_path / "config.json").unroll == 1
 
 
 def test_a_norm_that_clips_nothing_survives(tmp_path):

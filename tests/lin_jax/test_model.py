@@ -1,5 +1,6 @@
 """The whole model: parallel = recurrent, packing, parameter counts, and what each remat policy saves and costs."""
 
+import collections
 import functools
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from kernels import dispatch
 from lin_jax import flops, mixers, model
 from lin_jax.config import REMAT_POLICIES, ModelConfig
 from lin_jax.mixers.attention import AttentionConfig
@@ -68,9 +71,34 @@ def test_hybrids(layers, counts):
   assert 4 * parameter_count(hybrid) == (4 - len(layers)) * alone[0] + len(layers) * alone[1]
 
 
-def test_unrolled_layers_compute_the_same():
-  three = config(GLAConfig(heads=2), depth=3)
-  assert_close("logits", call(build(three, unroll=3), tokens())[0], call(build(three), tokens())[0], 1e-6)
+HYBRIDS = {"alone": {}, "runs": dict(hybrid_layers=(2,)), "pattern": dict(hybrid_layers=(1, 3))}
+
+
+@pytest.mark.parametrize("layers", HYBRIDS.values(), ids=HYBRIDS)
+@pytest.mark.parametrize("unroll", [0, 2])
+def test_unrolled_layers_compute_the_same(layers, unroll):
+  attention = dict(hybrid_mixer=AttentionConfig(heads=4)) if layers else {}
+  four = config(GLAConfig(heads=2), depth=4, **layers, **attention)
+  loss = lambda lm: jnp.square(lm(tokens())[0]).sum()
+  expected, gradients = jit(jax.value_and_grad(loss))(build(four))
+  for remat in ("none", "dots"):
+    actual, found = jit(jax.value_and_grad(loss))(build(four, unroll=unroll, remat=remat))
+    assert_close("loss", actual, expected, 1e-6)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
+      assert_close("gradient", a, b, 1e-5)
+
+
+@pytest.mark.parametrize("depth, unroll", [(3, 1), (3, 0), (3, 2), (1, 1)])
+def test_the_compiler_keeps_what_remat_recomputes(depth, unroll):
+  def exponentials(remat):
+    small = config(GLAConfig(heads=2), depth=depth)
+    graph, params = nnx.split(jax.eval_shape(lambda: build(small, remat=remat, unroll=unroll)))
+    loss = lambda params: jnp.square(nnx.merge(graph, params).hidden(tokens())[0]).sum()
+    return jit(jax.grad(loss)).lower(params).compile().as_text().count(" exponential(")
+
+  # With "dots", a block's three gates and activations are computed again: in the body of a loop or in every layer.
+  bodies = 1 if unroll == 1 else depth
+  assert exponentials("dots") >= exponentials("none") + 3 * bodies
 
 
 def test_layers_are_applied_in_their_order():
@@ -220,3 +248,40 @@ def test_structure_hashes(name):
   """As jit asks of its arguments: equal configs give equal keys of the compilation cache."""
   first, second = (model.abstract_model(config(mixers.config_class(name).examples()[0])) for _ in range(2))
   assert nnx.graphdef(first) == nnx.graphdef(second) and hash(nnx.graphdef(first)) == hash(nnx.graphdef(second))
+
+
+H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
+
+
+@pytest.mark.parametrize("name", list(mixers.MIXERS))
+def test_remat_runs_no_kernel_twice(name, monkeypatch):
+  # The forward and backward kernels of one layer for a GPU, whose cuDNN nobody asks for its version here.
+  monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
+  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+  small = config(mixers.config_class(name).examples()[0], dtype="bfloat16", width=64)
+  params, ids = nnx.state(model.abstract_model(small)), jax.ShapeDtypeStruct((BATCH, 64), jnp.int32)
+
+  def kernels(remat):
+    graph = nnx.graphdef(jax.eval_shape(lambda: build(small, remat=remat)))
+    loss = lambda params, ids: jnp.square(nnx.merge(graph, params).hidden(ids, segment_ids=ids)[0]).sum()
+    with use_abstract_mesh(H100):
+      jaxpr = jax.make_jaxpr(jax.grad(loss))(params, ids).jaxpr
+    return collections.Counter(launches(jaxpr))
+
+  plain, full = kernels("none"), kernels("full")
+  assert plain == kernels("dots") == kernels("mixer") and full.total() > plain.total() > 0, (plain, full)
+
+
+def launches(jaxpr):
+  """The names of all kernels that a program launches, from this library and from cuDNN."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call":
+      if not eqn.params["interpret"]:
+        yield eqn.params["name"]
+    elif eqn.primitive.name.startswith("dot_product_attention"):
+      yield eqn.primitive.name
+    else:
+      for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from launches(inner)
