@@ -54,8 +54,9 @@ _OUT = flags.DEFINE_string("out", "", "JSON lines file to which one record per m
 _RESUME = flags.DEFINE_bool("resume", False, "Skips the calls that --out has for this device, these versions and "
                             "these kernels.")
 _MATCH = flags.DEFINE_string("match", "", "Times only the calls whose line contains this regular expression.")
-_TURNS = flags.DEFINE_string("turns", "", "Existing file or folder by which several of these commands, each with its part of the calls, "
-                             "take turns on one GPU: they compile side by side and measure one at a time.")
+_TURNS = flags.DEFINE_string("turns", "", "Existing file or folder by which several of these commands, each with its "
+                             "part of the calls, take turns on one GPU: they compile side by side and measure one at a "
+                             "time.")
 _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Begins no measurement after this time; 0 for no limit.", lower_bound=0)
 
 

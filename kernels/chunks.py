@@ -43,6 +43,13 @@ def repeat_heads(x, heads):
   return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
+def sum_heads(x, heads):
+  """Transpose of `repeat_heads`: `[B, T, H, D]` to `[B, T, heads, D]`, each group's sum formed in float32."""
+  if x.shape[2] == heads:
+    return x
+  return jnp.sum(x.reshape(*x.shape[:2], heads, -1, x.shape[3]), axis=3, dtype=jnp.float32).astype(x.dtype)
+
+
 def to_chunks(x, size):
   """`[B, T, H, D]` to chunks `[N, B, size, H, D]`. Zeros fill up the last chunk, and leave a state unchanged."""
   B, T, H, D = x.shape

@@ -23,6 +23,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kernels import chunks
+
 
 def contain(run: Callable, starts, tokens, initial_state, shared=(), *, lead: int):
   """`run(tokens, initial_state, shared)`, an output and a final state, with non-finite values kept in their segments.
@@ -30,7 +32,8 @@ def contain(run: Callable, starts, tokens, initial_state, shared=(), *, lead: in
   Args:
     starts: `[B, T]`, true where a segment starts; the first token's entry has no effect. With None there is nothing to
       contain, and the arrays go to `run` as they are.
-    tokens: arrays `[B, T, ...]`, of which the first reads the state and the others write it.
+    tokens: arrays `[B, T, ...]`, of which the first reads the state and the others write it. Their third axis may be
+      key heads, each for several consecutive heads of the state.
     shared: arrays that all tokens share; their gradients are NaN when the gradient of any token is.
     lead: how many leading axes of `tokens`, batch and time included, have a state of their own.
   """
@@ -59,7 +62,7 @@ def _forward_and_pullback(run, lead, starts, tokens, initial_state, shared):
 
 def _clean(lead, starts, tokens, initial_state):
   """Finite arrays, the tokens that find or make the state non-finite, and the outputs that are lost, `[B, T, ...]`."""
-  reads, *writes = (_any(~jnp.isfinite(x), lead) for x in tokens)
+  reads, *writes = (_of_heads(_any(~jnp.isfinite(x), lead), initial_state) for x in tokens)
   written = functools.reduce(jnp.logical_or, writes)
   entry = _any(~jnp.isfinite(initial_state), lead - 1)
   state = _from(written.at[:, 0].set(written[:, 0] | entry), starts)
@@ -81,7 +84,7 @@ def _backward(lead, residuals, cotangents):
   own, end = flags
   reached = state | _until(own.at[:, -1].set(own[:, -1] | end), starts)
   tokens, initial_state, shared = pullback(tuple(usable))
-  tokens = [_select(~(reached if i else state | own), x, jnp.nan) for i, x in enumerate(tokens)]
+  tokens = [_select(~_of_key_heads(reached if i else state | own, x), x, jnp.nan) for i, x in enumerate(tokens)]
   everywhere = ~jnp.any(reached)
   return (None, tuple(tokens), _select(~reached[:, 0], initial_state, jnp.nan),
           jax.tree.map(lambda x: jnp.where(everywhere, x, jnp.nan), shared))
@@ -103,6 +106,16 @@ def _until(flags, starts):
   end = jax.lax.cummin(jnp.where(ends, index, T - 1), axis=1, reverse=True)
   following = jax.lax.cummin(jnp.where(flags, _like(index, flags), T), axis=1, reverse=True)
   return following <= _like(end, following)
+
+
+def _of_heads(flags, state):
+  """Flags `[B, T]` as they are, and flags of key heads `[B, T, G]` for each head of the state `[B, H, ...]`."""
+  return flags if flags.ndim == 2 else chunks.repeat_heads(flags[..., None], state.shape[1])[..., 0]
+
+
+def _of_key_heads(flags, x):
+  """Flags `[B, T]` as they are, and whether any head of a group is flagged, for the key heads of `x`."""
+  return flags if flags.ndim == 2 else jnp.any(flags.reshape(*x.shape[:3], -1), axis=3)
 
 
 def _index(starts):

@@ -127,6 +127,12 @@ def given(flag, *items):
   return items if flag else ()
 
 
+def key_head(heads, key_heads):
+  """Maps the index of a value head to that of the key head that it reads, for the index maps of blocks."""
+  group = heads // key_heads
+  return (lambda h: h) if group == 1 else (lambda h: jax.lax.div(h, group))
+
+
 def rows_and_columns(size):
   """Row and column index of every entry of a `[size, size]` matrix."""
   shape = (size, size)

@@ -6,12 +6,12 @@ kernels the compiler cannot partition run on local blocks through `map_over_head
 `jax.set_mesh`.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -50,10 +50,13 @@ def validate_mesh(config: TrainConfig, device_count: int) -> None:
     raise ValueError(f"config.data.batch_size={config.data.batch_size} over config.optim.accumulation="
                      f"{config.optim.accumulation} leaves {rows} sequences a microbatch: not divisible by "
                      f"data * fsdp = {data} * {fsdp}")
-  for mixer, field in itertools.product(("mixer", "hybrid_mixer"), ("heads", "kv_heads", "value_heads")):
-    heads = getattr(getattr(config.model, mixer), field, 0)
-    if heads % tensor:
-      raise ValueError(f"config.model.{mixer}.{field}={heads}: not divisible by config.mesh.tensor={tensor}")
+  for name in ("mixer", "hybrid_mixer"):
+    mixer = getattr(config.model, name)
+    # Where there are more value heads than key heads, `map_over_heads` repeats key heads as the mesh needs it.
+    for field in ("value_heads",) if getattr(mixer, "value_heads", 0) else ("heads", "kv_heads"):
+      heads = getattr(mixer, field, 0)
+      if heads % tensor:
+        raise ValueError(f"config.model.{name}.{field}={heads}: not divisible by config.mesh.tensor={tensor}")
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -90,9 +93,12 @@ def shard_batch(x: Array) -> Array:
 def map_over_heads(fn: Callable, layouts: str) -> Callable:
   """`fn` applied to each device's batch rows and heads, or plain `fn` if no mesh is in use.
 
-  `layouts` names the dimensions of every argument and result, as in "bthk,bthv->bthv". `b` is split over the batch
-  axes, `h` over "tensor", and dimensions with other letters stay whole. An argument may be None. A batch that the mesh
-  does not divide (a single prompt, say) is computed by every device. Heads that it does not divide raise ValueError.
+  `layouts` names the dimensions of every argument and result, as in "btgk,bthv->bthv". `b` is split over the batch
+  axes, `h` over "tensor", and dimensions with other letters stay whole. `g` is key heads of arguments, each for a group
+  of consecutive heads `h`. They are split over "tensor" too. Where the mesh does not divide them, each is repeated as
+  often as it takes to divide them, so that every device has the key heads of its heads and few others. An argument may
+  be None. A batch that the mesh does not divide (a single prompt, say) is computed by every device. Heads that it does
+  not divide raise ValueError.
   """
   inputs, outputs = (side.split(",") for side in layouts.replace(" ", "").split("->"))
 
@@ -105,7 +111,11 @@ def map_over_heads(fn: Callable, layouts: str) -> Callable:
     for name, size in sizes:
       if name == "h" and size % mesh.shape["tensor"]:
         raise ValueError(f"{size} heads: not divisible by the mesh axis tensor={mesh.shape['tensor']}")
-    axes = {"h": "tensor"} if dict(sizes)["b"] % _batch_shards(mesh) else {"h": "tensor", "b": BATCH_AXES}
+    args = [arg if arg is None else _repeat_key_heads(arg, layout, mesh.shape["tensor"])
+            for layout, arg in zip(inputs, args, strict=True)]
+    axes = {"h": "tensor", "g": "tensor"}
+    if dict(sizes)["b"] % _batch_shards(mesh) == 0:
+      axes["b"] = BATCH_AXES
     specs = {layout: P(*map(axes.get, layout)) for layout in (*inputs, *outputs)}
     in_specs = tuple(None if arg is None else specs[layout] for layout, arg in zip(inputs, args, strict=True))
     out_specs = tuple(specs[layout] for layout in outputs) if len(outputs) > 1 else specs[outputs[0]]
@@ -113,6 +123,17 @@ def map_over_heads(fn: Callable, layouts: str) -> Callable:
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
   return call
+
+
+def _repeat_key_heads(x, layout, shards):
+  """`x` with its key heads, if the layout has any, repeated to the least number that `shards` divides.
+
+  That number divides the heads too, because both the key heads and the shards divide them.
+  """
+  if "g" not in layout or x.shape[layout.index("g")] % shards == 0:
+    return x
+  axis = layout.index("g")
+  return jnp.repeat(x, math.lcm(x.shape[axis], shards) // x.shape[axis], axis=axis)
 
 
 def _is_partitioned(mesh) -> bool:

@@ -50,9 +50,10 @@ def delta_rule(
     inputs and 1e-5 for float32 inputs; `kernels.accuracy` has the bound for a single entry. The bounds do
     not hold for nearly parallel keys of norm 1 with a beta of 2 and no decay: the state then turns back and forth
     undamped, the rounding of |k|^2 adds up over tokens, and the error reaches 1e-4 after 300 tokens.
-  Memory: the backward pass keeps the inputs, which take 2 (2 K + V) bytes per token and value head for 16-bit inputs,
-    4 for beta and 4 for a decay. In the place of v, "pallas_triton" keeps the error that each token corrects. For
-    bfloat16 it also keeps 4 C bytes of inverses in chunks of C tokens (C = 32) and 2 K V / 64 bytes of states.
+  Memory: the backward pass keeps the inputs, which take for 16-bit inputs 4 K bytes per token and key head, and per
+    token and value head 2 V, 4 for beta and 4 for a decay. "xla_chunked" keeps q and k for each value head. In the
+    place of v, "pallas_triton" keeps the error that each token corrects. For bfloat16 it also keeps 4 C bytes of
+    inverses in chunks of C tokens (C = 32) and 2 K V / 64 bytes of states.
   Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
     jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
     "reference" has all derivatives, and it alone supports jax.jvp of the op itself.
@@ -88,7 +89,6 @@ def delta_rule(
     log_decay = jnp.where(starts[:, :, None], chunks.RESET, log_decay)
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
-  q, k = (chunks.repeat_heads(x, H) for x in (q, k))
   scale, factor = contract.scale_of("delta_rule", scale, K)
   run = dispatch.choose("delta_rule", implementation, q, k, v, beta, log_decay, chunk_size=chunk_size)
   options = dict(scale=scale, normalize_qk=bool(normalize_qk), chunk_size=chunk_size)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from kernels import triton_blocks
 from kernels.scalar_decay import UNIT, decay_of
-from kernels.triton_blocks import given, halves, leading_bits, operand, rows_and_columns
+from kernels.triton_blocks import given, halves, key_head, leading_bits, operand, rows_and_columns
 
 SIZE = 16  # rows of a block, the least that a product takes
 DEPTH = 64  # key channels of one product in float32; twice as many in 16 bits, which are as many bytes in flight
@@ -35,10 +35,10 @@ def inverse(q, k, beta, log_decay, normalize_qk, chunk):
   diagonal are not written. The sums of gates are as in `scalar_decay.Decay`, and None without gates. Without
   `normalize_qk` the norms are None; with it, Y belongs to the normalized keys.
   """
-  (B, T, H, K), C = k.shape, chunk
-  dtype, gated = operand(k.dtype), log_decay is not None
+  (B, T, G, K), H, C = k.shape, beta.shape[2], chunk
+  dtype, gated, key = operand(k.dtype), log_decay is not None, key_head(H, G)
   parts = 1 if dtype == jnp.float32 else 2
-  keys = pl.BlockSpec((None, C, None, K), lambda n, h, b: (b, n, h, 0))
+  keys = pl.BlockSpec((None, C, None, K), lambda n, h, b: (b, n, key(h), 0))
   rows = pl.BlockSpec((None, C, None), lambda n, h, b: (b, n, h))
   norms = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
   y, *others = triton_blocks.launch(

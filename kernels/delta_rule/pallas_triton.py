@@ -31,7 +31,7 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
-  """See `kernels.delta_rule`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
+  """See `kernels.delta_rule`. The state is given, segments are resets in `log_decay`."""
   if q.dtype == jnp.float16:
     wide = delta_rule(*(chunks.wide(x) for x in (q, k, v)), beta, log_decay, initial_state, scale=scale,
                       normalize_qk=normalize_qk, chunk_size=chunk_size)
@@ -45,7 +45,7 @@ def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, 
 
 def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=False, config):
   """The op under an explicit configuration."""
-  (B, T, H, K), V = q.shape, v.shape[3]
+  (B, T, H, V), K = v.shape, q.shape[3]
   dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, min(config.width, tile_width(V)))
   count = pieces.count(B * H * (V + dV) // config.scan.block, T, config.span, enough=ENOUGH)
   fold = functools.partial(pieces.fold, count=count, chunk=config.span)

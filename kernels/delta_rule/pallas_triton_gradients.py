@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import triton_blocks
+from kernels import chunks, triton_blocks
 from kernels.delta_rule.pallas_triton_operands import row_weights, take_per_token, weigh_both
 from kernels.scalar_decay import between, decay_of, gate_block, weigh
-from kernels.triton_blocks import given, operand, rows_and_columns
+from kernels.triton_blocks import given, key_head, operand, rows_and_columns
 
 
 def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, minus_f_ref, *refs, vectors, gated, scale, width, whole, dot):
@@ -124,17 +124,18 @@ def _through_norm(x, norm, dx):
 
 def gradients(operands, e, do, minus_f, states, dstates, scale, config):
   """dq, dk, dv, dbeta and d log_decay, the last from the parts of all tiles of key channels."""
-  (B, T, H, K), V = operands.k.shape, do.shape[3]
+  (B, T, H, V), (G, K) = do.shape, operands.k.shape[2:]
   C, tile = config.span, config.gradients
-  block = min(tile.block, K)
-  keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))
+  block, key = min(tile.block, K), key_head(H, G)
+  keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, key(h), t))
+  dkeys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))
   values = pl.BlockSpec((None, C, None, V), lambda t, n, h, b: (b, n, h, 0))
   state = pl.BlockSpec((None, None, None, V, block), lambda t, n, h, b: (b, h, n, 0, t))
   token = pl.BlockSpec((None, None, C, None), lambda t, n, h, b: (t, b, n, h))
   vectors, gated = operands.per_token(operands.log_decay), operands.log_decay is not None
   normalized, whole = operands.q_norm is not None, block == K
   dtype = jnp.float32 if normalized and not whole else operands.k.dtype
-  dkeys = jax.ShapeDtypeStruct(operands.k.shape, dtype)
+  dkey = jax.ShapeDtypeStruct((B, T, H, K), dtype)
   dtoken = jax.ShapeDtypeStruct((K // block, B, T, H), jnp.float32)
   dq, dk, dbeta, *dg, dv = triton_blocks.launch(
       functools.partial(_gradients_kernel, vectors=len(vectors), gated=gated, scale=scale, width=min(config.width, V),
@@ -142,11 +143,12 @@ def gradients(operands, e, do, minus_f, states, dstates, scale, config):
       name="delta_rule_gradients", grid=(K // block, T // C, H, B),
       in_specs=[keys, keys, values, values, values, *[gate_block(x, C, chunked=True)[1][0] for x in vectors],
                 state, state],
-      out_specs=[keys, keys, token, *given(gated, token), values],
-      out_shape=[dkeys, dkeys, dtoken, *given(gated, dtoken), jax.ShapeDtypeStruct(do.shape, do.dtype)],
+      out_specs=[dkeys, dkeys, token, *given(gated, token), values],
+      out_shape=[dkey, dkey, dtoken, *given(gated, dtoken), jax.ShapeDtypeStruct(do.shape, do.dtype)],
       num_warps=tile.num_warps, num_stages=tile.num_stages)(
           operands.q, operands.k, e, do, minus_f, *vectors, states, dstates)
-  if normalized and not whole:
-    dq, dk = (_through_norm(x.astype(jnp.float32), norm, dx).astype(x.dtype)
+  dq, dk = (chunks.sum_heads(x, G) for x in (dq, dk))
+  if normalized and not whole:  # all value heads of a key head have its norms
+    dq, dk = (_through_norm(x.astype(jnp.float32), norm[:, :, ::H // G], dx).astype(x.dtype)
               for x, norm, dx in ((operands.q, operands.q_norm, dq), (operands.k, operands.k_norm, dk)))
   return dq, dk, dv, dbeta[0], jnp.sum(dg[0], axis=0) if gated else None

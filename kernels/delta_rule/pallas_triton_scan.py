@@ -14,7 +14,7 @@ from kernels import chunks, pieces, triton_blocks
 from kernels.delta_rule.pallas_triton_chunk import Scan, forward_chunk, read_chunk, reverse_chunk
 from kernels.delta_rule.pallas_triton_operands import take_per_token
 from kernels.scalar_decay import gate_block
-from kernels.triton_blocks import given, operand
+from kernels.triton_blocks import given, key_head, operand
 
 
 def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save, reverse, scale, chunk, span, depth,
@@ -83,12 +83,12 @@ def _entry_states(initial_state, kept, update, reverse):
 
 
 def _launch(operands, v, initial_state, *, scale, config, reverse, save):
-  (B, T, H, V), K = v.shape, operands.k.shape[3]
-  tile = config.reverse_scan if reverse else config.scan
+  (B, T, H, V), (G, K) = v.shape, operands.k.shape[2:]
+  tile, key = config.reverse_scan if reverse else config.scan, key_head(H, G)
   block, C, N, dtype = min(tile.block, V), config.chunk, T // config.span, operand(operands.k.dtype)
   piece = initial_state is None
   columns, last = pl.cdiv(V + K * (piece and not reverse), block) * block, V // block - 1  # tiles are not masked
-  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
+  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, key(h), 0))
   values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, jnp.minimum(t, last) if piece else t))
   whole = pl.BlockSpec((None, None, *operands.y.shape[2:]), lambda t, h, b: (b, h, 0, 0, 0, 0))
   state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))

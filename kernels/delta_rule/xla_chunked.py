@@ -28,7 +28,8 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
-  """See `kernels.delta_rule`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
+  """See `kernels.delta_rule`. The state is given, segments are resets in `log_decay`."""
+  q, k = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k))
   if chunk_size is None:
     chunk_size = 16 if q.shape[1] <= 16 else 32 if q.shape[1] <= 32 else 64
   rows = chunks.normalize if normalize_qk else chunks.wide

@@ -41,8 +41,9 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     least 64 tokens and heads, is at most 5e-3 for 16-bit inputs and 1e-5 (`pallas_triton`: 1e-4) for float32 inputs;
     `kernels.accuracy` has the bound for a single entry. `pallas_triton` takes gates below -40 (a decay of
     4e-18), also -inf, as -40. Their gradient is then not 0 but the rounding error of the flow through the other gates.
-  Memory: the backward pass keeps the inputs, 2 (2 K + V) + 4 K bytes per token and head for 16-bit inputs, and in
-    `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and C = 64, 1280 + 512 bytes.
+  Memory: the backward pass keeps the inputs, for 16-bit inputs 8 K bytes per token and key head and 2 V per token and
+    value head, and in `pallas_triton` also the state of each chunk of C tokens, 2 K V / C per value head: at H = G,
+    K = V = 128 and C = 64, 1280 + 512 bytes. "xla_chunked" keeps q, k and log_decay for each value head.
   Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
     jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
     "reference" has all derivatives, and it alone supports jax.jvp of the op itself.
@@ -66,7 +67,6 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     log_decay = jnp.where(starts[:, :, None, None], chunks.RESET, chunks.bounded(log_decay))
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
-  q, k, log_decay = (chunks.repeat_heads(x, H) for x in (q, k, log_decay))
   scale, factor = contract.scale_of("gla", scale, K)
   run = dispatch.choose("gla", implementation, q, k, v, log_decay, chunk_size=chunk_size)
   output, final_state = containment.contain(

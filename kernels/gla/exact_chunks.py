@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels import triton_blocks
-from kernels.triton_blocks import LOG2E, masked_sum, operand, rows_and_columns
+from kernels.triton_blocks import LOG2E, key_head, masked_sum, operand, rows_and_columns
 
 WEAKEST = -40 * LOG2E  # of one gate, in base 2: a decay of 4e-18
 LIMIT = -60 * LOG2E  # of half a chunk, in base 2: factors up to 1e26, whose products with data and sums are finite
@@ -197,16 +197,16 @@ def _group(N):
   return math.gcd(N, GROUP)
 
 
-def _tokens(rows, width, tiled=False):
-  return pl.BlockSpec((None, rows, None, width), lambda t, n, h, b: (b, n, h, t if tiled else 0))
+def _tokens(rows, width, tiled=False, head=lambda h: h):
+  return pl.BlockSpec((None, rows, None, width), lambda t, n, h, b: (b, n, head(h), t if tiled else 0))
 
 
 def _whole(x):
   return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
 
 
-def _flags(N):
-  return pl.BlockSpec((None, None, _group(N)), lambda t, n, h, b: (b, h, n))
+def _flags(N, head):
+  return pl.BlockSpec((None, None, _group(N)), lambda t, n, h, b: (b, head(h), n))
 
 
 def _squares(N, C):
@@ -214,24 +214,24 @@ def _squares(N, C):
 
 
 def scores(bounded, q, k, g, scale, chunk):
-  """P `[B, H, N, C, C]` of the chunks whose flag `bounded[B, H, N]` is 0; the others are left unwritten."""
-  B, H, N = bounded.shape
+  """P `[B, G, N, C, C]` of the chunks whose flag `bounded[B, G, N]` is 0; the others are left unwritten."""
   block = min(KEYS["scores"], q.shape[3])
   return _launch_square(functools.partial(_scores_kernel, scale=scale, block=block), "gla_exact_scores",
                         bounded, (q, k, g), chunk, [_masks(chunk)])
 
 
 def dscores(bounded, v, do, chunk):
-  """dP of the same chunks, mirrored into a symmetric matrix."""
+  """dP `[B, H, N, C, C]` of the same chunks, mirrored into a symmetric matrix."""
   block = min(VALUES["dscores"], v.shape[3])
   return _launch_square(functools.partial(_dscores_kernel, block=block), "gla_exact_dscores", bounded, (v, do), chunk)
 
 
 def _launch_square(kernel, name, bounded, inputs, C, masks=()):
-  B, H, N = bounded.shape
+  (B, G, N), H = bounded.shape, inputs[0].shape[2]
   return triton_blocks.launch(
       kernel, name=name, grid=(1, N // _group(N), H, B), loop=True,
-      in_specs=[_flags(N), *[_whole(x) for x in masks], *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]],
+      in_specs=[_flags(N, key_head(H, G)), *[_whole(x) for x in masks],
+                *[_tokens(_group(N) * C, x.shape[3]) for x in inputs]],
       out_specs=_squares(N, C),
       out_shape=jax.ShapeDtypeStruct((B, H, N, C, C), operand(inputs[0].dtype)),
       num_warps=WARPS, num_stages=1)(
@@ -239,18 +239,19 @@ def _launch_square(kernel, name, bounded, inputs, C, masks=()):
 
 
 def dqkg(bounded, decays, q, k, g, v, do, states, dstates, gradients, scale, chunk):
-  """`gradients` of q, k and g, replaced in the chunks whose flag is 0."""
-  (B, T, H, K), V = q.shape, v.shape[3]
-  N, block, masks = T // chunk, min(KEYS["dqkg"], K), _masks(chunk)
-  keys, values = _tokens(_group(N) * chunk, block, tiled=True), _tokens(_group(N) * chunk, V)
+  """`gradients` of q, k and g for each value head, replaced in the chunks whose flag is 0."""
+  (B, T, H, V), (G, K) = v.shape, q.shape[2:]
+  N, block, masks, key = T // chunk, min(KEYS["dqkg"], K), _masks(chunk), key_head(H, G)
+  keys, dkeys = (_tokens(_group(N) * chunk, block, tiled=True, head=head) for head in (key, key_head(H, H)))
+  values = _tokens(_group(N) * chunk, V)
   state = pl.BlockSpec((None, None, _group(N), block, V), lambda t, n, h, b: (b, h, n, t, 0))
-  rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, h, n, 0, t))
+  rows = pl.BlockSpec((None, None, _group(N), 3, block), lambda t, n, h, b: (b, key(h), n, 0, t))
   return triton_blocks.launch(
       functools.partial(_dqkg_kernel, scale=scale, block_v=VALUES["dqkg"]), name="gla_exact_dqkg",
       grid=(K // block, N // _group(N), H, B), loop=True,
-      in_specs=[_flags(N), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state,
-                keys, keys, keys],
-      out_specs=[keys] * 3,
+      in_specs=[_flags(N, key), _whole(masks), rows, _squares(N, chunk), keys, keys, keys, values, values, state, state,
+                dkeys, dkeys, dkeys],
+      out_specs=[dkeys] * 3,
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in gradients], aliases={11: 0, 12: 1, 13: 2},
       num_warps=WARPS, num_stages=1)(
           bounded, masks, decays, dscores(bounded, v, do, chunk), q, k, g, v, do, states, dstates, *gradients)

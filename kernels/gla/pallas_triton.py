@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import pieces, triton_blocks, tuned
+from kernels import chunks, pieces, triton_blocks, tuned
 from kernels.gla import exact_chunks
 from kernels.gla.pallas_triton_config import Config, heuristic
 from kernels.gla.pallas_triton_factors import factors
@@ -29,7 +29,7 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.gla`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
+  """See `kernels.gla`. The state is given, segments are resets in `log_decay`."""
   K, V = q.shape[3], v.shape[3]
   config = None if chunk_size else tuned.lookup("gla", Config, gate="channel", K=K, V=V, dtype=q.dtype)
   config = config or heuristic(K, V, q.dtype, chunk_size)
@@ -38,7 +38,7 @@ def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
 
 def configured(q, k, v, log_decay, initial_state, *, scale, config):
   """The op under an explicit configuration."""
-  (B, T, H, K), V = q.shape, v.shape[3]
+  (B, T, H, V), K = v.shape, q.shape[3]
   widest = max(config.scan.block, config.reverse_scan.block, min(config.dqkg.block, tile_width(V)))
   dK, dV = tile_width(K) - K, -V % widest
   count = pieces.count(B * H * (V + dV) // config.scan.block, T, config.chunk)
@@ -66,8 +66,9 @@ def _backward(scale, config, residuals, cotangents):
   x, y, decays, bounded, _ = found = factors(q, k, log_decay, scale, config)
   dv, dstates, dinitial_state = scan(found, do, dfinal_state, config, reverse=True)
   gradients = dqkg(x, y, log_decay, v, do, states, dstates, scale, config, q.dtype)
-  dq, dk, dlog_decay = exact_chunks.dqkg(
+  gradients = exact_chunks.dqkg(
       bounded, decays, q, k, log_decay, v, do, states, dstates, gradients, scale, config.chunk)
+  dq, dk, dlog_decay = (chunks.sum_heads(x, q.shape[2]) for x in gradients)
   return dq, dk, dv, dlog_decay, dinitial_state
 
 

@@ -55,28 +55,28 @@ def _scores_kernel(bounded_ref, x_ref, y_ref, _, p_ref, *, depth, dot):
 # Launches: one program per tile of key channels, chunk, head and row of the batch.
 
 
-def chunk_block(config, width, tiled):
-  """Block of a [B, T, H, width] array in a chunk kernel: the tile's columns or all."""
-  return pl.BlockSpec((None, config.chunk, None, width), lambda t, n, h, b: (b, n, h, t if tiled else 0))
+def chunk_block(config, width, tiled, head=lambda h: h):
+  """Block of a [B, T, H, width] array in a chunk kernel: the tile's columns or all, of the `head` of the program's."""
+  return pl.BlockSpec((None, config.chunk, None, width), lambda t, n, h, b: (b, n, head(h), t if tiled else 0))
 
 
 def factors(q, k, g, scale, config):
-  """X and Y, the decays enter, keep and exit `[B, H, N, 3, K]`, flags of the bounded chunks `[B, H, N]`, and P.
+  """X and Y, the decays enter, keep and exit `[B, G, N, 3, K]`, flags of the bounded chunks `[B, G, N]`, and P.
 
   P covers the unbounded chunks, or all chunks if the configuration has `scores`.
   """
-  B, T, H, K = q.shape
+  B, T, G, K = q.shape
   N, dtype, tile = T // config.chunk, operand(q.dtype), config.factors
   block = min(tile.block, K)
   keys = chunk_block(config, block, tiled=True)
   x, y, decays, bounded = triton_blocks.launch(
-      functools.partial(_factors_kernel, scale=scale), name="gla_factors", grid=(K // block, N, H, B),
+      functools.partial(_factors_kernel, scale=scale), name="gla_factors", grid=(K // block, N, G, B),
       in_specs=[keys] * 3,
       out_specs=[keys, keys, pl.BlockSpec((None, None, None, 3, block), lambda t, n, h, b: (b, h, n, 0, t)),
                  pl.BlockSpec((None, None, None, None), lambda t, n, h, b: (t, b, h, n))],
       out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(k.shape, dtype),
-                 jax.ShapeDtypeStruct((B, H, N, 3, K), jnp.float32),
-                 jax.ShapeDtypeStruct((K // block, B, H, N), jnp.int32)],
+                 jax.ShapeDtypeStruct((B, G, N, 3, K), jnp.float32),
+                 jax.ShapeDtypeStruct((K // block, B, G, N), jnp.int32)],
       num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, g)
   bounded = jnp.min(bounded, axis=0)
   p = exact_chunks.scores(bounded, q, k, g, scale, config.chunk)
@@ -85,12 +85,12 @@ def factors(q, k, g, scale, config):
 
 def _scores(bounded, x, y, p, config):
   """`p` with the P of the bounded chunks added; entries above the diagonal have no meaning."""
-  (B, T, H, K), tile = x.shape, config.scores
+  (B, T, G, K), tile = x.shape, config.scores
   keys = chunk_block(config, K, tiled=True)
   square = pl.BlockSpec((None, None, None, *p.shape[3:]), lambda t, n, h, b: (b, h, n, 0, 0))
   return triton_blocks.launch(
       functools.partial(_scores_kernel, depth=min(tile.block, K)), name="gla_scores",
-      grid=(1, T // config.chunk, H, B), aliases={3: 0},
+      grid=(1, T // config.chunk, G, B), aliases={3: 0},
       in_specs=[pl.BlockSpec((None, None, None), lambda t, n, h, b: (b, h, n)), keys, keys, square], out_specs=square,
       out_shape=jax.ShapeDtypeStruct(p.shape, p.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages)(
           bounded, x, y, p)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from kernels import triton_blocks
 from kernels.gla.exact_chunks import exact_sums, gates
 from kernels.gla.pallas_triton_factors import chunk_block, from_middle
-from kernels.triton_blocks import loop_width, masked_sum, rows_and_columns
+from kernels.triton_blocks import key_head, loop_width, masked_sum, rows_and_columns
 
 
 def _dqkg_kernel(x_ref, y_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, dq_ref, dk_ref, dg_ref, *, scale, block_v,
@@ -59,15 +59,15 @@ def _dqkg_kernel(x_ref, y_ref, g_ref, v_ref, do_ref, states_ref, dstates_ref, dq
 
 
 def dqkg(x, y, g, v, do, states, dstates, scale, config, dtype):
-  B, T, H, K = x.shape
-  V, tile = v.shape[3], config.dqkg
+  """dq, dk and d log_decay of each value head, the first two in `dtype`."""
+  (B, T, H, V), (G, K), tile = v.shape, x.shape[2:], config.dqkg
   block = min(tile.block, K)
-  keys, values = chunk_block(config, block, tiled=True), chunk_block(config, V, tiled=False)
+  keys, values = chunk_block(config, block, tiled=True, head=key_head(H, G)), chunk_block(config, V, tiled=False)
+  dkeys = chunk_block(config, block, tiled=True)
   state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
   return triton_blocks.launch(
       functools.partial(_dqkg_kernel, scale=scale, block_v=loop_width(tile.block, V)), name="gla_dqkg",
       grid=(K // block, T // config.chunk, H, B), in_specs=[keys, keys, keys, values, values, state, state],
-      out_specs=[keys] * 3,
-      out_shape=[jax.ShapeDtypeStruct(x.shape, dtype), jax.ShapeDtypeStruct(y.shape, dtype),
-                 jax.ShapeDtypeStruct(g.shape, g.dtype)],
+      out_specs=[dkeys] * 3,
+      out_shape=[jax.ShapeDtypeStruct((B, T, H, K), x) for x in (dtype, dtype, g.dtype)],
       num_warps=tile.num_warps, num_stages=tile.num_stages)(x, y, g, v, do, states, dstates)

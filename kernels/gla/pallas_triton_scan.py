@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels import pieces, triton_blocks
-from kernels.triton_blocks import given, rows_and_columns
+from kernels import chunks, pieces, triton_blocks
+from kernels.triton_blocks import given, key_head, rows_and_columns
 
 
 def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse, chunk, depth, start, dot):
@@ -93,18 +93,18 @@ def scan(factors, v, initial_state, config, *, save=True, reverse=False):
   if v.shape[0] > B:
     empty = jnp.zeros((v.shape[0], *initial_state.shape[1:]), jnp.float32)
     (update,) = run([x, y, decays], v, empty, outputs=False, save=False)
-    kept = jnp.prod(decays, axis=(2, 3))[..., None]
-    initial_state = pieces.entry_states(initial_state, kept, update, reverse)
+    kept = chunks.repeat_heads(jnp.prod(decays, axis=(2, 3))[:, None], v.shape[2])[:, 0]
+    initial_state = pieces.entry_states(initial_state, kept[..., None], update, reverse)
   output, *states, final = run([x, y, decays, bounded, p], v, initial_state, outputs=True, save=save)
   return output, states[0] if save else None, pieces.exit_state(final, B, reverse)
 
 
 def _launch(factors, v, initial_state, *, config, tile, reverse, outputs, save):
-  (B, T, H, V), (K, dtype) = v.shape, (factors[0].shape[3], factors[0].dtype)
-  block, C, N = min(tile.block, V), config.chunk, T // config.chunk
-  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
+  (B, T, H, V), (G, K), dtype = v.shape, factors[0].shape[2:], factors[0].dtype
+  block, C, N, key = min(tile.block, V), config.chunk, T // config.chunk, key_head(H, G)
+  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, key(h), 0))
   values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, t))
-  all_chunks = lambda *shape: pl.BlockSpec((None, None, N, *shape), lambda t, h, b: (b, h, 0, *(0 for _ in shape)))
+  all_chunks = lambda *shape: pl.BlockSpec((None, None, N, *shape), lambda t, h, b: (b, key(h), 0, *(0 for _ in shape)))
   state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
   states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
   out_shape = [*given(outputs, jax.ShapeDtypeStruct(v.shape, v.dtype)),

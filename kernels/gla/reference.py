@@ -19,6 +19,7 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
   """See `kernels.gla`: the scan of `step`. `chunk_size` has no effect."""
   del chunk_size
+  q, k, log_decay = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k, log_decay))
   by_time = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_decay)]
   final_state, output = jax.lax.scan(lambda state, x: step(state, *x), initial_state, by_time)
   return (scale * jnp.moveaxis(output, 0, 1)).astype(v.dtype), final_state

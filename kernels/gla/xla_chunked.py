@@ -23,7 +23,8 @@ def supports(q, k, v, log_decay, *, chunk_size=None) -> str | None:
 
 
 def gla(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.gla`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
+  """See `kernels.gla`. The state is given, segments are resets in `log_decay`."""
+  q, k, log_decay = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k, log_decay))
   if chunk_size is None:
     chunk_size = _chunk_size(q.shape[1], q.shape[3], v.shape[3])
   return _gla(q, k, v, log_decay, initial_state, scale, chunk_size)

@@ -43,9 +43,9 @@ def linear_attention(
     inputs (`pallas_triton`: in three TF32 passes). The relative RMS error of the output against "reference", over at
     least 64 tokens and heads, is at most 5e-3 for 16-bit inputs and 1e-5 (`pallas_triton`: 1e-4) for float32 inputs;
     `kernels.accuracy` has the bound for a single entry.
-  Memory: the backward pass keeps the inputs, 2 (2 K + V) bytes per token and head for 16-bit inputs and 4 for a
-    decay per token, and in `pallas_triton` also the state of each chunk of C tokens, 2 K V / C: at K = V = 128 and
-    C = 64, 768 + 512 bytes.
+  Memory: the backward pass keeps the inputs, for 16-bit inputs 4 K bytes per token and key head, 2 V per token and
+    value head, and 4 for a decay per token, and in `pallas_triton` also the state of each chunk of C tokens, 2 K V / C
+    per value head: at H = G, K = V = 128 and C = 64, 768 + 512 bytes. "xla_chunked" keeps q and k for each value head.
   Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
     jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
     "reference" has all derivatives, and it alone supports jax.jvp of the op itself.
@@ -76,7 +76,6 @@ def linear_attention(
     log_decay = jnp.where(starts[:, :, None], chunks.RESET, log_decay)
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
-  q, k = (chunks.repeat_heads(x, H) for x in (q, k))
   scale, factor = contract.scale_of("linear_attention", scale, K)
   run = dispatch.choose("linear_attention", implementation, q, k, v, log_decay, chunk_size=chunk_size)
   output, final_state = containment.contain(

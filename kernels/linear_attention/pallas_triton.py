@@ -26,7 +26,7 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.linear_attention`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
+  """See `kernels.linear_attention`. The state is given, segments are resets in `log_decay`."""
   K, V = q.shape[3], v.shape[3]
   gate = tuned.gate_key(log_decay)
   config = None if chunk_size else tuned.lookup("linear_attention", Config, gate=gate, K=K, V=V, dtype=q.dtype)
@@ -36,7 +36,7 @@ def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=Non
 
 def configured(q, k, v, log_decay, initial_state, *, scale, config):
   """The op under an explicit configuration."""
-  (B, T, H, K), V = q.shape, v.shape[3]
+  (B, T, H, V), K = v.shape, q.shape[3]
   # Tiles are powers of two, so the widest is a multiple of the tiles of every kernel.
   widest = max(min(block, tile_width(V)) for block in (
       config.scan.block, config.reverse_scan.block, config.dqk.block, heuristic(K, V, jnp.float32).scan.block))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels import triton_blocks
+from kernels import chunks, triton_blocks
 from kernels.scalar_decay import between, decay_of, gate_block, weigh
-from kernels.triton_blocks import given, loop_width, operand, rows_and_columns
+from kernels.triton_blocks import given, key_head, loop_width, operand, rows_and_columns
 
 
 def _dqk_kernel(*refs, gated, scale, block_v, dot):
@@ -72,9 +72,10 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
 
 def dqk(q, k, v, log_decay, do, states, dstates, scale, config):
   """dq, dk, and for a decay per token its gradient, from the parts of all tiles of key channels."""
-  (B, T, H, K), V = q.shape, v.shape[3]
-  C, block = config.chunk, min(config.dqk.block, K)
-  keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))
+  (B, T, H, V), (G, K) = v.shape, q.shape[2:]
+  C, block, key = config.chunk, min(config.dqk.block, K), key_head(H, G)
+  keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, key(h), t))
+  dkeys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, h, t))
   values = pl.BlockSpec((None, C, None, V), lambda t, n, h, b: (b, n, h, 0))
   state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
   dgate = pl.BlockSpec((None, None, C, None), lambda t, n, h, b: (t, b, n, h))
@@ -83,8 +84,9 @@ def dqk(q, k, v, log_decay, do, states, dstates, scale, config):
   dq, dk, *dg = triton_blocks.launch(
       functools.partial(_dqk_kernel, gated=bool(gate), scale=scale, block_v=loop_width(config.dqk.block, V)),
       name="linear_attention_dqk", grid=(K // block, T // C, H, B),
-      in_specs=[keys, keys, values, values, state, state, *gate_spec], out_specs=[keys, keys, *given(per_token, dgate)],
-      out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype),
+      in_specs=[keys, keys, values, values, state, state, *gate_spec],
+      out_specs=[dkeys, dkeys, *given(per_token, dgate)],
+      out_shape=[jax.ShapeDtypeStruct((B, T, H, K), q.dtype), jax.ShapeDtypeStruct((B, T, H, K), k.dtype),
                  *given(per_token, jax.ShapeDtypeStruct((K // block, B, T, H), jnp.float32))],
       num_warps=config.dqk.num_warps, num_stages=config.dqk.num_stages)(q, k, v, do, states, dstates, *gate)
-  return dq, dk, jnp.sum(dg[0], axis=0) if per_token else None
+  return chunks.sum_heads(dq, G), chunks.sum_heads(dk, G), jnp.sum(dg[0], axis=0) if per_token else None

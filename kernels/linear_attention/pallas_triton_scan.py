@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from kernels import pieces, triton_blocks
 from kernels.scalar_decay import between, decay_of, gate_block, weigh
-from kernels.triton_blocks import given, operand
+from kernels.triton_blocks import given, key_head, operand
 
 
 def _scores_kernel(*refs, gated, transposed, scale, depth, dot):
@@ -106,18 +106,19 @@ def scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, save
 
 
 def _launch(q, k, v, log_decay, initial_state, *, scale, config, reverse, outputs, save):
-  (B, T, H, K), V = k.shape, v.shape[3]
+  (B, T, H, V), (G, K) = v.shape, k.shape[2:]
   tile = config.reverse_scan if reverse else config.scan
-  block, N = min(tile.block, V), T // config.chunk
-  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, h, 0))
+  block, N, key = min(tile.block, V), T // config.chunk, key_head(H, G)
+  keys = pl.BlockSpec((None, T, None, K), lambda t, h, b: (b, 0, key(h), 0))
   values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, t))
   state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
   states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
   gate, gate_spec = gate_block(log_decay, T, chunked=False)
   p, p_spec = [], []
   if config.scores and outputs:
-    p = [_scores(q, k, log_decay, scale, config, reverse)]
-    p_spec = [pl.BlockSpec((None, None, N, config.chunk, config.chunk), lambda t, h, b: (b, h, 0, 0, 0))]
+    heads = H if gate else G  # without a decay, the value heads of a key head share P
+    p, shared = [_scores(q, k, log_decay, scale, config, reverse, heads)], key_head(H, heads)
+    p_spec = [pl.BlockSpec((None, None, N, config.chunk, config.chunk), lambda t, h, b: (b, shared(h), 0, 0, 0))]
   return triton_blocks.launch(
       functools.partial(_scan_kernel, gated=bool(gate), scores=bool(p), outputs=outputs, save=save, reverse=reverse,
                         scale=scale, chunk=config.chunk, depth=min(config.depth, K)),
@@ -130,14 +131,15 @@ def _launch(q, k, v, log_decay, initial_state, *, scale, config, reverse, output
       num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, v, *gate, *p, initial_state)
 
 
-def _scores(q, k, log_decay, scale, config, transposed):
-  """P `[B, H, N, C, C]`, or its transpose when q and k are exchanged."""
-  (B, T, H, K), C, tile = q.shape, config.chunk, config.scores
-  keys = pl.BlockSpec((None, C, None, K), lambda t, n, h, b: (b, n, h, 0))
+def _scores(q, k, log_decay, scale, config, transposed, heads):
+  """P `[B, heads, N, C, C]`, or its transpose when q and k are exchanged."""
+  (B, T, G, K), C, tile = q.shape, config.chunk, config.scores
+  key = key_head(heads, G)
+  keys = pl.BlockSpec((None, C, None, K), lambda t, n, h, b: (b, n, key(h), 0))
   gate, gate_spec = gate_block(log_decay, C, chunked=True)
   return triton_blocks.launch(
       functools.partial(_scores_kernel, gated=bool(gate), transposed=transposed, scale=scale, depth=min(tile.block, K)),
-      name="linear_attention_scores", grid=(1, T // C, H, B), in_specs=[keys, keys, *gate_spec],
+      name="linear_attention_scores", grid=(1, T // C, heads, B), in_specs=[keys, keys, *gate_spec],
       out_specs=pl.BlockSpec((None, None, None, C, C), lambda t, n, h, b: (b, h, n, 0, 0)),
-      out_shape=jax.ShapeDtypeStruct((B, H, T // C, C, C), operand(q.dtype)), num_warps=tile.num_warps,
+      out_shape=jax.ShapeDtypeStruct((B, heads, T // C, C, C), operand(q.dtype)), num_warps=tile.num_warps,
       num_stages=tile.num_stages)(q, k, *gate)

@@ -28,7 +28,8 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
 
 
 def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.linear_attention`. Key heads are repeated, the state is given, segments are resets in `log_decay`."""
+  """See `kernels.linear_attention`. The state is given, segments are resets in `log_decay`."""
+  q, k = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k))
   if chunk_size is None:
     chunk_size = _chunk_size(q.shape[1], q.shape[3], v.shape[3])
   return _linear_attention(q, k, v, log_decay, initial_state, scale, chunk_size)

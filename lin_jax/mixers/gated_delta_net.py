@@ -49,7 +49,7 @@ class GatedDeltaNet(MatrixMemory):
   """The Gated DeltaNet layer. Its state is the float32 matrix memory and, with convolutions, their last inputs."""
 
   Config = GatedDeltaNetConfig
-  layout = "bthk,bthk,bthv,bth,bth"
+  layout = "btgk,btgk,bthv,bth,bth"
   flops_per_entry = 6  # two reads and a write
 
   def __init__(self, config: GatedDeltaNetConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):

@@ -47,7 +47,7 @@ class Mamba2(MatrixMemory):
   """The Mamba-2 layer. Its state is the float32 matrix memory and the convolutions' last inputs."""
 
   Config = Mamba2Config
-  scale = 1.0
+  layout, scale = "btgk,btgk,bthv,bth,bth", 1.0
 
   def __init__(self, config: Mamba2Config, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     for field in ("heads", "groups", "state_size"):
@@ -62,7 +62,6 @@ class Mamba2(MatrixMemory):
     self.norm_eps = norm_eps
     # A single group serves the heads of every device, so each device computes it whole.
     shared = "heads" if config.groups > 1 else None
-    self.layout = "btgk,btgk,bthv,bth,bth" if config.groups == 1 else "bthk,bthk,bthv,bth,bth"
     sizes = {"value": (inner, "heads"), "key": (config.groups * config.state_size, shared),
              "query": (config.groups * config.state_size, shared)}
     linear = dict(dtype=dtype, rngs=rngs)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from lin_jax import mixers, sharding
 from lin_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from lin_jax.mixers.attention import AttentionConfig
+from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
 from lin_jax.mixers.gla import GLAConfig
 from lin_jax.model import LanguageModel
 from tests.close import assert_close, relative_error
@@ -156,6 +157,26 @@ def test_ops_see_local_blocks_without_communication(mesh):
   assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
 
+@pytest.mark.parametrize("tensor, key_heads, local", [(2, 4, 2), (2, 1, 1), (4, 2, 1), (4, 6, 3), (8, 6, 3)])
+def test_key_heads_are_split_where_the_mesh_divides_them_and_repeated_where_not(tensor, key_heads, local):
+  """`local` key heads reach each device, and each of its heads reads the key head that it reads on one device."""
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), jax.devices()[:tensor])
+  keys, heads = np.arange(2.0 * key_heads).reshape(1, 2, key_heads), np.arange(48.0).reshape(1, 2, 24)
+  shapes = []
+
+  def op(keys, heads):
+    shapes.append((keys.shape[2], heads.shape[2]))
+    return jnp.repeat(keys, heads.shape[2] // keys.shape[2], axis=2) * heads
+
+  run = jax.value_and_grad(lambda keys: jnp.sum(jnp.sin(sharding.map_over_heads(op, "btg,bth->bth")(keys, heads))))
+  expected = run(keys)
+  with jax.set_mesh(mesh):
+    actual = jit(run)(keys)
+  assert shapes == [(key_heads, 24), (local, 24 // tensor)]
+  for x, y in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 def test_map_over_heads_without_a_mesh_is_the_function():
   assert sharding.map_over_heads(lambda x, y: (x.shape, y), "bth,b->b")(jnp.ones((3, 5, 7)), None) == ((3, 5, 7), None)
 
@@ -191,6 +212,12 @@ def test_validate_mesh(mesh_axes, mixer, batch_size, accumulation, message):
                        optim=OptimConfig(accumulation=accumulation), mesh=MeshConfig(*mesh_axes))
   with pytest.raises(ValueError, match=message):
     sharding.validate_mesh(config, 8)
+
+
+def test_validate_mesh_accepts_fewer_key_heads_than_devices():
+  mixer = GatedDeltaNetConfig(heads=2, value_heads=8)
+  config = TrainConfig(model=ModelConfig(mixer=mixer), data=DataConfig(batch_size=8), mesh=MeshConfig(1, 2, 4))
+  sharding.validate_mesh(config, 8)
 
 
 def test_validate_mesh_accepts():

@@ -60,11 +60,12 @@ def test_is_the_published_layer(groups):
   assert_close("output", call(mixer, inputs())[0], y * wide(mixer.norm_scale) @ wide(mixer.output.kernel), 1e-5)
 
 
-def test_heads_of_one_group_on_two_devices_equal_one():
-  mixer, x = build(), inputs()
+@pytest.mark.parametrize("groups, devices", [(1, 2), (2, 4)])
+def test_fewer_groups_than_devices_equal_one_device(groups, devices):
+  mixer, x = build(groups), inputs()
   loss = jit(jax.value_and_grad(lambda mixer, x: jnp.sin(mixer(x)[0]).sum()))
   expected = loss(mixer, x)
-  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=devices), jax.devices()[:devices])
   with jax.set_mesh(mesh):
     leaves = jax.tree_util.tree_leaves_with_path(
         loss(jax.device_put(mixer, sharding.param_shardings(mixer, mesh)), x))
@@ -72,9 +73,9 @@ def test_heads_of_one_group_on_two_devices_equal_one():
     assert_close(jax.tree_util.keystr(path), leaf, other, 1e-5)
 
 
-def test_groups_that_the_devices_do_not_divide():
-  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=4), jax.devices()[:4])
-  with jax.set_mesh(mesh), pytest.raises(ValueError, match="2 heads: not divisible by the mesh axis tensor=4"):
+def test_heads_that_the_devices_do_not_divide():
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=8), jax.devices()[:8])
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match="4 heads: not divisible by the mesh axis tensor=8"):
     jax.eval_shape(lambda: create(small(groups=2))(inputs()))
 
 
