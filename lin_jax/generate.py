@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from lin_jax.decoding import Decoder, in_order, stacked
 from lin_jax.model import LanguageModel
 
 
@@ -112,13 +113,15 @@ def decode(model: LanguageModel, logits: Float[Array, "B V"], state: Any, key: A
   It must be called under jit.
   """
 
-  def next_token(carry, i):
-    logits, state = carry
-    token = sample(logits, jax.random.fold_in(key, i), sampling)
-    return model.step(token, state), token
+  decoder = Decoder(model)
 
-  carry, tokens = jax.lax.scan(next_token, (logits, state), jnp.arange(steps))
-  return tokens.T, carry
+  def next_token(carry, i):
+    logits, states = carry
+    token = sample(logits, jax.random.fold_in(key, i), sampling)
+    return decoder.step(token, states), token
+
+  (logits, states), tokens = jax.lax.scan(next_token, (logits, in_order(state)), jnp.arange(steps))
+  return tokens.T, (logits, stacked(states, state))
 
 
 def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, "B"]:

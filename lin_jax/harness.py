@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from lin_jax.generate import Sampling, sample, state_bytes
+from lin_jax.generate import Sampling, decode, state_bytes
 from lin_jax.model import LanguageModel
 from lin_jax.tokenizer import Tokenizer, require_vocabulary
 
@@ -228,10 +228,5 @@ def _prefill(model, tokens, segment_ids, max_length):
 
 @functools.partial(jax.jit, static_argnames=("steps", "sampling"), donate_argnames="state")
 def _decode(model, logits, state, key, steps, sampling):
-  def next_token(carry, i):
-    logits, state = carry
-    token = sample(logits, jax.random.fold_in(key, i), sampling)
-    return model.step(token, state), token
-
-  (logits, state), tokens = jax.lax.scan(next_token, (logits, state), jnp.arange(steps))
-  return tokens.T, logits, state
+  tokens, (logits, state) = decode(model, logits, state, key, steps, sampling)
+  return tokens, logits, state

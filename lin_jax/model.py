@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from kernels.triton_blocks import RESIDUALS
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
+from lin_jax.decoding import Decoder, in_order, stacked
 from lin_jax.layers import NORMAL, SGLU, RMSNorm, SimpleRMSNorm, SwiGLU, param
 from lin_jax.sharding import shard_batch
 
@@ -132,7 +133,7 @@ class LanguageModel(nnx.Module):
                              segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], Any]:
     """`hidden` of embedded tokens, for callers that change the embeddings in between, for instance by dropout."""
     states, given = [], [None] * len(self.runs) if state is None else state
-    for run, layers, run_state in zip(self._runs(), self.layers, given, strict=True):
+    for run, layers, run_state in zip(self.placed_runs(), self.layers, given, strict=True):
       count = len(layers[0])
       unroll = self.unroll or count
 
@@ -151,23 +152,12 @@ class LanguageModel(nnx.Module):
                ) -> tuple[Float[Array, "B T V"], Any]:
     """Float32 logits of the next token, and the state. The arguments are the same as in `hidden`."""
     x, state = self.hidden(tokens, state, segment_ids)
-    return self._logits(x), state
+    return self.logits(x), state
 
   def step(self, tokens: Int[Array, "B"], state: Any) -> tuple[Float[Array, "B V"], Any]:
-    """Float32 logits after one more token per row, and the state."""
-    x, states = self.embed(tokens), []
-    for run, run_state in zip(self._runs(), state, strict=True):
-
-      def body(x, pattern):
-        after = []
-        for block, block_state in zip(*pattern, strict=True):
-          x, block_state = block.step(x, block_state)
-          after.append(block_state)
-        return x, after
-
-      x, run_state = jax.lax.scan(body, x, (run, run_state))
-      states.append(run_state)
-    return self._logits(self.norm(x)), states
+    """Float32 logits after one more token per row, and the state. `generate.decode` prepares the weights only once."""
+    logits, layers = Decoder(self).step(tokens, in_order(state))
+    return logits, stacked(layers, state)
 
   def init_state(self, batch: int, max_length: int) -> list:
     """The empty state for `batch` rows of up to `max_length` tokens."""
@@ -197,14 +187,15 @@ class LanguageModel(nnx.Module):
     """The stacked blocks of `runs`, each with the numbers of its layers."""
     return [pair for run, layers in zip(runs, self.layers, strict=True) for pair in zip(run, layers, strict=True)]
 
-  def _runs(self):
+  def placed_runs(self):
     """Copies of the stacked blocks, whose mixers know their layers."""
     runs = jax.tree.map(lambda leaf: leaf, self.runs)
     blocks, layers = zip(*self._stacks(runs), strict=True)
     mixers.set_layers([block.mixer for block in blocks], layers, sum(map(len, layers)))
     return runs
 
-  def _logits(self, x):
+  def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    """Float32 logits of normed activations."""
     with jax.named_scope("head"):
       return jnp.einsum("...d,dv->...v", x, self.unembedding().astype(self.dtype),
                         preferred_element_type=jnp.float32)

@@ -85,7 +85,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(x: Array) -> Array:
   """Constrains the leading axis of `x` to the batch axes of the mesh in use, and every other axis to be whole."""
   mesh = jax.sharding.get_abstract_mesh()
-  if not _is_partitioned(mesh) or x.shape[0] % _batch_shards(mesh):
+  if not is_partitioned(mesh) or x.shape[0] % _batch_shards(mesh):
     return x
   return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *(None,) * (x.ndim - 1)))
 
@@ -104,7 +104,7 @@ def map_over_heads(fn: Callable, layouts: str) -> Callable:
 
   def call(*args):
     mesh = jax.sharding.get_abstract_mesh()
-    if not _is_partitioned(mesh):
+    if not is_partitioned(mesh):
       return fn(*args)
     sizes = [(name, size) for layout, arg in zip(inputs, args, strict=True) if arg is not None
              for name, size in zip(layout, arg.shape, strict=True)]
@@ -136,7 +136,7 @@ def _repeat_key_heads(x, layout, shards):
   return jnp.repeat(x, math.lcm(x.shape[axis], shards) // x.shape[axis], axis=axis)
 
 
-def _is_partitioned(mesh) -> bool:
+def is_partitioned(mesh) -> bool:
   """Whether a mesh of several devices is in use and is not already manual (inside another shard_map)."""
   return not mesh.empty and mesh.size > 1 and set(AXES) <= set(mesh.auto_axes)
 

@@ -1,0 +1,78 @@
+"""Decoding: prepared weights give the logits of the plain ones, and the loop over tokens casts none of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lin_jax import mixers
+from lin_jax.config import ModelConfig
+from lin_jax.decoding import Columns, Decoder, in_order, stacked
+from lin_jax.generate import Sampling, decode
+from lin_jax.layers import LEAST_ROWS
+from lin_jax.mixers.attention import AttentionConfig
+from lin_jax.mixers.gla import GLAConfig
+from lin_jax.model import LanguageModel
+from tests.close import assert_close
+
+VOCABULARY, BATCH, STEPS = 50, 2, 6
+HYBRID = dict(mixer=GLAConfig(heads=2), hybrid_mixer=AttentionConfig(heads=4), hybrid_layers=(1,), depth=4)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def build(**fields):
+  config = ModelConfig(**dict(vocab_size=VOCABULARY, width=32, depth=2, mlp_width=48, dtype="bfloat16") | fields)
+  return LanguageModel(config, rngs=nnx.Rngs(0))
+
+
+def plain_step(lm, tokens, states):
+  """The recurrent form with the weights as they are stored."""
+  x, after = lm.embed(tokens), []
+  for block, state in zip(in_order(lm.placed_runs()), states, strict=True):
+    x, state = block.step(x, state)
+    after.append(state)
+  return lm.logits(lm.norm(x)), after
+
+
+@pytest.mark.parametrize("mixer", list(mixers.MIXERS))
+def test_prepared_weights_give_the_same_logits(mixer):
+  lm = build(mixer=mixers.config_class(mixer).examples()[-1])
+  plain, prepared = jit(plain_step), jit(lambda lm, tokens, states: Decoder(lm).step(tokens, states))
+  states = expected = in_order(lm.init_state(BATCH, STEPS))
+  for token in np.random.default_rng(0).integers(VOCABULARY, size=(STEPS, BATCH)):
+    logits, states = prepared(lm, token, states)
+    expected_logits, expected = plain(lm, token, expected)
+    # A wider product may sum in another order, which moves a few of the bfloat16 values by a unit of the last place.
+    assert_close("logits", logits, expected_logits, 5e-3)
+  assert jax.tree.map(jnp.shape, states) == jax.tree.map(jnp.shape, expected)
+
+
+def test_layers_are_taken_apart_and_stacked_again():
+  lm = build(**HYBRID)
+  state = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape).astype(x.dtype),
+                       lm.init_state(BATCH, STEPS))
+  names = [mixers.name_of(config) for config in [HYBRID["mixer"], HYBRID["hybrid_mixer"], *[HYBRID["mixer"]] * 2]]
+  assert [type(block.mixer) for block in in_order(lm.runs)] == [mixers.MIXERS[name] for name in names]
+  jax.tree.map(np.testing.assert_array_equal, stacked(in_order(state), state), state)
+
+
+def test_projections_of_one_input_share_a_product():
+  gla, attention = (in_order(build(**HYBRID).runs), Decoder(build(**HYBRID)).blocks)[1][:2]
+  joint = lambda module: {name for name, layer in vars(module).items() if isinstance(layer, Columns)}
+  assert joint(gla.mixer) == {"query", "key", "value", "gate", "decay_in"}
+  assert joint(attention.mixer) == {"query", "key", "value"} and joint(gla.mlp) == {"gate", "up"}
+
+
+def test_the_loop_reads_weights_of_the_compute_dtype_and_casts_none():
+  lm = build(mixer=GLAConfig(heads=2), vocab_size=1000)
+  run = lambda lm, logits, state: decode(lm, logits, state, jax.random.key(0), STEPS, Sampling(temperature=0))
+  jaxpr = jax.make_jaxpr(run)(lm, jnp.zeros((BATCH, 1000)), lm.init_state(BATCH, STEPS)).jaxpr
+  loop, = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+  matrices = [var.aval for var in loop.invars if var.aval.ndim == 2 and var.aval.shape[0] != BATCH]
+  wide = [x.shape for x in matrices if x.dtype == jnp.float32]
+  assert len(matrices) > 8 and wide == [(16, 16)] * 2  # the second factor of GLA's gates stays float32
+  casts = [eqn.invars[0].aval for eqn in loop.params["jaxpr"].eqns if eqn.primitive.name == "convert_element_type"]
+  assert casts and all(x.ndim < 2 or x.shape[0] <= LEAST_ROWS for x in casts)
