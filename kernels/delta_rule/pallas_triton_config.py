@@ -46,7 +46,7 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan, keys = tiles(V, (16, 4, 2), (32, 4, 2), (32, 8, 2)), tiles(K, (16, 4, 1), (32, 4, 1), (32, 8, 1))
   else:
     scan = tiles(V, (64, 4, 3), (64, 4, 2), (128, 8, 3), (32, 4, 2), (32, 4, 3))
-    keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3), (128, 8, 1), (128, 8, 2), (128, 8, 3), (64, 8, 2), (32, 4, 2))
+    keys = tiles(K, (64, 4, 1), (64, 4, 2), (64, 4, 3))
   return {"scan": scan, "reverse_scan": scan, "width": [16] if wide else [32, 64, 128], "gradients": keys,
           "depth": sorted({32 if wide else 64, tile_width(K)}), "span": [16, 32] if wide else [32, 64],
           "chunk": [16] if wide else [32]}

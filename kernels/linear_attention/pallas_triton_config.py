@@ -41,7 +41,7 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
     scan, keys = tiles(V, (16, 4, 1), (32, 4, 1), (32, 8, 1)), tiles(K, (16, 4, 1), (32, 4, 1))
   else:
     scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 1), *([(128, 8, 2)] if K > 128 else []))
-    keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 8, 2), (64, 4, 1), (64, 4, 2), (64, 4, 3))
+    keys = tiles(K, (32, 4, 2), (32, 4, 1), (64, 4, 1), (64, 4, 2), (64, 4, 3))
   # For wide heads: each of many tiles would compute P again, in an accumulator that costs a second program's registers.
   scores = [Tile(64, 4, 2)] if not wide and K > 128 else []
   return {"chunk": [16 if wide else 64], "scores": scores, "depth": sorted({32 if wide else 64, tile_width(K)}),
