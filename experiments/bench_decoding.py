@@ -126,4 +126,4 @@ def _line(row):
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  commands.run(main, cached=True)

@@ -13,7 +13,8 @@ Runs go through all models with the first values of --unroll and --remat before 
 Each window is one document, so attention runs its causal kernel without a mask. Programs are compiled in groups, side
 by side, and a group is measured before the next is compiled. A run that fails is recorded with its reason. A run is
 skipped when --out has its record for this device, these versions and this setting. `report_claims.py` draws the curves
-of gla_fig6 and tnl. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
+of gla_fig6 and tnl. A program of an earlier run comes out of the compilation cache, so records of `compile_s` need
+--compilation_cache=off. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
 """
 
 import itertools
@@ -112,4 +113,4 @@ def _line(row):
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  commands.run(main, cached=True)

@@ -71,4 +71,4 @@ def _line(name, row):
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  commands.run(main, cached=True)

@@ -59,4 +59,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  commands.run(main, cached=True)

@@ -91,4 +91,4 @@ def _tasks():
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  commands.run(main, cached=True)

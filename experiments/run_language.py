@@ -61,4 +61,4 @@ def _chosen() -> Sweep:
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  commands.run(main, cached=True)

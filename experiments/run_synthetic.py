@@ -145,4 +145,4 @@ def _title(runs):
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  commands.run(main, cached=True)

@@ -142,4 +142,4 @@ def _print(row):
 
 
 if __name__ == "__main__":
-  commands.run(main)
+  commands.run(main, cached=True)

@@ -194,6 +194,10 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
 
   def value_and_gradients(params, batch, carried):
     (total, (counts, carried)), grads = gradients(params, batch, carried)
+    if config.optim.accumulation == 1:
+      # Without a barrier the compiler would merge the stacking of unrolled layers' gradients into the update, which it
+      # then splits into a pass for parameters and one for each moment, with copies of what the other passes read.
+      grads = jax.lax.optimization_barrier(grads)
     return (total, counts, jax.tree.map(lambda g: g.astype(jnp.float32), grads)), carried
 
   def accumulate(params, batch, carried):

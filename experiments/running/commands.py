@@ -17,12 +17,16 @@ from absl import logging as absl_logging
 from kernels import cpu_compiler
 from lin_jax import files
 
+from . import compilation_cache
+
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SOURCES = tuple(_ROOT / name for name in ("experiments", "lin_jax", "kernels"))
 
 
-def run(main: Callable[[Sequence[str]], object]) -> None:
+def run(main: Callable[[Sequence[str]], object], *, cached: bool = False) -> None:
   """Parses the flags and calls `main(argv)`, as `absl.app.run` does.
+
+  With `cached`, the command keeps its compiled programs as `compilation_cache` says, and has the flag for that.
 
   Unknown or malformed flags, and a ValueError or NotImplementedError that this repository raises, are errors of the
   user. Their message goes to stderr, and the exit code is 2. The same holds for whatever the operating system refuses,
@@ -30,6 +34,7 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
   other error from inside a dependency is a defect and keeps its traceback.
   """
   cpu_compiler.switch_off()
+  cache = compilation_cache.define() if cached else None
   if sys.stdout is not None:  # it may have been closed before the command began
     sys.stdout = _Output(sys.stdout)
   # Otherwise JAX cuts out its own frames, and with them the difference between its errors and ours.
@@ -45,6 +50,8 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
     threading.excepthook, sys.unraisablehook = _thread_error, _unraisable
     if len(argv) > 1:
       _exit(f"unexpected argument {argv[1]!r}: write options as --name=value")
+    if cache is not None:
+      compilation_cache.start(cache.value)
     try:
       main(argv)
       if sys.stdout is not None:
