@@ -34,6 +34,8 @@ from running import commands, records
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "versions")
+# Key heads if there are fewer than heads; older records do not have it.
+_KEY_HEADS = "G"
 
 _SHAPES = flags.DEFINE_list("shapes", [], f"Sets of shapes: {', '.join(cases.SETS)}, or `all` for those that "
                             "fit the device. If none is given, the one shape that --batch to --value describe.")
@@ -72,10 +74,10 @@ def main(_):
   wanted = []
   for case in chosen:
     for label in cases.PASSES:
-      for name in _implementations(case.op) + [name for name in names if case.op in peers.OPS[name]]:
+      for name in _implementations(case) + [name for name in names if case.op in peers.OPS[name]]:
         row = common | {"op": case.op, "implementation": name, "pass": label, "gate": case.gate, "B": case.B,
                         "T": case.T, "H": case.H, "K": case.K, "V": case.V, "dtype": case.dtype,
-                        "versions": _versions(name)}
+                        _KEY_HEADS: case.G, "versions": _versions(name)}
         if _identity(row) not in done:
           wanted.append((row, case, label, name))
   wrong, left, before = [], 0, None
@@ -88,7 +90,7 @@ def main(_):
       continue
     row |= _measured(name, case, label, compiled)
     _report(case, row)
-    if name in dispatch.TABLE.get(case.op, ()) and _is_wrong(row):
+    if name in (*dispatch.TABLE.get(case.op, ()), timing.REPEATED) and _is_wrong(row):
       wrong.append(f"{case} {name} {label}")
   if left:
     print(f"stopped after {_LIMIT.value:g} s with {left} measurements left; --resume goes on")
@@ -137,11 +139,11 @@ def _peers():
   return names
 
 
-def _implementations(op):
+def _implementations(case):
   platform = jax.default_backend()
-  known = dispatch.TABLE.get(op, ())
+  known = (*dispatch.TABLE.get(case.op, ()), *([timing.REPEATED] if case.G else []))
   if _IMPLEMENTATIONS.value:
-    everything = {name for names in dispatch.TABLE.values() for name in names} | {"none"}
+    everything = {name for names in dispatch.TABLE.values() for name in names} | {timing.REPEATED, "none"}
     for name in _IMPLEMENTATIONS.value:
       if name not in everything:
         raise ValueError(f"--implementations={name}: unknown; known: {', '.join(sorted(everything))}")
@@ -212,7 +214,7 @@ def _recorded():
 
 
 def _identity(row):
-  return json.dumps([row[name] for name in _KEY])
+  return json.dumps([*(row[name] for name in _KEY), row.get(_KEY_HEADS, 0)])
 
 
 def _versions(name):
