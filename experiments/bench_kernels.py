@@ -34,8 +34,6 @@ from running import commands, records
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _KEY = ("device", "op", "implementation", "pass", "gate", "B", "T", "H", "K", "V", "dtype", "versions")
-# Key heads if there are fewer than heads; older records do not have it.
-_KEY_HEADS = "G"
 
 _SHAPES = flags.DEFINE_list("shapes", [], f"Sets of shapes: {', '.join(cases.SETS)}, or `all` for those that "
                             "fit the device. If none is given, the one shape that --batch to --value describe.")
@@ -47,6 +45,8 @@ _PEERS = flags.DEFINE_list("peers", list(peers.OPS), "Other libraries to time wh
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens per sequence.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 4, "Heads.", lower_bound=1)
+_KEY_HEADS = flags.DEFINE_integer("key_heads", 0, "Heads of q and k, which the heads share; 0 for one per head.",
+                                  lower_bound=0)
 _KEY_CHANNELS = flags.DEFINE_integer("key", 64, "Key channels per head.", lower_bound=1)
 _VALUE_CHANNELS = flags.DEFINE_integer("value", 64, "Value channels per head.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
@@ -77,7 +77,7 @@ def main(_):
       for name in _implementations(case) + [name for name in names if case.op in peers.OPS[name]]:
         row = common | {"op": case.op, "implementation": name, "pass": label, "gate": case.gate, "B": case.B,
                         "T": case.T, "H": case.H, "K": case.K, "V": case.V, "dtype": case.dtype,
-                        _KEY_HEADS: case.G, "versions": _versions(name)}
+                        "G": case.G, "versions": _versions(name)}
         if _identity(row) not in done:
           wanted.append((row, case, label, name))
   wrong, left, before = [], 0, None
@@ -116,7 +116,7 @@ def _chosen():
 
 def _named_cases():
   if not _SHAPES.value:
-    shape = [flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY_CHANNELS, _VALUE_CHANNELS)]
+    shape = [flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY_CHANNELS, _VALUE_CHANNELS, _KEY_HEADS)]
     return cases.of_shape(shape, _OPS.value, _DTYPE.value or "float32")
   names = _SHAPES.value
   if names == ["all"]:
@@ -214,7 +214,7 @@ def _recorded():
 
 
 def _identity(row):
-  return json.dumps([*(row[name] for name in _KEY), row.get(_KEY_HEADS, 0)])
+  return json.dumps([*(row[name] for name in _KEY), row.get("G", 0)])  # older records have no G
 
 
 def _versions(name):

@@ -98,9 +98,11 @@ def of_shape(shape, ops: list[str], dtype: str, gate: str | None = None) -> list
   for op in ops:
     if op not in TIMED:
       raise ValueError(f"--ops={op}: unknown; known: {', '.join(TIMED)}")
+  if len(shape) > 5 and shape[5] and shape[2] % shape[5]:
+    raise ValueError(f"--key_heads={shape[5]}: must divide --heads={shape[2]}")
   _, _, _, K, V, *_ = shape
   return [Case(op, name, *shape[:5], dtype, *shape[5:]) for op in ops for name in ([gate] if gate else TIMED[op])
-          if op != "attention" or K == V]
+          if op != "attention" or K == V and not any(shape[5:])]
 
 
 def inputs(case: Case, seed: int) -> tuple[dict, jax.Array]:

@@ -89,6 +89,7 @@ def test_a_limit_leaves_the_rest_for_later(tmp_path):
     (["--implementations=nope"], "--implementations=nope: unknown"),
     (["--peers=nope"], "--peers=nope: unknown"),
     (["--resume"], "--resume needs --out"),
+    (["--key_heads=3"], "--key_heads=3: must divide --heads=4"),
     (["--length=8", "--ops=gla", "--peers=none", "--out=no/such/folder/k.jsonl"], "cannot be written"),
 ])
 def test_mistakes_exit_with_2_and_one_message(arguments, message):
