@@ -13,7 +13,6 @@ from . import kernels, language, lengths, speed, synthetic
 from .claim import Results
 
 _TRAINED = tuple(name for sweep in CURVES.values() for name in sweep.models)
-_DECODED = "tnl_385m", "gla_340m", "deltanet_340m", "transformer_340m"
 
 # Each line has its own marker and dash, so that lines are distinct in black and white.
 _STYLES = "ko-", "C1s--", "C2^-.", "C0D-", "C4v:", "C3P-", "C5X--"
@@ -134,8 +133,8 @@ PLOTS = [Plot("mqar.png", "Multi-query associative recall", "width of the model"
          Plot("training_memory.png", "Memory of a training step", "tokens per sequence",
               functools.partial(_training, field="memory_gib"), dict(zip(_TRAINED, _TRAINED)), "GiB", (0, None)),
          Plot("decoding.png", "Decoding one sequence", "tokens before",
-              functools.partial(_decoding, field="ms_per_token"), dict(zip(_DECODED, _DECODED)), "ms per token",
-              (0, None)),
+              functools.partial(_decoding, field="ms_per_token"), dict(zip(speed.DECODED, speed.DECODED)),
+              "ms per token", (0, None)),
          Plot("decoding_memory.png", "State of one sequence", "tokens before",
-              functools.partial(_decoding, field="state_mib"), dict(zip(_DECODED, _DECODED)), "MiB", (None, None),
-              logarithmic=True)]
+              functools.partial(_decoding, field="state_mib"), dict(zip(speed.DECODED, speed.DECODED)), "MiB",
+              (None, None), logarithmic=True)]

@@ -7,6 +7,7 @@ from speed.training import SWEEPS
 from .claim import Claim, Finding, Results
 
 TRAINING, DECODING = "training.jsonl", "decoding.jsonl"
+DECODED = "tnl_385m", "gla_340m", "deltanet_340m", "transformer_340m"
 _GLA, _TNL, _DELTA = "2312.06635", "2405.17381", "2406.06484"
 _CONTEXTS = tuple(2**i for i in range(10, 17))
 
@@ -26,7 +27,8 @@ def training(results: Results, name: str) -> tuple[str, dict[tuple[str, int], di
 
 
 def decoding(results: Results) -> tuple[str, dict[tuple[str, int], dict]]:
-  return newest([row for row in results.lines(DECODING) if row["setting"]["batch_size"] == 1], "context")
+  rows = [row for row in results.lines(DECODING) if row["setting"]["name"] in DECODED]
+  return newest([row for row in rows if row["setting"].get("batch_size") == 1], "context")  # and no prompt
 
 
 def claims() -> list[Claim]:

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
-from kernels import chunks, containment, contract, dispatch
+from kernels import chunks, containment, contract, dispatch, steps
 from kernels.delta_rule import reference
-from kernels.delta_rule.reference import step
 from kernels.dispatch import Implementation
 
 __all__ = ["delta_rule", "step"]
+
+step = steps.on_gpu(reference.step)
 
 
 def delta_rule(

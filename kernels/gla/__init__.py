@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
-from kernels import chunks, containment, contract, dispatch
+from kernels import chunks, containment, contract, dispatch, steps
 from kernels.dispatch import Implementation
 from kernels.gla import reference
-from kernels.gla.reference import step
 
 __all__ = ["gla", "step"]
+
+step = steps.on_gpu(reference.step)
 
 
 def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"],

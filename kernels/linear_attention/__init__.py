@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
-from kernels import chunks, containment, contract, dispatch
+from kernels import chunks, containment, contract, dispatch, steps
 from kernels.dispatch import Implementation
 from kernels.linear_attention import reference
-from kernels.linear_attention.reference import step
 
 __all__ = ["linear_attention", "step"]
+
+step = steps.on_gpu(reference.step)
 
 
 def linear_attention(

@@ -99,3 +99,13 @@ def test_decoding_against_context(tmp_path):
   for r in rows:
     assert r["ms_per_token"] > 0 and r["tokens_per_s"] == pytest.approx(1000 / r["ms_per_token"], rel=1e-2)
     assert r["memory_gib"] * 2**30 > 4 * r["setting"]["parameters"]
+
+
+def test_batches_and_prompts(tmp_path):
+  rows = records_of("bench_decoding.py", tmp_path, "--models=gla_340m", "--contexts=4096", "--batch_sizes=1,3",
+                    "--prompts=8192", "--tokens=2", "--repeats=2")
+  assert [r["setting"].get("batch_size") for r in rows] == [1, 3, None, None]
+  assert rows[1]["state_mib"] == pytest.approx(3 * rows[0]["state_mib"], rel=0.03)
+  assert [(r["setting"]["prompt"], r["setting"]["piece"]) for r in rows[2:]] == [(32, 16), (32, 0)]
+  for r in rows[2:]:
+    assert r["tokens_per_s"] == pytest.approx(32000 / r["first_token_ms"], rel=1e-2) and r["memory_gib"] > 0
