@@ -6,6 +6,7 @@ a caller passes an initializer. Residual output projections are not rescaled by 
 code.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
+
+from kernels import rms_norm
+from lin_jax.sharding import map_over_heads, tensor_shards
 
 NORMAL = nnx.initializers.normal(0.02)
 
@@ -52,28 +56,44 @@ class Linear(nnx.Module):
     return 2 * self.kernel.shape[-2] * self.kernel.shape[-1]
 
 
-class RMSNorm(nnx.Module):
-  """x / sqrt(mean(x²) + eps) * scale over the last axis, with statistics in float32 and the result in x's dtype."""
-
-  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
-    self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
-    self.eps = eps
-
-  def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-    return (wide * align(self.scale[...], wide)).astype(x.dtype)
-
-
 class SimpleRMSNorm(nnx.Module):
   """x / sqrt(mean(x²) + eps) over the last axis, without parameters, statistics in float32, result in x's dtype."""
+
+  scale: nnx.Param | None = None
 
   def __init__(self, *, eps: float):
     self.eps = eps
 
   def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
+    # In jnp, because XLA fuses the norm of a residual stream with the additions around it.
+    return rms_norm(x, self._scale(), eps=self.eps, implementation="reference")
+
+  def gated(self, o: Float[Array, "B T *heads width"], gate: Float[Array, "B T _"] | None = None,
+            activation: str = "swish") -> Float[Array, "B T _"]:
+    """The norm of an op's output times its activated gate, if there is one, with all heads in the last axis.
+
+    It is one kernel on a GPU, except for one token and for a norm over heads that are split over devices.
+    """
+    gate = None if gate is None else gate.reshape(o.shape)
+    whole = o.ndim == 3 and tensor_shards() > 1
+    options = dict(eps=self.eps, activation=activation,
+                   implementation="reference" if whole or o.shape[1] == 1 else None)
+    norm = functools.partial(rms_norm, **options)
+    if not whole:
+      axes = "bthv" if o.ndim == 4 else "btv"
+      norm = map_over_heads(norm, f"{axes},v,{axes}->{axes}")
+    return norm(o, self._scale(), gate).reshape(*o.shape[:2], -1)
+
+  def _scale(self):
+    return None if self.scale is None else self.scale[...]
+
+
+class RMSNorm(SimpleRMSNorm):
+  """x / sqrt(mean(x²) + eps) * scale over the last axis, with statistics in float32 and the result in x's dtype."""
+
+  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+    super().__init__(eps=eps)
+    self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
 
 
 class SwiGLU(nnx.Module):

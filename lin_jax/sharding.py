@@ -115,6 +115,12 @@ def map_over_heads(fn: Callable, layouts: str) -> Callable:
   return call
 
 
+def tensor_shards() -> int:
+  """Number of devices over which the mesh in use splits heads."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape["tensor"] if _is_partitioned(mesh) else 1
+
+
 def _is_partitioned(mesh) -> bool:
   """Whether a mesh of several devices is in use and is not already manual (inside another shard_map)."""
   return not mesh.empty and mesh.size > 1 and set(AXES) <= set(mesh.auto_axes)

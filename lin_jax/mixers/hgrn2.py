@@ -101,7 +101,7 @@ class HGRN2(MatrixMemory):
 
   def finish(self, x, o, v):
     """Norm over all heads and output projection: o [B,T,H,V] -> [B,T,D]."""
-    return self.output(self.norm(o.reshape(*o.shape[:2], -1)))
+    return self.output(self.norm.gated(o.reshape(*o.shape[:2], -1)))
 
 
 def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:

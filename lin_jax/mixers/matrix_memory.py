@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -92,8 +91,7 @@ class MatrixMemory(nnx.Module):
 
   def finish(self, x: Float[Array, "B T D"], o: Float[Array, "B T H V"], v: Array) -> Float[Array, "B T D"]:
     """Head norm, swish output gate if there is one, and output projection. A mixer with a skip connection reads v."""
-    o = self.norm(o).reshape(*x.shape[:2], -1)
-    return self.output(o if self.gate is None else o * jax.nn.silu(self.gate(x)))
+    return self.output(self.norm.gated(o, None if self.gate is None else self.gate(x)))
 
 
 def short_convolutions(channels: Sequence[int], taps: int, *, dtype, rngs: nnx.Rngs) -> nnx.List:
