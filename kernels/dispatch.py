@@ -25,6 +25,7 @@ RECURRENT = {
 # Elementwise work around the recurrent ops, whose definition in jnp is what XLA fuses well elsewhere.
 FUSED = {
     "rms_norm": ("pallas_triton", "reference"),
+    "short_convolution": ("pallas_triton", "reference"),
 }
 TABLE = RECURRENT | FUSED
 # Platforms where an implementation is worth choosing. A named one runs elsewhere too: interpreted, or lowered for
