@@ -87,10 +87,10 @@ class HGRN2(MatrixMemory):
         mixer.lower_bound = bounds[np.searchsorted(numbers[order], own)]
 
   def project(self, x, state, segment_ids):
-    projected, kept = self.convolved((self.query, self.forget, self.input), x, state, segment_ids)
+    projected, kept = self.convolved((self.query, self.forget, self.input), x, state, segment_ids, (True, False, False))
     q, f, v = (by_heads(a, self.heads) for a in projected)
     k, log_decay = gates(f, self._bound())
-    return (jax.nn.silu(q), k.astype(v.dtype), v, log_decay), kept
+    return (q, k.astype(v.dtype), v, log_decay), kept
 
   def _bound(self):
     """The bound [1,1,H,K], or None without one."""
