@@ -16,12 +16,18 @@ import jax
 from kernels import cpu_compiler
 
 Implementation = Literal["pallas_triton", "xla_chunked", "reference"]
-TABLE = {
+RECURRENT = {
     "delta_rule": ("pallas_triton", "xla_chunked", "reference"),
     "gla": ("pallas_triton", "xla_chunked", "reference"),
     "linear_attention": ("pallas_triton", "xla_chunked", "reference"),
     "selective_scan": ("pallas_triton", "xla_chunked", "reference"),
 }
+# Elementwise work around the recurrent ops, whose definition in jnp is what XLA fuses well elsewhere.
+FUSED = {
+    "rms_norm": ("pallas_triton", "reference"),
+    "short_convolution": ("pallas_triton", "reference"),
+}
+TABLE = RECURRENT | FUSED
 # Platforms where an implementation is worth choosing. A named one runs elsewhere too: interpreted, or lowered for
 # another platform than the host's.
 PLATFORMS = {"pallas_triton": ("cuda",)}

@@ -6,6 +6,7 @@ Each carries one logical axis name per dimension, which `lin_jax.sharding` maps 
 depth, nor are they in the GLA paper's code.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
+
+from kernels import rms_norm, short_convolution
+from lin_jax.sharding import map_over_heads, tensor_shards
 
 NORMAL = nnx.initializers.normal(0.02)
 
@@ -78,28 +82,44 @@ def with_cast_kernels(graph: nnx.GraphDef, params: nnx.State) -> nnx.State:
   return nnx.state(module)
 
 
-class RMSNorm(nnx.Module):
-  """x / sqrt(mean(x²) + eps) * scale over the last axis, with statistics in float32 and the result in x's dtype."""
-
-  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
-    self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
-    self.eps = eps
-
-  def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-    return (wide * align(self.scale[...], wide)).astype(x.dtype)
-
-
 class SimpleRMSNorm(nnx.Module):
   """x / sqrt(mean(x²) + eps) over the last axis, without parameters, statistics in float32, result in x's dtype."""
+
+  scale: nnx.Param | None = None
 
   def __init__(self, *, eps: float):
     self.eps = eps
 
   def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)).astype(x.dtype)
+    # In jnp, because XLA fuses the norm of a residual stream with the additions around it.
+    return rms_norm(x, self._scale(), eps=self.eps, implementation="reference")
+
+  def gated(self, o: Float[Array, "B T *heads width"], gate: Float[Array, "B T _"] | None = None,
+            activation: str = "swish") -> Float[Array, "B T _"]:
+    """The norm of an op's output times its activated gate, if there is one, with all heads in the last axis.
+
+    It is one kernel on a GPU, except for one token and for a norm over heads that are split over devices.
+    """
+    gate = None if gate is None else gate.reshape(o.shape)
+    whole = o.ndim == 3 and tensor_shards() > 1
+    options = dict(eps=self.eps, activation=activation,
+                   implementation="reference" if whole or o.shape[1] == 1 else None)
+    norm = functools.partial(rms_norm, **options)
+    if not whole:
+      axes = "bthv" if o.ndim == 4 else "btv"
+      norm = map_over_heads(norm, f"{axes},v,{axes}->{axes}")
+    return norm(o, self._scale(), gate).reshape(*o.shape[:2], -1)
+
+  def _scale(self):
+    return None if self.scale is None else self.scale[...].astype(jnp.float32)
+
+
+class RMSNorm(SimpleRMSNorm):
+  """x / sqrt(mean(x²) + eps) * scale over the last axis, with statistics in float32 and the result in x's dtype."""
+
+  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+    super().__init__(eps=eps)
+    self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
 
 
 class SwiGLU(nnx.Module):
@@ -128,8 +148,10 @@ class ShortConvolution(nnx.Module):
   """Depthwise causal convolution: y_t = Σ_i w_i x_{t-taps+1+i}, i < taps. State: the last taps - 1 inputs.
 
   Inputs of another segment, and inputs before the first token of an empty state, count as zero. After a call the state
-  holds only inputs of the last token's segment.
+  holds only inputs of the last token's segment. With `silu`, y_t goes through SiLU before it is rounded to `dtype`.
   """
+
+  bias: nnx.Param | None = None
 
   def __init__(self, channels: int, taps: int, *, axis: str | None, dtype, rngs: nnx.Rngs):
     if taps < 2:
@@ -138,41 +160,39 @@ class ShortConvolution(nnx.Module):
     init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(), batch_axis=1)
     self.kernel = param(rngs, init, (taps, channels), (None, axis))
     self.dtype = jnp.dtype(dtype)
+    self.axis = "c" if axis is None else "h"
 
   def init_state(self, batch: int) -> Float[Array, "B past C"]:
     taps, channels = self.kernel.shape[-2:]
     return jnp.zeros((batch, taps - 1, channels), self.dtype)
 
   def __call__(self, x: Float[Array, "B T C"], state: Float[Array, "B past C"] | None = None,
-               segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T C"], Array]:
-    kernel = self.kernel[...].astype(self.dtype)
-    taps, time = kernel.shape[0], x.shape[1]
-    past = self.init_state(x.shape[0]) if state is None else state
-    inputs = jnp.concatenate([past, x.astype(self.dtype)], axis=1)
-    if segment_ids is None:
-      windows = [inputs[:, i:i + time] for i in range(taps)]
-      state = inputs[:, time:]
-    else:
-      run = segment_runs(segment_ids)
-      runs = jnp.pad(run, ((0, 0), (taps - 1, 0)))
-      windows = [jnp.where((runs[:, i:i + time] == run)[..., None], inputs[:, i:i + time], 0) for i in range(taps)]
-      state = jnp.where((runs[:, time:] == run[:, -1:])[..., None], inputs[:, time:], 0)
-    return sum(align(kernel[i], x) * window for i, window in enumerate(windows)), state
+               segment_ids: Int[Array, "B T"] | None = None, *, silu: bool = False,
+               ) -> tuple[Float[Array, "B T C"], Float[Array, "B past C"]]:
+    def convolve(x, kernel, bias, state, segment_ids):
+      return short_convolution(x, kernel, bias, silu=silu, initial_inputs=state, segment_ids=segment_ids,
+                               implementation="reference" if x.shape[1] == 1 else None)  # one token needs no kernel
+
+    c = self.axis
+    convolve = map_over_heads(convolve, f"bt{c},k{c},{c},bk{c},bt->bt{c},bk{c}")
+    bias = None if self.bias is None else self.bias[...].astype(jnp.float32)
+    return convolve(x.astype(self.dtype), self.kernel[...].astype(jnp.float32), bias, state, segment_ids)
 
   def flops_per_token(self) -> int:
     return 2 * self.kernel.shape[-2] * self.kernel.shape[-1]
 
 
 def convolve(convolutions: Sequence[ShortConvolution], inputs: Sequence[Array], states: Sequence[Array] | None,
-             segment_ids: Int[Array, "B T"] | None) -> tuple[list[Array], list[Array]]:
-  """Returns each of the inputs [B, T, C] after its convolution, and the new states.
+             segment_ids: Int[Array, "B T"] | None, silu: Sequence[bool]) -> tuple[list[Array], list[Array]]:
+  """Returns each of the inputs [B, T, C] after its convolution, and after SiLU where `silu`, and the new states.
 
-  Without convolutions it returns the inputs as they are.
+  Without convolutions there is only the SiLU.
   """
   if not convolutions:
-    return list(inputs), []
+    return [jax.nn.silu(x) if active else x for x, active in zip(inputs, silu, strict=True)], []
   states = [None] * len(inputs) if states is None else states
-  outputs = [conv(x, state, segment_ids) for conv, x, state in zip(convolutions, inputs, states, strict=True)]
+  outputs = [conv(x, state, segment_ids, silu=active)
+             for conv, x, state, active in zip(convolutions, inputs, states, silu, strict=True)]
   return [y for y, _ in outputs], [state for _, state in outputs]
 
 

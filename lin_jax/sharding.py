@@ -136,6 +136,12 @@ def _repeat_key_heads(x, layout, shards):
   return jnp.repeat(x, math.lcm(x.shape[axis], shards) // x.shape[axis], axis=axis)
 
 
+def tensor_shards() -> int:
+  """Number of devices over which the mesh in use splits heads."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape["tensor"] if is_partitioned(mesh) else 1
+
+
 def is_partitioned(mesh) -> bool:
   """Whether a mesh of several devices is in use and is not already manual (inside another shard_map)."""
   return not mesh.empty and mesh.size > 1 and set(AXES) <= set(mesh.auto_axes)

@@ -54,9 +54,9 @@ def _named_sets():
   goes from one long sequence to many short ones, and `length` is time against length. In each of these three, all calls
   have the same number of tokens. `figures` has the papers' own plots against length: GLA's figure 2 and the table of
   TransNormerLLM's code at a fixed number of sequences, and DeltaNet's speed-up over its token scan at a fixed number of
-  tokens. `widths` has every width of heads that people use, with as many heads as `retune.py` takes. `grouped` has heads
-  that share key heads: Mamba-2 1.3B's, and 16 key heads for 32 and for 48 heads of gated delta rules. `cpu` is for a
-  CPU.
+  tokens. `widths` has every width of heads that people use, with as many heads as `retune.py` takes. `grouped` has
+  heads that share key heads: Mamba-2 1.3B's, and 16 key heads for 32 and for 48 heads of gated delta rules. `cpu` is
+  for a CPU.
   """
   paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]

@@ -76,12 +76,14 @@ class DeltaNet(MatrixMemory):
     self.convolutions = short_convolutions(channels, config.conv_width, **linear)
 
   def project(self, x, state, segment_ids):
-    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
+    silu = self.qk_activation == "silu"
+    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids, (silu, silu, True))
     q, k, v = (by_heads(a, self.heads) for a in qkv)
-    q, k = (ACTIVATIONS[self.qk_activation](a) for a in (q, k))
+    if not silu:
+      q, k = (ACTIVATIONS[self.qk_activation](a) for a in (q, k))
     if self.qk_norm == "l1":  # the op divides by the L2 norm itself
       q, k = _normalize_l1(q), _normalize_l1(k)
-    return (q, k, jax.nn.silu(v), self._beta(x)), kept
+    return (q, k, v, self._beta(x)), kept
 
   def mix(self, *arrays, **options):
     return delta_rule(*arrays, normalize_qk=self.qk_norm == "l2", **options)

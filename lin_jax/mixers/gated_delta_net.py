@@ -92,9 +92,9 @@ class GatedDeltaNet(MatrixMemory):
 
   def _project(self, x, state, segment_ids):
     """Returns q, k [B,T,G,K] before their L2 norm, v [B,T,H,V], and the inputs that the state keeps."""
-    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
+    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids, (True,) * 3)
     heads = (self.heads, self.heads, self.value_heads)
-    return *(by_heads(jax.nn.silu(a), n) for a, n in zip(qkv, heads, strict=True)), kept
+    return *(by_heads(a, n) for a, n in zip(qkv, heads, strict=True)), kept
 
   def _beta(self, x):
     return self.beta_scale * jax.nn.sigmoid(self.beta(x))

@@ -87,10 +87,10 @@ class HGRN2(MatrixMemory):
         mixer.lower_bound = bounds[np.searchsorted(numbers[order], own)]
 
   def project(self, x, state, segment_ids):
-    projected, kept = self.convolved((self.query, self.forget, self.input), x, state, segment_ids)
+    projected, kept = self.convolved((self.query, self.forget, self.input), x, state, segment_ids, (True, False, False))
     q, f, v = (by_heads(a, self.heads) for a in projected)
     k, log_decay = gates(f, self._bound())
-    return (jax.nn.silu(q), k.astype(v.dtype), v, log_decay), kept
+    return (q, k.astype(v.dtype), v, log_decay), kept
 
   def _bound(self):
     """The bound [1,1,H,K], or None without one."""
@@ -101,7 +101,7 @@ class HGRN2(MatrixMemory):
 
   def finish(self, x, o, v):
     """Norm over all heads and output projection: o [B,T,H,V] -> [B,T,D]."""
-    return self.output(self.norm(o.reshape(*o.shape[:2], -1)))
+    return self.output(self.norm.gated(o.reshape(*o.shape[:2], -1)))
 
 
 def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:

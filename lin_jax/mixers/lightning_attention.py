@@ -96,7 +96,7 @@ class LightningAttention(MatrixMemory):
 
   def finish(self, x, o, v):
     """Norm over all heads, output gate and output projection: o [B,T,H,V] -> [B,T,D]."""
-    return self.output(self.norm(o.reshape(*x.shape[:2], -1)) * self.gate(x))
+    return self.output(self.norm.gated(o.reshape(*x.shape[:2], -1), self.gate(x), "identity"))
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

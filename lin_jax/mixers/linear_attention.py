@@ -121,6 +121,4 @@ class LinearAttention(nnx.Module):
     o = outputs["memory"]
     if self.normalizer:
       o = (o.astype(jnp.float32) / (outputs["normalizer"].astype(jnp.float32) + EPSILON)).astype(o.dtype)
-    if self.norm is not None:
-      o = self.norm(o)
-    return self.output(o.reshape(*o.shape[:2], -1))
+    return self.output(o.reshape(*o.shape[:2], -1) if self.norm is None else self.norm.gated(o))

@@ -105,8 +105,7 @@ class Mamba(nnx.Module):
 
   def _convolve(self, x, inputs, segment_ids):
     """Returns x `[B, T, D]` inside the layer, and the convolution's new state."""
-    y, inputs = self.convolution(self.value(x), inputs, segment_ids)
-    return jax.nn.silu(y), inputs
+    return self.convolution(self.value(x), inputs, segment_ids, silu=True)
 
   def _step_size(self, v):
     """The step sizes dt `[B, T, D]` in float32."""

@@ -79,8 +79,8 @@ class Mamba2(MatrixMemory):
 
   def project(self, x, state, segment_ids):
     """Returns q, k [B,T,G,N], v [B,T,H,V] before its time step, and dt and log_decay [B,T,H]."""
-    vkq, kept = self.convolved((self.value, self.key, self.query), x, state, segment_ids)
-    v, k, q = (by_heads(jax.nn.silu(a), heads)
+    vkq, kept = self.convolved((self.value, self.key, self.query), x, state, segment_ids, (True,) * 3)
+    v, k, q = (by_heads(a, heads)
                for a, heads in zip(vkq, (self.heads, self.groups, self.groups), strict=True))
     return (q, k, v, *self._time_steps(x)), kept
 
@@ -115,10 +115,6 @@ class BiasedConvolution(ShortConvolution):
     bound = taps**-0.5
     start = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     self.bias = param(rngs, start, (channels,), (axis,))
-
-  def __call__(self, x, state=None, segment_ids=None):
-    y, state = super().__call__(x, state, segment_ids)
-    return y + align(self.bias[...].astype(y.dtype), y), state
 
 
 def _scale_heads(scale, x):

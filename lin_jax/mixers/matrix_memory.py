@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -83,17 +82,17 @@ class MatrixMemory(nnx.Module):
     return sum(layer.flops_per_token() for layer in layers) + self.flops_per_entry * math.prod(self.memory_shape)
 
   def convolved(self, layers: Sequence[Linear], x: Float[Array, "B T D"], state: dict | None,
-                segment_ids: Int[Array, "B T"] | None) -> tuple[list[Array], dict[str, Any]]:
-    """The projections of x by `layers`, each followed by its convolution if there is one, and the convolutions' states.
+                segment_ids: Int[Array, "B T"] | None, silu: Sequence[bool]) -> tuple[list[Array], dict[str, Any]]:
+    """The projections of x by `layers`, each followed by its convolution if there is one and by SiLU where `silu`, and
+    the convolutions' states.
     """
     states = None if state is None else state["inputs"]
-    outputs, inputs = convolve(self.convolutions, [layer(x) for layer in layers], states, segment_ids)
+    outputs, inputs = convolve(self.convolutions, [layer(x) for layer in layers], states, segment_ids, silu)
     return outputs, {"inputs": inputs}
 
   def finish(self, x: Float[Array, "B T D"], o: Float[Array, "B T H V"], v: Array) -> Float[Array, "B T D"]:
     """Head norm, swish output gate if there is one, and output projection. A mixer with a skip connection reads v."""
-    o = self.norm(o).reshape(*x.shape[:2], -1)
-    return self.output(o if self.gate is None else o * jax.nn.silu(self.gate(x)))
+    return self.output(self.norm.gated(o, None if self.gate is None else self.gate(x)))
 
 
 def short_convolutions(channels: Sequence[int], taps: int, *, dtype, rngs: nnx.Rngs) -> nnx.List:

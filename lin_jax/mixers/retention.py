@@ -12,7 +12,6 @@ neighbours, spaces its angles over one interval fewer and learns no scale. The i
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -78,8 +77,8 @@ class MultiScaleRetention(MatrixMemory):
     return super().init_state(batch, max_length) | {"length": jnp.zeros((batch,), jnp.int32)}
 
   def project(self, x, state, segment_ids):
-    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
-    qkv = map(jax.nn.silu, qkv) if self.convolutions else qkv
+    silu = (bool(self.convolutions),) * 3
+    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids, silu)
     q, k, v = (by_heads(a, self.heads) for a in qkv)
     # Only differences of positions count, so positions run on across segments.
     length = jnp.zeros(x.shape[:1], jnp.int32) if state is None else state["length"]

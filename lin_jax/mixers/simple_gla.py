@@ -77,8 +77,8 @@ class SimpleGatedLinearAttention(MatrixMemory):
     self.convolutions = short_convolutions(channels, config.conv_width, dtype=dtype, rngs=rngs)
 
   def project(self, x, state, segment_ids):
-    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids)
-    qkv = map(jax.nn.silu, qkv) if self.convolutions else qkv
+    silu = (bool(self.convolutions),) * 3
+    qkv, kept = self.convolved((self.query, self.key, self.value), x, state, segment_ids, silu)
     return (*(by_heads(a, self.heads) for a in qkv), self._log_decay(x)), kept
 
   def _log_decay(self, x):

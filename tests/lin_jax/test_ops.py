@@ -16,11 +16,12 @@ ROOT = pathlib.Path(ops.__file__).parents[1]
 
 
 @pytest.mark.parametrize("op", dispatch.TABLE)
-def test_every_op_has_a_step_and_an_example_that_runs(op):
+def test_every_op_has_an_example_that_runs_and_a_recurrent_one_a_step(op):
   module = importlib.import_module(f"kernels.{op}")
-  assert getattr(ops, op) is getattr(module, op) and getattr(ops, f"{op}_step") is module.step
+  if op in dispatch.RECURRENT:
+    assert getattr(ops, op) is getattr(module, op) and getattr(ops, f"{op}_step") is module.step
   found = doctest.testmod(module)
-  assert found.attempted >= 5 and found.failed == 0
+  assert found.attempted >= 4 and found.failed == 0
 
 
 def test_implementation_names_are_those_of_the_table():
