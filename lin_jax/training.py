@@ -146,14 +146,14 @@ def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
   """Returns (graph, optimizer, abstract, create): the module's structure, the transformation, the `TrainState` as
   shapes with their shardings, and a function that makes it, with every leaf created directly where it belongs."""
   optimizer = optim.make_optimizer(config.optim)
+  build = lambda seed: LanguageModel(config.model, rngs=nnx.Rngs(seed), remat=config.remat, unroll=config.unroll)
 
   def init():
-    model = LanguageModel(config.model, rngs=nnx.Rngs(config.seed), remat=config.remat, unroll=config.unroll)
+    model = build(config.seed)
     params = nnx.state(model)
     return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), empty_carried(model, config.data))
 
-  model = jax.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0), remat=config.remat,
-                                                unroll=config.unroll))
+  model = jax.eval_shape(lambda: build(0))
   shapes = jax.eval_shape(init)
   rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))  # states have a leading axis of layers
   shardings = dataclasses.replace(sharding.param_shardings(shapes, mesh),
@@ -194,27 +194,25 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
 
   def value_and_gradients(params, batch, carried):
     (total, (counts, carried)), grads = gradients(params, batch, carried)
-    if config.optim.accumulation == 1:
-      # Without a barrier the compiler would merge the stacking of unrolled layers' gradients into the update, which it
-      # then splits into a pass for parameters and one for each moment, with copies of what the other passes read.
-      grads = jax.lax.optimization_barrier(grads)
-    return (total, counts, jax.tree.map(lambda g: g.astype(jnp.float32), grads)), carried
+    return (total, counts, grads), carried
 
   def accumulate(params, batch, carried):
     if config.optim.accumulation == 1:
-      return value_and_gradients(params, batch, carried)
+      # Otherwise the compiler merges the stacking of unrolled layers' gradients into the update. It then updates
+      # parameters and moments in a pass each, and copies what the other passes read.
+      return jax.lax.optimization_barrier(value_and_gradients(params, batch, carried))
 
     def add(totals, microbatch):
       values, carried = value_and_gradients(params, *microbatch)
-      return jax.tree.map(jnp.add, totals, values), carried
+      return jax.tree.map(lambda total, x: total + x.astype(total.dtype), totals, values), carried
 
     count = config.optim.accumulation
-    microbatches = _microbatches(batch, count), _microbatches(carried, count, axis=1)
+    microbatches = sharding.microbatches(batch, count), sharding.microbatches(carried, count, axis=1)
     shapes, _ = jax.eval_shape(value_and_gradients, params, *jax.tree.map(lambda x: x[0], microbatches))
-    total, counts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, counts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     zeros = total, counts, jax.lax.with_sharding_constraint(grads, shardings.params)
     values, carried = jax.lax.scan(add, zeros, microbatches)
-    return values, _join(carried, axis=1)
+    return values, sharding.join_microbatches(carried, axis=1)
 
   def next_carried(state, batch, carried, finite):
     if carried is None:
@@ -227,7 +225,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
   def train_step(state, batch):
     (total, counts, grads), carried = accumulate(with_cast_kernels(graph, state.params), batch, state.carried)
     targets = jnp.maximum(counts["targets"], 1.0)
-    grads = jax.tree.map(lambda g: g / targets, grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / targets, grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -251,7 +249,7 @@ def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, d
       total, (counts, _) = loss_sum(graph, params, microbatch)
       return total, counts["targets"]
 
-    losses, targets = jax.lax.map(one, _microbatches(batch, config.optim.accumulation))
+    losses, targets = jax.lax.map(one, sharding.microbatches(batch, config.optim.accumulation))
     return losses.sum(), targets.sum()
 
   return eval_step
@@ -264,24 +262,6 @@ def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = N
   hidden, state = model.hidden(batch["tokens"], state, batch["segment_ids"])
   total, counts = next_token_loss(hidden, model.unembedding(), batch["targets"], batch["mask"])
   return total, ({name: counts[name] for name in ("targets", "correct")}, state)
-
-
-def _microbatches(tree, count, axis=0):
-  """Splits `axis` from B rows to B / count, after a new first axis. Each part takes every count-th row, so that no row
-  leaves its device."""
-
-  def regroup(x):
-    x = jnp.moveaxis(x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1:]), axis + 1, 0)
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(*(None,) * (axis + 1), sharding.BATCH_AXES))
-
-  return jax.tree.map(regroup, tree)
-
-
-def _join(tree, axis):
-  """Inverse of `_microbatches`."""
-  tree = jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis + 1), tree)
-  return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:]), tree)
 
 
 def _restore(checkpoints, step, abstract, batches, config):

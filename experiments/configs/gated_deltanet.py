@@ -20,6 +20,7 @@ def gated_deltanet_1b3() -> TrainConfig:
   tokens_per_step = batch_size * context  # 0.52M
   return TrainConfig(
       remat="dots",
+      unroll=0,
       model=ModelConfig(mixer=GatedDeltaNetConfig(), width=2048, depth=21, mlp_width=5632),
       data=DataConfig(path="data/fineweb_edu", sequence_length=context, batch_size=batch_size),
       optim=OptimConfig(steps=int(100e9 / tokens_per_step), warmup_steps=int(1e9 / tokens_per_step), learning_rate=4e-4,

@@ -76,6 +76,6 @@ def _large(width, depth, mlp_width, heads):
   """Returns the 1.3B recipe at a size that one GPU does not hold."""
   config = at_1b3(depth=depth, mlp_width=mlp_width, **_layers(heads))
   config.model.width = width
-  config.remat = "full"
+  config.remat, config.unroll = "full", 1  # under the scan no more than a layer's parameters are gathered at a time
   config.mesh = MeshConfig(data=1, fsdp=-1)
   return config

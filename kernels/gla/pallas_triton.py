@@ -5,8 +5,8 @@ what it reads and writes. The kernels are `pallas_triton_factors.py`, `pallas_tr
 `pallas_triton_gradients.py`, and `exact_chunks.py` for the chunks whose gates are too strong for factors.
 
 16-bit inputs use bfloat16 operands, states and factors; float32 inputs keep float32. Gates below e^-40 count as e^-40.
-Residuals are the inputs and the chunk states, 2 K V / C bytes per token and head for 16-bit inputs. Source:
-arXiv:2312.06635, section 4.3.
+Residuals are the inputs, the factors and scores, and the chunk states. For 16-bit inputs the last three take
+4 K + 2 C + 2 K V / C bytes per token and head. Source: arXiv:2312.06635, section 4.3.
 """
 
 import functools
@@ -57,13 +57,13 @@ def _gla(q, k, v, log_decay, initial_state, scale, config):
 def _forward(q, k, v, log_decay, initial_state, scale, config):
   found = factors(q, k, log_decay, scale, config)
   output, states, final_state = scan(found, v, initial_state, config)
-  return (output, final_state), (q, k, v, log_decay, triton_blocks.residuals(states))
+  return (output, final_state), (q, k, v, log_decay, *triton_blocks.residuals((found, states)))
 
 
 def _backward(scale, config, residuals, cotangents):
-  q, k, v, log_decay, states = residuals
+  q, k, v, log_decay, found, states = residuals
   do, dfinal_state = cotangents
-  x, y, decays, bounded, _ = found = factors(q, k, log_decay, scale, config)
+  x, y, decays, bounded, _ = found
   dv, dstates, dinitial_state = scan(found, do, dfinal_state, config, reverse=True)
   gradients = dqkg(x, y, log_decay, v, do, states, dstates, scale, config, q.dtype)
   gradients = exact_chunks.dqkg(
