@@ -45,6 +45,8 @@ _PEERS = flags.DEFINE_list("peers", list(peers.OPS), "Other libraries to time wh
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens per sequence.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 4, "Heads.", lower_bound=1)
+_KEY_HEADS = flags.DEFINE_integer("key_heads", 0, "Heads of q and k, which the heads share; 0 for one per head.",
+                                  lower_bound=0)
 _KEY_CHANNELS = flags.DEFINE_integer("key", 64, "Key channels per head.", lower_bound=1)
 _VALUE_CHANNELS = flags.DEFINE_integer("value", 64, "Value channels per head.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
@@ -72,10 +74,10 @@ def main(_):
   wanted = []
   for case in chosen:
     for label in cases.PASSES:
-      for name in _implementations(case.op) + [name for name in names if case.op in peers.OPS[name]]:
+      for name in _implementations(case) + [name for name in names if case.op in peers.OPS[name]]:
         row = common | {"op": case.op, "implementation": name, "pass": label, "gate": case.gate, "B": case.B,
                         "T": case.T, "H": case.H, "K": case.K, "V": case.V, "dtype": case.dtype,
-                        "versions": _versions(name)}
+                        "G": case.G, "versions": _versions(name)}
         if _identity(row) not in done:
           wanted.append((row, case, label, name))
   wrong, left, before = [], 0, None
@@ -88,7 +90,7 @@ def main(_):
       continue
     row |= _measured(name, case, label, compiled)
     _report(case, row)
-    if name in dispatch.TABLE.get(case.op, ()) and _is_wrong(row):
+    if name in (*dispatch.TABLE.get(case.op, ()), timing.REPEATED) and _is_wrong(row):
       wrong.append(f"{case} {name} {label}")
   if left:
     print(f"stopped after {_LIMIT.value:g} s with {left} measurements left; --resume goes on")
@@ -114,7 +116,7 @@ def _chosen():
 
 def _named_cases():
   if not _SHAPES.value:
-    shape = [flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY_CHANNELS, _VALUE_CHANNELS)]
+    shape = [flag.value for flag in (_BATCH, _LENGTH, _HEADS, _KEY_CHANNELS, _VALUE_CHANNELS, _KEY_HEADS)]
     return cases.of_shape(shape, _OPS.value, _DTYPE.value or "float32")
   names = _SHAPES.value
   if names == ["all"]:
@@ -137,11 +139,11 @@ def _peers():
   return names
 
 
-def _implementations(op):
+def _implementations(case):
   platform = jax.default_backend()
-  known = dispatch.TABLE.get(op, ())
+  known = (*dispatch.TABLE.get(case.op, ()), *([timing.REPEATED] if case.G else []))
   if _IMPLEMENTATIONS.value:
-    everything = {name for names in dispatch.TABLE.values() for name in names} | {"none"}
+    everything = {name for names in dispatch.TABLE.values() for name in names} | {timing.REPEATED, "none"}
     for name in _IMPLEMENTATIONS.value:
       if name not in everything:
         raise ValueError(f"--implementations={name}: unknown; known: {', '.join(sorted(everything))}")
@@ -212,7 +214,7 @@ def _recorded():
 
 
 def _identity(row):
-  return json.dumps([row[name] for name in _KEY])
+  return json.dumps([*(row[name] for name in _KEY), row.get("G", 0)])  # older records have no G
 
 
 def _versions(name):

@@ -23,7 +23,10 @@ _SCORES = 4096  # tokens whose scores attention in float32 can hold
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One call: op, gate ("none", "constant" [H], "token" [B,T,H] or "channel" [B,T,H,K], float32), shape, dtype."""
+  """One call: op, gate ("none", "constant" [H], "token" [B,T,H] or "channel" [B,T,G,K], float32), shape, dtype.
+
+  `G` is the number of key heads, 0 for one per head.
+  """
 
   op: str
   gate: str
@@ -33,19 +36,26 @@ class Case:
   K: int
   V: int
   dtype: str
+  G: int = 0
+
+  @property
+  def shape(self) -> str:
+    """The shape as text; heads that share key heads as H16/32, with the key heads in front."""
+    return f"B{self.B} T{self.T} H{f'{self.G}/' if self.G else ''}{self.H} K{self.K} V{self.V}"
 
   def __str__(self):
-    return f"{self.op} {self.gate} B{self.B} T{self.T} H{self.H} K{self.K} V{self.V} {self.dtype}"
+    return f"{self.op} {self.gate} {self.shape} {self.dtype}"
 
 
 def _named_sets():
-  """Maps a name to a dtype and a list of (op, gate or None for all, B, T, H, K, V).
+  """Maps a name to a dtype and a list of (op, gate or None for all, B, T, H, K, V) and G if heads share key heads.
 
   `paper` has the layers of GLA 340M and 1.3B, RetNet 1.3B, TransNormerLLM, DeltaNet and Gated DeltaNet 1.3B. `grid`
   goes from one long sequence to many short ones, and `length` is time against length. In each of these three, all calls
   have the same number of tokens. `figures` has the papers' own plots against length: GLA's figure 2 and the table of
   TransNormerLLM's code at a fixed number of sequences, and DeltaNet's speed-up over its token scan at a fixed number of
-  tokens. `cpu` is for a CPU.
+  tokens. `grouped` has heads that share key heads: Mamba-2 1.3B's, and 16 key heads for 32 and for 48 heads of gated
+  delta rules. `cpu` is for a CPU.
   """
   paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
@@ -58,9 +68,11 @@ def _named_sets():
               for op, gate in (("linear_attention", "constant"), ("attention", None))]
   figures += [("delta_rule", "none", 2**14 // T, T, 2048 // D, D, D)
               for D in (64, 128, 256) for T in (2048, 4096, 8192)]
+  grouped = [("linear_attention", "token", 8, 2048, 64, 128, 64, 1)]
+  grouped += [("delta_rule", "token", 8, 2048, H, 128, 128, 16) for H in (32, 48)]
   cpu = [(op, None, 1, 2048, 4, 64, 64) for op in TIMED]
   return {"paper": ("bfloat16", paper), "grid": ("bfloat16", grid), "length": ("bfloat16", length),
-          "figures": ("bfloat16", figures), "cpu": ("float32", cpu)}
+          "figures": ("bfloat16", figures), "grouped": ("bfloat16", grouped), "cpu": ("float32", cpu)}
 
 
 SETS = _named_sets()
@@ -79,12 +91,18 @@ def named(name: str, ops: list[str], dtype: str | None = None) -> list[Case]:
 
 
 def of_shape(shape, ops: list[str], dtype: str, gate: str | None = None) -> list[Case]:
-  """A case for each op and each of its gates (or `gate` only) at the shape B, T, H, K, V. Raises ValueError."""
+  """A case for each op and each of its gates (or `gate` only) at the shape B, T, H, K, V and G if given.
+
+  Raises ValueError.
+  """
   for op in ops:
     if op not in TIMED:
       raise ValueError(f"--ops={op}: unknown; known: {', '.join(TIMED)}")
-  return [Case(op, name, *shape, dtype) for op in ops for name in ([gate] if gate else TIMED[op])
-          if op != "attention" or shape[-1] == shape[-2]]
+  if len(shape) > 5 and shape[5] and shape[2] % shape[5]:
+    raise ValueError(f"--key_heads={shape[5]}: must divide --heads={shape[2]}")
+  _, _, _, K, V, *_ = shape
+  return [Case(op, name, *shape[:5], dtype, *shape[5:]) for op in ops for name in ([gate] if gate else TIMED[op])
+          if op != "attention" or K == V and not any(shape[5:])]
 
 
 def inputs(case: Case, seed: int) -> tuple[dict, jax.Array]:
@@ -95,7 +113,7 @@ def inputs(case: Case, seed: int) -> tuple[dict, jax.Array]:
   """
   keys = jax.random.split(jax.random.key(seed), 5)
   heads = case.B, case.T, case.H
-  q, k = (jax.random.normal(key, (*heads, case.K), case.dtype) for key in keys[:2])
+  q, k = (jax.random.normal(key, (case.B, case.T, case.G or case.H, case.K), case.dtype) for key in keys[:2])
   v, doutput = (jax.random.normal(key, (*heads, case.V), case.dtype) for key in keys[2:4])
   arguments = {"q": q, "k": k, "v": v}
   if case.op == "delta_rule":
@@ -130,8 +148,13 @@ def floor_bytes(case: Case, label: str) -> int:
 
 
 def corners(case: Case, x):
-  """Takes the first and last row and head of `x`: rows and heads are independent, so these stand for the whole call."""
-  heads = slice(None, None, max(case.H - 1, 1))
+  """Takes the first and last row of `x`, and the heads of the first and last key head.
+
+  Rows and key heads are independent, so these stand for the whole call.
+  """
+  key_heads = case.G or case.H
+  group = x.shape[0 if x.ndim == 1 else 2] // key_heads
+  heads = np.concatenate([np.arange(group) + group * head for head in sorted({0, key_heads - 1})])
   return x[heads] if x.ndim == 1 else x[::max(case.B - 1, 1), :, heads]
 
 

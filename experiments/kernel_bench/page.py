@@ -7,7 +7,7 @@ import statistics
 from kernels import dispatch
 from lin_jax import files
 
-from . import peers
+from . import peers, timing
 from .cases import PASSES, SETS, TIMED, named
 from .records import Records, aims
 
@@ -23,6 +23,8 @@ Generated from `kernels.jsonl` by `python experiments/report_kernels.py`; do not
   the implementation that runs when none is named.
 - `xN` is the peer's time divided by ours, and counts as even within 3% of 1. cuDNN's column is causal softmax attention
   at the same shape, which is another function and stands there for comparison.
+- `H16/32` is 16 key heads for 32 heads. `repeated_heads` is the implementation that runs when none is named, behind a
+  `jnp.repeat` of the key heads.
 - The last three columns are about our record: its date, the digest of its kernel sources, and whether the program that
   was measured is the one that ships. The newest record of every call counts, so an aim or `xN` may compare records of
   different days and sources. [Kernel sources](#kernel-sources) explains each digest.
@@ -101,13 +103,13 @@ def _summary(records, device):
     worst, where = min(found, key=lambda x: x[0])
     rows.append([f"`{op}`", gate, label, peer, f"{sum(ratio >= _EVEN for ratio in ratios)} of {len(ratios)}",
                  str(sum(ratio <= 1 / _EVEN for ratio in ratios)),
-                 f"x{worst:.2f}", f"x{statistics.median(ratios):.2f}", f"x{max(ratios):.2f}", _shape(where)])
+                 f"x{worst:.2f}", f"x{statistics.median(ratios):.2f}", f"x{max(ratios):.2f}", where.shape])
   head = ["op", "gate", "pass", "against", "won", "lost", "worst", "median", "best", "worst shape"]
   return ["### Won and lost", _table(head, rows)] if rows else []
 
 
 def _comparison(records, device, cases, name):
-  names = [name for name in (*dispatch.TABLE.get(cases[0].op, ()), *peers.OPS)
+  names = [name for name in (*dispatch.TABLE.get(cases[0].op, ()), timing.REPEATED, *peers.OPS)
            if any(_row(records, device, case, name, label) for case in cases for label in PASSES)]
   rivals = [name for name in names if name in peers.OPS]
   rows, reasons, mixed = [], {}, False
@@ -121,10 +123,10 @@ def _comparison(records, device, cases, name):
         mixed |= other_run
         cells.append(_cell(row) + "*" * other_run)
         if row and row["ms"] is None:
-          reasons.setdefault((name, row["reason"]), []).append(f"{_shape(case)} {label}")
+          reasons.setdefault((name, row["reason"]), []).append(f"{case.shape} {label}")
       ratios = {peer: row["ms"] / ours["ms"] for peer, row in others.items()} if ours else {}
       cost = [_digits(ours["gb_per_s"]), f"{ours['peak_mib']:.0f}"] if ours else ["", ""]
-      rows.append([_shape(case), label, *cells, *cost,
+      rows.append([case.shape, label, *cells, *cost,
                    *(f"x{ratios[peer]:.2f}" if peer in ratios else "" for peer in rivals), _verdict(ratios),
                    *_origin(records, ours)])
   head = ["shape", "pass", *names, "GB/s", "MiB", *(f"{peer} / ours" for peer in rivals), "verdict", "date", "sources",
@@ -240,10 +242,6 @@ def _gate_text(gate):
 
 def _plot_name(device):
   return f"kernels_{re.sub('[^a-z0-9]+', '_', device.lower())}.png"
-
-
-def _shape(case):
-  return f"B{case.B} T{case.T} H{case.H} K{case.K} V{case.V}"
 
 
 def _digits(value):

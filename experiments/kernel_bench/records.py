@@ -29,7 +29,7 @@ class Records:
     for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
       try:
         row = json.loads(line)
-        case = Case(*(row[name] for name in _FIELDS))
+        case = Case(**{name: row[name] for name in _FIELDS if name in row})  # older records have no G
         self._rows[row["device"], case, row["implementation"], row["pass"]] = row
       except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}, line {number}: not a record of bench_kernels: {e!r}") from e

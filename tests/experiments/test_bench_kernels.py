@@ -84,11 +84,12 @@ def test_a_limit_leaves_the_rest_for_later(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--shapes=paper,nope"], "--shapes=nope: unknown; known: paper, grid, length, figures, cpu, all"),
+    (["--shapes=paper,nope"], "--shapes=nope: unknown; known: paper, grid, length, figures, grouped, cpu, all"),
     (["--ops=nope"], "--ops=nope: unknown; known: gla, linear_attention, delta_rule, attention"),
     (["--implementations=nope"], "--implementations=nope: unknown"),
     (["--peers=nope"], "--peers=nope: unknown"),
     (["--resume"], "--resume needs --out"),
+    (["--key_heads=3"], "--key_heads=3: must divide --heads=4"),
     (["--length=8", "--ops=gla", "--peers=none", "--out=no/such/folder/k.jsonl"], "cannot be written"),
 ])
 def test_mistakes_exit_with_2_and_one_message(arguments, message):
@@ -103,6 +104,24 @@ def test_floor_bytes_per_token_and_head(op, gate, forward, both):
   case = Case(op, gate, 2, 3, 5, 128, 128, "bfloat16")
   assert cases.floor_bytes(case, "forward") == 30 * forward
   assert cases.floor_bytes(case, "forward_backward") == 30 * both
+
+
+def test_key_heads_are_counted_once():
+  case = Case("delta_rule", "token", 2, 3, 8, 128, 128, "bfloat16", 4)
+  assert str(case) == "delta_rule token B2 T3 H4/8 K128 V128 bfloat16"
+  assert cases.floor_bytes(case, "forward") == 6 * (4 * 512 + 8 * 520)
+  assert cases.floor_bytes(case, "forward_backward") == 6 * (4 * 512 * 3 + 8 * (5 * 256 + 8 * 3))
+
+
+@pytest.mark.parametrize("name", ["xla_chunked", timing.REPEATED])
+def test_grouped_heads_are_compared_with_the_scan_at_whole_groups(name):
+  case = Case("linear_attention", "token", 2, 40, 6, 4, 2, "float32", 3)
+  arguments, doutput = cases.inputs(case, 0)
+  wanted = cases.expected(case, arguments, doutput)
+  assert wanted["dq"].shape == (2, 40, 2, 4) and wanted["dv"].shape == (2, 40, 4, 2)
+  run = timing.compile_pass(case, "forward_backward", timing.ours(case, name))
+  found = {tensor: np.asarray(cases.corners(case, x)) for tensor, x in run(arguments, doutput).items()}
+  assert cases.within_bounds(case, cases.errors(found, wanted))
 
 
 def test_a_constant_decay_is_read_and_not_differentiated():
