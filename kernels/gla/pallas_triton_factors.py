@@ -56,7 +56,10 @@ def _scores_kernel(bounded_ref, x_ref, y_ref, _, p_ref, *, depth, dot):
 
 
 def chunk_block(config, width, tiled, head=lambda h: h):
-  """Block of a [B, T, H, width] array in a chunk kernel: the tile's columns or all, of the `head` of the program's."""
+  """Block of a [B, T, H, width] array in a chunk kernel: the tile's columns or all.
+
+  `head` maps the head of the program to the head of the array.
+  """
   return pl.BlockSpec((None, config.chunk, None, width), lambda t, n, h, b: (b, n, head(h), t if tiled else 0))
 
 
