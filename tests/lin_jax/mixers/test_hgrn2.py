@@ -102,7 +102,7 @@ def test_bounds_of_a_model_run_through_all_of_its_layers(hybrid, depth, layers):
   # Where layer 0 is another mixer, it stands for logits of zero.
   rows = {0: jnp.zeros(WIDTH)} | logits
   bounds = dict(zip(sorted(rows), lower_bounds(jnp.stack([rows[layer] for layer in sorted(rows)])), strict=True))
-  placed = [block.mixer for run in lm._runs() for block in run if hasattr(block.mixer, "forget")]
+  placed = [block.mixer for run in lm.placed_runs() for block in run if hasattr(block.mixer, "forget")]
   for mixer, (_, own) in zip(placed, stacks, strict=True):
     np.testing.assert_array_equal(mixer.lower_bound, jnp.stack([bounds[layer] for layer in own]))
   assert all(mixer.lower_bound is None for mixer, _ in stacks)
