@@ -2,7 +2,8 @@
 
 A token reads every weight once, and at small batches this is most of its time. So the weights are cast to the compute
 dtype before the first token, and the layers are taken apart, because a scan over layers copies slices of what it scans
-over, and writes all states anew. Projections of one input become one product, because each kernel costs about 2 us.
+over, and writes all states anew. Projections of one input become one product, because each kernel costs about 2 us,
+however little it does.
 """
 
 from typing import Any
@@ -13,15 +14,19 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from lin_jax.layers import Linear, align, multiply
+from lin_jax.layers import Linear, align
 from lin_jax.sharding import is_partitioned
 
-# Columns of a joint product are a multiple of this many, so that its rows stay aligned for the tensor cores.
+# Joint products have a multiple of this many columns, as the tensor cores want their rows.
 _ALIGNED = 64
 
 
 class Decoder:
-  """A language model prepared for `step`. It is made and used under one jit, outside the loop over tokens."""
+  """A language model prepared for `step`. It is made and used under one jit, outside the loop over tokens.
+
+  The weights are copied in the compute dtype, and a program takes about as many times longer to compile as the scan
+  over layers has repetitions.
+  """
 
   def __init__(self, model: nnx.Module):
     self.model = jax.tree.map(lambda leaf: leaf, model)
@@ -58,48 +63,56 @@ def stacked(layers: list, runs: Any) -> list:
 
 
 class Columns(nnx.Module):
-  """A Linear whose weights are columns of a wider matrix, which is multiplied whole.
+  """A Linear whose weights are columns of a wider matrix, which is stored transposed and multiplied whole.
 
   Linears that share the matrix and the input have the same product, which the compiler computes once.
   """
 
-  def __init__(self, linear: Linear, joint: Float[Array, "inputs joint"], first: int):
+  def __init__(self, linear: Linear, transposed: Float[Array, "joint inputs"], first: int):
     self.bias, self.dtype, self.output_dtype = linear.bias, linear.dtype, linear.output_dtype
-    self.joint, self.first, self.outputs = nnx.data(joint), first, linear.kernel.shape[-1]
+    self.transposed, self.first, self.outputs = nnx.data(transposed), first, linear.kernel.shape[-1]
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    y = _multiply(x.reshape(-1, x.shape[-1]).astype(self.dtype), self.transposed)
     # Rounding the float32 sums afterwards gives what a product in `output_dtype` gives.
-    y = multiply(x, self.joint, self.dtype, jnp.float32)[..., self.first:self.first + self.outputs]
-    y = y.astype(self.output_dtype)
+    y = y[:, self.first:self.first + self.outputs].astype(self.output_dtype).reshape(*x.shape[:-1], -1)
     return y if self.bias is None else y + align(self.bias[...].astype(y.dtype), y)
+
+
+def _multiply(rows, transposed):
+  """Float32 products of rows [B, K] and of a matrix [N, K], along K."""
+  if rows.shape[0] == 1:
+    # XLA replaces a product of one row by a multiplication, which may write as many numbers as the matrix has, and a
+    # sum. Sums along the last axis are fused with their multiplication, and read the matrix once.
+    return jnp.sum(transposed.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)[None]
+  return jnp.einsum("bk,nk->bn", rows, transposed, preferred_element_type=jnp.float32)
 
 
 def _prepared(block):
   for _, module in list(nnx.iter_modules(block)):
     linears = {name: linear for name, linear in vars(module).items() if isinstance(linear, Linear)}
-    for linear in linears.values():
-      linear.kernel = linear.kernel.replace(linear.kernel[...].astype(linear.dtype))
-    # Concatenating columns that a mesh splits would move them between its devices.
-    if not is_partitioned(jax.sharding.get_abstract_mesh()):
-      for group in _shared_inputs(linears):
-        _join(module, group)
+    for group in _shared_inputs(linears):
+      _join(module, group)
   return block
 
 
 def _shared_inputs(linears):
-  """Groups of names of the Linears that read the residual stream's width, and so probably the same input."""
+  """Groups of the Linears that read the residual stream, and so the same input, and every other Linear by itself."""
   groups = {}
+  # Concatenating columns that a mesh splits would move them between its devices.
+  alone = is_partitioned(jax.sharding.get_abstract_mesh())
   for name, linear in linears.items():
-    if linear.kernel.get_metadata()["out_sharding"][0] == "embed":
-      groups.setdefault((linear.kernel.shape[-2], linear.dtype), {})[name] = linear
-  return [group for group in groups.values() if len(group) > 1]
+    reads_stream = linear.kernel.get_metadata()["out_sharding"][0] == "embed"
+    key = (linear.kernel.shape[-2], linear.dtype) if reads_stream and not alone else name
+    groups.setdefault(key, {})[name] = linear
+  return groups.values()
 
 
 def _join(module, group):
-  kernels = [linear.kernel[...] for linear in group.values()]
-  width = sum(kernel.shape[1] for kernel in kernels)
-  joint = jnp.pad(jnp.concatenate(kernels, axis=1), ((0, 0), (0, -width % _ALIGNED)))
+  kernels = [linear.kernel[...].astype(linear.dtype) for linear in group.values()]
+  filler = jnp.zeros((kernels[0].shape[0], -sum(kernel.shape[1] for kernel in kernels) % _ALIGNED), kernels[0].dtype)
+  transposed = jnp.concatenate([*kernels, filler], axis=1).T
   first = 0
   for (name, linear), kernel in zip(group.items(), kernels, strict=True):
-    setattr(module, name, Columns(linear, joint, first))
+    setattr(module, name, Columns(linear, transposed, first))
     first += kernel.shape[1]

@@ -21,10 +21,6 @@ from lin_jax.sharding import map_over_heads, tensor_shards
 
 NORMAL = nnx.initializers.normal(0.02)
 
-# A product of fewer rows is filled up. For a GPU, XLA replaces a product of one row by an elementwise multiplication,
-# which writes as many numbers as the matrix has, and a sum.
-LEAST_ROWS = 8
-
 
 def param(rngs: nnx.Rngs, init: Callable, shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
   """A float32 parameter with logical axis names. Its placement is left to the caller's jit (`out_shardings`)."""
@@ -35,18 +31,6 @@ def time_step_biases(key: Array, shape: Sequence[int], dtype) -> Array:
   """Initializer of the bias under the softplus of a time step. The time steps start log-uniform in [1e-3, 1e-1]."""
   dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
   return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def multiply(x: Float[Array, "*batch inputs"], matrix: Float[Array, "inputs outputs"], dtype,
-             output_dtype) -> Float[Array, "*batch outputs"]:
-  """x `matrix`, with products in `dtype`, float32 accumulation, and the result in `output_dtype`."""
-  # Flattened to one axis, because XLA on a CPU copies and transposes both operands of a kernel's gradient over two.
-  rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-  count = rows.shape[0]
-  if count < LEAST_ROWS:
-    rows = jnp.pad(rows, ((0, LEAST_ROWS - count), (0, 0)))
-  y = jnp.matmul(rows, matrix.astype(dtype), preferred_element_type=output_dtype)
-  return y[:count].reshape(*x.shape[:-1], -1)
 
 
 class Linear(nnx.Module):
@@ -60,7 +44,10 @@ class Linear(nnx.Module):
     self.output_dtype = jnp.dtype(dtype if output_dtype is None else output_dtype)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    y = multiply(x, self.kernel[...], self.dtype, self.output_dtype)
+    # Flattened to one axis, because XLA on a CPU copies and transposes both operands of a kernel's gradient over two.
+    rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    y = jnp.matmul(rows, self.kernel[...].astype(self.dtype), preferred_element_type=self.output_dtype)
+    y = y.reshape(*x.shape[:-1], -1)
     if self.bias is None:
       return y
     return y + align(self.bias[...].astype(y.dtype), y)

@@ -7,10 +7,10 @@ lists every op with its formula and what each implementation supports.
 """
 
 from kernels import delta_rule, explain, gla, linear_attention, selective_scan
-from kernels.delta_rule.reference import step as delta_rule_step
+from kernels.delta_rule import step as delta_rule_step
 from kernels.dispatch import Implementation
-from kernels.gla.reference import step as gla_step
-from kernels.linear_attention.reference import step as linear_attention_step
+from kernels.gla import step as gla_step
+from kernels.linear_attention import step as linear_attention_step
 from kernels.selective_scan.reference import step as selective_scan_step
 
 __all__ = ["Implementation", "delta_rule", "delta_rule_step", "explain", "gla", "gla_step", "linear_attention",
