@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels import rms_norm, short_convolution
+from kernels import rms_norm, short_convolution, swiglu
 from lin_jax.sharding import map_over_heads, tensor_shards
 
 NORMAL = nnx.initializers.normal(0.02)
@@ -118,7 +118,10 @@ class SwiGLU(nnx.Module):
     self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    gate, up = self.gate(x), self.up(x)
+    if x.ndim != 3 or gate.shape[-1] % tensor_shards():
+      return self.down(swiglu(gate, up, implementation="reference"))
+    return self.down(map_over_heads(swiglu, "bth,bth->bth")(gate, up))
 
   def flops_per_token(self) -> int:
     return sum(linear.flops_per_token() for linear in (self.gate, self.up, self.down))

@@ -117,11 +117,11 @@ def test_vmap():
     assert_close("vmap", found, wanted, BOUNDS["float32"])
 
 
-def launches(fn, *arrays):
+def launches(fn, *arrays, op="rms_norm"):
   with use_abstract_mesh(H100):
     text = jax.jit(fn).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
   assert "stablehlo.while" not in text, "an interpreted kernel is part of the program"
-  return collections.Counter(re.findall(r'name = "(rms_norm_\w+)"', text))
+  return collections.Counter(re.findall(rf'name = "({op}_\w+)"', text))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
