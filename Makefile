@@ -26,11 +26,8 @@ train: $(INSTALLED) $(CORPUS)/manifest.json ## train gla_tiny on Shakespeare, th
 	@echo "evaluation:   $(RUN)/evaluation_val_256.json"
 	@echo "sample:       $(RUN)/sample.txt"
 
-# Tests compile far more than they compute: without the compiler's optimisations the suite takes two thirds of the time.
 test: $(INSTALLED) ## run the CPU tests
-	JAX_PLATFORMS=cpu \
-	  XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
-	  $(PYTHON) -m pytest -n 2 --dist=worksteal -m "not gpu"
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 --dist=worksteal -m "not gpu"
 
 bench: $(INSTALLED) ## time the kernels on this machine
 	$(PYTHON) experiments/bench_kernels.py

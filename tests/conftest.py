@@ -8,7 +8,11 @@ import platform
 import re
 import sys
 
-# Read once, when JAX starts its CPU backend.
+from tests.environment import QUICK_COMPILATION
+
+# Read once, when JAX starts its CPU backend. XLA_FLAGS of the caller, even empty ones, replace the quick ones.
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+  os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
@@ -47,7 +51,8 @@ def drop_compiled_programs():
 
 
 # Their tests take 5 to 30 s each: one that began last would leave the other cores without work.
-LONGEST = ("test_differential.py", "test_cpu_compiler.py", "test_notebooks.py", "test_train_cli.py")
+LONGEST = ("test_differential.py", "test_cpu_compiler.py", "test_notebooks.py", "test_train_cli.py",
+           "test_synthetic_training.py", "test_harness_cli.py", "test_cli.py")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -20,7 +20,9 @@ TIMES = (1, 2, 15, 16, 17, 63, 64, 65, 130)
 B, H, K, V, WIDTH = 2, 2, 64, 64, 64
 SHAPES = {"q": (H, K), "k": (H, K), "v": (H, V), "channel": (H, K), "token": (H,), "beta": (H,),
           "x": (K,), "step_size": (K,), "b": (8,), "c": (8,)}
-trusted = functools.partial(jax.jit, compiler_options={FLAG: "", "xla_backend_optimization_level": 0})
+trusted = functools.partial(jax.jit, compiler_options={
+    FLAG: "", "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1})
 
 
 def op_errors(op: str, decay: str | None) -> dict[str, dict[int, float]]:
@@ -35,7 +37,9 @@ def op_errors(op: str, decay: str | None) -> dict[str, dict[int, float]]:
   errors = {}
   for T in TIMES:
     cut = _first(arrays, T)
-    right = expected(_zeros_behind(arrays, T), constants, (_zeros_behind(cotangents[0], T), cotangents[1]))
+    # As NumPy's, because JAX would compile a program for every cut.
+    right = jax.device_get(expected(
+        _zeros_behind(arrays, T), constants, (_zeros_behind(cotangents[0], T), cotangents[1])))
     found = jax.jit(functools.partial(call, "xla_chunked"))(cut, constants, (_first(cotangents[0], T), cotangents[1]))
     alone = jax.jit(lambda x: getattr(kernels, op)(**x, implementation="xla_chunked")[0])(cut | constants)
     errors.setdefault("alone", {})[T] = relative_error(alone, right["output"][:, :T])
@@ -87,13 +91,14 @@ def _op_results(op, implementation, arrays, constants, cotangents):
 def mixer_errors(name: str, example: int) -> dict[str, dict[int, float]]:
   """Relative errors of a mixer's output and gradients, parallel against steps, by length."""
   config = mixers.config_class(name).examples()[example]
-  mixer = mixers.build(config, width=WIDTH, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
-  mixer = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, mixer)  # scores and gates that are not all alike
+  start = lambda: mixers.build(config, width=WIDTH, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  enlarge = lambda x: 5 * x if x.ndim > 1 else x  # scores and gates that are not all alike
+  mixer = trusted(lambda: jax.tree.map(enlarge, start()))()
   rng, T = np.random.default_rng(0), TIMES[-1]
   x, dy = rng.standard_normal((2, B, T, WIDTH)).astype("float32")
   expected, errors = trusted(functools.partial(_mixer_results, _steps)), {"output": {}, "gradients": {}}
   for T in TIMES:
-    right = expected(mixer, x, np.where(np.arange(x.shape[1])[:, None] < T, dy, 0))
+    right = jax.device_get(expected(mixer, x, np.where(np.arange(x.shape[1])[:, None] < T, dy, 0)))
     errors["output"][T] = relative_error(jax.jit(_parallel)(mixer, x[:, :T]), right[0][:, :T])
     _, gradients = jax.jit(functools.partial(_mixer_results, _parallel))(mixer, x[:, :T], dy[:, :T])
     same = jax.tree.leaves((right[1][0], right[1][1][:, :T]))

@@ -28,7 +28,7 @@ def start(cwd, *arguments):
 
 
 def run(cwd, *arguments):
-  process = start(cwd, *arguments)
+  process = Command("train.py", *arguments, cwd=cwd)
   out, err = process.communicate()
   return process.returncode, out, err
 

@@ -1,6 +1,5 @@
 """Properties that every op keeps, in every form of its decay and under JAX's transformations."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,53 +8,19 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-import kernels
-from tests.close import assert_close, tolerance
-from tests.kernels.cases import Case, expected, make_inputs, results
-
-# Ops over heads of queries, keys and values; selective_scan has tests of its own.
-FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "constant"),
-         ("linear_attention", "none"), ("delta_rule", "token"), ("delta_rule", "none")]
-CHUNKED = {op: functools.partial(getattr(kernels, op), implementation="xla_chunked") for op, _ in FORMS}
-every_form = pytest.mark.parametrize("op, decay", FORMS)
-# The forms in which every token has gates of its own.
-every_gate = pytest.mark.parametrize("op, decay", [form for form in FORMS if form[1] in ("channel", "token")])
-
-
-@functools.cache
-def implementations(op):
-  """The op under every implementation, by name; always the same objects, so that compiled programs serve again."""
-  others = {name: functools.partial(getattr(kernels, op), implementation=name)
-            for name in ("reference", "pallas_triton")}
-  return {"xla_chunked": CHUNKED[op]} | others
-
-
-@functools.cache
-def inputs(op, decay, **fields):
-  beta = {"beta": "double"} if op == "delta_rule" else {}
-  return make_inputs(Case(**dict(B=4, T=50, H=2, K=8, V=12, decay=decay) | beta | fields))
-
-
-@functools.cache
-def plain(op, decay):
-  return transformed(CHUNKED[op], op, decay)
-
-
-def transformed(fn, op, decay):
-  """Results of an op that went through a transformation."""
-  return results(fn, inputs(op, decay).arrays, None, inputs(op, decay).cotangents)
-
-
-def changed(op, decay, **arrays):
-  """Results of the op with other arrays in the place of some."""
-  x = inputs(op, decay)
-  return results(CHUNKED[op], x.arrays | arrays, None, x.cotangents)
-
-
-def assert_equal_results(actual, expected):
-  assert actual.keys() == expected.keys()
-  for name, x in expected.items():
-    assert_close(name, actual[name], x, tolerance(name, "float32"))
+from tests.close import assert_close
+from tests.kernels.cases import results
+from tests.kernels.forms import (
+    CHUNKED,
+    assert_equal_results,
+    changed,
+    every_form,
+    every_gate,
+    implementations,
+    inputs,
+    plain,
+    transformed,
+)
 
 
 def heads_axis(name, x):
@@ -255,50 +220,3 @@ def test_memory_is_linear_in_time_and_small(op, decay):
   print(f"scratch / inputs: {long / arguments:.2f}")
   assert long <= 4.1 * short
   assert long <= (4 if op == "gla" else 6) * arguments
-
-
-# Where gates of -inf stand in T = 50 tokens: the first, neighbours, the last, and in one head (of gla: in half of the
-# channels).
-CLOSED = {"at some tokens": (slice(None), [0, 5, 6, 49]), "in half": (slice(None), slice(20, 40), 0),
-          "everywhere": (slice(None),)}
-
-
-def closed(op, decay, where):
-  """Inputs with gates of -inf."""
-  x = inputs(op, decay)
-  gates = x.arrays["log_decay"]
-  if decay == "constant":
-    gates = gates.at[slice(1, None) if where == "in half" else slice(None)].set(-jnp.inf)
-  elif where == "in half" and decay == "channel":
-    gates = gates.at[:, 20:40, :, ::2].set(-jnp.inf)
-  else:
-    gates = gates.at[CLOSED[where]].set(-jnp.inf)
-  return dataclasses.replace(x, arrays=x.arrays | {"log_decay": gates})
-
-
-@pytest.mark.parametrize("op, decay", [form for form in FORMS if form[1] != "none"])
-def test_gates_of_minus_infinity_forget(op, decay):
-  """A decay of exactly 0 is as good as any other, and its own gradient is 0, as in the scan."""
-  for where in CLOSED:
-    x = closed(op, decay, where)
-    actual = results(CHUNKED[op], x.arrays, None, x.cotangents)
-    assert_equal_results(actual, expected(x))
-    assert not np.any(actual["dlog_decay"][np.isneginf(x.arrays["log_decay"])]), where
-
-
-@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "constant")])
-def test_gates_of_minus_infinity_forget_in_kernels(op, decay):
-  x = inputs(op, decay, B=1, T=20, H=1, V=8)
-  for row in ([0, 5, 6, 19], range(20)):
-    at = 0 if decay == "constant" else (slice(None), np.asarray(row))
-    gates = x.arrays["log_decay"].at[at].set(-jnp.inf)
-    x = dataclasses.replace(x, arrays=x.arrays | {"log_decay": gates})
-    actual, wanted = results(implementations(op)["pallas_triton"], x.arrays, None, x.cotangents), expected(x)
-    # The kernels of gla take such a gate as -40: 4e-18 of a state is left, and the flows through the gate cancel to
-    # rounding.
-    np.testing.assert_allclose(actual["dlog_decay"][np.isneginf(gates)], 0.0, atol=1e-5 if op == "gla" else 0)
-    for name, value in wanted.items():
-      if np.any(value):
-        assert_close(name, actual[name], value, tolerance(name, "float32", multi_pass=True))
-      elif name != "dlog_decay":
-        np.testing.assert_allclose(actual[name], 0.0, atol=1e-15 if op == "gla" else 0)

@@ -1,38 +1,16 @@
 import hashlib
-import io
 import json
 import math
-import types
 
 import numpy as np
 import pytest
 
-from corpora import dataset
 from lin_jax import files
-from lin_jax.config import DataConfig
 from lin_jax.data import TokenDataset, Windows, eval_batches, train_iterator
-from lin_jax.manifests import describe, verify
+from lin_jax.manifests import describe
+from tests.lin_jax.byte_dataset import LENGTHS, config, make_documents, write
 
 KEYS = ("tokens", "targets", "segment_ids", "mask")
-
-
-def write(path, documents, shard_tokens=100, vocab_size=257):
-  """A dataset of `documents`, byte arrays, in shards short enough that windows cross them."""
-  work = dataset.begin(path, {"documents": len(documents)})
-  writer = dataset.DatasetWriter(work, ["train"], shard_tokens=shard_tokens)
-  for ids in documents:
-    writer.add("train", np.append(ids, 256), len(ids))
-  tokenizer = types.SimpleNamespace(name="bytes", vocab_size=vocab_size, eos_id=256)
-  writer.finish(path, tokenizer=tokenizer, tokenizer_file=None, recipe={}, manifest={})
-  return path
-
-
-def make_documents(lengths, seed=0):
-  random = np.random.default_rng(seed)
-  return [random.integers(0, 256, length) for length in lengths]
-
-
-LENGTHS = [5, 0, 0, 31, 32, 150, 1, 64, 7, 90, 3]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +22,6 @@ def path(tmp_path_factory):
 def numbered(tmp_path_factory):
   """One document of 2001 ids that are all different, so that a window is known by its first token."""
   return write(tmp_path_factory.mktemp("data") / "numbered", [np.arange(1000, 3001)], shard_tokens=333, vocab_size=4000)
-
-
-def config(path, **options):
-  return DataConfig(path=str(path), **{"sequence_length": 16, "batch_size": 4, "worker_threads": 0, **options})
 
 
 def naive_windows(documents, length, pad):
@@ -177,71 +151,6 @@ def test_a_short_evaluation_spreads_over_the_split(numbered):
   assert len(set(np.diff(starts))) <= 2 and np.diff(starts).min() >= 100 and starts[-1] >= 2900
 
 
-def edit(path, change):
-  manifest = json.loads((path / "manifest.json").read_text())
-  change(manifest)
-  (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-def set_id(path, file="train-00000.bin", offset=6, value=65):
-  """Changes one byte."""
-  with open(path / file, "r+b") as f:
-    f.seek(offset)
-    f.write(bytes([f.read(1)[0] ^ value]))
-
-
-def set_index(path, content):
-  (path / "train.idx.npy").write_bytes(content)
-  edit(path, lambda m: m["splits"]["train"]["index"].update(sha256=hashlib.sha256(content).hexdigest()))
-
-
-def npy(array):
-  np.save(file := io.BytesIO(), array)
-  return file.getvalue()
-
-
-DAMAGE = {
-    "no directory": (lambda p: p.rename(p.with_name("elsewhere")), "no such directory"),
-    "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
-    "manifest is not JSON": (lambda p: (p / "manifest.json").write_text("{"), "not readable as JSON"),
-    "manifest is a chain": (lambda p: (p / "manifest.json").write_text("[" * 10**6), "not readable as JSON"),
-    "manifest of something else": (lambda p: (p / "manifest.json").write_text("[]"), "must be a manifest of format"),
-    "manifest without splits": (lambda p: edit(p, lambda m: m.pop("splits")), "incomplete or malformed: .*splits"),
-    "later version": (lambda p: edit(p, lambda m: m.update(version=2)), "version 2"),
-    "other dtype": (lambda p: edit(p, lambda m: m.update(dtype="<u4")), "dtype '<u4'"),
-    "shard truncated": (lambda p: (p / "train-00001.bin").write_bytes(b"\0" * 198), "198 bytes: .* says 200"),
-    "shard missing": (lambda p: (p / "train-00001.bin").unlink(), "train-00001.bin: .*not readable"),
-    "index missing": (lambda p: (p / "train.idx.npy").unlink(), "train.idx.npy: .*not readable"),
-    "index foreign": (lambda p: set_index(p, np.zeros(3, np.uint64).tobytes()), "train.idx.npy: not readable as a doc"),
-    "index of others": (lambda p: set_index(p, npy(np.zeros(3, np.uint64))), "uint64.3.: must hold"),
-    "index truncated": (lambda p: (p / "train.idx.npy").write_bytes(b"\x93NUMPY"), "train.idx.npy: has SHA-256"),
-    "id changed": (set_id, "train-00000.bin: has SHA-256 .*: the manifest says .* so it was changed"),
-    "index changed": (lambda p: set_id(p, "train.idx.npy", 128 + 8), "train.idx.npy: has SHA-256"),
-    "checksum missing": (lambda p: edit(p, lambda m: m["splits"]["train"]["shards"][0].pop("sha256")), "incomplete"),
-}
-
-
-@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_data_is_refused(tmp_path, damage, message):
-  path = write(tmp_path / "set", make_documents(LENGTHS))
-  damage(path)
-  with pytest.raises(ValueError, match=message):
-    Windows(TokenDataset(path, "train"), 16)[0]
-
-
-def test_a_shard_that_is_cut_short_while_it_is_read_is_a_message_and_no_signal(tmp_path):
-  windows = Windows(TokenDataset(write(tmp_path / "set", make_documents(LENGTHS)), "train"), 16)
-  windows[0], windows[6]
-  for name in ("train-00000.bin", "train-00001.bin"):
-    with open(tmp_path / "set" / name, "r+b") as file:
-      file.truncate(20)
-  with pytest.raises(ValueError, match="train-00000.bin: ends before id 33: it was cut short after it was opened"):
-    windows[1]
-  (tmp_path / "set" / "train-00001.bin").unlink()
-  with pytest.raises(ValueError, match="train-00001.bin: no longer readable"):
-    windows[7]
-
-
 def test_a_file_is_read_once_for_its_checksum(path, monkeypatch):
   read = []
   monkeypatch.setattr(files, "sha256", lambda file: read.append(file) or hashlib.sha256(file.read_bytes()).hexdigest())
@@ -249,15 +158,6 @@ def test_a_file_is_read_once_for_its_checksum(path, monkeypatch):
   for _ in range(2):
     list(eval_batches(config(path), "train"))
   assert len(read) == len(set(read)) == len(list(path.glob("train*")))
-
-
-def test_a_dataset_is_verified_whole_and_every_fault_named(tmp_path):
-  path = write(tmp_path / "set", make_documents(LENGTHS))
-  assert verify(path) == sum(file.stat().st_size for file in path.glob("train*"))
-  set_id(path)
-  (path / "train.idx.npy").unlink()
-  with pytest.raises(ValueError, match="train.idx.npy: .*not readable.*; .*train-00000.bin: has SHA-256"):
-    verify(path)
 
 
 def test_a_description_tells_datasets_apart(tmp_path):
