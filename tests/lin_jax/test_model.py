@@ -253,6 +253,10 @@ def test_structure_hashes(name):
 H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
 
 
+# Kernels that remat runs again on purpose, because their results cost less time than memory.
+ELEMENTWISE = "rms_norm", "short_convolution", "swiglu"
+
+
 @pytest.mark.parametrize("name", list(mixers.MIXERS))
 def test_remat_runs_no_kernel_twice(name, monkeypatch):
   # The forward and backward kernels of one layer for a GPU, whose cuDNN nobody asks for its version here.
@@ -266,7 +270,7 @@ def test_remat_runs_no_kernel_twice(name, monkeypatch):
     loss = lambda params, ids: jnp.square(nnx.merge(graph, params).hidden(ids, segment_ids=ids)[0]).sum()
     with use_abstract_mesh(H100):
       jaxpr = jax.make_jaxpr(jax.grad(loss))(params, ids).jaxpr
-    return collections.Counter(launches(jaxpr))
+    return collections.Counter(name for name in launches(jaxpr) if not name.startswith(ELEMENTWISE))
 
   plain, full = kernels("none"), kernels("full")
   assert plain == kernels("dots") == kernels("mixer") and full.total() > plain.total() > 0, (plain, full)
