@@ -54,8 +54,8 @@ def _launch(gate, up, dy):
   columns = min(gate.size & -gate.size, MOST)
   rows = gate.size // columns
   block, array = pl.BlockSpec((None, columns), lambda i: (i, 0)), jax.ShapeDtypeStruct((rows, columns), gate.dtype)
-  dgate, dup = triton_blocks.launch(
+  launch = triton_blocks.launch(
       _kernel, name="swiglu_backward", grid=(rows,), num_warps=max(1, columns // 256), num_stages=1,
-      in_specs=[block] * 3, out_specs=[block] * 2, out_shape=[array] * 2)(
-          *(a.reshape(rows, columns) for a in (gate, up, dy)))
+      in_specs=[block] * 3, out_specs=[block] * 2, out_shape=[array] * 2)
+  dgate, dup = launch(*(a.reshape(rows, columns) for a in (gate, up, dy)))
   return dgate.reshape(gate.shape), dup.reshape(gate.shape)
