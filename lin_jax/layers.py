@@ -6,7 +6,6 @@ Each carries one logical axis name per dimension, which `lin_jax.sharding` maps 
 depth, nor are they in the GLA paper's code.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -89,9 +88,14 @@ class SimpleRMSNorm(nnx.Module):
     """
     gate = None if gate is None else gate.reshape(o.shape)
     whole = o.ndim == 3 and tensor_shards() > 1
-    options = dict(eps=self.eps, activation=activation,
-                   implementation="reference" if whole or o.shape[1] == 1 else None)
-    norm = functools.partial(rms_norm, **options)
+    implementation = "reference" if whole or o.shape[1] == 1 else None
+
+    def norm(o, scale, gate):
+      # As rows, which XLA on a CPU computes to the same bits whether remat repeats them or not.
+      o_rows, gate_rows = (None if a is None else a.reshape(-1, a.shape[-1]) for a in (o, gate))
+      y = rms_norm(o_rows, scale, gate_rows, eps=self.eps, activation=activation, implementation=implementation)
+      return y.reshape(o.shape)
+
     if not whole:
       axes = "bthv" if o.ndim == 4 else "btv"
       norm = map_over_heads(norm, f"{axes},v,{axes}->{axes}")
