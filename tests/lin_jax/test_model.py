@@ -216,7 +216,8 @@ def remat(name):
     graph = nnx.graphdef(jax.eval_shape(lambda policy=policy: LanguageModel(small, rngs=nnx.Rngs(0), remat=policy)))
 
     def loss(params, graph=graph):
-      return jnp.square(nnx.merge(graph, params).hidden(ids)[0]).sum()
+      # The sum of squares of normed activations is nearly constant, so its gradient would be little but rounding.
+      return jnp.sin(nnx.merge(graph, params).hidden(ids)[0]).sum()
 
     saved = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], shapes)
     saved_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
