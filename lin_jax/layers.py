@@ -167,7 +167,7 @@ class ShortConvolution(nnx.Module):
       return short_convolution(x, kernel, bias, silu=silu, initial_inputs=state, segment_ids=segment_ids,
                                implementation="reference" if x.shape[1] == 1 else None)  # one token needs no kernel
 
-    c = self.axis
+    c = self.axis if x.shape[-1] % tensor_shards() == 0 else "c"  # channels that the mesh does not divide stay whole
     convolve = map_over_heads(convolve, f"bt{c},k{c},{c},bk{c},bt->bt{c},bk{c}")
     bias = None if self.bias is None else self.bias[...].astype(jnp.float32)
     return convolve(x.astype(self.dtype), self.kernel[...].astype(jnp.float32), bias, state, segment_ids)
