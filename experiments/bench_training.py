@@ -3,12 +3,17 @@
   python experiments/bench_training.py --set=gla_fig6 --out=experiments/results/training.jsonl --limit_seconds=540
   python experiments/bench_training.py --set=tnl --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=step --unroll=0,1 --remat=none,dots --out=runs/step.jsonl
+  python experiments/bench_training.py --set=step --peers=jla,fla --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=tnl --tiny                                 # proves the command on a CPU
 
 gla_fig6 is figure 6 of arXiv:2312.06635: 1.3B parameters and 16,384 tokens per step. tnl is the training table of
 arXiv:2405.17381: 385M parameters, here with 65,536 tokens per step, beside a Transformer++ of that size and vocabulary.
 step is 16,384 tokens in 8 windows for each family at the size of its paper, to compare values of --unroll and --remat.
 Runs go through all models with the first values of --unroll and --remat before they take the next.
+
+With --peers the set step also trains other libraries' own models of the same sizes, before ours and each in a process
+of its own, within --peer_seconds (`speed/peers.py`). A library that is not installed costs one line. `report_claims.py`
+writes the table of ours beside theirs.
 
 Each window is one document, so attention runs its causal kernel without a mask. Programs are compiled in groups, side
 by side, and a group is measured before the next is compiled. A run that fails is recorded with its reason. A run is
@@ -19,6 +24,7 @@ of gla_fig6 and tnl. A program of an earlier run comes out of the compilation ca
 
 import itertools
 import math
+import os
 import pathlib
 import sys
 import time
@@ -27,10 +33,10 @@ from absl import flags
 
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
 from running import commands
-from speed import sweeps, training
+from speed import peers, sweeps, training
 from speed.training import SWEEPS
 
-_RESULTS = ("tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s", "losses")
+_RESULTS = ("tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s", "first_step_s", "losses")
 
 _SET = flags.DEFINE_enum("set", "gla_fig6", SWEEPS, "The curve to measure: its models, lengths and tokens per step.")
 _MODELS = flags.DEFINE_list("models", [], "Models of the set; all if none is given.")
@@ -43,6 +49,10 @@ _UNROLL = flags.DEFINE_list("unroll", ["1"], "Repetitions of layers compiled in 
                             "or more numbers.")
 _GROUP = flags.DEFINE_integer("group", 4, "How many programs are compiled side by side before they are measured.",
                               lower_bound=1)
+_PEERS = flags.DEFINE_list("peers", [], f"Other libraries to train beside ours, of {', '.join(peers.VARIANTS)}.")
+_VARIANTS = flags.DEFINE_list("variants", [], "Variants of the other libraries' training; all if none is given.")
+_PEER_LIMIT = flags.DEFINE_float("peer_seconds", 240, "Limit for preparing a model of another library, and again for "
+                                 "training it.", lower_bound=1)
 _TINY = flags.DEFINE_bool("tiny", False, "Trains models of width 32 with two layers, in float32, on a 256th of the "
                           "lengths and tokens.")
 _OUT = flags.DEFINE_string("out", "", "JSON lines file to which each run's record is appended.")
@@ -54,10 +64,37 @@ def main(_):
   start = time.monotonic()
   if _TIMED.value >= _STEPS.value:
     raise ValueError(f"--timed_steps={_TIMED.value}: must be less than --steps={_STEPS.value}")
-  sweep = SWEEPS[_SET.value]
+  if _PEERS.value and _SET.value != "step":
+    raise ValueError(f"--peers={','.join(_PEERS.value)}: goes with --set=step, not with --set={_SET.value}")
   path = pathlib.Path(_OUT.value) if _OUT.value else None
-  common = training.provenance()
-  every = []
+  failed = _train_peers(path, start) if _PEERS.value else []
+  failed += _train_ours(path, start)
+  if failed:
+    print("failed:", *failed, file=sys.stderr)
+    sys.exit(1)
+
+
+def _train_peers(path, start):
+  # The backend of this process starts now. It must leave the device's memory to the other processes.
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  common, (length,), tokens = training.provenance(), SWEEPS["step"].lengths, SWEEPS["step"].tokens
+  every, size = [], {"batch_size": tokens // length, "sequence_length": length}
+  if _TINY.value:
+    size = {"batch_size": 2, "sequence_length": 64}
+  for chosen in peers.chosen(_PEERS.value, _MODELS.value, _VARIANTS.value):
+    setting = {"set": "step", "tiny": _TINY.value, **chosen, **size, "steps": _STEPS.value,
+               "timed_steps": _TIMED.value, "data": training.ZIPF, "documents": "one a window"}
+    every.append((setting, common | {"versions": peers.versions(chosen["library"]), "setting": setting}))
+  runs = sweeps.missing(every, path)
+  print(f"{common['device']}: {len(runs)} runs of other libraries, {len(every) - len(runs)} recorded before",
+        flush=True)
+  with peers.prepared_in_groups([setting for setting, _ in runs], _GROUP.value, _PEER_LIMIT.value) as processes:
+    return sweeps.run(runs, lambda setting: _finite(next(processes).measure()), _line, peers.FIELDS, path, begun=start,
+                      limit=_LIMIT.value)
+
+
+def _train_ours(path, start):
+  sweep, common, every = SWEEPS[_SET.value], training.provenance(), []
   for unroll, remat, model, length in itertools.product(
       map(_number, _UNROLL.value), _REMAT.value, sweeps.chosen(_MODELS, list(sweep.models)),
       sweeps.chosen(_LENGTHS, sweep.lengths)):
@@ -69,10 +106,7 @@ def main(_):
   print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before", flush=True)
   programs = training.compiled_in_groups([config for config, _ in runs], _GROUP.value, documents=False)
   measure = lambda config: _measured(next(programs))  # runs are measured in their order, and none after one is left
-  failed = sweeps.run(runs, measure, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
-  if failed:
-    print("failed:", *failed, file=sys.stderr)
-    sys.exit(1)
+  return sweeps.run(runs, measure, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
 
 
 def _number(text):
@@ -90,7 +124,7 @@ def _config(name, config, length, tokens):
 
 
 def _setting(model, config):
-  return {"set": _SET.value, "tiny": _TINY.value, "name": model, **training.description(config),
+  return {"library": "lin_jax", "set": _SET.value, "tiny": _TINY.value, "name": model, **training.description(config),
           "timed_steps": _TIMED.value, "data": training.ZIPF, "documents": "one a window"}
 
 
@@ -99,17 +133,23 @@ def _measured(program):
   steps = program.config.optim.steps
   batches = training.drawn_batches(program.config, steps, documents=False)
   result = training.measure(program, batches, _TIMED.value)
+  return _finite({name: result[name] for name in _RESULTS})
+
+
+def _finite(result):
   if not all(map(math.isfinite, result["losses"])):
     raise ArithmeticError(f"losses {result['losses']}: must be finite")
-  return {name: result[name] for name in _RESULTS}
+  return result
 
 
 def _line(row):
   setting = row["setting"]
-  mfu = "" if row["mfu"] is None else f", MFU {100 * row['mfu']:.1f}%"
-  return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} unroll {setting['unroll']:<2} "
-          f"{setting['remat']:<5} {row['tokens_per_s']:>9,.0f} tokens/s, "
-          f"{row['step_ms']:.1f} ms per step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s")
+  how = f"{setting['library']} {setting['variant']}" if "variant" in setting else (
+      f"unroll {setting['unroll']:<2} {setting['remat']:<5}")
+  mfu = "" if row.get("mfu") is None else f", MFU {100 * row['mfu']:.1f}%"
+  return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} {how} {row['tokens_per_s']:>9,.0f} tokens/s, "
+          f"{row['step_ms']:.1f} ms per step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s, "
+          f"first step after {row['first_step_s']:.1f} s")
 
 
 if __name__ == "__main__":

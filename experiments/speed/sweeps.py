@@ -66,8 +66,11 @@ def run(runs: Sequence[tuple[Any, dict]], measure: Callable[[Any], dict], line: 
 
 
 def missing(runs: Sequence[tuple[Any, dict]], path: pathlib.Path | None) -> list[tuple[Any, dict]]:
-  """Returns the runs that lack a record for their device, versions and setting. Raises ValueError as `records.load`."""
-  done = {_key(record) for record in load(path)} if path else set()
+  """Returns the runs that lack a record for their device, versions and setting. Raises ValueError as `records.load`.
+
+  A run that a time limit stopped is tried again.
+  """
+  done = {_key(record) for record in load(path) if not record["reason"].startswith("TimeoutError")} if path else set()
   return [(what, row) for what, row in runs if _key(row) not in done]
 
 

@@ -128,11 +128,13 @@ def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
 
   Returns:
     `losses`, `tokens_per_s`, `step_ms`, `mfu` (None for a device of unknown peak), `memory_gib` (of the compiled step,
-    with parameters and optimizer) and `compile_s`.
+    with parameters and optimizer), `compile_s`, and `first_step_s`, which is the time from the start of compiling to
+    the end of the first step.
   """
   config, step = program.config, program.step
   placed = sharding.batch_sharding(_mesh(config))
   batches = jax.block_until_ready([jax.device_put(batch, placed) for batch in batches])
+  begin = time.monotonic()
   state, losses = program.create(), []
   for i, batch in enumerate(batches):
     if i == len(batches) - timed:
@@ -140,32 +142,46 @@ def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
       start = time.perf_counter()
     state, metrics = step(state, batch)
     losses.append(metrics["loss"])
+    if i == 0:
+      jax.block_until_ready(losses)
+      first = program.seconds + time.monotonic() - begin
   jax.block_until_ready(state)
-  seconds = (time.perf_counter() - start) / timed
+  setting = {"batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length, "timed_steps": timed}
+  found = speed(setting, time.perf_counter() - start, losses)
+  peak = flops.peak_flops(jax.devices()[0].device_kind)
+  work = flops.training_flops_per_token(config.model, config.data.sequence_length)
+  return found | {"mfu": found["tokens_per_s"] * work / peak if peak else None, "memory_gib": gibibytes(step),
+                  "compile_s": round(program.seconds, 1), "first_step_s": round(first, 1)}
+
+
+def speed(setting: dict, seconds: float, losses: Sequence) -> dict:
+  """Returns `tokens_per_s` and `step_ms` of the timed steps, which took `seconds` in all, and all losses as floats."""
+  tokens = setting["batch_size"] * setting["sequence_length"] * setting["timed_steps"]
+  return {"tokens_per_s": round(tokens / seconds, 1), "step_ms": round(1000 * seconds / setting["timed_steps"], 2),
+          "losses": [round(float(loss), 4) for loss in losses]}
+
+
+def gibibytes(step: jax.stages.Compiled) -> float:
+  """Returns the memory that a compiled step needs, with parameters and optimizer, in GiB."""
   memory = step.memory_analysis()
   needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes)
-  rate = config.data.batch_size * config.data.sequence_length / seconds
-  peak = flops.peak_flops(jax.devices()[0].device_kind)
-  work = flops.training_flops_per_token(config.model, config.data.sequence_length)
-  return {"losses": [round(float(loss), 4) for loss in losses], "tokens_per_s": round(rate, 1),
-          "step_ms": round(1000 * seconds, 2), "mfu": rate * work / peak if peak else None,
-          "memory_gib": round(needed / 2**30, 3), "compile_s": round(program.seconds, 1)}
+  return round(needed / 2**30, 3)
+
+
+def drawn_tokens(vocabulary: int, batch: int, length: int, count: int) -> list[np.ndarray]:
+  """Draws int32 arrays [batch, length + 1] from Zipf's law, whose frequencies a model learns at once."""
+  random, weights = np.random.default_rng(0), 1 / np.arange(1, vocabulary + 1)
+  return [random.choice(vocabulary, (batch, length + 1), p=weights / weights.sum()).astype(np.int32)
+          for _ in range(count)]
 
 
 def drawn_batches(config: TrainConfig, count: int, *, documents: bool = True) -> list[dict]:
-  """Draws batches of tokens from Zipf's law, whose frequencies a model learns at once. Arguments as in `compile_step`.
-  """
-  random, vocabulary = np.random.default_rng(0), config.model.vocab_size
-  weights = 1 / np.arange(1, vocabulary + 1)
-  shape = config.data.batch_size, config.data.sequence_length + 1
-  batches = []
-  for _ in range(count):
-    ids = random.choice(vocabulary, shape, p=weights / weights.sum()).astype(np.int32)
-    batches.append(dict(tokens=ids[:, :-1], targets=ids[:, 1:],
-                        segment_ids=np.zeros_like(ids[:, 1:]) if documents else None,
-                        mask=np.ones(ids[:, 1:].shape, np.float32)))
-  return batches
+  """Draws batches by `drawn_tokens`. Arguments as in `compile_step`."""
+  data = config.data
+  return [dict(tokens=ids[:, :-1], targets=ids[:, 1:], segment_ids=np.zeros_like(ids[:, 1:]) if documents else None,
+               mask=np.ones(ids[:, 1:].shape, np.float32))
+          for ids in drawn_tokens(config.model.vocab_size, data.batch_size, data.sequence_length, count)]
 
 
 def _mesh(config):
