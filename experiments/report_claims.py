@@ -1,4 +1,5 @@
-"""Makes the page of claims, experiments/results/README.md, and its plots. --check says whether it is up to date.
+"""Makes the page of claims, experiments/results/README.md, with its plots, and the table of our training steps beside
+other libraries' in experiments/results/training.md. --check says whether both are up to date.
 
   python experiments/report_claims.py
 """
@@ -11,11 +12,13 @@ from absl import flags
 from claims import Results
 from claims.page import render
 from claims.plots import PLOTS
+from claims.speed import TRAINING
 from lin_jax import files
 from running import commands
+from speed.page import with_table
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-_FOLDER = flags.DEFINE_string("results", str(_RESULTS), "Folder of the records, where the page is written.")
+_FOLDER = flags.DEFINE_string("results", str(_RESULTS), "Folder of the records, where the pages are written.")
 _CHECK = flags.DEFINE_bool("check", False, "Writes nothing; exits with 1 when the records give another page.")
 
 
@@ -23,14 +26,17 @@ def main(_):
   results = Results(_FOLDER.value)
   if not results.folder.is_dir():
     raise ValueError(f"--results={results.folder}: no such folder")
-  page, text = results.folder / "README.md", render(results)
+  pages = {results.folder / "README.md": render(results)}
+  if (training := results.folder / "training.md").exists():
+    pages[training] = with_table(training.read_text(encoding="utf-8"), results.lines(TRAINING))
   if _CHECK.value:
-    if not page.exists() or page.read_text(encoding="utf-8") != text:
+    old = [page for page, text in pages.items() if not page.exists() or page.read_text(encoding="utf-8") != text]
+    for page in old:
       print(f"{page} is not what the records give: run report_claims.py", file=sys.stderr)
-      sys.exit(1)
-    return
-  files.write(page, text)
-  print(page)
+    sys.exit(bool(old))
+  for page, text in pages.items():
+    files.write(page, text)
+    print(page)
   for plot in PLOTS:
     if plot.drawn(results):
       print(plot.draw(results, results.folder))

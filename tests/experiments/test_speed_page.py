@@ -1,0 +1,42 @@
+"""Our training steps stand beside other libraries' in one table, with wins, losses and failures."""
+
+import pathlib
+
+import pytest
+
+from speed import page
+
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments/results/training.md"
+
+
+def record(name, rate, library="lin_jax", run="2026-01-01", version="1", reason="", **setting):
+  how = {"remat": "dots", "unroll": 0} if library == "lin_jax" else {"variant": "lean"}
+  setting = {"library": library, "name": name, "tiny": False, "batch_size": 8, "sequence_length": 2048} | how | setting
+  return {"device": "GPU", "versions": {library: version}, "setting": setting, "run": run, "reason": reason,
+          "tokens_per_s": rate, "step_ms": 1.0, "memory_gib": 40.0, "first_step_s": None if reason else 12.0}
+
+
+def test_the_table_has_wins_losses_and_failures():
+  rows = [record("gla_1b3", 60000.0, unroll=1), record("gla_1b3", 70000.0), record("gla_1b3", 50000.0, "jla"),
+          record("gla_1b3", 40000.0, "jla", variant="dots", layout="16 heads"), record("gla_1b3", 69000.0, "fla"),
+          record("deltanet_1b3", 99000.0, version="0", run="2025-01-01"), record("deltanet_1b3", 50000.0),
+          record("deltanet_1b3", 60000.0, "jla", layout="as ours"),
+          record("transformer_1b3", None, "jla", reason="TimeoutError: stopped after 240 s"),
+          record("gla_1b3", 1.0, sequence_length=4096), record("gla_1b3", 9e9, tiny=True)]
+  text = page.beside_peers(rows)
+  assert "| `gla_1b3` | lin_jax | remat dots, unroll 0 | 70,000 | 1 | 40 | 12 |  |  |" in text
+  assert "| `gla_1b3` | jla | lean | 50,000 | 1 | 40 | 12 | x1.40 | won |" in text
+  assert "| `gla_1b3` | fla | lean | 69,000 | 1 | 40 | 12 | x1.01 | even |" in text
+  assert "| `deltanet_1b3` | lin_jax | remat dots, unroll 0 | 50,000 |" in text  # the newest versions, not the fastest
+  assert "| x0.83 | **lost** |" in text and "40,000" not in text and "99,000" not in text
+  assert "Against fla: 0 of 1 won, 0 lost, ratios 1.01 to 1.01. Against jla: 1 of 2 won, 1 lost" in text
+  assert "- `jla` has no result for `transformer_1b3`: TimeoutError: stopped after 240 s" in text
+
+
+def test_the_table_replaces_itself_and_needs_its_place():
+  text = f"a\n{page.BEGIN}\nold\n{page.END}\nb"
+  once = page.with_table(text, [])
+  assert once == page.with_table(once, []) and once.startswith("a\n") and once.endswith("\nb") and "old" not in once
+  with pytest.raises(ValueError, match="the page has no part between"):
+    page.with_table("a", [])
+  assert page.BEGIN in PAGE.read_text()
