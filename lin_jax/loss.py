@@ -37,7 +37,8 @@ def next_token_loss(hidden: Float[Array, "B T D"], unembedding: Float[Array, "D 
   if targets.shape != hidden.shape[:2] or mask.shape != hidden.shape[:2] or hidden.shape[2] != unembedding.shape[0]:
     raise ValueError(f"hidden {hidden.shape}, unembedding {unembedding.shape}, targets {targets.shape} and mask "
                      f"{mask.shape} must be [B, T, D], [D, V], [B, T] and [B, T]")
-  total, metrics = _loss(hidden, unembedding, targets, mask.astype(jnp.float32), chunk_tokens)
+  with jax.named_scope("head"):
+    total, metrics = _loss(hidden, unembedding, targets, mask.astype(jnp.float32), chunk_tokens)
   return total, jax.lax.stop_gradient(metrics)
 
 
