@@ -78,7 +78,7 @@ def shrunk(config: TrainConfig) -> TrainConfig:
 
 def description(config: TrainConfig) -> dict:
   """Returns the fields of a record that describe the model and its training."""
-  _, _, abstract, _ = make_state(config, _mesh(config))
+  _, _, abstract, _ = make_state(config, mesh_of(config))
   return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
           "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length,
           "dtype": config.model.dtype, "remat": config.remat, "unroll": config.unroll, "steps": config.optim.steps,
@@ -112,7 +112,7 @@ def compiled_in_groups(runs: Sequence[TrainConfig], count: int, *, documents: bo
 def compile_step(config: TrainConfig, *, documents: bool = True) -> Program:
   """Compiles a step for batches with segment ids, or without `documents` for windows of one document each."""
   start = time.monotonic()
-  mesh = _mesh(config)
+  mesh = mesh_of(config)
   graph, optimizer, abstract, create = make_state(config, mesh)
   shape, placed = (config.data.batch_size, config.data.sequence_length), sharding.batch_sharding(mesh)
   batch = {name: jax.ShapeDtypeStruct(shape, np.float32 if name == "mask" else np.int32, sharding=placed)
@@ -132,7 +132,7 @@ def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
     the end of the first step.
   """
   config, step = program.config, program.step
-  placed = sharding.batch_sharding(_mesh(config))
+  placed = sharding.batch_sharding(mesh_of(config))
   batches = jax.block_until_ready([jax.device_put(batch, placed) for batch in batches])
   begin = time.monotonic()
   state, losses = program.create(), []
@@ -184,5 +184,6 @@ def drawn_batches(config: TrainConfig, count: int, *, documents: bool = True) ->
           for ids in drawn_tokens(config.model.vocab_size, data.batch_size, data.sequence_length, count)]
 
 
-def _mesh(config):
+def mesh_of(config: TrainConfig) -> jax.sharding.Mesh:
+  """Returns the mesh of `config` on the first device."""
   return sharding.make_mesh(config.mesh, jax.devices()[:1])
