@@ -84,6 +84,7 @@ def _lines(name, fastest):
     setting = row["setting"]
     how = setting.get("variant") or f"remat {setting['remat']}, unroll {setting.get('unroll', 1)}"
     how += "" if setting.get("layout", "as ours") == "as ours" else f", {setting['layout']}"
+    how += ", without its kernels" if row.get("kernels") == 0 else ""
     first = row.get("first_step_s")
     yield [f"`{name}`", which, how, f"{row['tokens_per_s']:,.0f}", f"{row['step_ms']:.0f}", f"{row['memory_gib']:.0f}",
            "" if first is None else f"{first:.0f}", *((f"x{ratios[which]:.2f}", _verdict(ratios[which]))

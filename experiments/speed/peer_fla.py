@@ -69,7 +69,7 @@ def _train(setting):
       first = time.monotonic()
   torch.cuda.synchronize()
   found = training.speed(setting, time.perf_counter() - start, losses)
-  return found | {"parameters": parameters, "memory_gib": round(peak() / 2**30, 3)}, first
+  return found | {"parameters": parameters, "kernels": None, "memory_gib": round(peak() / 2**30, 3)}, first
 
 
 def _step(setting, update=True):

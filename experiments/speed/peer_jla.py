@@ -1,5 +1,6 @@
 """jax-linear-attention's own training step, at the sizes of our configs. Runs in a process of its own."""
 
+import re
 import time
 from collections.abc import Callable
 
@@ -95,7 +96,8 @@ def prepare(setting: dict) -> Callable[[], tuple[dict, float]]:
     create = jax.jit(create, out_shardings=whole).lower().compile()
   results = {"compile_s": round(time.monotonic() - begin, 1),
              "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
-             "memory_gib": training.gibibytes(step)}
+             "memory_gib": training.gibibytes(step),
+             "kernels": len(re.findall(r'call_target="[^"]*mosaic', step.as_text()))}
 
   def train():
     found, first = _train(setting, config.model.vocab_size, step, create(), batches)

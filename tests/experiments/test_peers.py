@@ -1,11 +1,16 @@
 """Models of other libraries train in processes of their own, and within a limit."""
 
+import pathlib
+import subprocess
+import sys
 import textwrap
 
 import pytest
 
-from speed import peers
+from speed import peers, sweeps
+from tests.environment import ENVIRONMENT
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # In the place of a library: a model that trains, two that fail, one that never ends.
 LIBRARY = """
     import sys, time, types
@@ -18,7 +23,8 @@ LIBRARY = """
         sys.exit("killed by its own")
       def train():
         time.sleep(60 if setting["name"] == "hangs" else 0)
-        return dict(tokens_per_s=2.0, step_ms=1.0, memory_gib=0.5, parameters=3, losses=[1.0]), time.monotonic()
+        results = dict(tokens_per_s=2.0, step_ms=1.0, memory_gib=0.5, parameters=3, kernels=1, losses=[1.0])
+        return results, time.monotonic()
       return train
 
     sys.modules["speed.peer_jla"] = types.ModuleType("speed.peer_jla")
@@ -59,3 +65,26 @@ def test_a_library_that_is_not_installed_costs_a_line(monkeypatch, capsys):
       ("jla", "gla_1b3", "dots"), ("jla", "mamba2_1b3", "dots")]
   with pytest.raises(ValueError, match="--peers=torch: 'torch' is unknown; known: jla, fla"):
     peers.chosen(["torch"], [], [])
+
+
+def bench(environment, *arguments):
+  command = [sys.executable, ROOT / "experiments/bench_training.py", "--tiny", "--steps=3", "--timed_steps=2"]
+  return subprocess.run([*command, *arguments], cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True)
+
+
+def test_the_command_trains_theirs_and_ours_into_one_file(tmp_path):
+  (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(LIBRARY))
+  (tmp_path / "jla.py").touch()  # installed, so that the command asks for it
+  path = tmp_path / "steps.jsonl"
+  result = bench({"PYTHONPATH": str(tmp_path)}, "--set=step", "--peers=jla,fla", "--models=transformer_1b3",
+                 "--variants=lean", f"--out={path}")
+  assert result.returncode == 0, (result.stdout, result.stderr)
+  assert "fla is left out: " in result.stdout and "1 runs of other libraries, 0 recorded before" in result.stdout
+  theirs, ours = sweeps.load(path)
+  assert (theirs["setting"]["library"], theirs["setting"]["variant"], theirs["kernels"]) == ("jla", "lean", 1)
+  assert ours["setting"]["library"] == "lin_jax" and ours["first_step_s"] >= ours["compile_s"] > 0
+
+
+def test_other_sets_have_no_peers():
+  result = bench({}, "--set=tnl", "--peers=jla")
+  assert result.returncode == 2 and "--peers=jla: goes with --set=step, not with --set=tnl" in result.stderr

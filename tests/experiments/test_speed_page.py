@@ -20,7 +20,7 @@ def test_the_table_has_wins_losses_and_failures():
   rows = [record("gla_1b3", 60000.0, unroll=1), record("gla_1b3", 70000.0), record("gla_1b3", 50000.0, "jla"),
           record("gla_1b3", 40000.0, "jla", variant="dots", layout="16 heads"), record("gla_1b3", 69000.0, "fla"),
           record("deltanet_1b3", 99000.0, version="0", run="2025-01-01"), record("deltanet_1b3", 50000.0),
-          record("deltanet_1b3", 60000.0, "jla", layout="as ours"),
+          record("deltanet_1b3", 60000.0, "jla", layout="as ours") | {"kernels": 0},
           record("transformer_1b3", None, "jla", reason="TimeoutError: stopped after 240 s"),
           record("gla_1b3", 1.0, sequence_length=4096), record("gla_1b3", 9e9, tiny=True)]
   text = page.beside_peers(rows)
@@ -28,6 +28,7 @@ def test_the_table_has_wins_losses_and_failures():
   assert "| `gla_1b3` | jla | lean | 50,000 | 1 | 40 | 12 | x1.40 | won |" in text
   assert "| `gla_1b3` | fla | lean | 69,000 | 1 | 40 | 12 | x1.01 | even |" in text
   assert "| `deltanet_1b3` | lin_jax | remat dots, unroll 0 | 50,000 |" in text  # the newest versions, not the fastest
+  assert "| `deltanet_1b3` | jla | lean, without its kernels | 60,000 |" in text
   assert "| x0.83 | **lost** |" in text and "40,000" not in text and "99,000" not in text
   assert "Against fla: 0 of 1 won, 0 lost, ratios 1.01 to 1.01. Against jla: 1 of 2 won, 1 lost" in text
   assert "- `jla` has no result for `transformer_1b3`: TimeoutError: stopped after 240 s" in text
