@@ -38,7 +38,8 @@ FAMILIES = {name: CONFIGS.get(name) or _OTHERS[name] for name in (
     "transformer_340m", "retnet_340m", "gla_340m", "simple_gla_340m", "linear_attention_340m", "deltanet_340m",
     "deltanet_swa_340m", "deltanet_global_340m", "gated_deltanet_340m", "hgrn2_340m", "tnl_385m", "mamba2_340m",
     "mamba_340m")}
-_OUTCOME = ("reason", "loss_first", "loss_last", "losses", "tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s")
+_OUTCOME = ("reason", "loss_first", "loss_last", "losses", "tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s",
+            "first_step_s")
 
 _FAMILIES = flags.DEFINE_list("families", list(FAMILIES), "Families to train.")
 _STEPS = flags.DEFINE_integer("steps", 30, "Optimizer steps.", lower_bound=2)
