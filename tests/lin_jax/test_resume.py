@@ -1,6 +1,5 @@
 """A run that was stopped and resumed equals one that was not, bit for bit."""
 
-import os
 import shutil
 import signal
 import sys
@@ -92,7 +91,7 @@ def at(monkeypatch, method, step, action):
 
 
 def terminate():
-  os.kill(os.getpid(), signal.SIGTERM)
+  signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -100,7 +99,7 @@ def test_a_signal_saves_and_the_same_command_resumes_exactly(data, unbroken, tmp
   number = signal.Signals[name]
   before = signal.getsignal(number)
   with monkeypatch.context() as patch:
-    on_step(patch, 5, lambda: os.kill(os.getpid(), number))
+    on_step(patch, 5, lambda: signal.raise_signal(number))
     result = train(tiny.config(data), tmp_path)
   # The signal comes while step 6 is under way, past the save of step 4 and in the second epoch.
   assert result["preempted"] == name and result["step"] == 6
