@@ -44,7 +44,8 @@ def choose(op: str, implementation: Implementation | None, *arrays, chunk_size: 
   if implementation is None:
     reasons = _reasons(op, arrays, chunk_size)
     implementation = next(name for name, reason in reasons.items() if reason is None)
-    _log_once(op, implementation, platform())
+    if op in RECURRENT:  # the others are too small to tell a user about
+      _log_once(op, implementation, platform())
   elif implementation not in TABLE[op]:
     raise ValueError(f"{op}: implementation={implementation!r} is unknown; known: {', '.join(TABLE[op])}")
   elif reason := _module(op, implementation).supports(*arrays, chunk_size=chunk_size):

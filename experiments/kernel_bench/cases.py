@@ -54,7 +54,7 @@ def _named_sets():
   goes from one long sequence to many short ones, and `length` is time against length. In each of these three, all calls
   have the same number of tokens. `figures` has the papers' own plots against length: GLA's figure 2 and the table of
   TransNormerLLM's code at a fixed number of sequences, and DeltaNet's speed-up over its token scan at a fixed number of
-  tokens. `widths` has every width of heads that people use, with as many heads as `retune.py` takes. `grouped` has
+  tokens. `widths` has the other widths of heads that people use, with as many heads as `retune.py` takes. `grouped` has
   heads that share key heads: Mamba-2 1.3B's, and 16 key heads for 32 and for 48 heads of gated delta rules. `cpu` is
   for a CPU.
   """
@@ -70,7 +70,7 @@ def _named_sets():
   figures += [("delta_rule", "none", 2**14 // T, T, 2048 // D, D, D)
               for D in (64, 128, 256) for T in (2048, 4096, 8192)]
   widths = [(op, None, 16, 2048, max(4, min(16, 2048 // max(K, V))), K, V) for K in (64, 96, 128, 192, 256)
-            for V in (64, 96, 128, 192, 256, 512) for op in TIMED]
+            for V in (64, 96, 128, 192, 256, 512) if (K, V) not in ((64, 64), (128, 128), (256, 512)) for op in TIMED]
   grouped = [("linear_attention", "token", 8, 2048, 64, 128, 64, 1)]
   grouped += [("delta_rule", "token", 8, 2048, H, 128, 128, 16) for H in (32, 48)]
   cpu = [(op, None, 1, 2048, 4, 64, 64) for op in TIMED]
