@@ -26,8 +26,11 @@ train: $(INSTALLED) $(CORPUS)/manifest.json ## train gla_tiny on Shakespeare, th
 	@echo "evaluation:   $(RUN)/evaluation_val_256.json"
 	@echo "sample:       $(RUN)/sample.txt"
 
+# The models' tests compile quickly and run slowly (tests/environment.py), so they get a run of their own.
+PYTEST = JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 --dist=worksteal -m "not gpu"
 test: $(INSTALLED) ## run the CPU tests
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 --dist=worksteal -m "not gpu"
+	$(PYTEST) --ignore=tests/lin_jax; others=$$?; \
+	  XLA_FLAGS="$$($(PYTHON) -m tests.environment)" $(PYTEST) tests/lin_jax && exit $$others
 
 bench: $(INSTALLED) ## time the kernels on this machine
 	$(PYTHON) experiments/bench_kernels.py
