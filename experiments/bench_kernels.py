@@ -67,7 +67,7 @@ def main(_):
   names = _peers()
   chosen = _chosen()
   done = _recorded() if _RESUME.value else set()
-  common = {"device": _device(), "platform": jax.default_backend(), "command": " ".join(["python", *sys.argv]),
+  common = {"device": _device(), "platform": jax.default_backend(), "command": records.command(),
             "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
   print(f"{common['device']}: {len(chosen)} calls")
   wanted = []

@@ -3,6 +3,7 @@
 import datetime
 import json
 import pathlib
+import re
 import sys
 
 from lin_jax import files, metrics, strict_json
@@ -51,4 +52,10 @@ def provenance() -> dict:
   found = environment()
   versions = {name: found[name] for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy")}
   return {"device": found["device_kind"], "versions": versions, "git_commit": found["git_commit"],
-          "command": " ".join(["python", *sys.argv])}
+          "command": command()}
+
+
+def command() -> str:
+  """Returns this process's command line. Of absolute paths it keeps the name, because folders of a machine say nothing
+  elsewhere."""
+  return " ".join(["python", *(re.sub(r"(^|=|,)/(?:[^/,=]*/)+", r"\1", word) for word in sys.argv)])
