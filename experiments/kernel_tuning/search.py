@@ -57,6 +57,8 @@ def tune(problem: Problem, module, starts: list, candidates: dict[str, list], de
   """
   measure, times, whole = Measure(problem, module), {}, True
   for field, values in {"": starts, **candidates}.items():
+    if not whole:
+      break
     best = min(times, key=times.get, default=None)
     configs = [dataclasses.replace(best, **{field: value}) if field else value for value in values]
     left = [config for config in dict.fromkeys(configs) if config not in times]

@@ -94,9 +94,12 @@ def test_nothing_is_found_when_nothing_works(module, clock):
 
 
 def test_an_end_in_time_keeps_the_best_so_far(module, clock, monkeypatch):
-  now = iter([0, 0, 2, 2])
+  now, tried, compiled = iter([0, 0, 2, 2]), [], search.compiled
   monkeypatch.setattr(search, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
-  assert tune(module, [START], FIELDS, 1) == (Config(16, FAST, NARROW), 5.0, False)
+  monkeypatch.setattr(search, "compiled", lambda measure, configs, threads: tried.append(configs) or compiled(
+      measure, configs, threads))
+  assert tune(module, [START], FIELDS | {"chunk": [32]}, 1) == (Config(16, FAST, NARROW), 5.0, False)
+  assert len(tried) == 3  # the start, forward and backward: nothing is compiled behind the limit
 
 
 def test_the_gpu_is_held_for_each_measurement_and_for_the_check(module, clock):
