@@ -1,7 +1,6 @@
 """The training run, top to bottom: checks, mesh, data, sharded state, steps, evaluation, checkpoints, summary."""
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 import time
@@ -12,33 +11,20 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from lin_jax import files, optim, sharding
 from lin_jax import metrics as reporting
 from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
-from lin_jax.config import DataConfig, TrainConfig, validate
+from lin_jax.config import TrainConfig, validate
 from lin_jax.data import TokenDataset, eval_batches, train_iterator
+from lin_jax.layer_stacks import stacked
 from lin_jax.layers import with_cast_kernels
 from lin_jax.loss import next_token_loss
 from lin_jax.manifests import describe
-from lin_jax.model import LanguageModel, keep_rows
+from lin_jax.model import keep_rows
 from lin_jax.preemption import stop_signals
-
-
-@functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["params", "opt_state", "step", "skipped", "carried"], meta_fields=[])
-@dataclasses.dataclass
-class TrainState:
-  """The state that an optimizer step reads and writes."""
-
-  params: Any  # nnx.State of float32 parameters
-  opt_state: Any
-  step: jax.Array  # batches consumed
-  skipped: jax.Array  # the part of `step` whose loss or gradient was not finite
-  carried: Any = None  # with data.carried_windows above 1, the model's state from which each row continues
+from lin_jax.train_state import TrainState, empty_carried, make_state, placement, restore, saved_form
 
 
 def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | str | None = None) -> dict:
@@ -82,7 +68,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint)))
     start, state = 0, None
     if checkpoint is not None or checkpoints.latest():
-      start, state = checkpoints.load(checkpoint, lambda step: _restore(checkpoints, step, abstract, batches, config))
+      start, state = checkpoints.load(checkpoint, lambda step: restore(checkpoints, step, abstract, batches, config))
       if moved := checkpoints.resume_from(start):
         print(f"set aside: {', '.join(map(str, moved))}", flush=True)
     state = state or create()
@@ -91,6 +77,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
     train_step = make_train_step(config, graph, optimizer, abstract)
     eval_step = make_eval_step(config, graph)
+    as_saved = saved_form(abstract)
 
     def evaluate():
       begin = time.perf_counter()
@@ -134,46 +121,12 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
         eval_loss = evaluate() if evaluation_due else None
         if save_due or preempted:
           with report.saving():
-            checkpoints.save(step, state.params, _rest(state), batches, config, eval_loss, scheduled=save_due)
+            checkpoints.save(step, *as_saved(state), batches, config, eval_loss, scheduled=save_due)
 
   if jax.process_index() == 0:
     reporting.plot_loss(workdir, config.name or workdir.name, bytes_per_token["train"])
   return reporting.summary(workdir) | {"step": step, "preempted": preempted,
                                        "checkpoint": str(workdir / "checkpoints" / str(step))}
-
-
-def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
-  """Returns (graph, optimizer, abstract, create): the module's structure, the transformation, the `TrainState` as
-  shapes with their shardings, and a function that makes it, with every leaf created directly where it belongs."""
-  optimizer = optim.make_optimizer(config.optim)
-  build = lambda seed: LanguageModel(config.model, rngs=nnx.Rngs(seed), remat=config.remat, unroll=config.unroll)
-
-  def init():
-    model = build(config.seed)
-    params = nnx.state(model)
-    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), empty_carried(model, config.data))
-
-  model = jax.eval_shape(lambda: build(0))
-  shapes = jax.eval_shape(init)
-  rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))  # states have a leading axis of layers
-  shardings = dataclasses.replace(sharding.param_shardings(shapes, mesh),
-                                  carried=jax.tree.map(lambda _: rows, shapes.carried))
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-  return nnx.graphdef(model), optimizer, abstract, jax.jit(init, out_shardings=shardings)
-
-
-def empty_carried(model: LanguageModel, data: DataConfig) -> Any:
-  """`TrainState.carried` before a row's first window. Raises ValueError for a model that cannot carry its state."""
-  if data.carried_windows == 1:
-    return None
-  longest = data.carried_windows * data.sequence_length
-  window, whole = (jax.eval_shape(lambda length=length: model.init_state(data.batch_size, length))
-                   for length in (data.sequence_length, longest))
-  if window != whole:
-    raise ValueError(f"config.data.carried_windows={data.carried_windows}: the state of this model grows beyond "
-                     f"config.data.sequence_length={data.sequence_length} tokens, as a cache of attention does: only "
-                     "states of constant size can be carried")
-  return model.init_state(data.batch_size, longest)
 
 
 def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation,
@@ -189,7 +142,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
   a step that was not finite.
   """
   schedule = optim.learning_rate(config.optim)
-  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  shardings = placement(abstract)
   gradients = jax.value_and_grad(functools.partial(loss_sum, graph), has_aux=True)
 
   def value_and_gradients(params, batch, carried):
@@ -198,9 +151,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
 
   def accumulate(params, batch, carried):
     if config.optim.accumulation == 1:
-      # Otherwise the compiler merges the stacking of unrolled layers' gradients into the update. It then updates
-      # parameters and moments in a pass each, and copies what the other passes read.
-      return jax.lax.optimization_barrier(value_and_gradients(params, batch, carried))
+      return value_and_gradients(params, batch, carried)
 
     def add(totals, microbatch):
       values, carried = value_and_gradients(params, *microbatch)
@@ -219,11 +170,11 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
       return None
     # The mask hides a window's last target if that target begins another document.
     goes_on = (batch["mask"][:, -1] > 0) & finite & ((state.step + 1) % config.data.carried_windows > 0)
-    empty = empty_carried(nnx.merge(graph, state.params), config.data)
+    empty = empty_carried(nnx.merge(graph, stacked(state.params)), config.data)
     return keep_rows(goes_on, carried, empty)
 
   def train_step(state, batch):
-    (total, counts, grads), carried = accumulate(with_cast_kernels(graph, state.params), batch, state.carried)
+    (total, counts, grads), carried = accumulate(_cast(graph, state.params), batch, state.carried)
     targets = jnp.maximum(counts["targets"], 1.0)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / targets, grads)
     grad_norm = optax.tree.norm(grads)
@@ -258,27 +209,17 @@ def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, d
 def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = None) -> tuple[jax.Array, tuple]:
   """Returns a batch's summed next-token loss in nats, with the counts `targets` and `correct`, and the model's state
   after the batch if a state before it is given."""
-  model = nnx.merge(graph, params)
+  model = nnx.merge(graph, stacked(params))
   hidden, state = model.hidden(batch["tokens"], state, batch["segment_ids"])
   total, counts = next_token_loss(hidden, model.unembedding(), batch["targets"], batch["mask"])
   return total, ({name: counts[name] for name in ("targets", "correct")}, state)
 
 
-def _restore(checkpoints, step, abstract, batches, config):
-  _require_rows(checkpoints.processes(step), config.data)
-  params, rest = checkpoints.restore(step, abstract.params, _rest(abstract), batches)
-  return TrainState(params, **rest)
-
-
-def _require_rows(processes, data):
-  """Refuses another number of processes: a carried state belongs to a row, and that number decides a row's windows."""
-  if data.carried_windows > 1 and processes not in (None, jax.process_count()):
-    raise ValueError(f"config.data.carried_windows={data.carried_windows}: the run was saved by {processes} processes "
-                     f"and cannot go on with {jax.process_count()}, since its rows carry a state: start as many")
-
-
-def _rest(state):
-  return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped, "carried": state.carried}
+def _cast(graph, params):
+  """`with_cast_kernels` of parameters that may be `apart`."""
+  dtypes = jax.eval_shape(lambda: with_cast_kernels(graph, stacked(params)))
+  cast = lambda like, layers: jax.tree.map(lambda x: x.astype(like.dtype), layers)
+  return jax.tree.map(cast, dtypes, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _due(step, every):

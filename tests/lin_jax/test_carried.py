@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from lin_jax import sharding, training
+from lin_jax import sharding, train_state
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import MeshConfig
 from lin_jax.data import train_iterator
@@ -151,8 +151,8 @@ def test_a_checkpoint_between_two_windows_resumes_exactly(compiled, tmp_path):
   settings = tiny.config("")
   batches = iter(grain.MapDataset.range(3).to_iter_dataset())
   checkpoints = Checkpoints(tmp_path, settings.checkpoint)
-  checkpoints.save(1, state.params, training._rest(state), batches, settings)
-  restored = training._restore(checkpoints, 1, jax.tree.map(jnp.asarray, state), batches, settings)
+  checkpoints.save(1, *train_state.saved_form(state)(state), batches, settings)
+  restored = train_state.restore(checkpoints, 1, jax.tree.map(jnp.asarray, state), batches, settings)
   checkpoints.close()
   assert any(leaf.any() for leaf in jax.tree.leaves(state.carried))
   for resumed, unbroken in zip(*(jax.tree.leaves(step(s, halves[1])) for s in (restored, state)), strict=True):
@@ -160,10 +160,10 @@ def test_a_checkpoint_between_two_windows_resumes_exactly(compiled, tmp_path):
 
 
 def test_rows_with_a_state_need_as_many_processes_as_before(data):
-  training._require_rows(1, config(data).data)
-  training._require_rows(2, dataclasses.replace(config(data).data, carried_windows=1))
+  train_state.require_rows(1, config(data).data)
+  train_state.require_rows(2, dataclasses.replace(config(data).data, carried_windows=1))
   with pytest.raises(ValueError, match="carried_windows=3: the run was saved by 2 processes and cannot go on with 1"):
-    training._require_rows(2, config(data).data)
+    train_state.require_rows(2, config(data).data)
 
 
 @pytest.mark.parametrize("changes, windows, message", [

@@ -255,7 +255,14 @@ def test_weights_are_cast_once_per_step(data, accumulation, unroll, remat):
       ("tokens", "int32"), ("targets", "int32"), ("segment_ids", "int32"), ("mask", "float32"))}
   text = make_train_step(config, graph, optimizer, abstract).lower(abstract, batch).as_text()
   casts = collections.Counter(re.findall(r"stablehlo.convert .*\(tensor<(\S+)xf32>\) -> tensor<\S+xbf16>", text))
-  # Stacks of two layers. The model has width 32, queries and keys 16, values 32, the MLP 64, the vocabulary 64.
-  kernels = {"2x32x16": 2, "2x32x4": 1, "2x32x32": 3, "2x32x64": 2, "2x64x32": 1}
-  assert {shape: casts[shape] for shape in kernels} == kernels
-  assert not any(casts[shape] for shape in ("32x16", "32x32", "64x32")) and casts["32x64"] == 1, casts
+  # The model has width 32, queries and keys 16, values 32, the MLP 64, the vocabulary 64.
+  kernels = {"32x16": 2, "32x4": 1, "32x32": 3, "32x64": 2, "64x32": 1}
+  unembedding = {"32x64": 1}
+  if unroll == 0:  # each of the two layers by itself
+    others = unembedding | {"32x4": 2}  # a product with a float32 result has a float32 gradient, which is cast
+    assert {shape: casts[shape] for shape in kernels} == {
+        shape: 2 * count + others.get(shape, 0) for shape, count in kernels.items()}
+  else:
+    assert {shape: casts[f"2x{shape}"] for shape in kernels} == kernels
+    assert {shape: casts[shape] for shape in ("32x16", "32x32", "64x32", "32x64")} == {
+        "32x16": 0, "32x32": 0, "64x32": 0, **unembedding}, casts

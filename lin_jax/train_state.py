@@ -1,0 +1,118 @@
+"""The state of a training run: made where it belongs, laid out for its step, and as checkpoints hold it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lin_jax import optim, sharding
+from lin_jax.checkpoint import Checkpoints
+from lin_jax.config import DataConfig, TrainConfig
+from lin_jax.layer_stacks import apart, stacked
+from lin_jax.model import LanguageModel
+
+
+@functools.partial(jax.tree_util.register_dataclass,
+                   data_fields=["params", "opt_state", "step", "skipped", "carried"], meta_fields=[])
+@dataclasses.dataclass
+class TrainState:
+  """The state that an optimizer step reads and writes."""
+
+  params: Any  # nnx.State of float32 parameters, with config.unroll = 0 `apart`
+  opt_state: Any
+  step: jax.Array  # batches consumed
+  skipped: jax.Array  # the part of `step` whose loss or gradient was not finite
+  carried: Any = None  # with data.carried_windows above 1, the model's state from which each row continues
+
+
+def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
+  """Returns (graph, optimizer, abstract, create): the module's structure, the transformation, the `TrainState` as
+  shapes with their shardings, and a function that makes it, with every leaf created directly where it belongs."""
+  optimizer = optim.make_optimizer(config.optim)
+  build = lambda seed: LanguageModel(config.model, rngs=nnx.Rngs(seed), remat=config.remat, unroll=config.unroll)
+
+  def init():
+    model = build(config.seed)
+    params = nnx.state(model)
+    if config.unroll == 0:
+      # Without the barrier the compiler would draw a whole stack again for each of its layers, and take minutes to
+      # compile that.
+      params = apart(jax.lax.optimization_barrier(params))
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), empty_carried(model, config.data))
+
+  model = jax.eval_shape(lambda: build(0))
+  shapes = jax.eval_shape(init)
+  rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))  # states have a leading axis of layers
+  shardings = dataclasses.replace(sharding.param_shardings(shapes, mesh),
+                                  carried=jax.tree.map(lambda _: rows, shapes.carried))
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return nnx.graphdef(model), optimizer, abstract, jax.jit(init, out_shardings=shardings)
+
+
+def empty_carried(model: LanguageModel, data: DataConfig) -> Any:
+  """`TrainState.carried` before a row's first window. Raises ValueError for a model that cannot carry its state."""
+  if data.carried_windows == 1:
+    return None
+  longest = data.carried_windows * data.sequence_length
+  window, whole = (jax.eval_shape(lambda length=length: model.init_state(data.batch_size, length))
+                   for length in (data.sequence_length, longest))
+  if window != whole:
+    raise ValueError(f"config.data.carried_windows={data.carried_windows}: the state of this model grows beyond "
+                     f"config.data.sequence_length={data.sequence_length} tokens, as a cache of attention does: only "
+                     "states of constant size can be carried")
+  return model.init_state(data.batch_size, longest)
+
+
+def restore(checkpoints: Checkpoints, step: int, abstract: TrainState, batches: Any, config: TrainConfig) -> TrainState:
+  """The state that a run saved at `step`, placed and laid out like `abstract`. Moves `batches` to its position then."""
+  require_rows(checkpoints.processes(step), config.data)
+  layout = _saved_layout(abstract)
+  params, rest = checkpoints.restore(step, layout.params, _rest(layout), batches)
+  state = TrainState(params, **rest)
+  return state if layout is abstract else jax.jit(apart, out_shardings=placement(abstract))(state)
+
+
+def saved_form(abstract: TrainState) -> Callable[[TrainState], tuple[Any, dict]]:
+  """The function from a state to its parameters and to its rest as checkpoints hold them, with the layers stacked.
+
+  The stacks are copies, so that saving a state whose layers are apart needs the memory of another state.
+  """
+  layout = _saved_layout(abstract)
+  stack = (lambda state: state) if layout is abstract else jax.jit(stacked, out_shardings=placement(layout))
+
+  def split(state):
+    state = stack(state)
+    return state.params, _rest(state)
+
+  return split
+
+
+def placement(abstract: TrainState) -> TrainState:
+  """The sharding of each array of a state."""
+  return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def require_rows(processes: int | None, data: DataConfig) -> None:
+  """Refuses another number of processes: a carried state belongs to a row, and that number decides a row's windows."""
+  if data.carried_windows > 1 and processes not in (None, jax.process_count()):
+    raise ValueError(f"config.data.carried_windows={data.carried_windows}: the run was saved by {processes} processes "
+                     f"and cannot go on with {jax.process_count()}, since its rows carry a state: start as many")
+
+
+def _saved_layout(abstract):
+  shapes = jax.eval_shape(stacked, abstract)
+  if jax.tree.structure(shapes) == jax.tree.structure(abstract):
+    return abstract
+  mesh = abstract.step.sharding.mesh
+  placed = dataclasses.replace(sharding.param_shardings(shapes, mesh), carried=placement(abstract).carried)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+
+def _rest(state):
+  return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped, "carried": state.carried}
