@@ -8,12 +8,13 @@ flash-linear-attention, which trains the published checkpoints.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import gla
+from kernels import gla, triton_blocks
 from kernels.gla import step as gla_step
 from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
@@ -74,5 +75,25 @@ class GatedLinearAttention(MatrixMemory):
     return (*(by_heads(a, self.heads) for a in qkv), self._log_decay(x)), kept
 
   def _log_decay(self, x):
-    log_decay = jax.nn.log_sigmoid(self.decay_out(self.decay_in(x))) / self.temperature
-    return by_heads(log_decay, self.heads)
+    return by_heads(log_decays(self.decay_out(self.decay_in(x)), self.temperature), self.heads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def log_decays(x: jax.Array, temperature: float) -> jax.Array:
+  """log_sigmoid(x) / temperature, with a derivative that is formed from the result.
+
+  The op keeps its gates for its backward pass. So neither x is kept, nor are the gates computed again.
+  """
+  return jax.nn.log_sigmoid(x) / temperature
+
+
+def _log_decays_forward(x, temperature):
+  log_decay = triton_blocks.residuals(log_decays(x, temperature))
+  return log_decay, log_decay
+
+
+def _log_decays_backward(temperature, log_decay, cotangent):
+  return (cotangent * (-jnp.expm1(temperature * log_decay) / temperature),)
+
+
+log_decays.defvjp(_log_decays_forward, _log_decays_backward)

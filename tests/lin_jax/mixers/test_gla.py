@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lin_jax.mixers.gla import GLAConfig
+from lin_jax.mixers.gla import GLAConfig, log_decays
 from tests.close import assert_close
 from tests.lin_jax.mixers.formulas import by_heads, rms_norm, sigmoid, silu, weights, wide
 from tests.lin_jax.mixers.small import BATCH, TIME, assert_stays_float32, call, create, inputs
@@ -25,6 +25,17 @@ def test_is_the_papers_layer():
     outputs.append(np.einsum("bhk,bhkv->bhv", q[:, t], memory) / np.sqrt(8))
   o = rms_norm(np.stack(outputs, axis=1)).reshape(BATCH, TIME, -1)
   assert_close("output", call(mixer, inputs())[0], (o * silu(x @ weight["gate"])) @ weight["output"], 1e-5)
+
+
+def test_the_decays_derivative_comes_from_the_decay():
+  x = jnp.concatenate([jnp.linspace(-90.0, 90.0, 181), jnp.array([-1e30, -1e4, 1e4, 1e30])])
+  plain = lambda x: jax.nn.log_sigmoid(x) / 16.0
+  np.testing.assert_array_equal(log_decays(x, 16.0), plain(x))
+  for derivative in (jax.grad, lambda f: jax.grad(jax.grad(f))):
+    actual, expected = (jax.vmap(derivative(f))(x) for f in (lambda x: log_decays(x, 16.0), plain))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+  kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(lambda x: log_decays(x, 16.0), x)[1], x))
+  assert [array.shape for array in kept if array.ndim] == [x.shape]
 
 
 def test_decay_stays_float32():
