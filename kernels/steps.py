@@ -21,8 +21,7 @@ def on_gpu(definition: Callable) -> Callable:
 
   @functools.wraps(definition)
   def step(*args, **options):
-    mesh = jax.sharding.get_abstract_mesh()
-    if dispatch.platform() != "cuda" or (not mesh.empty and mesh.size > 1) or _kernels().declines(args[0]):
+    if not has_kernels() or _kernels().declines(args[0]):
       return definition(*args, **options)
     run = jax.custom_vjp(lambda *args: launch(signature, *args, **options))
     run.defvjp(lambda *args: (run(*args), args),
@@ -30,6 +29,13 @@ def on_gpu(definition: Callable) -> Callable:
     return run(*args)
 
   return step
+
+
+def has_kernels() -> bool:
+  """Whether a kernel of one token may run: on one CUDA device, because the compiler cannot split a kernel over several.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return dispatch.platform() == "cuda" and (mesh.empty or mesh.size == 1)
 
 
 def launch(signature: inspect.Signature, *args, **options):

@@ -38,10 +38,17 @@ class Decoder:
   def step(self, tokens: Int[Array, "B"], states: list) -> tuple[Float[Array, "B V"], list]:
     """Float32 logits after one more token per row, and the states of the layers in their order."""
     x, after = self.model.embed(tokens), []
+    y = jnp.zeros_like(x)  # the last branch, which is added to x together with the next norm
     for block, state in zip(self.blocks, states, strict=True):
-      x, state = block.step(x, state)
+      x, normed = block.mixer_norm.of_sum(x, y)
+      with jax.named_scope("mixer"):
+        y, state = block.mixer.step(normed, state)
       after.append(state)
-    return self.model.logits(self.model.norm(x)), after
+      if block.mlp is not None:
+        x, normed = block.mlp_norm.of_sum(x, y)
+        with jax.named_scope("mlp"):
+          y = block.mlp(normed)
+    return self.model.logits(self.model.norm.of_sum(x, y)[1]), after
 
 
 def in_order(runs: Any) -> list:

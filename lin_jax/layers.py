@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kernels import rms_norm, short_convolution, swiglu
+from kernels.residual_norm import add_and_norm
 from lin_jax.sharding import map_over_heads, tensor_shards
 
 NORMAL = nnx.initializers.normal(0.02)
@@ -79,6 +80,10 @@ class SimpleRMSNorm(nnx.Module):
   def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
     # In jnp, because XLA fuses the norm of a residual stream with the additions around it.
     return rms_norm(x, self._scale(), eps=self.eps, implementation="reference")
+
+  def of_sum(self, x: Float[Array, "B D"], y: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+    """x + y and its norm, for one token."""
+    return add_and_norm(x, y, self._scale(), self.eps)
 
   def gated(self, o: Float[Array, "B T *heads width"], gate: Float[Array, "B T _"] | None = None,
             activation: str = "swish") -> Float[Array, "B T _"]:

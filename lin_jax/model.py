@@ -79,11 +79,6 @@ class Block(nnx.Module):
 
     return _checkpoint(apply, remat.block, looped)(self, x, state, segment_ids)
 
-  def step(self, x: Float[Array, "B D"], state: Any) -> tuple[Float[Array, "B D"], Any]:
-    with jax.named_scope("mixer"):
-      y, state = self.mixer.step(self.mixer_norm(x), state)
-    return self.mlp_branch(x + y), state
-
   def mlp_branch(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """x plus the MLP of its norm, or x itself in a block without an MLP."""
     if self.mlp is None:

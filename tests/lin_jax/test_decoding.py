@@ -31,7 +31,8 @@ def plain_step(lm, tokens, states):
   """The recurrent form with the weights as they are stored."""
   x, after = lm.embed(tokens), []
   for block, state in zip(in_order(lm.placed_runs()), states, strict=True):
-    x, state = block.step(x, state)
+    y, state = block.mixer.step(block.mixer_norm(x), state)
+    x = block.mlp_branch(x + y)
     after.append(state)
   return lm.logits(lm.norm(x)), after
 
