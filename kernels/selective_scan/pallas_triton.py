@@ -2,7 +2,8 @@
 
 A program is one warp: it walks through time with the states H `[16 channels, N]` of its channels in registers, in
 blocks of a few tokens that are unrolled. The backward pass forms W_t of half a block again, keeps them in registers,
-and walks back. `README.md` of this folder has the symbols, the gradients, and each kernel with what it reads and writes.
+and walks back. `README.md` of this folder has the symbols, the gradients, and each kernel with what it reads and
+writes.
 
 Sums over channels are products with a constant matrix, whose operands are rounded to bfloat16, or for float32 inputs
 cut into two such numbers. Each program writes its part of db and dc, and XLA adds up the D / 16 parts. Where few rows
