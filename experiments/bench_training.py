@@ -3,13 +3,15 @@
   python experiments/bench_training.py --set=gla_fig6 --out=experiments/results/training.jsonl --limit_seconds=540
   python experiments/bench_training.py --set=tnl --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=step --unroll=0,1 --remat=none,dots --out=runs/step.jsonl
+  python experiments/bench_training.py --set=step_340m --unroll=0 --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=step --peers=jla,fla --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=tnl --tiny                                 # proves the command on a CPU
 
 gla_fig6 is figure 6 of arXiv:2312.06635: 1.3B parameters and 16,384 tokens per step. tnl is the training table of
 arXiv:2405.17381: 385M parameters, here with 65,536 tokens per step, beside a Transformer++ of that size and vocabulary.
-step is 16,384 tokens in 8 windows for each family at the size of its paper, to compare values of --unroll and --remat.
-Runs go through all models with the first values of --unroll and --remat before they take the next.
+step is 16,384 tokens in 8 windows for each family at the size of its paper, to compare values of --unroll and --remat,
+and step_340m is 32,768 tokens in 16 windows for families at 340M parameters. Runs go through all models with the first
+values of --unroll and --remat before they take the next.
 
 With --peers the set step also trains other libraries' own models of the same sizes, before ours and each in a process
 of its own, within --peer_seconds (`speed/peers.py`). A library that is not installed costs one line. `report_claims.py`

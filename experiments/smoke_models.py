@@ -24,7 +24,6 @@ from lin_jax import files
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
 from lin_jax.data import train_iterator
 from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
-from lin_jax.mixers.linear_attention import LinearAttentionConfig
 from lin_jax.mixers.simple_gla import SimpleGLAConfig
 from running import commands, records
 from speed import training
@@ -33,7 +32,7 @@ from speed import training
 # the width, as its authors advise. Simple GLA and linear attention stand in GLA's place.
 _OTHERS = {"gated_deltanet_340m": lambda: at_340m(GatedDeltaNetConfig(heads=3), depth=21),
            "simple_gla_340m": lambda: at_340m(SimpleGLAConfig()),
-           "linear_attention_340m": lambda: at_340m(LinearAttentionConfig())}
+           "linear_attention_340m": training.linear_attention_340m}
 FAMILIES = {name: CONFIGS.get(name) or _OTHERS[name] for name in (
     "transformer_340m", "retnet_340m", "gla_340m", "simple_gla_340m", "linear_attention_340m", "deltanet_340m",
     "deltanet_swa_340m", "deltanet_global_340m", "gated_deltanet_340m", "hgrn2_340m", "tnl_385m", "mamba2_340m",

@@ -26,6 +26,7 @@ RECURRENT = {
 FUSED = {
     "rms_norm": ("pallas_triton", "reference"),
     "short_convolution": ("pallas_triton", "reference"),
+    "skip_gate_norm": ("pallas_triton", "reference"),
     "swiglu": ("pallas_triton", "reference"),
 }
 TABLE = RECURRENT | FUSED

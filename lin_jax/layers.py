@@ -6,6 +6,7 @@ Each carries one logical axis name per dimension, which `lin_jax.sharding` maps 
 depth, nor are they in the GLA paper's code.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,15 @@ def time_step_biases(key: Array, shape: Sequence[int], dtype) -> Array:
   return dt + jnp.log(-jnp.expm1(-dt))
 
 
+@jax.custom_jvp
+def softplus(x: Array) -> Array:
+  """log(1 + exp(x)), whose derivative reads x alone. That of `jax.nn.softplus` reads the result, too."""
+  return jax.nn.softplus(x)
+
+
+softplus.defjvps(lambda dx, _, x: dx * jax.nn.sigmoid(x))
+
+
 class Linear(nnx.Module):
   """y = x W (+ b), with products in `dtype` and float32 accumulation. y is in `output_dtype` (`dtype` if None)."""
 
@@ -54,6 +64,23 @@ class Linear(nnx.Module):
 
   def flops_per_token(self) -> int:
     return 2 * self.kernel.shape[-2] * self.kernel.shape[-1]
+
+
+def joint_products(linears: Sequence[nnx.Module], x: Float[Array, "*batch inputs"]) -> list[Array]:
+  """Returns the result of each of the `linears`, which have few outputs, from one product with the columns of all.
+
+  The gradient of x is then one product too, and not a sum of as many arrays as there are layers. Layers that decoding
+  has joined already, and layers whose columns are split over devices, stay as they are.
+  """
+  if tensor_shards() > 1 or not all(isinstance(linear, Linear) for linear in linears):
+    return [linear(x) for linear in linears]
+  kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
+  widest = max((linear.output_dtype for linear in linears), key=lambda dtype: dtype.itemsize)
+  rows = x.reshape(-1, x.shape[-1]).astype(linears[0].dtype)
+  y = jnp.matmul(rows, jnp.concatenate(kernels, axis=1), preferred_element_type=widest).reshape(*x.shape[:-1], -1)
+  ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1]))
+  parts = jnp.split(y, ends, axis=-1)
+  return [part.astype(linear.output_dtype) for part, linear in zip(parts, linears, strict=True)]
 
 
 def with_cast_kernels(graph: nnx.GraphDef, params: nnx.State) -> nnx.State:

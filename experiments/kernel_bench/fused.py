@@ -20,7 +20,7 @@ _BATCH_SECONDS = 0.02  # calls queued between two waits take at least this long
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """An op on arrays of `shape`, [B, T, heads, C] for norms and [B, T, C] for convolutions, as a model has them."""
+  """An op on arrays of `shape`, [B, T, heads or groups, C] for norms and [B, T, C] for convolutions, as in a model."""
 
   op: str
   model: str
@@ -46,16 +46,20 @@ def cases(B: int, T: int, narrow: int = 1) -> list[Case]:
           convolution("deltanet_1b3", 2048), convolution("gated_deltanet_1b3", 1536),
           convolution("gated_deltanet_1b3", 3072), convolution("mamba2_1b3", 4096),
           convolution("deltanet_1b3", 2048, segments=True),
+          Case("skip_gate_norm", "mamba2_1b3", (B, T, 1, 4096 // narrow), options=(("eps", 1e-5),)),
           Case("swiglu", "gla_1b3", (B, T, 5632 // narrow))]
 
 
 def inputs(case: Case, seed: int) -> tuple[dict, jax.Array]:
   """The arrays by name, and the cotangent of the output."""
-  keys = jax.random.split(jax.random.key(seed), 4)
+  keys = jax.random.split(jax.random.key(seed), 5)
   draw = lambda key: jax.random.normal(key, case.shape, case.dtype)
   C = case.shape[-1]
   if case.op == "rms_norm":
     arrays = {"x": draw(keys[0]), "scale": 1 + 0.1 * jax.random.normal(keys[1], (C,)), "gate": draw(keys[2])}
+  elif case.op == "skip_gate_norm":
+    arrays = {"x": draw(keys[0]), "v": draw(keys[1]), "gate": draw(keys[2]), "skip": jnp.ones(case.shape[2:]),
+              "scale": 1 + 0.1 * jax.random.normal(keys[4], case.shape[2:])}
   elif case.op == "swiglu":
     arrays = {"gate": draw(keys[0]), "up": draw(keys[1])}
   else:
@@ -93,7 +97,7 @@ def errors(case: Case, label: str, found: dict) -> dict[str, float]:
 
 def floor_bytes(case: Case, label: str) -> int:
   """Bytes of one read of every large array and one write of every large result, in each pass."""
-  arrays = 1 if case.op == "short_convolution" else 2
+  arrays = {"short_convolution": 1, "skip_gate_norm": 3}.get(case.op, 2)
   count = arrays + 1 + (0 if label == "forward" else 2 * arrays + 1)
   return count * functools.reduce(int.__mul__, case.shape) * jnp.dtype(case.dtype).itemsize
 

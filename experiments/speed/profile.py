@@ -12,8 +12,8 @@ from collections.abc import Sequence
 OTHER = "other"
 UNKNOWN = "no instruction named"
 # Our own kernels, each of which is a group.
-_OURS = re.compile(r"^((gla|linear_attention|delta_rule|selective_scan|rms_norm|short_convolution)_[a-z_]*[a-z])")
-_FUSED = re.compile(r"^(rms_norm|short_convolution)_")
+_FUSED = re.compile(r"^(rms_norm|short_convolution|skip_gate_norm)_")
+_OURS = re.compile(rf"^((gla|linear_attention|delta_rule|selective_scan|{_FUSED.pattern[2:-2]})_[a-z_]*[a-z])")
 # The first pattern that occurs in the kernel's name or the opcode gives the group of every other kernel.
 _GROUPS = {
     "attention": r"fmha|cudnn|flash|sdpa",

@@ -1,6 +1,6 @@
 """Training speed of a config on the first device: compiles its step, feeds it tokens, and measures time and memory.
 
-`SWEEPS` are the papers' curves against sequence length, and one step of every family at the size of its paper.
+`SWEEPS` are the papers' curves against sequence length, and one step of every family at two sizes.
 """
 
 import concurrent.futures
@@ -20,6 +20,7 @@ from configs.gla_paper import at_340m
 from lin_jax import flops, mixers, sharding
 from lin_jax.config import TrainConfig, to_dict
 from lin_jax.mixers.attention import AttentionConfig
+from lin_jax.mixers.linear_attention import LinearAttentionConfig
 from lin_jax.training import make_state, make_train_step
 from running import records
 
@@ -42,6 +43,11 @@ def transformer_385m() -> TrainConfig:
   return at_340m(AttentionConfig(heads=16), mlp_width=3136, vocab_size=CONFIGS["tnl_385m"]().model.vocab_size)
 
 
+def linear_attention_340m() -> TrainConfig:
+  """Linear attention in the place of `gla_340m`'s layer."""
+  return at_340m(LinearAttentionConfig())
+
+
 SWEEPS = {
     "gla_fig6": Sweep("Training at 1.3B parameters", {name: CONFIGS[name] for name in (
         "gla_1b3", "transformer_1b3", "retnet_1b3", "mamba_1b3", "deltanet_1b3")},
@@ -51,7 +57,10 @@ SWEEPS = {
                  tuple(2**i for i in range(10, 17)), 2**16),
     "step": Sweep("One training step", {name: CONFIGS[name] for name in (
         "gla_1b3", "transformer_1b3", "deltanet_1b3", "gated_deltanet_1b3", "retnet_1b3", "tnl_385m", "mamba2_1b3")},
-        (2048,), 2**14)}
+        (2048,), 2**14),
+    "step_340m": Sweep("One training step at 340M parameters", {
+        **{name: CONFIGS[name] for name in ("gla_340m", "transformer_340m", "mamba2_340m", "mamba_340m")},
+        "linear_attention_340m": linear_attention_340m}, (2048,), 2**15)}
 CURVES = {name: sweep for name, sweep in SWEEPS.items() if len(sweep.lengths) > 1}
 
 

@@ -71,14 +71,14 @@ def _forward_kernel(x_ref, *refs, scaled, gated, eps, activation, part, dot):
   *inputs, y_ref = refs
   scale_ref, gate_ref = _optional(inputs, scaled, gated)
   parts = [pl.ds(i, part) for i in range(0, x_ref.shape[1], part)]
-  row = [_wide(x_ref, at) for at in parts]
-  r = _inverse_root(row, eps)
+  row = [wide(x_ref, at) for at in parts]
+  r = inverse_root(row, eps)
   for x, at in zip(row, parts):
     y = x * r
     if scaled:
       y *= scale_ref[at][None]
     if gated:
-      y *= _activated(_wide(gate_ref, at), activation)[0]
+      y *= activated(wide(gate_ref, at), activation)[0]
     y_ref[:, at] = y.astype(y_ref.dtype)
 
 
@@ -91,14 +91,14 @@ def _backward_kernel(x_ref, dy_ref, *refs, scaled, gated, eps, activation, tile,
 
   def step(i, dscale):
     at_rows = pl.ds(i * rows, rows)
-    row = [_wide(x_ref, at, at_rows) for at in parts]
-    r = _inverse_root(row, eps)
+    row = [wide(x_ref, at, at_rows) for at in parts]
+    r = inverse_root(row, eps)
     normed, dnormed, sums = [x * r for x in row], [], []
     for k, at in enumerate(parts):
-      dy, scale = _wide(dy_ref, at, at_rows), scale_ref[at][None] if scaled else 1.0
+      dy, scale = wide(dy_ref, at, at_rows), scale_ref[at][None] if scaled else 1.0
       through = dy
       if gated:
-        a, slope = _activated(_wide(gate_ref, at, at_rows), activation)
+        a, slope = activated(wide(gate_ref, at, at_rows), activation)
         through = dy * a
         dgate_ref[at_rows, at] = (dy * normed[k] * scale * slope).astype(dgate_ref.dtype)
       dnormed.append(through * scale)
@@ -121,17 +121,17 @@ def _optional(refs, scaled, gated):
   return refs.pop(0) if scaled else None, refs.pop(0) if gated else None
 
 
-def _wide(ref, at, rows=slice(None)):
+def wide(ref, at, rows=slice(None)):
   return ref[rows, at].astype(jnp.float32)
 
 
-def _inverse_root(x, eps):
+def inverse_root(x, eps):
   """1 / sqrt(mean(x²) + eps) of each row [rows, 1], from its parts."""
   C = sum(part.shape[1] for part in x)
   return jax.lax.rsqrt(sum(jnp.sum(part * part, axis=1, keepdims=True) for part in x) * (1 / C) + eps)
 
 
-def _activated(gate, activation):
+def activated(gate, activation):
   """The activated gate and its derivative."""
   if activation == "identity":
     return gate, 1.0
@@ -145,7 +145,7 @@ def _activated(gate, activation):
 
 def _launch_forward(x, scale, gate, *, eps, activation):
   (R, C), scaled, gated = x.shape, scale is not None, gate is not None
-  rows, part, num_warps = _tile(R, C)
+  rows, part, num_warps = tile_of(R, C)
   block, vector = pl.BlockSpec((rows, C), lambda i: (i, 0)), pl.BlockSpec((C,), lambda i: (0,))
   return triton_blocks.launch(
       functools.partial(_forward_kernel, scaled=scaled, gated=gated, eps=eps, activation=activation, part=part),
@@ -156,8 +156,8 @@ def _launch_forward(x, scale, gate, *, eps, activation):
 
 def _launch_backward(x, scale, gate, dy, *, eps, activation):
   (R, C), scaled, gated = x.shape, scale is not None, gate is not None
-  rows, part, num_warps = _tile(R, C)
-  programs = R // rows // _largest_power(R // rows, STEPS)
+  rows, part, num_warps = tile_of(R, C)
+  programs = R // rows // largest_power(R // rows, STEPS)
   block, vector = pl.BlockSpec((R // programs, C), lambda i: (i, 0)), pl.BlockSpec((C,), lambda i: (0,))
   array = jax.ShapeDtypeStruct(x.shape, x.dtype)
   dx, *found = triton_blocks.launch(
@@ -172,12 +172,12 @@ def _launch_backward(x, scale, gate, dy, *, eps, activation):
   return dx, jnp.sum(dscale, axis=0) if scaled else None, dgate
 
 
-def _tile(R, C):
+def tile_of(R, C):
   """Rows of a tile, channels of a part of a row, and warps."""
-  rows = _largest_power(R, max(1, TILE // pl.next_power_of_2(C)))
+  rows = largest_power(R, max(1, TILE // pl.next_power_of_2(C)))
   return rows, C & -C, max(1, pl.next_power_of_2(rows * C) // PER_WARP)
 
 
-def _largest_power(n, most):
+def largest_power(n, most):
   """The largest power of two that divides n and is at most the power `most`."""
   return min(n & -n, most)

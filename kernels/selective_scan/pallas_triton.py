@@ -1,8 +1,9 @@
 """Selective scan as Pallas kernels for the Triton backend, with their `custom_vjp`.
 
 A program is one warp: it walks through time with the states H `[16 channels, N]` of its channels in registers, in
-blocks of a few tokens that are unrolled. The backward pass forms W_t of a block again, keeps them in registers, and
-walks back. `README.md` of this folder has the symbols, the gradients, and each kernel with what it reads and writes.
+blocks of a few tokens that are unrolled. The backward pass forms W_t of half a block again, keeps them in registers,
+and walks back. `README.md` of this folder has the symbols, the gradients, and each kernel with what it reads and
+writes.
 
 Sums over channels are products with a constant matrix, whose operands are rounded to bfloat16, or for float32 inputs
 cut into two such numbers. Each program writes its part of db and dc, and XLA adds up the D / 16 parts. Where few rows
@@ -131,12 +132,16 @@ def _forward_kernel(*refs, resets, save, block, start, dot):
   def step(i, state):
     if save:
       states_ref[0][i] = state.astype(states_ref[0].dtype)
-    for t in (i * block + j for j in range(block)):
+    tokens, outputs = [i * block + j for j in range(block)], []
+    for t in tokens:
       s = s_ref[t, :]
       u = s * x_ref[t, :].astype(jnp.float32)
       decay = exp2(_exponent(s, a, r_ref, t, fma))
       state = fma(decay, state, u[:, None] * b_ref[t, :][None])
-      y_ref[t, :] = jnp.sum(state * c_ref[t, :][None], axis=1).astype(y_ref.dtype)
+      outputs.append(jnp.sum(state * c_ref[t, :][None], axis=1).astype(y_ref.dtype))
+    # The compiler moves no load before a store. With the stores last, the loads of all tokens are under way together.
+    for t, y in zip(tokens, outputs):
+      y_ref[t, :] = y
     return state
 
   final_ref[...] = jax.lax.fori_loop(start, x_ref.shape[0] // block, step, initial_ref[...])
@@ -146,16 +151,12 @@ def _backward_kernel(*refs, resets, block, start, dot):
   x_ref, s_ref, a_ref, b_ref, c_ref, dy_ref, states_ref, dstate_ref, *refs = refs
   r_ref = [refs.pop(0)] if resets else []
   dx_ref, ds_ref, sums_ref, da_ref, dinitial_ref = refs
-  a, (fma, exp2), blocks = a_ref[...], _arithmetic(dot), states_ref.shape[0]
-  # Rows of the products are tokens, for dc in the first half and for db in the second.
-  row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, CHANNELS), 0)
-  first, second = (row < ROWS // 2).astype(jnp.int32), (row >= ROWS // 2).astype(jnp.int32)
-  token = jax.lax.broadcasted_iota(jnp.int32, (ROWS, a.shape[1]), 0) % (ROWS // 2)
-  over_channels = functools.partial(_over_channels, exact=x_ref.dtype == jnp.float32, dot=dot)
+  a, (fma, exp2), blocks, half = a_ref[...], _arithmetic(dot), states_ref.shape[0], block // 2
+  walk_back = functools.partial(_walk_back, a=a, fma=fma, over_channels=_sums_over_channels(x_ref.dtype, a, dot))
 
   def load(t):
-    s, x = s_ref[t, :], x_ref[t, :].astype(jnp.float32)
-    return s, x, s * x, b_ref[t, :][None]
+    s, x, b = s_ref[t, :], x_ref[t, :].astype(jnp.float32), b_ref[t, :][None]
+    return s, x, s * x, b, exp2(_exponent(s, a, r_ref, t, fma))
 
   def step(i, carry):
     dstate, da = carry
@@ -163,24 +164,19 @@ def _backward_kernel(*refs, resets, block, start, dot):
     # A false dependency on `dstate` (plus zero) stops the compiler from computing the states, from the loads on, a
     # second time in the layout of the products' operands.
     state = fma(dstate, jnp.zeros_like(dstate), states_ref[i].astype(jnp.float32))
-    kept = []
-    for t in (i * block + j for j in range(block)):
-      s, _, u, b = load(t)
-      kept.append(exp2(_exponent(s, a, r_ref, t, fma)) * state)
-      state = fma(u[:, None], b, kept[-1])
+    middle = state
+    for j in range(half):
+      _, _, u, b, decay = load(i * block + j)
+      middle = fma(u[:, None], b, decay * middle)
     sums = jnp.zeros((ROWS, a.shape[1]), jnp.float32)
-    for j in reversed(range(block)):
-      t = i * block + j
-      (s, x, u, b), dy = load(t), dy_ref[t, :].astype(jnp.float32)
-      state = fma(u[:, None], b, kept[j])
-      dstate = fma(dy[:, None], c_ref[t, :][None], dstate)
-      found = over_channels(first, dy[:, None] * state) + over_channels(second, u[:, None] * dstate)
-      sums = jnp.where(token == j, found, sums)
-      du, through = jnp.sum(dstate * b, axis=1), dstate * kept[j]
-      dx_ref[t, :] = (s * du).astype(dx_ref.dtype)
-      ds_ref[t, :] = x * du + math.log(2) * jnp.sum(through * a, axis=1)
-      da = fma(s[:, None], through, da)
-      dstate = exp2(_exponent(s, a, r_ref, t, fma)) * dstate
+    # The W_t of half a block stay in registers at a time, and all loads of a half come before its stores: the compiler
+    # moves no load before a store.
+    for tokens, entry in ((range(half, block), middle), (range(half), state)):
+      at = [i * block + j for j in tokens]
+      loaded = [(*load(t), c_ref[t, :][None], dy_ref[t, :].astype(jnp.float32)) for t in at]
+      dstate, da, sums, found = walk_back(loaded, tokens, entry, dstate, da, sums)
+      for t, (dx, ds) in zip(at, found):
+        dx_ref[t, :], ds_ref[t, :] = dx.astype(dx_ref.dtype), ds
     sums_ref[i] = sums.astype(sums_ref.dtype)
     return dstate, da
 
@@ -189,11 +185,38 @@ def _backward_kernel(*refs, resets, block, start, dot):
   da_ref[...] = da
 
 
-def _over_channels(mask, x, *, exact, dot):
-  """Sums over the channels, with 16 bits of each term if `exact`, else with 8."""
-  if exact:
-    return triton_blocks.masked_sum(mask, x, dot, parts=2)
-  return dot(mask.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+def _walk_back(loaded, tokens, state, dstate, da, sums, *, a, fma, over_channels):
+  """Through `tokens` of a block, from the state before them: dstate, da, the sums over channels, and dx and ds."""
+  kept, found = [], []
+  for _, _, u, b, decay, *_ in loaded:
+    kept.append(decay * state)
+    state = fma(u[:, None], b, kept[-1])
+  for j, w, (s, x, u, b, decay, c, dy) in reversed(list(zip(tokens, kept, loaded, strict=True))):
+    dstate = fma(dy[:, None], c, dstate)
+    sums = over_channels(j, dy[:, None] * fma(u[:, None], b, w), u[:, None] * dstate, sums)
+    du, through = jnp.sum(dstate * b, axis=1), dstate * w
+    found.append((s * du, x * du + math.log(2) * jnp.sum(through * a, axis=1)))
+    da = fma(s[:, None], through, da)
+    dstate = decay * dstate
+  return dstate, da, sums, found[::-1]
+
+
+def _sums_over_channels(dtype, a, dot):
+  """The function that puts the sums over channels of two `[16, N]` matrices into the rows of token j in `sums`.
+
+  Rows of `sums` are tokens, for dc in the first half and for db in the second. For float32 inputs, the sums see 16 bits
+  of each term, otherwise 8.
+  """
+  row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, CHANNELS), 0)
+  first, second = (row < ROWS // 2).astype(jnp.int32), (row >= ROWS // 2).astype(jnp.int32)
+  token = jax.lax.broadcasted_iota(jnp.int32, (ROWS, a.shape[1]), 0) % (ROWS // 2)
+
+  def over(mask, x):
+    if dtype == jnp.float32:
+      return triton_blocks.masked_sum(mask, x, dot, parts=2)
+    return dot(mask.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+
+  return lambda j, dc, db, sums: jnp.where(token == j, over(first, dc) + over(second, db), sums)
 
 
 def _exponent(s, a, r_ref, t, fma):

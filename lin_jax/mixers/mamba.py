@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from kernels import selective_scan
 from kernels.selective_scan import step as selective_scan_step
-from lin_jax.layers import Linear, align, param, time_step_biases
+from lin_jax.layers import Linear, align, joint_products, param, softplus, time_step_biases
 from lin_jax.mixers import register, require
 from lin_jax.mixers.mamba2 import BiasedConvolution
 from lin_jax.sharding import map_over_heads
@@ -82,15 +82,15 @@ class Mamba(nnx.Module):
                             implementation=self.implementation)
 
     scan = map_over_heads(scan, "bth,bth,hn,btn,btn,bhn,bt->bth,bhn")
-    y, memory = scan(v, self._step_size(v), self._rates(), self.key(v), self.query(v), memory, segment_ids)
+    y, memory = scan(v, *self._projected(v), memory, segment_ids)
     y = self._finish(x, checkpoint_name(y, "mixer_output"), v)
     return y, None if state is None else {"memory": memory, "inputs": inputs}
 
   def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
     x = x[:, None]
     v, inputs = self._convolve(x, state["inputs"], None)
-    now, dt, k, q = (array[:, 0] for array in (v, self._step_size(v), self.key(v), self.query(v)))
-    memory, y = selective_scan_step(state["memory"], now, dt, self._rates(), k, q)
+    dt, rates, k, q = self._projected(v)
+    memory, y = selective_scan_step(state["memory"], v[:, 0], dt[:, 0], rates, k[:, 0], q[:, 0])
     return self._finish(x, y[:, None].astype(v.dtype), v)[:, 0], {"memory": memory, "inputs": inputs}
 
   def init_state(self, batch: int, max_length: int) -> dict:
@@ -107,13 +107,13 @@ class Mamba(nnx.Module):
     """Returns x `[B, T, D]` inside the layer, and the convolution's new state."""
     return self.convolution(self.value(x), inputs, segment_ids, silu=True)
 
-  def _step_size(self, v):
-    """The step sizes dt `[B, T, D]` in float32."""
-    dt = self.dt(self.rank(v))
-    return jax.nn.softplus(dt + align(self.dt_bias[...], dt))
+  def _projected(self, v):
+    """The step sizes dt `[B, T, D]` in float32, the rates A `[D, N]`, and b and c `[B, T, N]`."""
+    rank, k, q = joint_products((self.rank, self.key, self.query), v)
+    dt = self.dt(rank)
+    return softplus(dt + align(self.dt_bias[...], dt)), self._rates(), k, q
 
   def _rates(self):
-    """The rates A `[D, N]`."""
     return -jnp.exp(self.A_log[...].reshape(-1, self.state_size))
 
   def _finish(self, x, y, v):

@@ -16,12 +16,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels import linear_attention
+from kernels import linear_attention, skip_gate_norm
 from kernels.linear_attention import step as linear_attention_step
-from lin_jax.layers import Linear, ShortConvolution, align, param, time_step_biases
+from lin_jax.layers import Linear, ShortConvolution, align, convolve, joint_products, param, softplus, time_step_biases
 from lin_jax.mixers import register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads
+from lin_jax.sharding import map_over_heads, tensor_shards
 
 A_RANGE = (1.0, 16.0)
 
@@ -79,10 +81,12 @@ class Mamba2(MatrixMemory):
 
   def project(self, x, state, segment_ids):
     """Returns q, k [B,T,G,N], v [B,T,H,V] before its time step, and dt and log_decay [B,T,H]."""
-    vkq, kept = self.convolved((self.value, self.key, self.query), x, state, segment_ids, (True,) * 3)
+    k, q, dt = joint_products((self.key, self.query, self.dt), x)
+    states = None if state is None else state["inputs"]
+    vkq, inputs = convolve(self.convolutions, (self.value(x), k, q), states, segment_ids, (True,) * 3)
     v, k, q = (by_heads(a, heads)
                for a, heads in zip(vkq, (self.heads, self.groups, self.groups), strict=True))
-    return (q, k, v, *self._time_steps(x)), kept
+    return (q, k, v, *self._time_steps(dt)), {"inputs": inputs}
 
   def mix(self, q, k, v, dt, log_decay, **options):
     return linear_attention(q, k, _scale_heads(dt, v), log_decay, **options)
@@ -91,20 +95,26 @@ class Mamba2(MatrixMemory):
     q, k = (jnp.repeat(a, self.heads // self.groups, axis=1) for a in (q, k))
     return linear_attention_step(memory, q, k, _scale_heads(dt, v), log_decay)
 
-  def _time_steps(self, x):
-    """Returns dt and log_decay [B,T,H] in float32."""
-    dt = self.dt(x)
-    dt = jax.nn.softplus(dt + align(self.dt_bias[...], dt))
+  def _time_steps(self, dt):
+    """Returns dt and log_decay [B,T,H] in float32, from the projection of dt."""
+    dt = softplus(dt + align(self.dt_bias[...], dt))
     return dt, -align(jnp.exp(self.A_log[...]), dt) * dt
 
   def finish(self, x, o, v):
     """Skip, gate, norm over the heads of a group, and output projection: o and v [B,T,H,V] -> [B,T,D]."""
-    skip = _scale_heads(self.D[...][None, None], v.astype(jnp.float32))
-    o = (o.astype(jnp.float32) + skip).reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x).astype(jnp.float32))
-    o = o.reshape(*x.shape[:2], self.groups, -1)
-    o = o * jax.lax.rsqrt(jnp.mean(jnp.square(o), axis=-1, keepdims=True) + self.norm_eps)
-    o = o.reshape(*x.shape[:2], -1)
-    return self.output((o * align(self.norm_scale[...], o)).astype(v.dtype))
+    by_groups = lambda a: a.reshape(*x.shape[:2], self.groups, -1)
+    skip = jnp.repeat(self.D[...].astype(jnp.float32), v.shape[-1]).reshape(self.groups, -1)
+    scale = self.norm_scale[...].astype(jnp.float32).reshape(self.groups, -1)
+    whole = tensor_shards() > 1  # a group's heads may be split over devices
+
+    def norm(o, v, gate, skip, scale):
+      return skip_gate_norm(o, v, gate, skip, scale, eps=self.norm_eps,
+                            implementation="reference" if whole or o.shape[1] == 1 else None)
+
+    norm = norm if whole else map_over_heads(norm, "btnc,btnc,btnc,nc,nc->btnc")
+    y = norm(by_groups(o), by_groups(v), by_groups(self.gate(x)), skip, scale).reshape(*x.shape[:2], -1)
+    # Saved, because forming it again reads three arrays of its size.
+    return self.output(checkpoint_name(y, "mixer_output"))
 
 
 class BiasedConvolution(ShortConvolution):

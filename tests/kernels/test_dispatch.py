@@ -76,5 +76,5 @@ def test_import_is_light():
           "assert not any('pallas' in name for name in sys.modules if name.startswith(('jax', 'kernels'))); "
           "assert not hasattr(kernels, '__version__'); "
           "assert kernels.__all__ == ['delta_rule', 'explain', 'gla', 'linear_attention', 'rms_norm', "
-          "'selective_scan', 'short_convolution', 'swiglu']")
+          "'selective_scan', 'short_convolution', 'skip_gate_norm', 'swiglu']")
   subprocess.run([sys.executable, "-c", code], check=True)

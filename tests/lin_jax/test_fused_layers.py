@@ -11,6 +11,7 @@ from kernels import dispatch
 from lin_jax import sharding
 from lin_jax.config import MeshConfig
 from lin_jax.layers import RMSNorm, ShortConvolution, SimpleRMSNorm, SwiGLU
+from lin_jax.mixers.mamba2 import Mamba2, Mamba2Config
 from tests.close import assert_close
 
 B, T = 4, 16
@@ -34,6 +35,10 @@ CASES = {
                                          lambda norm, o: norm.gated(o)),
     "norm over all heads": lambda: (SimpleRMSNorm(eps=1e-6), (normal(0, B, T, 32), normal(1, B, T, 32)),
                                     lambda norm, o, gate: norm.gated(o, gate, "identity")),
+    "skip, gate and norm": lambda: (
+        Mamba2(Mamba2Config(heads=4, state_size=8), width=16, norm_eps=1e-6, dtype=jnp.float32, rngs=RNGS()),
+        (normal(0, B, T, 16), normal(1, B, T, 4, 8), normal(2, B, T, 4, 8)),
+        lambda mixer, x, o, v: mixer.finish(x, o, v)),
     "convolution": convolution,
     "swiglu": lambda: (SwiGLU(16, 64, dtype=jnp.float32, rngs=RNGS()), (normal(0, B, T, 16),),
                        lambda mlp, x: mlp(x)),
@@ -57,7 +62,7 @@ def test_kernels_on_eight_devices_equal_jnp_on_one(name, tensor, monkeypatch):
     text = str(jax.make_jaxpr(results)(layer, *arrays))
     actual = jax.jit(results)(layer, *arrays)
   # A norm over heads that are split over devices stays with the compiler.
-  assert ("pallas_call" in text) == (name != "norm over all heads" or tensor == 1)
+  assert ("pallas_call" in text) == (name not in ("norm over all heads", "skip, gate and norm") or tensor == 1)
   for found, wanted in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     assert_close(name, found, wanted, 2e-6)
   jax.clear_caches()

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.layers import SGLU, Linear, RMSNorm, ShortConvolution, SimpleRMSNorm, SwiGLU, rotary, segment_runs
+from lin_jax.layers import (
+    SGLU,
+    Linear,
+    RMSNorm,
+    ShortConvolution,
+    SimpleRMSNorm,
+    SwiGLU,
+    joint_products,
+    rotary,
+    segment_runs,
+    softplus,
+)
 from tests.close import assert_close
 
 
@@ -124,3 +135,26 @@ def test_rotary_angles():
   angle = 3 * np.array([1.0, 1e4**-0.5])
   expected = np.concatenate([np.cos(angle), np.sin(angle)])
   assert_close("rotation", rotary(x, jnp.array([[3]]), 1e4)[0, 0, 0], expected, 1e-6)
+
+
+def test_softplus_has_the_derivatives_of_its_formula():
+  x = jnp.linspace(-30.0, 30.0, 101)
+  for order in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))):
+    found, expected = (jax.vmap(order(f))(x) for f in (softplus, lambda x: jnp.log1p(jnp.exp(x))))
+    assert_close("softplus", found, expected, 1e-5)
+
+
+def test_joint_products_are_those_of_the_layers():
+  linears = [Linear(8, size, ("embed", None), dtype=jnp.bfloat16, output_dtype=output, rngs=nnx.Rngs(size))
+             for size, output in ((4, None), (3, None), (2, jnp.float32))]
+  x = normal(0, 2, 5, 8, dtype=jnp.bfloat16)
+
+  def results(products, linears, x):
+    outputs, pull = jax.vjp(products, linears, x)
+    return outputs, pull(jax.tree.map(jnp.cos, outputs))
+
+  separate = lambda linears, x: [linear(x) for linear in linears]
+  both = (jax.tree.leaves(results(products, linears, x)) for products in (joint_products, separate))
+  for found, expected in zip(*both, strict=True):
+    assert found.dtype == expected.dtype
+    assert_close("joint products", found.astype(jnp.float32), expected.astype(jnp.float32), 5e-3)

@@ -255,7 +255,7 @@ H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM
 
 
 # Kernels that remat runs again on purpose, because their results cost less time than memory.
-ELEMENTWISE = "rms_norm", "short_convolution", "swiglu"
+ELEMENTWISE = "rms_norm", "short_convolution", "skip_gate_norm", "swiglu"
 
 
 @pytest.mark.parametrize("name", list(mixers.MIXERS))

@@ -64,7 +64,7 @@ def test_channels_on_two_devices_equal_one():
 
 
 def test_step_sizes_stay_float32():
-  dt = build(jnp.bfloat16)._step_size(jnp.ones((BATCH, TIME, 2 * WIDTH), jnp.bfloat16))
+  dt = build(jnp.bfloat16)._projected(jnp.ones((BATCH, TIME, 2 * WIDTH), jnp.bfloat16))[0]
   assert_stays_float32(dt)
 
 

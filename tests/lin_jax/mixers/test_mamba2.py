@@ -81,7 +81,7 @@ def test_heads_that_the_devices_do_not_divide():
 
 def test_decays_stay_float32():
   mixer = build(dtype=jnp.bfloat16)
-  for a in mixer._time_steps(inputs(dtype=jnp.bfloat16)):
+  for a in mixer.project(inputs(dtype=jnp.bfloat16), None, None)[0][3:]:
     assert_stays_float32(a)
 
 
