@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels import chunks, triton_blocks
-from kernels.scalar_decay import between, decay_of, gate_block, weigh
+from kernels.scalar_decay import between, decay_of, load_gate, sums_block, weigh
 from kernels.triton_blocks import given, key_head, loop_width, operand, rows_and_columns
 
 
@@ -23,7 +23,7 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
   row, column = rows_and_columns(C)
   # Before the loop, these loads overlap with its own and do not come after them.
   q, k = q_ref[...].astype(dtype), k_ref[...].astype(dtype)
-  gate = g_ref[...] if gated else None
+  gate = load_gate(g_ref, 0, C)
   dp, dpt, dq_state, dk_state, through = _sum_over_values(
       v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, gates=bool(dg_ref), block_v=block_v, dot=dot)
   decay = decay_of(gate, C)
@@ -70,7 +70,7 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
 # Launch: one program per tile of key channels, chunk, head and row of the batch.
 
 
-def dqk(q, k, v, log_decay, do, states, dstates, scale, config):
+def dqk(q, k, v, sums, do, states, dstates, scale, config):
   """dq, dk, and for a decay per token its gradient, from the parts of all tiles of key channels."""
   (B, T, H, V), (G, K) = v.shape, q.shape[2:]
   C, block, key = config.chunk, min(config.dqk.block, K), key_head(H, G)
@@ -79,8 +79,8 @@ def dqk(q, k, v, log_decay, do, states, dstates, scale, config):
   values = pl.BlockSpec((None, C, None, V), lambda t, n, h, b: (b, n, h, 0))
   state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
   dgate = pl.BlockSpec((None, None, C, None), lambda t, n, h, b: (t, b, n, h))
-  gate, gate_spec = gate_block(log_decay, C, chunked=True)
-  per_token = bool(gate) and log_decay.ndim == 3
+  gate, gate_spec = sums_block(sums, C, chunked=True)
+  per_token = bool(gate) and sums.ndim == 3
   dq, dk, *dg = triton_blocks.launch(
       functools.partial(_dqk_kernel, gated=bool(gate), scale=scale, block_v=loop_width(config.dqk.block, V)),
       name="linear_attention_dqk", grid=(K // block, T // C, H, B),
