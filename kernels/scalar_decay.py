@@ -101,16 +101,15 @@ def chunk_sums(log_decay, C, op):
   if log_decay is None or log_decay.ndim == 1:
     return log_decay
   B, T, H = log_decay.shape
-  heads = min(H & -H, 16)  # a power of two that divides H
   return triton_blocks.launch(
-      _sums_kernel, name=f"{op}_sums", grid=(T // C, H // heads, B),
-      in_specs=[pl.BlockSpec((None, C, heads), lambda n, h, b: (b, n, h))],
-      out_specs=pl.BlockSpec((None, heads, C), lambda n, h, b: (b, h, n)),
-      out_shape=jax.ShapeDtypeStruct((B, H, T), jnp.int32), num_warps=4, num_stages=1)(log_decay)
+      _sums_kernel, name=f"{op}_sums", grid=(T // C, H, B),
+      in_specs=[pl.BlockSpec((None, C, None), lambda n, h, b: (b, n, h))],
+      out_specs=pl.BlockSpec((None, None, C), lambda n, h, b: (b, h, n)),
+      out_shape=jax.ShapeDtypeStruct((B, H, T), jnp.int32), num_warps=1, num_stages=1)(log_decay)
 
 
 def _sums_kernel(g_ref, sums_ref, *, dot):
-  sums_ref[...] = _inclusive_sums(g_ref[...]).T
+  sums_ref[...] = _inclusive_sums(g_ref[...])
 
 
 def sums_block(sums, rows, chunked):
