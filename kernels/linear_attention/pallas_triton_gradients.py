@@ -64,6 +64,8 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
   """The sums over value channels, without weights: dP, its transpose, the states' parts of dQ and dK, and S * dS' where
   `gates` get a gradient."""
   square, wide = zeros
+  # The compiler would form a sum of zeros at run time. Without gates nobody reads it.
+  none = jnp.zeros(wide.shape[1:], jnp.float32) if gates else jnp.sum(wide, axis=0)
 
   def add_tile(i, carry):
     dp, dpt, dq, dk, through = carry
@@ -76,7 +78,7 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
     return dp + dot(do, v.T), dpt + dot(v, do.T), dq + dot(do, state.T), dk + dot(v, dstate.T), through
 
   return jax.lax.fori_loop(
-      0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, jnp.sum(wide, axis=0)))
+      0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, none))
 
 
 # Launch: one program per tile of key channels, chunk, head and row of the batch.
