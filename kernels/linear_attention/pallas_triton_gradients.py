@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from kernels import chunks, triton_blocks
 from kernels.scalar_decay import between, decay_of, load_gate, sums_block, weigh
-from kernels.triton_blocks import given, key_head, loop_width, operand, rows_and_columns
+from kernels.triton_blocks import computed_once, given, key_head, loop_width, operand, rows_and_columns
 
 
 def _dqk_kernel(*refs, gated, scale, block_v, dot):
@@ -27,7 +27,9 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
   dp, dpt, dq_state, dk_state, through = _sum_over_values(
       v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, gates=bool(flows_ref), block_v=block_v, dot=dot)
   decay = decay_of(gate, C)
-  dp, dpt = (scale * between(decay, C, transposed) * x for transposed, x in ((False, dp), (True, dpt)))
+  dp = scale * between(decay, C, False) * dp
+  if not flows_ref:
+    dpt = scale * between(decay, C, True) * dpt
   dq_state, dk_state = weigh(dq_state, decay.upto, scale), weigh(dk_state, decay.after)
   if not flows_ref:
     dq_ref[...] = (dot(dp.astype(dtype), k) + dq_state).astype(dq_ref.dtype)
@@ -36,16 +38,16 @@ def _dqk_kernel(*refs, gated, scale, block_v, dot):
   # The pairs (i, i) come last: no gate lies between them, so the gates' gradient must not see them even as rounding.
   # Pairs on one side of a gate cancel to float32 rounding, because both their terms are products of the same operands.
   diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
-  dq = dot(jnp.where(row > column, dp, 0.0).astype(dtype), k) + dq_state
-  dk = dot(jnp.where(row < column, dpt, 0.0).astype(dtype), q)
+  dp, = computed_once(jnp.where(row > column, dp, 0.0).astype(dtype))
+  dq, dk = dot(dp, k) + dq_state, dot(dp.T, q)
   q, k = q.astype(jnp.float32), k.astype(jnp.float32)
   inside, leaving = jnp.sum(q * dq - k * dk, axis=1), jnp.sum(k * dk_state, axis=1)
   dq_ref[...] = (dq + diagonal * k).astype(dq_ref.dtype)
   dk_ref[...] = (dk + dk_state + diagonal * q).astype(dk_ref.dtype)
-  # The flow through the whole chunk passes the same gates as a flow from its start to its last token.
-  index = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
+  # A flow through the whole chunk passes the same gates as a flow from its start to its last token.
+  last = jax.lax.broadcasted_iota(jnp.int32, (C,), 0) == C - 1
   flows_ref, = flows_ref
-  flows_ref[0, :] = inside + jnp.where(index == C - 1, decay.total * jnp.sum(through), 0.0)
+  flows_ref[0, :] = inside + jnp.where(last, decay.total * jnp.sum(through), 0.0)
   flows_ref[1, :] = leaving
 
 
@@ -74,8 +76,10 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
     state, dstate = states_ref[:, tile], dstates_ref[:, tile]
     if gates:
       through += jnp.sum(state.astype(jnp.float32) * dstate.astype(jnp.float32), axis=1)
-    # P^T gets its own product: a transposed accumulator is miscompiled by some Triton versions.
-    return dp + dot(do, v.T), dpt + dot(v, do.T), dq + dot(do, state.T), dk + dot(v, dstate.T), through
+    dp += dot(do, v.T)
+    if not gates:  # beside gates there are no registers for a product of its own
+      dpt += dot(v, do.T)
+    return dp, dpt, dq + dot(do, state.T), dk + dot(v, dstate.T), through
 
   return jax.lax.fori_loop(
       0, v_ref.shape[1] // block_v, add_tile, (square, square, wide, wide, none))
