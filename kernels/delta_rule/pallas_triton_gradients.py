@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from kernels import chunks, triton_blocks
 from kernels.delta_rule.pallas_triton_operands import row_weights, take_per_token, weigh_both
 from kernels.scalar_decay import between, decay_of, gate_block, weigh
-from kernels.triton_blocks import given, key_head, operand, rows_and_columns
+from kernels.triton_blocks import computed_once, given, key_head, operand, rows_and_columns
 
 
 def _gradients_kernel(q_ref, k_ref, e_ref, do_ref, minus_f_ref, *refs, vectors, gated, scale, width, whole, dot):
@@ -71,7 +71,7 @@ def _sum_over_values(e_ref, do_ref, minus_f_ref, states_ref, dstates_ref, dv_ref
 
 
 def _write_without_gates(q, k, dp, doverlaps, dq, dk_entry, dk_exit, write_dq, write_dk, dot):
-  dp, doverlaps = _computed_once(dp.astype(k.dtype), doverlaps)
+  dp, doverlaps = computed_once(dp.astype(k.dtype), doverlaps)
   dq += dot(dp, k)
   dk = dk_entry + dk_exit + dot(dp.T, q) + dot(doverlaps, k) + dot(doverlaps.T, k)
   write_dq(_float32(q), dq)
@@ -83,7 +83,7 @@ def _write_beside_gates(q, k, dp, doverlaps, dq, dk_entry, dk_exit, row, column,
   # The pairs (i, i) come last: no gate lies between them, so the gates' gradient must not see them even as rounding.
   # Pairs on one side of a gate cancel to float32 rounding, because both their terms are products of the same operands.
   diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1)[:, None]
-  dp, doverlaps = _computed_once(jnp.where(row > column, dp, 0.0).astype(k.dtype), doverlaps)
+  dp, doverlaps = computed_once(jnp.where(row > column, dp, 0.0).astype(k.dtype), doverlaps)
   # In this order nothing spills.
   dk_rows = dot(doverlaps, k) + dk_entry
   inside = jnp.sum(_float32(k) * dk_rows, axis=1)
@@ -103,15 +103,6 @@ def _float32(x):
 
 def _write(ref, norm, x, dx):
   ref[...] = _through_norm(x, norm, dx).astype(ref.dtype)
-
-
-def _computed_once(*arrays):
-  """The arrays unchanged, each computed only once although its transpose is read too.
-
-  XLA moves a transpose in front of the elementwise operations that made its operand, and so computes them twice. It
-  moves none into a branch, so the arrays come from a branch that is always taken.
-  """
-  return jax.lax.cond(pl.program_id(0) >= 0, lambda: arrays, lambda: tuple(map(jnp.zeros_like, arrays)))
 
 
 def _through_norm(x, norm, dx):

@@ -25,20 +25,33 @@ def _scan_kernel(x_ref, y_ref, decays_ref, *refs, scores, outputs, save, reverse
   row, column = rows_and_columns(chunk)
   causal = column >= row if reverse else row >= column
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
-  run = functools.partial(_scan_chunk, x_ref, y_ref, v_ref, decays_ref, bounded_ref, p_ref, o_ref, states_ref,
+  run = functools.partial(_scan_chunk, x_ref, y_ref, v_ref, bounded_ref, p_ref, o_ref, states_ref,
                           causal=causal, tiles=tiles, scores=scores, reverse=reverse, dot=dot)
-  states = jax.lax.fori_loop(start, T // chunk, lambda i, states: run(T // chunk - 1 - i if reverse else i, states),
-                             tuple(initial_ref[tile, :] for tile in tiles))
-  for tile, state in zip(tiles, states):
-    final_ref[tile, :] = state
+  count, (enter, keep, exit) = T // chunk, (2, 1, 0) if reverse else (0, 1, 2)
+  place = lambda i: count - 1 - i if reverse else i
+  load = lambda i: [tuple(decays_ref[place(i), which, tile] for tile in tiles) for which in (enter, keep, exit)]
+
+  def step(i, carry):
+    states, entering, keeping, leaving = carry
+    # The next chunk's decays are loaded beside this chunk's products. The state on its way between two chunks takes
+    # both decays at once, so that the last product has until the next chunk to finish.
+    next_entering, next_keeping, next_leaving = load(jnp.minimum(i + 1, count - 1))
+    states = run(place(i), states, entering, keeping)
+    return states, tuple(x * y for x, y in zip(leaving, next_entering)), next_keeping, next_leaving
+
+  initial = tuple(initial_ref[tile, :] for tile in tiles)
+  states, *_, leaving = jax.lax.fori_loop(start, count, step, (initial, *load(start)))
+  for tile, state, decay in zip(tiles, states, leaving):
+    final_ref[tile, :] = decay[:, None] * state
 
 
-def _scan_chunk(x_ref, y_ref, v_ref, decays_ref, bounded_ref, p_ref, o_ref, states_ref, n, states, *, causal, tiles,
-                scores, reverse, dot):
-  """The state behind chunk `n` from the one before it, with the chunk's output where there is an `o_ref`."""
+def _scan_chunk(x_ref, y_ref, v_ref, bounded_ref, p_ref, o_ref, states_ref, n, states, entering, keeping,
+                *, causal, tiles, scores, reverse, dot):
+  """The state behind the middle of chunk `n` from the one before it, and the chunk's output where there is an `o_ref`.
+
+  Both states lack the decay from there to the end of their chunk, which is part of `entering`.
+  """
   C, dtype = causal.shape[0], y_ref.dtype
-  enter, keep, exit = (2, 1, 0) if reverse else (0, 1, 2)
-  decay = lambda which, tile: decays_ref[n, which, tile][:, None]
   rows = pl.ds(n * C, C)
   v = v_ref[rows, :].astype(dtype)
   # Beside the parts of float32 products, loads fit into the registers only right before their use.
@@ -52,7 +65,7 @@ def _scan_chunk(x_ref, y_ref, v_ref, decays_ref, bounded_ref, p_ref, o_ref, stat
   entered = []
   for i, (tile, state) in enumerate(zip(tiles, states)):
     dot.barrier(dtype)
-    state = decay(enter, tile) * state
+    state = entering[i][:, None] * state
     middle = state.astype(dtype)
     if o_ref is not None:
       o += dot(x_ref[rows, tile] if late else xs[i], middle)
@@ -65,7 +78,7 @@ def _scan_chunk(x_ref, y_ref, v_ref, decays_ref, bounded_ref, p_ref, o_ref, stat
   for i, (tile, state) in enumerate(zip(tiles, entered)):
     dot.barrier(dtype)
     y = y_ref[rows, tile] if late else ys[i]
-    left.append(decay(exit, tile) * (decay(keep, tile) * state + dot(y.T, v)))
+    left.append(keeping[i][:, None] * state + dot(y.T, v))
   return tuple(left)
 
 

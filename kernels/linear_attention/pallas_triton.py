@@ -17,6 +17,7 @@ from kernels import pieces, triton_blocks, tuned
 from kernels.linear_attention.pallas_triton_config import Config, heuristic
 from kernels.linear_attention.pallas_triton_gradients import dqk
 from kernels.linear_attention.pallas_triton_scan import scan
+from kernels.scalar_decay import chunk_sums
 from kernels.triton_blocks import tile_width
 
 
@@ -60,34 +61,36 @@ def _linear_attention(q, k, v, log_decay, initial_state, real, scale, config):
 
   With it, a constant decay becomes one per token.
   """
-  output, _, final_state = scan(q, k, v, _filled(log_decay, real), initial_state, scale, config, save=False)
+  sums = _sums(log_decay, real, config)
+  output, _, final_state = scan(q, k, v, sums, initial_state, scale, config, save=False)
   return output, final_state
 
 
 def _forward(q, k, v, log_decay, initial_state, real, scale, config):
-  output, states, final_state = scan(q, k, v, _filled(log_decay, real), initial_state, scale, config)
-  return (output, final_state), (q, k, v, log_decay, initial_state, real, triton_blocks.residuals(states))
+  sums = triton_blocks.residuals(_sums(log_decay, real, config))
+  output, states, final_state = scan(q, k, v, sums, initial_state, scale, config)
+  constant = log_decay if log_decay is not None and log_decay.ndim == 1 else None
+  return (output, final_state), (q, k, v, constant, sums, initial_state, real, triton_blocks.residuals(states))
 
 
 def _backward(scale, config, residuals, cotangents):
-  q, k, v, log_decay, initial_state, real, states = residuals
+  q, k, v, constant, sums, initial_state, real, states = residuals
   do, dfinal_state = cotangents
-  gate = _filled(log_decay, real)
-  dv, dstates, dinitial_state = scan(k, q, do, gate, dfinal_state, scale, config, reverse=True)
-  dq, dk, dlog_decay = dqk(q, k, v, gate, do, states, dstates, scale, config)
-  if log_decay is not None and log_decay.ndim == 1:
-    dlog_decay = _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale)
+  dv, dstates, dinitial_state = scan(k, q, do, sums, dfinal_state, scale, config, reverse=True)
+  dq, dk, dlog_decay = dqk(q, k, v, sums, do, states, dstates, scale, config)
+  if constant is not None:
+    dlog_decay = _dconstant(q, k, v, constant, initial_state, real, do, dfinal_state, scale)
   return dq, dk, dv, dlog_decay, dinitial_state, None
 
 
 _linear_attention.defvjp(_forward, _backward)
 
 
-def _filled(log_decay, real):
-  """The gates that the kernels read: a constant decay becomes one per token where a chunk is filled up."""
-  if log_decay is None or log_decay.ndim == 3 or real is None:
-    return log_decay
-  return jnp.where(real, log_decay[None, None], 0.0)
+def _sums(log_decay, real, config):
+  """What the kernels read of the gates. A constant decay becomes one per token where a chunk is filled up."""
+  if log_decay is not None and log_decay.ndim == 1 and real is not None:
+    log_decay = jnp.where(real, log_decay[None, None], 0.0)
+  return chunk_sums(log_decay, config.chunk, "linear_attention")
 
 
 def _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale):
@@ -96,7 +99,7 @@ def _dconstant(q, k, v, log_decay, initial_state, real, do, dfinal_state, scale)
   q, k, v, do = (x.astype(jnp.float32) for x in (q, k, v, do))
   config = heuristic(q.shape[3], v.shape[3], q.dtype, min(triton_blocks.CHUNKS))  # divides every chunk
   real = jnp.ones((*do.shape[:2], 1), bool) if real is None else real
-  gate = _filled(log_decay, real)
-  _, states, _ = scan(q, k, v, gate, initial_state, scale, config, outputs=False)
-  _, dstates, _ = scan(k, q, do, gate, dfinal_state, scale, config, outputs=False, reverse=True)
-  return jnp.sum(jnp.where(real, dqk(q, k, v, gate, do, states, dstates, scale, config)[2], 0.0), axis=(0, 1))
+  sums = _sums(log_decay, real, config)
+  _, states, _ = scan(q, k, v, sums, initial_state, scale, config, outputs=False)
+  _, dstates, _ = scan(k, q, do, sums, dfinal_state, scale, config, outputs=False, reverse=True)
+  return jnp.sum(jnp.where(real, dqk(q, k, v, sums, do, states, dstates, scale, config)[2], 0.0), axis=(0, 1))

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels import pieces, triton_blocks
-from kernels.scalar_decay import between, decay_of, gate_block, weigh
+from kernels.scalar_decay import UNIT, between, decay_of, load_gate, sums_block, weigh
 from kernels.triton_blocks import given, key_head, operand
 
 
 def _scores_kernel(*refs, gated, transposed, scale, depth, dot):
   q_ref, k_ref, *g_ref, p_ref = refs
   (C, K), dtype = q_ref.shape, p_ref.dtype
-  decay = decay_of(g_ref[0][...] if gated else None, C)
+  decay = decay_of(load_gate(g_ref[0] if gated else None, 0, C), C)
   tiles = [pl.ds(i * depth, depth) for i in range(K // depth)]
   p = sum(dot(q_ref[:, tile].astype(dtype), k_ref[:, tile].astype(dtype).T) for tile in tiles)
   p_ref[...] = (between(decay, C, transposed) * (scale * p)).astype(dtype)
@@ -44,7 +44,7 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
 def _scan_chunk(q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, n, states, *, chunk, tiles, reverse, scale, dot):
   """The state behind chunk `n` from the one before it, with the chunk's output where there is an `o_ref`."""
   dtype, rows = operand(k_ref.dtype), pl.ds(n * chunk, chunk)
-  decay = decay_of(g_ref[rows if g_ref.shape else ...] if g_ref is not None else None, chunk)
+  decay = decay_of(load_gate(g_ref, n, chunk), chunk)
   weights = (decay.upto, scale), (decay.after,)
   query_weights, key_weights = weights[::-1] if reverse else weights
   load = lambda ref, columns=slice(None): ref[rows, columns].astype(dtype)
@@ -91,21 +91,26 @@ def _scan_chunk(q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, n, states,
 # Launches: one program per tile of value channels, head and row of the batch; for scores one per chunk, head and row.
 
 
-def scan(q, k, v, log_decay, initial_state, scale, config, *, outputs=True, save=True, reverse=False):
+def scan(q, k, v, sums, initial_state, scale, config, *, outputs=True, save=True, reverse=False):
   """The output if `outputs`, the entry state of each chunk if `save`, and the final state, of consecutive pieces."""
-  run = functools.partial(_launch, q, k, v, log_decay, scale=scale, config=config, reverse=reverse)
+  run = functools.partial(_launch, q, k, v, sums, scale=scale, config=config, reverse=reverse)
   B, T = initial_state.shape[0], v.shape[1]
   if v.shape[0] > B:
     (update,) = run(jnp.zeros((v.shape[0], *initial_state.shape[1:]), jnp.float32), outputs=False, save=False)
     kept = jnp.ones((v.shape[0], v.shape[2]), jnp.float32)
-    if log_decay is not None:
-      kept *= jnp.exp(jnp.sum(log_decay, axis=1) if log_decay.ndim == 3 else T * log_decay[None])
+    if sums is not None:
+      kept *= _total(sums, config.chunk) if sums.ndim == 3 else jnp.exp(T * sums[None])
     initial_state = pieces.entry_states(initial_state, kept[..., None, None], update, reverse)
   *found, final = run(initial_state, outputs=outputs, save=save)
   return found[0] if outputs else None, found[-1] if save else None, pieces.exit_state(final, B, reverse)
 
 
-def _launch(q, k, v, log_decay, initial_state, *, scale, config, reverse, outputs, save):
+def _total(sums, C):
+  """Decays `[B, H]` of whole sequences."""
+  return jnp.exp2(jnp.sum(sums[:, :, C - 1::C].astype(jnp.float32) * UNIT, axis=2))
+
+
+def _launch(q, k, v, sums, initial_state, *, scale, config, reverse, outputs, save):
   (B, T, H, V), (G, K) = v.shape, k.shape[2:]
   tile = config.reverse_scan if reverse else config.scan
   block, N, key = min(tile.block, V), T // config.chunk, key_head(H, G)
@@ -113,11 +118,11 @@ def _launch(q, k, v, log_decay, initial_state, *, scale, config, reverse, output
   values = pl.BlockSpec((None, T, None, block), lambda t, h, b: (b, 0, h, t))
   state = pl.BlockSpec((None, None, K, block), lambda t, h, b: (b, h, 0, t))
   states = pl.BlockSpec((None, None, N, K, block), lambda t, h, b: (b, h, 0, 0, t))
-  gate, gate_spec = gate_block(log_decay, T, chunked=False)
+  gate, gate_spec = sums_block(sums, T, chunked=False)
   p, p_spec = [], []
   if config.scores and outputs:
     heads = H if gate else G  # without a decay, the value heads of a key head share P
-    p, shared = [_scores(q, k, log_decay, scale, config, reverse, heads)], key_head(H, heads)
+    p, shared = [_scores(q, k, sums, scale, config, reverse, heads)], key_head(H, heads)
     p_spec = [pl.BlockSpec((None, None, N, config.chunk, config.chunk), lambda t, h, b: (b, shared(h), 0, 0, 0))]
   return triton_blocks.launch(
       functools.partial(_scan_kernel, gated=bool(gate), scores=bool(p), outputs=outputs, save=save, reverse=reverse,
@@ -131,12 +136,12 @@ def _launch(q, k, v, log_decay, initial_state, *, scale, config, reverse, output
       num_warps=tile.num_warps, num_stages=tile.num_stages)(q, k, v, *gate, *p, initial_state)
 
 
-def _scores(q, k, log_decay, scale, config, transposed, heads):
+def _scores(q, k, sums, scale, config, transposed, heads):
   """P `[B, heads, N, C, C]`, or its transpose when q and k are exchanged."""
   (B, T, G, K), C, tile = q.shape, config.chunk, config.scores
   key = key_head(heads, G)
   keys = pl.BlockSpec((None, C, None, K), lambda t, n, h, b: (b, n, key(h), 0))
-  gate, gate_spec = gate_block(log_decay, C, chunked=True)
+  gate, gate_spec = sums_block(sums, C, chunked=True)
   return triton_blocks.launch(
       functools.partial(_scores_kernel, gated=bool(gate), transposed=transposed, scale=scale, depth=min(tile.block, K)),
       name="linear_attention_scores", grid=(1, T // C, heads, B), in_specs=[keys, keys, *gate_spec],
