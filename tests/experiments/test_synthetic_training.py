@@ -25,8 +25,8 @@ SMALL = {"in_context_recall": {"sequence_length": 16}, "noisy_recall": {"sequenc
 
 
 def test_delta_net_recalls():
-  run = Run("mqar", "delta_net", RECALL, width=32, batch_size=64, steps=500, evaluate_every=50, learning_rate=1e-2,
-            stop_accuracy=0.95, test_examples=256)
+  run = Run("mqar", "delta_net", RECALL, width=32, depth=1, batch_size=64, steps=500, evaluate_every=50,
+            learning_rate=1e-2, stop_accuracy=0.95, test_examples=256)
   lines = []
   result, slow = train([run, dataclasses.replace(run, learning_rate=1e-6)], lines.append, until_solved=True)
   assert slow is None  # left out, because the other has solved it
