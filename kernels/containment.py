@@ -1,20 +1,25 @@
 """Keeps non-finite values in their segment, around implementations that multiply by a reset instead of selecting by it.
 
 A reset is a decay of 0, and 0 times NaN or infinity is NaN. A chunk's matrix products multiply by 0 also where a pair
-of tokens has no weight, because the two lie in different segments or in the wrong order. Here an implementation gets
-finite numbers only. Afterwards, everything that a non-finite number would have reached in its segment becomes NaN:
+of tokens has no weight, because the two lie in different segments or in the wrong order.
+
+An implementation runs on its inputs as they are, and its own results tell whether they were finite. A state is only
+multiplied and added to, so a non-finite number that enters it stays non-finite to the end of the row: one of a key, a
+value or an initial state is seen in the final state, and one of a cotangent in the initial state's cotangent. The
+inputs that only read the state are looked at themselves, and so are gates, because a kernel compares them with a bound,
+which may lose a NaN. Finite inputs thus cost the reading of the queries, of the gates and of a state per row and head,
+and a branch in each pass, for which a GPU waits.
+
+If something is not finite, the implementation runs again, on finite numbers only. Afterwards, everything that a
+non-finite number would have reached in its segment becomes NaN:
 
   forward   the outputs from the first token that writes a non-finite number into the state, the output of a token that
             reads the state with one, and the final state if the last segment has one in its state
   backward  the gradients of these tokens, and the gradients of all tokens up to the last one whose cotangent is not
             finite, or is not zero although its output is NaN
 
-Finite numbers give the same results, bit for bit. Where the compiler does not fuse this with the code around the op,
-the forward pass reads the inputs up to two more times and writes them once. The backward pass does the same with the
-output's cotangent, and reads and writes the gradients once. For 16-bit inputs, K = V = 128 and a gate per channel, that
-is 3840 bytes per token and head forward and 3328 backward.
-
-A state that overflows float32 although all inputs are finite is not contained.
+All other results are the same as with finite numbers in their place, bit for bit. A state that overflows float32
+although all inputs are finite is not contained.
 """
 
 import functools
@@ -22,47 +27,80 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import chunks
+from kernels.derivatives import RESIDUALS
 
 
-def contain(run: Callable, starts, tokens, initial_state, shared=(), *, lead: int):
+def contain(run: Callable, starts, tokens, initial_state, shared=(), *, lead: int, gates: int | None = None):
   """`run(tokens, initial_state, shared)`, an output and a final state, with non-finite values kept in their segments.
 
   Args:
     starts: `[B, T]`, true where a segment starts; the first token's entry has no effect. With None there is nothing to
       contain, and the arrays go to `run` as they are.
-    tokens: arrays `[B, T, ...]`, of which the first reads the state and the others write it. Their third axis may be
-      key heads, each for several consecutive heads of the state.
+    tokens: arrays `[B, T, ...]` or None, of which the first reads the state and the others write it. Their third axis
+      may be key heads, each for several consecutive heads of the state.
     shared: arrays that all tokens share; their gradients are NaN when the gradient of any token is.
     lead: how many leading axes of `tokens`, batch and time included, have a state of their own.
+    gates: which of `tokens` are gates, of which a non-finite one may leave the state finite.
   """
   if starts is None:
     return run(tokens, initial_state, shared)
-  return _contained(run, lead, starts, tuple(tokens), initial_state, tuple(shared))
+  return _contained(run, lead, gates, starts, tuple(tokens), initial_state, tuple(shared))
 
 
-def _contained(run, lead, *arguments):
-  function = jax.custom_vjp(lambda *arguments: _forward(run, lead, *arguments)[0])
-  function.defvjp(lambda *arguments: _forward_and_pullback(run, lead, *arguments),
-                  lambda *arguments: _backward(lead, *arguments))
+def _contained(run, lead, gates, *arguments):
+  function = jax.custom_vjp(lambda *arguments: _forward(run, lead, gates, *arguments)[0])
+  function.defvjp(lambda *arguments: _forward_and_pullback(run, lead, gates, *arguments),
+                  lambda *arguments: _backward(run, lead, *arguments))
   return function(*arguments)
 
 
-def _forward(run, lead, starts, tokens, initial_state, shared):
-  (tokens, initial_state), flags = _clean(lead, starts, tokens, initial_state)
-  return _marked(run(tokens, initial_state, shared), flags), flags
+def _forward(run, lead, gates, starts, tokens, initial_state, shared):
+  inputs = tokens, initial_state, shared
+  return _checked(run(*inputs), run, lead, gates, starts, *inputs)
 
 
-def _forward_and_pullback(run, lead, starts, tokens, initial_state, shared):
-  (tokens, initial_state), flags = _clean(lead, starts, tokens, initial_state)
-  results, pullback = jax.vjp(run, tokens, initial_state, shared)
-  return _marked(results, flags), (pullback, flags, starts)
+def _forward_and_pullback(run, lead, gates, starts, tokens, initial_state, shared):
+  inputs = tokens, initial_state, shared
+  results, pullback = jax.vjp(run, *inputs)
+  results, sound = _checked(results, run, lead, gates, starts, *inputs)
+  return results, (pullback, sound, starts, *inputs)
+
+
+def _checked(results, run, lead, gates, starts, tokens, initial_state, shared):
+  """`results`, or if they are not `sound` the contained ones, and whether they are."""
+  sound = _finite(results[1]) & _finite(tokens[0])
+  if gates is not None and tokens[gates] is not None:
+    sound &= _finite(tokens[gates])
+  # Under its name it is saved, so that no kernel runs again to find it.
+  sound = checkpoint_name(sound, RESIDUALS)
+
+  def contained():
+    cleaned, flags = _clean(lead, starts, tokens, initial_state)
+    return _marked(run(*cleaned, shared), flags)
+
+  return jax.lax.cond(sound, lambda: results, contained), sound
+
+
+def _backward(run, lead, residuals, cotangents):
+  pullback, sound, *inputs = residuals
+  found = pullback(cotangents)
+  found = jax.lax.cond(sound & _finite(found[1]), lambda: found,
+                       lambda: _contained_gradients(run, lead, *inputs, cotangents))
+  return None, *found
+
+
+def _finite(x):
+  return jnp.all(jnp.isfinite(x))
 
 
 def _clean(lead, starts, tokens, initial_state):
   """Finite arrays, the tokens that find or make the state non-finite, and the outputs that are lost, `[B, T, ...]`."""
-  reads, *writes = (_of_heads(_any(~jnp.isfinite(x), lead), initial_state) for x in tokens)
+  # The compiler would evaluate the test of a state of zeros, which takes it half a minute.
+  initial_state = jax.lax.optimization_barrier(initial_state)
+  reads, *writes = (_of_heads(_any(~jnp.isfinite(x), lead), initial_state) for x in tokens if x is not None)
   written = functools.reduce(jnp.logical_or, writes)
   entry = _any(~jnp.isfinite(initial_state), lead - 1)
   state = _from(written.at[:, 0].set(written[:, 0] | entry), starts)
@@ -74,8 +112,9 @@ def _marked(results, flags):
   return _select(~lost, output, jnp.nan), _select(~state[:, -1], final_state, jnp.nan)
 
 
-def _backward(lead, residuals, cotangents):
-  pullback, (state, lost), starts = residuals
+def _contained_gradients(run, lead, starts, tokens, initial_state, shared, cotangents):
+  cleaned, (state, lost) = _clean(lead, starts, tokens, initial_state)
+  _, pullback = jax.vjp(run, *cleaned, shared)
   usable, flags = [], []
   for x, gone, axes in zip(cotangents, (lost, state[:, -1]), (lead, lead - 1), strict=True):
     gone = _like(gone, x)
@@ -84,9 +123,10 @@ def _backward(lead, residuals, cotangents):
   own, end = flags
   reached = state | _until(own.at[:, -1].set(own[:, -1] | end), starts)
   tokens, initial_state, shared = pullback(tuple(usable))
-  tokens = [_select(~_of_key_heads(reached if i else state | own, x), x, jnp.nan) for i, x in enumerate(tokens)]
+  marked = (_select(~_of_key_heads(reached if i else state | own, x), x, jnp.nan) if x is not None else None
+            for i, x in enumerate(tokens))
   everywhere = ~jnp.any(reached)
-  return (None, tuple(tokens), _select(~reached[:, 0], initial_state, jnp.nan),
+  return (tuple(marked), _select(~reached[:, 0], initial_state, jnp.nan),
           jax.tree.map(lambda x: jnp.where(everywhere, x, jnp.nan), shared))
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import jax
 
+RESIDUALS = "op_residuals"  # the name of an op's results that its backward pass reads, for policies of jax.checkpoint
+
 
 def of_definition(kernel: Callable, definition: Callable) -> Callable:
   """`kernel` with the derivatives of `definition`, the same function in jnp, and with the same tree of results.

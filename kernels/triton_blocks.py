@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels import cpu_compiler
+from kernels.derivatives import RESIDUALS
 
-RESIDUALS = "op_residuals"  # the name of kernels' results that a backward pass reads, for policies of jax.checkpoint
 LOG2E = 1.4426950408889634  # kernels use exp2 of logarithms in base 2
 CHUNKS = (16, 32, 64)
 MOST_KEYS = 256  # more do not leave room for a tile of the state in registers

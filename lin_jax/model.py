@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from kernels.triton_blocks import RESIDUALS
+from kernels.derivatives import RESIDUALS
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.decoding import Decoder, in_order, stacked

@@ -95,5 +95,5 @@ def delta_rule(
   options = dict(scale=scale, normalize_qk=bool(normalize_qk), chunk_size=chunk_size)
   output, final_state = containment.contain(
       lambda tokens, state, _: run(*tokens, state, **options), None if run is reference.delta_rule else starts,
-      (q, k, v, beta, log_decay), initial_state, lead=3)
+      (q, k, v, beta, log_decay), initial_state, lead=3, gates=4)
   return contract.scaled(output, factor), final_state

@@ -72,5 +72,5 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
   run = dispatch.choose("gla", implementation, q, k, v, log_decay, chunk_size=chunk_size)
   output, final_state = containment.contain(
       lambda tokens, state, _: run(*tokens, state, scale=scale, chunk_size=chunk_size),
-      None if run is reference.gla else starts, (q, k, v, log_decay), initial_state, lead=3)
+      None if run is reference.gla else starts, (q, k, v, log_decay), initial_state, lead=3, gates=3)
   return contract.scaled(output, factor), final_state

@@ -81,5 +81,5 @@ def linear_attention(
   run = dispatch.choose("linear_attention", implementation, q, k, v, log_decay, chunk_size=chunk_size)
   output, final_state = containment.contain(
       lambda tokens, state, _: run(*tokens, state, scale=scale, chunk_size=chunk_size),
-      None if run is reference.linear_attention else starts, (q, k, v, log_decay), initial_state, lead=3)
+      None if run is reference.linear_attention else starts, (q, k, v, log_decay), initial_state, lead=3, gates=3)
   return contract.scaled(output, factor), final_state

@@ -1,9 +1,10 @@
 """Softmax attention of Transformer++ (LLaMA): rotary positions, grouped key-value heads, optional sliding window.
 
 The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's flash kernels where they apply, which is
-for 16-bit dtypes, head sizes that are multiples of 8 up to 128 and, with a mask, even lengths. The function takes no
-segment ids, so packed documents pass a boolean mask [B,1,T,T] shared by all heads. cuDNN reads the mask as a bias and
-stores no scores. In all other cases XLA's form runs, which stores scores [B,H,T,T].
+for 16-bit dtypes, head sizes that are multiples of 8 up to 128 and, with a mask, even lengths. In all other cases XLA's
+form runs, which stores scores [B,H,T,T]. Packed documents take cuDNN's own layout for them (`packed_attention.py`) on
+GPUs from Hopper on. With a window and elsewhere they pass a boolean mask [B,1,T,T] shared by all heads, which cuDNN
+reads as a bias, for all pairs of tokens.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 
 from kernels import dispatch
 from lin_jax.layers import Linear, rotary, segment_runs
-from lin_jax.mixers import register, require
+from lin_jax.mixers import packed_attention, register, require
 from lin_jax.sharding import map_over_heads
 
 
@@ -67,14 +68,24 @@ class Attention(nnx.Module):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     q, k, v = self._project(x, positions)
 
-    mask, window = None, (self.window - 1, 0) if self.window else None
-    if segment_ids is not None:
-      # The mask carries the window too: cuDNN does not take a bias and a window together.
-      runs, window = segment_runs(segment_ids), None
-      mask = (self._visible(positions, positions) & (runs[:, :, None] == runs[:, None, :]))[:, None]
-    attend = functools.partial(_attention, is_causal=True, local_window_size=window)
-    o = map_over_heads(attend, "bthk,bshk,bshk,b1ts->bthk")(q, k, v, mask)
+    if segment_ids is None:
+      window = (self.window - 1, 0) if self.window else None
+      attend = functools.partial(_attention, mask=None, is_causal=True, local_window_size=window)
+      o = map_over_heads(attend, "bthk,bshk,bshk->bthk")(q, k, v)
+    else:
+      o = self._within_documents(q, k, v, segment_runs(segment_ids))
     return self._finish(checkpoint_name(o, "mixer_output")), None
+
+  def _within_documents(self, q, k, v, runs):
+    if not self.window and dispatch.platform() == "cuda" and packed_attention.supported(q):
+      return packed_attention.attend(q, k, v, runs, self._masked)
+    return map_over_heads(self._masked, "bthk,bshk,bshk,bt->bthk")(q, k, v, runs)
+
+  def _masked(self, q, k, v, runs):
+    # The mask carries the window too: cuDNN does not take a bias and a window together.
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1])[None], runs.shape)
+    mask = self._visible(positions, positions) & (runs[:, :, None] == runs[:, None, :])
+    return _attention(q, k, v, mask[:, None], is_causal=True)
 
   def _extend(self, x, state, segment_ids):
     """Attends to the cache and to `x`. The new state keeps the last keys and values of the last token's segment."""
