@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from kernels import dispatch
 from lin_jax import files, optim, sharding
 from lin_jax import metrics as reporting
 from lin_jax import workdir as workdirs
@@ -25,6 +26,9 @@ from lin_jax.manifests import describe
 from lin_jax.model import keep_rows
 from lin_jax.preemption import stop_signals
 from lin_jax.train_state import TrainState, empty_carried, make_state, placement, restore, saved_form
+
+# XLA joins products of one input, as those of queries and keys, and then copies the parts out of the result.
+_COMPILER_OPTIONS = {"cuda": {"xla_gpu_dot_merger_threshold_mb": 0}}
 
 
 def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | str | None = None) -> dict:
@@ -188,7 +192,8 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
     carried = next_carried(state, batch, carried, finite)
     return TrainState(params, opt_state, state.step + 1, skipped, carried), metrics
 
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None),
+                 compiler_options=_COMPILER_OPTIONS.get(dispatch.platform()))
 
 
 def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, dict], tuple[jax.Array, jax.Array]]:
