@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels import chunks, triton_blocks
+from kernels.delta_rule.pallas_triton_norms import launch_through_norm, through_norm
 from kernels.delta_rule.pallas_triton_operands import row_weights, take_per_token, weigh_both
 from kernels.scalar_decay import between, decay_of, gate_block, weigh
 from kernels.triton_blocks import computed_once, given, key_head, operand, rows_and_columns
@@ -102,12 +103,7 @@ def _float32(x):
 
 
 def _write(ref, norm, x, dx):
-  ref[...] = _through_norm(x, norm, dx).astype(ref.dtype)
-
-
-def _through_norm(x, norm, dx):
-  """The gradient of rows x from `dx`, in which 1 / norm counts as a constant."""
-  return dx if norm is None else dx - (norm * norm * jnp.sum(x * dx, axis=-1))[..., None] * x
+  ref[...] = through_norm(x, norm, dx).astype(ref.dtype)
 
 
 # Launch: one program per tile of key channels, chunk, head and row of the batch.
@@ -140,6 +136,6 @@ def gradients(operands, e, do, minus_f, states, dstates, scale, config):
           operands.q, operands.k, e, do, minus_f, *vectors, states, dstates)
   dq, dk = (chunks.sum_heads(x, G) for x in (dq, dk))
   if normalized and not whole:  # all value heads of a key head have its norms
-    dq, dk = (_through_norm(x.astype(jnp.float32), norm[:, :, ::H // G], dx).astype(x.dtype)
+    dq, dk = (launch_through_norm(x, norm[:, :, ::H // G], dx)
               for x, norm, dx in ((operands.q, operands.q_norm, dq), (operands.k, operands.k_norm, dk)))
   return dq, dk, dv, dbeta[0], jnp.sum(dg[0], axis=0) if gated else None

@@ -9,6 +9,7 @@ import pytest
 
 from kernels import chunks, delta_rule, linear_attention
 from kernels.delta_rule import step
+from kernels.delta_rule.pallas_triton_norms import launch_through_norm
 from tests.close import assert_close, tolerance
 from tests.kernels import cases
 from tests.kernels.cases import check, make_inputs
@@ -247,3 +248,14 @@ def test_bad_dtypes_and_values_are_named(unchecked_arrays):
     delta_rule(x, x, x, beta, chunk_size=48)
   with pytest.raises(ValueError, match="delta_rule: implementation='triton' is unknown; known: .*reference"):
     delta_rule(x, x, x, beta, implementation="triton")
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-6), ("bfloat16", 5e-3)])
+def test_the_gradient_through_the_norms_in_one_kernel(dtype, bound):
+  x, dx = (jax.random.normal(key, (2, 16, 3, 64)) for key in jax.random.split(jax.random.key(0)))
+  x = x.astype(dtype)
+  norm = jax.lax.rsqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1) + 1e-6)
+  found = launch_through_norm(x, norm, norm[..., None] * dx)  # the other factor 1 / norm is in the kernels' weights
+  expected = jax.vjp(chunks.normalize, x.astype(jnp.float32))[1](dx)[0]
+  assert found.dtype == x.dtype
+  assert_close("gradient", found, expected, bound)
