@@ -26,7 +26,7 @@ MOST_STATES = 32  # per channel: more do not fit into registers
 ROWS = 16  # of the product that sums over channels: dc of up to 8 tokens, then their db
 # Programs of one warp that keep a multiprocessor as busy as one program of several warps, which `pieces` counts.
 WARPS = 32
-ENOUGH = 128  # such programs suffice without cutting a sequence; larger values were not tried
+ENOUGH = 32  # such programs suffice without cutting a sequence: 8 warps, as many as have registers, on 128 processors
 # Blocks that count as one chunk when a sequence is cut: pieces shorter than about 256 tokens do not repay their launch.
 PIECE_BLOCKS = 4
 
