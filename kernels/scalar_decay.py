@@ -1,7 +1,7 @@
 """Decays of one scalar per head between the tokens of a chunk, for Pallas kernel bodies and their launches.
 
-Gates are summed as integers in units of 2^-17, so that the difference of two sums is the exact sum between them. The
-sums of a constant decay are its multiples.
+Gates are summed as integers in units of 2^-17, in a kernel of their own where `chunk_sums` is used, so that the
+difference of two sums is the exact sum between them. The sums of a constant decay are its multiples.
 """
 
 import dataclasses

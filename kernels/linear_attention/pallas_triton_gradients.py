@@ -1,6 +1,7 @@
 """The gradients of queries, keys and gates per chunk as a Pallas kernel. Letters as in `README.md` of this folder.
 
-A program holds one chunk and a tile of key channels, and loops over tiles of value channels.
+A program of the first kernel holds one chunk and a tile of key channels, and loops over tiles of value channels. A
+second kernel finds the gradient of a decay per token from the flows that the first one writes.
 """
 
 import functools
@@ -89,7 +90,7 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
 
 
 def dqk(q, k, v, sums, do, states, dstates, scale, config):
-  """dq, dk, and for a decay per token its gradient, from the parts of all tiles of key channels."""
+  """dq, dk, and for a decay per token its gradient. `sums` is what `kernels.scalar_decay.chunk_sums` gives."""
   (B, T, H, V), (G, K) = v.shape, q.shape[2:]
   C, block, key = config.chunk, min(config.dqk.block, K), key_head(H, G)
   keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, key(h), t))

@@ -44,9 +44,10 @@ def _scan_kernel(*refs, gated, scores, outputs, save, reverse, scale, chunk, dep
 def _scan_chunk(q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, n, states, *, chunk, tiles, reverse, scale, dot):
   """The state behind chunk `n` from the one before it, with the chunk's output where there is an `o_ref`."""
   dtype, rows = operand(k_ref.dtype), pl.ds(n * chunk, chunk)
-  decay = decay_of(load_gate(g_ref, n, chunk), chunk)
-  weights = (decay.upto, scale), (decay.after,)
-  query_weights, key_weights = weights[::-1] if reverse else weights
+  weights = lambda decay: ((decay.after,), (decay.upto, scale)) if reverse else ((decay.upto, scale), (decay.after,))
+  gate = load_gate(g_ref, n, chunk)
+  decay = decay_of(gate, chunk)
+  query_weights, key_weights = weights(decay)
   load = lambda ref, columns=slice(None): ref[rows, columns].astype(dtype)
   weighted = lambda v: weigh(v.astype(jnp.float32), *key_weights).astype(dtype)
   add = lambda k, u, state: dot(k.T, u) + (state if decay.total is None else decay.total * state)
@@ -81,6 +82,9 @@ def _scan_chunk(q_ref, k_ref, v_ref, g_ref, p_ref, o_ref, states_ref, n, states,
   if late and dtype == jnp.float32:
     v = add_late()
   if o_ref is not None:
+    if isinstance(gate, tuple):  # sums of a decay per token are read again, because they spill when held from the start
+      decay = decay_of(load_gate(g_ref, n, chunk), chunk)
+      query_weights, _ = weights(decay)
     p = p_ref[n] if p_ref is not None else (between(decay, chunk, transposed=reverse) * (scale * p)).astype(dtype)
     o_ref[rows, :] = (weigh(o, *query_weights) + dot(p, v)).astype(o_ref.dtype)
   if late and dtype != jnp.float32:

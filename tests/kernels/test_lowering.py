@@ -16,11 +16,13 @@ from kernels import triton_blocks
 
 # No configuration is listed for it, so the heuristics answer.
 A100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA A100-SXM4-80GB", 108, "gpu"))
-FORWARD = {"gla": ["gla_factors", "gla_exact_scores", "gla_scan"], "linear_attention": ["linear_attention_scan"],
+FORWARD = {"gla": ["gla_factors", "gla_exact_scores", "gla_scan"],
+           "linear_attention": ["linear_attention_sums", "linear_attention_scan"],
            "delta_rule": ["delta_rule_inverse", "delta_rule_scan"]}
 BACKWARD = {"gla": ["gla_scan", "gla_dqkg", "gla_exact_dscores", "gla_exact_dqkg"],
-            "linear_attention": ["linear_attention_scan", "linear_attention_dqk"],
+            "linear_attention": ["linear_attention_scan", "linear_attention_dqk", "linear_attention_dgates"],
             "delta_rule": ["delta_rule_reverse", "delta_rule_gradients"]}
+PER_TOKEN = ["linear_attention_sums", "linear_attention_dgates"]  # of them, only a decay per token needs these
 PIECES = {op: [f"{op}_piece"] for op in FORWARD}
 # Where float32 keys are so wide that the scan has no registers for P: GLA keeps it for the backward pass.
 SCORES = {"gla": ["gla_scores"], "linear_attention": 2 * ["linear_attention_scores"], "delta_rule": []}
@@ -114,6 +116,7 @@ def test_blocks_divide_their_arrays():
 def test_no_decay_has_no_gradient_of_it():
   only_inputs = jax.grad(loss, argnums=(1, 2, 3))
   wanted = collections.Counter(FORWARD["linear_attention"] + BACKWARD["linear_attention"])
+  wanted -= collections.Counter(PER_TOKEN)
   for gate in ("none", "constant"):
     assert kernel_counts(only_inputs, "linear_attention", gate=gate, T=128) == wanted
 
