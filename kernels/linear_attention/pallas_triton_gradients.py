@@ -70,8 +70,8 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
 # Launch: one program per tile of key channels, chunk, head and row of the batch.
 
 
-def dqk(q, k, v, log_decay, do, states, dstates, scale, config):
-  """dq, dk, and for a decay per token its gradient, from the parts of all tiles of key channels."""
+def dqk(q, k, v, log_decay, do, states, dstates, scale, config, *, flows):
+  """dq, dk, and if the `flows` through a decay per token are wanted, its gradient as the sum of all tiles of keys."""
   (B, T, H, V), (G, K) = v.shape, q.shape[2:]
   C, block, key = config.chunk, min(config.dqk.block, K), key_head(H, G)
   keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, key(h), t))
@@ -80,13 +80,12 @@ def dqk(q, k, v, log_decay, do, states, dstates, scale, config):
   state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
   dgate = pl.BlockSpec((None, None, C, None), lambda t, n, h, b: (t, b, n, h))
   gate, gate_spec = gate_block(log_decay, C, chunked=True)
-  per_token = bool(gate) and log_decay.ndim == 3
   dq, dk, *dg = triton_blocks.launch(
       functools.partial(_dqk_kernel, gated=bool(gate), scale=scale, block_v=loop_width(config.dqk.block, V)),
       name="linear_attention_dqk", grid=(K // block, T // C, H, B),
       in_specs=[keys, keys, values, values, state, state, *gate_spec],
-      out_specs=[dkeys, dkeys, *given(per_token, dgate)],
+      out_specs=[dkeys, dkeys, *given(flows, dgate)],
       out_shape=[jax.ShapeDtypeStruct((B, T, H, K), q.dtype), jax.ShapeDtypeStruct((B, T, H, K), k.dtype),
-                 *given(per_token, jax.ShapeDtypeStruct((K // block, B, T, H), jnp.float32))],
+                 *given(flows, jax.ShapeDtypeStruct((K // block, B, T, H), jnp.float32))],
       num_warps=config.dqk.num_warps, num_stages=config.dqk.num_stages)(q, k, v, do, states, dstates, *gate)
-  return chunks.sum_heads(dq, G), chunks.sum_heads(dk, G), jnp.sum(dg[0], axis=0) if per_token else None
+  return chunks.sum_heads(dq, G), chunks.sum_heads(dk, G), jnp.sum(dg[0], axis=0) if flows else None
