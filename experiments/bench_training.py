@@ -5,6 +5,7 @@
   python experiments/bench_training.py --set=step --unroll=0,1 --remat=none,dots --out=runs/step.jsonl
   python experiments/bench_training.py --set=step_340m --unroll=0 --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=step --peers=jla,fla --out=experiments/results/training.jsonl
+  python experiments/bench_training.py --set=step --documents=one,packed --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=tnl --tiny                                 # proves the command on a CPU
 
 gla_fig6 is figure 6 of arXiv:2312.06635: 1.3B parameters and 16,384 tokens per step. tnl is the training table of
@@ -13,15 +14,19 @@ step is 16,384 tokens in 8 windows for each family at the size of its paper, to 
 and step_340m is 32,768 tokens in 16 windows for families at 340M parameters. Runs go through all models with the first
 values of --unroll and --remat before they take the next.
 
+With --documents=one each window is one document, so attention runs its causal kernel without a mask. With packed, the
+windows are cut from a row of documents of the English corpus's lengths (`speed/packing.py`), and the state restarts at
+each document. Both in one command run one after the other for each model, for the table of what packing costs.
+
 With --peers the set step also trains other libraries' own models of the same sizes, before ours and each in a process
 of its own, within --peer_seconds (`speed/peers.py`). A library that is not installed costs one line. `report_claims.py`
 writes the table of ours beside theirs.
 
-Each window is one document, so attention runs its causal kernel without a mask. Programs are compiled in groups, side
-by side, and a group is measured before the next is compiled. A run that fails is recorded with its reason. A run is
-skipped when --out has its record for this device, these versions and this setting. `report_claims.py` draws the curves
-of gla_fig6 and tnl. A program of an earlier run comes out of the compilation cache, so records of `compile_s` need
---compilation_cache=off. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
+Programs are compiled in groups, side by side, and a group is measured before the next is compiled. A run that fails is
+recorded with its reason. A run is skipped when --out has its record for this device, these versions and this setting.
+`report_claims.py` draws the curves of gla_fig6 and tnl. A program of an earlier run comes out of the compilation cache,
+so records of `compile_s` need --compilation_cache=off. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a
+user's error.
 """
 
 import itertools
@@ -35,7 +40,7 @@ from absl import flags
 
 from lin_jax.config import REMAT_POLICIES, DataConfig, MeshConfig, OptimConfig, validate
 from running import commands
-from speed import peers, sweeps, training
+from speed import packing, peers, sweeps, training
 from speed.training import SWEEPS
 
 _RESULTS = ("tokens_per_s", "step_ms", "mfu", "memory_gib", "compile_s", "first_step_s", "losses")
@@ -49,6 +54,8 @@ _REMAT = flags.DEFINE_list("remat", ["dots"], "What a block recomputes in its ba
                            f"{', '.join(REMAT_POLICIES)}.")
 _UNROLL = flags.DEFINE_list("unroll", ["1"], "Repetitions of layers compiled in one step of their scan, 0 for all: one "
                             "or more numbers.")
+_DOCUMENTS = flags.DEFINE_list("documents", ["one"], "How windows hold documents: one or more of "
+                               f"{', '.join(packing.DOCUMENTS)}.")
 _GROUP = flags.DEFINE_integer("group", 4, "How many programs are compiled side by side before they are measured.",
                               lower_bound=1)
 _PEERS = flags.DEFINE_list("peers", [], f"Other libraries to train beside ours, of {', '.join(peers.VARIANTS)}.")
@@ -85,7 +92,7 @@ def _train_peers(path, start):
     size = {"batch_size": 2, "sequence_length": 64}
   for chosen in peers.chosen(_PEERS.value, _MODELS.value, _VARIANTS.value):
     setting = {"set": "step", "tiny": _TINY.value, **chosen, **size, "steps": _STEPS.value,
-               "timed_steps": _TIMED.value, "data": training.ZIPF, "documents": "one a window"}
+               "timed_steps": _TIMED.value, "data": training.ZIPF, "documents": packing.DOCUMENTS["one"]}
     every.append((setting, common | {"versions": peers.versions(chosen["library"]), "setting": setting}))
   runs = sweeps.missing(every, path)
   print(f"{common['device']}: {len(runs)} runs of other libraries, {len(every) - len(runs)} recorded before",
@@ -97,17 +104,21 @@ def _train_peers(path, start):
 
 def _train_ours(path, start):
   sweep, common, every = SWEEPS[_SET.value], training.provenance(), []
-  for unroll, remat, model, length in itertools.product(
+  if unknown := set(_DOCUMENTS.value) - set(packing.DOCUMENTS):
+    raise ValueError(f"--documents={','.join(unknown)}: unknown; known: {', '.join(packing.DOCUMENTS)}")
+  for unroll, remat, model, length, documents in itertools.product(
       map(_number, _UNROLL.value), _REMAT.value, sweeps.chosen(_MODELS, list(sweep.models)),
-      sweeps.chosen(_LENGTHS, sweep.lengths)):
+      sweeps.chosen(_LENGTHS, sweep.lengths), _DOCUMENTS.value):
     config = sweep.models[model]()
     config.remat, config.unroll = remat, unroll
     config = _config(f"{model} at {length}", config, length, sweep.tokens)
-    every.append((config, common | {"setting": _setting(model, config)}))
+    every.append(((config, documents == "packed"), common | {"setting": _setting(model, config, documents)}))
   runs = sweeps.missing(every, path)
   print(f"{common['device']}: {len(runs)} runs, {len(every) - len(runs)} recorded before", flush=True)
-  programs = training.compiled_in_groups([config for config, _ in runs], _GROUP.value, documents=False)
-  measure = lambda config: _measured(next(programs))  # runs are measured in their order, and none after one is left
+  programs = training.compiled_in_groups([config for (config, _), _ in runs], _GROUP.value,
+                                         [packed for (_, packed), _ in runs])
+  # Runs are measured in their order, and none after one is left.
+  measure = lambda run: _measured(next(programs), packed=run[1])
   return sweeps.run(runs, measure, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
 
 
@@ -125,15 +136,15 @@ def _config(name, config, length, tokens):
   return validate(training.shrunk(config) if _TINY.value else config)
 
 
-def _setting(model, config):
+def _setting(model, config, documents):
   return {"library": "lin_jax", "set": _SET.value, "tiny": _TINY.value, "name": model, **training.description(config),
-          "timed_steps": _TIMED.value, "data": training.ZIPF, "documents": "one a window"}
+          "timed_steps": _TIMED.value, "data": training.ZIPF, "documents": packing.DOCUMENTS[documents]}
 
 
-def _measured(program):
+def _measured(program, packed):
   program = program.result()
   steps = program.config.optim.steps
-  batches = training.drawn_batches(program.config, steps, documents=False)
+  batches = training.drawn_batches(program.config, steps, documents=False, packed=packed)
   result = training.measure(program, batches, _TIMED.value)
   return _finite({name: result[name] for name in _RESULTS})
 
@@ -149,6 +160,7 @@ def _line(row):
   how = f"{setting['library']} {setting['variant']}" if "variant" in setting else (
       f"unroll {setting['unroll']:<2} {setting['remat']:<5}")
   mfu = "" if row.get("mfu") is None else f", MFU {100 * row['mfu']:.1f}%"
+  how += "" if setting["documents"] == packing.DOCUMENTS["one"] else " packed"
   return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} {how} {row['tokens_per_s']:>9,.0f} tokens/s, "
           f"{row['step_ms']:.1f} ms per step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s, "
           f"first step after {row['first_step_s']:.1f} s")

@@ -1,5 +1,6 @@
-"""Makes the page of claims, experiments/results/README.md, with its plots, and the table of our training steps beside
-other libraries' in experiments/results/training.md. --check says whether both are up to date.
+"""Makes the page of claims, experiments/results/README.md, with its plots, and the tables of our training steps,
+beside other libraries' and with packed documents, in experiments/results/training.md. --check says whether both pages
+are up to date.
 
   python experiments/report_claims.py
 """
@@ -15,7 +16,7 @@ from claims.plots import PLOTS
 from claims.speed import TRAINING
 from lin_jax import files
 from running import commands
-from speed.page import with_table
+from speed.page import with_tables
 
 _RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _FOLDER = flags.DEFINE_string("results", str(_RESULTS), "Folder of the records, where the pages are written.")
@@ -28,7 +29,7 @@ def main(_):
     raise ValueError(f"--results={results.folder}: no such folder")
   pages = {results.folder / "README.md": render(results)}
   if (training := results.folder / "training.md").exists():
-    pages[training] = with_table(training.read_text(encoding="utf-8"), results.lines(TRAINING))
+    pages[training] = with_tables(training.read_text(encoding="utf-8"), results.lines(TRAINING))
   if _CHECK.value:
     old = [page for page, text in pages.items() if not page.exists() or page.read_text(encoding="utf-8") != text]
     for page in old:

@@ -38,6 +38,12 @@ def segment_starts(segment_ids):
   return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
+def with_resets(log_decay, starts, heads):
+  """A decay per token `[B, T, heads]` that is RESET where a segment starts, from a decay per token or head, or None."""
+  log_decay = jnp.broadcast_to(0.0 if log_decay is None else log_decay, (*starts.shape, heads)).astype(jnp.float32)
+  return jnp.where(starts[:, :, None], RESET, log_decay)
+
+
 def repeat_heads(x, heads):
   """`[B, T, G, D]` to `[B, T, heads, D]`, each head repeated heads / G times in place."""
   return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -22,6 +22,7 @@ All other results are the same as with finite numbers in their place, bit for bi
 although all inputs are finite is not contained.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -33,76 +34,86 @@ from kernels import chunks
 from kernels.derivatives import RESIDUALS
 
 
-def contain(run: Callable, starts, tokens, initial_state, shared=(), *, lead: int, gates: int | None = None):
-  """`run(tokens, initial_state, shared)`, an output and a final state, with non-finite values kept in their segments.
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """An implementation of an op, and what containing it takes.
+
+  Attributes:
+    run: function of `starts`, `tokens`, `initial_state` and `shared` as in `contain`: an output and a final state.
+    lead: how many leading axes of `tokens`, batch and time included, have a state of their own.
+    gates: which of `tokens` are gates, of which a non-finite one may leave the state finite.
+    selects: whether `run` selects by a reset itself.
+  """
+
+  run: Callable
+  lead: int
+  gates: int | None = None
+  selects: bool = False
+
+
+def contain(op: Op, starts, tokens, initial_state, shared=()):
+  """The output and the final state of `op.run` with non-finite values kept in their segments.
 
   Args:
     starts: `[B, T]`, true where a segment starts; the first token's entry has no effect. With None there is nothing to
-      contain, and the arrays go to `run` as they are.
+      contain.
     tokens: arrays `[B, T, ...]` or None, of which the first reads the state and the others write it. Their third axis
       may be key heads, each for several consecutive heads of the state.
     shared: arrays that all tokens share; their gradients are NaN when the gradient of any token is.
-    lead: how many leading axes of `tokens`, batch and time included, have a state of their own.
-    gates: which of `tokens` are gates, of which a non-finite one may leave the state finite.
   """
-  if starts is None:
-    return run(tokens, initial_state, shared)
-  return _contained(run, lead, gates, starts, tuple(tokens), initial_state, tuple(shared))
+  if starts is None or op.selects:
+    return op.run(starts, tokens, initial_state, shared)
+  return _contained(op, starts, tuple(tokens), initial_state, tuple(shared))
 
 
-def _contained(run, lead, gates, *arguments):
-  function = jax.custom_vjp(lambda *arguments: _forward(run, lead, gates, *arguments)[0])
-  function.defvjp(lambda *arguments: _forward_and_pullback(run, lead, gates, *arguments),
-                  lambda *arguments: _backward(run, lead, *arguments))
-  return function(*arguments)
+def _contained(op, *inputs):
+  function = jax.custom_vjp(lambda *inputs: _checked(op, op.run(*inputs), *inputs)[0])
+  function.defvjp(functools.partial(_forward, op), functools.partial(_backward, op))
+  return function(*inputs)
 
 
-def _forward(run, lead, gates, starts, tokens, initial_state, shared):
-  inputs = tokens, initial_state, shared
-  return _checked(run(*inputs), run, lead, gates, starts, *inputs)
-
-
-def _forward_and_pullback(run, lead, gates, starts, tokens, initial_state, shared):
-  inputs = tokens, initial_state, shared
-  results, pullback = jax.vjp(run, *inputs)
-  results, sound = _checked(results, run, lead, gates, starts, *inputs)
+def _forward(op, starts, *inputs):
+  results, pullback = jax.vjp(functools.partial(op.run, starts), *inputs)
+  results, sound = _checked(op, results, starts, *inputs)
   return results, (pullback, sound, starts, *inputs)
 
 
-def _checked(results, run, lead, gates, starts, tokens, initial_state, shared):
+def _backward(op, residuals, cotangents):
+  pullback, sound, *inputs = residuals
+  found = pullback(cotangents)
+  found = jax.lax.cond(sound & _finite(found[1]), lambda: found, lambda: _contained_gradients(op, *inputs, cotangents))
+  return None, *found
+
+
+def _checked(op, results, starts, tokens, initial_state, shared):
   """`results`, or if they are not `sound` the contained ones, and whether they are."""
   sound = _finite(results[1]) & _finite(tokens[0])
-  if gates is not None and tokens[gates] is not None:
-    sound &= _finite(tokens[gates])
+  if op.gates is not None and tokens[op.gates] is not None:
+    sound &= _finite(tokens[op.gates])
   # Under its name it is saved, so that no kernel runs again to find it.
   sound = checkpoint_name(sound, RESIDUALS)
 
   def contained():
-    cleaned, flags = _clean(lead, starts, tokens, initial_state)
-    return _marked(run(*cleaned, shared), flags)
+    cleaned, flags = _clean(op, starts, tokens, initial_state)
+    return _marked(op.run(starts, *cleaned, shared), flags)
 
   return jax.lax.cond(sound, lambda: results, contained), sound
 
 
-def _backward(run, lead, residuals, cotangents):
-  pullback, sound, *inputs = residuals
-  found = pullback(cotangents)
-  found = jax.lax.cond(sound & _finite(found[1]), lambda: found,
-                       lambda: _contained_gradients(run, lead, *inputs, cotangents))
-  return None, *found
+def _unknown(x, starts):
+  """`x` plus a zero: if the compiler knows that `x` is zeros, as a state often is, it tests them for half a minute."""
+  return x + jnp.where(starts[0, 0], -0.0, 0.0).astype(x.dtype)
 
 
 def _finite(x):
   return jnp.all(jnp.isfinite(x))
 
 
-def _clean(lead, starts, tokens, initial_state):
+def _clean(op, starts, tokens, initial_state):
   """Finite arrays, the tokens that find or make the state non-finite, and the outputs that are lost, `[B, T, ...]`."""
-  # The compiler would evaluate the test of a state of zeros, which takes it half a minute.
-  initial_state = jax.lax.optimization_barrier(initial_state)
-  reads, *writes = (_of_heads(_any(~jnp.isfinite(x), lead), initial_state) for x in tokens if x is not None)
+  reads, *writes = (_of_heads(_any(~jnp.isfinite(x), op.lead), initial_state) for x in tokens if x is not None)
   written = functools.reduce(jnp.logical_or, writes)
-  entry = _any(~jnp.isfinite(initial_state), lead - 1)
+  entry = _any(~jnp.isfinite(_unknown(initial_state, starts)), op.lead - 1)
   state = _from(written.at[:, 0].set(written[:, 0] | entry), starts)
   return jax.tree.map(lambda x: _select(jnp.isfinite(x), x, 0), (tokens, initial_state)), (state, state | reads)
 
@@ -112,13 +123,14 @@ def _marked(results, flags):
   return _select(~lost, output, jnp.nan), _select(~state[:, -1], final_state, jnp.nan)
 
 
-def _contained_gradients(run, lead, starts, tokens, initial_state, shared, cotangents):
-  cleaned, (state, lost) = _clean(lead, starts, tokens, initial_state)
-  _, pullback = jax.vjp(run, *cleaned, shared)
+def _contained_gradients(op, starts, tokens, initial_state, shared, cotangents):
+  cleaned, (state, lost) = _clean(op, starts, tokens, initial_state)
+  _, pullback = jax.vjp(functools.partial(op.run, starts), *cleaned, shared)
   usable, flags = [], []
-  for x, gone, axes in zip(cotangents, (lost, state[:, -1]), (lead, lead - 1), strict=True):
+  for x, gone, axes in zip(cotangents, (lost, state[:, -1]), (op.lead, op.lead - 1), strict=True):
     gone = _like(gone, x)
     usable.append(_select(jnp.isfinite(x) & ~gone, x, 0))
+    x = _unknown(x, starts)
     flags.append(_any(jnp.where(gone, x != 0, ~jnp.isfinite(x)), axes))
   own, end = flags
   reached = state | _until(own.at[:, -1].set(own[:, -1] | end), starts)

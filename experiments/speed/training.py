@@ -23,6 +23,7 @@ from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.linear_attention import LinearAttentionConfig
 from lin_jax.training import make_state, make_train_step
 from running import records
+from speed import packing
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 ZIPF = "drawn from Zipf's law"
@@ -104,18 +105,24 @@ def provenance() -> dict:
   return found | {"versions": found["versions"] | {"sources": digest.hexdigest()[:12]}}
 
 
-def compile_all(runs: Sequence[TrainConfig], *, documents: bool = True) -> list[concurrent.futures.Future]:
-  """Compiles a `Program` per config, side by side on as many threads as cores, and returns the finished futures."""
+def compile_all(runs: Sequence[TrainConfig], *, documents: Sequence[bool] | None = None,
+                ) -> list[concurrent.futures.Future]:
+  """Compiles a `Program` per config, side by side on as many threads as cores, and returns the finished futures.
+
+  `documents` says for each config whether its batches have segment ids, as those of all configs do without it.
+  """
+  documents = [True] * len(runs) if documents is None else documents
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     # Leaving the context waits for all of them, because on a CPU a compilation would disturb what is timed.
-    return [pool.submit(compile_step, config, documents=documents) for config in runs]
+    return [pool.submit(compile_step, config, documents=given) for config, given in zip(runs, documents, strict=True)]
 
 
-def compiled_in_groups(runs: Sequence[TrainConfig], count: int, *, documents: bool = True,
+def compiled_in_groups(runs: Sequence[TrainConfig], count: int, documents: Sequence[bool],
                        ) -> Iterator[concurrent.futures.Future]:
   """Yields what `compile_all` returns, and compiles `count` programs when the first of them is asked for."""
-  for group in itertools.batched(runs, count):
-    yield from compile_all(group, documents=documents)
+  for group in itertools.batched(zip(runs, documents, strict=True), count):
+    configs, given = zip(*group, strict=True)
+    yield from compile_all(configs, documents=given)
 
 
 def compile_step(config: TrainConfig, *, documents: bool = True) -> Program:
@@ -185,12 +192,21 @@ def drawn_tokens(vocabulary: int, batch: int, length: int, count: int) -> list[n
           for _ in range(count)]
 
 
-def drawn_batches(config: TrainConfig, count: int, *, documents: bool = True) -> list[dict]:
-  """Draws batches by `drawn_tokens`. Arguments as in `compile_step`."""
-  data = config.data
-  return [dict(tokens=ids[:, :-1], targets=ids[:, 1:], segment_ids=np.zeros_like(ids[:, 1:]) if documents else None,
-               mask=np.ones(ids[:, 1:].shape, np.float32))
-          for ids in drawn_tokens(config.model.vocab_size, data.batch_size, data.sequence_length, count)]
+def drawn_batches(config: TrainConfig, count: int, *, documents: bool = True, packed: bool = False) -> list[dict]:
+  """Draws batches by `drawn_tokens`.
+
+  Each window is one document, with segment ids if `documents`. If `packed`, windows hold the documents that
+  `packing.windows` draws, and the last token of a document has no target.
+  """
+  data, batches = config.data, []
+  drawn = drawn_tokens(config.model.vocab_size, data.batch_size, data.sequence_length, count)
+  shape = data.batch_size, data.sequence_length + 1
+  segments = packing.windows(count, *shape) if packed else np.ones((count, *shape), np.int32)
+  for ids, segment in zip(drawn, segments, strict=True):
+    same = segment[:, 1:] == segment[:, :-1]
+    batches.append(dict(tokens=ids[:, :-1], targets=ids[:, 1:], mask=same.astype(np.float32),
+                        segment_ids=segment[:, :-1] if documents or packed else None))
+  return batches
 
 
 def mesh_of(config: TrainConfig) -> jax.sharding.Mesh:

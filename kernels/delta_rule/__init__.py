@@ -80,20 +80,17 @@ def delta_rule(
                        f"{name} has shape {x.shape}; it must be [batch, time, heads] {v.shape[:3]}{rest}")
   contract.require("delta_rule", beta.dtype in contract.DTYPES,
                    f"beta has dtype {beta.dtype}; it must be bfloat16, float16 or float32")
-  (B, T, H, V), K = v.shape, q.shape[-1]
+  (B, _, H, V), K = v.shape, q.shape[-1]
   beta = beta.astype(jnp.float32)
   if log_decay is not None:
     log_decay = chunks.bounded(log_decay.astype(jnp.float32))
   starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
-  if starts is not None:
-    log_decay = jnp.zeros((B, T, H), jnp.float32) if log_decay is None else log_decay
-    log_decay = jnp.where(starts[:, :, None], chunks.RESET, log_decay)
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   scale, factor = contract.scale_of("delta_rule", scale, K)
   run = dispatch.choose("delta_rule", implementation, q, k, v, beta, log_decay, chunk_size=chunk_size)
   options = dict(scale=scale, normalize_qk=bool(normalize_qk), chunk_size=chunk_size)
-  output, final_state = containment.contain(
-      lambda tokens, state, _: run(*tokens, state, **options), None if run is reference.delta_rule else starts,
-      (q, k, v, beta, log_decay), initial_state, lead=3, gates=4)
+  op = containment.Op(lambda starts, tokens, state, _: run(*tokens, state, starts=starts, **options), lead=3, gates=4,
+                      selects=run is reference.delta_rule)
+  output, final_state = containment.contain(op, starts, (q, k, v, beta, log_decay), initial_state)
   return contract.scaled(output, factor), final_state

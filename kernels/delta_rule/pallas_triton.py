@@ -30,20 +30,21 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
   return triton_blocks.declines(q, chunk_size)
 
 
-def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
-  """See `kernels.delta_rule`. The state is given, segments are resets in `log_decay`."""
+def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
+  """See `kernels.delta_rule`. The state is given; `starts` `[B, T]` says where segments start, if any do."""
   if q.dtype == jnp.float16:
     wide = delta_rule(*(chunks.wide(x) for x in (q, k, v)), beta, log_decay, initial_state, scale=scale,
-                      normalize_qk=normalize_qk, chunk_size=chunk_size)
+                      normalize_qk=normalize_qk, starts=starts, chunk_size=chunk_size)
     return wide[0].astype(v.dtype), wide[1]
   K, V = q.shape[3], v.shape[3]
-  gate = tuned.gate_key(log_decay)
+  gate = tuned.gate_key(log_decay) if starts is None else "token"
   config = None if chunk_size else tuned.lookup("delta_rule", Config, gate=gate, K=K, V=V, dtype=q.dtype)
   config = config or heuristic(K, V, q.dtype, chunk_size)
-  return configured(q, k, v, beta, log_decay, initial_state, scale=scale, normalize_qk=normalize_qk, config=config)
+  return configured(q, k, v, beta, log_decay, initial_state, scale=scale, normalize_qk=normalize_qk, config=config,
+                    starts=starts)
 
 
-def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=False, config):
+def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=False, config, starts=None):
   """The op under an explicit configuration."""
   (B, T, H, V), K = v.shape, q.shape[3]
   dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, min(config.width, tile_width(V)))
@@ -51,29 +52,34 @@ def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=F
   fold = functools.partial(pieces.fold, count=count, chunk=config.span)
   pad = lambda x, extra: fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))))
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
+  flows = log_decay is not None  # resets alone have no gradient
+  if starts is not None:
+    log_decay = chunks.with_resets(log_decay, starts, H)
   output, final_state = _delta_rule(pad(q, dK), pad(k, dK), pad(v, dV), fold(beta), None if log_decay is None
-                                    else fold(log_decay), state, scale, normalize_qk, config)
+                                    else fold(log_decay), state, scale, normalize_qk, config, flows)
   return pieces.unfold(output, B)[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config, flows):
+  """`flows` says whether `log_decay` has a gradient."""
   operands = prepare(q, k, beta, log_decay, normalize_qk, config.chunk)
   output, final_state, _ = scan(operands, v, initial_state, scale, config, save=False)
   return output, final_state
 
 
-def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
+def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config, flows):
   operands = prepare(q, k, beta, log_decay, normalize_qk, config.chunk)
   output, e, states, final_state, kept = scan(operands, v, initial_state, scale, config)
   return (output, final_state), (operands, *triton_blocks.residuals((e, states, kept)))
 
 
-def _backward(scale, normalize_qk, config, residuals, cotangents):
+def _backward(scale, normalize_qk, config, flows, residuals, cotangents):
   operands, e, states, kept = residuals
   do, dfinal_state = cotangents
   minus_f, dstates, dinitial_state, _ = scan(operands, do, dfinal_state, scale, config, reverse=True, kept=kept)
-  dq, dk, dv, dbeta, dlog_decay = gradients(operands, e, do, minus_f, states, dstates, scale, config)
+  dq, dk, dv, dbeta, dlog_decay = gradients(operands, e, do, minus_f, states, dstates, scale, config,
+                                             flows)
   return dq, dk, dv, dbeta, dlog_decay, dinitial_state
 
 

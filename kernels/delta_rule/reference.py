@@ -21,10 +21,12 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
   return state, chunks.einsum("bhk,bhkv->bhv", q, state)
 
 
-def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
+def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
   """See `kernels.delta_rule`: the scan of `step`. `chunk_size` has no effect."""
   del chunk_size
   q, k = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k))
+  if starts is not None:
+    log_decay = chunks.with_resets(log_decay, starts, v.shape[2])
   by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, beta, log_decay))
   final_state, output = jax.lax.scan(
       lambda state, x: step(state, *x, normalize_qk=normalize_qk), initial_state, by_time)

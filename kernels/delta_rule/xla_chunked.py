@@ -27,8 +27,10 @@ def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
   return None
 
 
-def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, chunk_size=None):
-  """See `kernels.delta_rule`. The state is given, segments are resets in `log_decay`."""
+def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
+  """See `kernels.delta_rule`. The state is given; `starts` `[B, T]` says where segments start, if any do."""
+  if starts is not None:
+    log_decay = chunks.with_resets(log_decay, starts, v.shape[2])
   q, k = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k))
   if chunk_size is None:
     chunk_size = 16 if q.shape[1] <= 16 else 32 if q.shape[1] <= 32 else 64

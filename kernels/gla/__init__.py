@@ -70,7 +70,7 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   scale, factor = contract.scale_of("gla", scale, K)
   run = dispatch.choose("gla", implementation, q, k, v, log_decay, chunk_size=chunk_size)
-  output, final_state = containment.contain(
-      lambda tokens, state, _: run(*tokens, state, scale=scale, chunk_size=chunk_size),
-      None if run is reference.gla else starts, (q, k, v, log_decay), initial_state, lead=3, gates=3)
+  op = containment.Op(lambda starts, tokens, state, _: run(*tokens, state, scale=scale, chunk_size=chunk_size), lead=3,
+                      gates=3, selects=run is reference.gla)
+  output, final_state = containment.contain(op, starts, (q, k, v, log_decay), initial_state)
   return contract.scaled(output, factor), final_state

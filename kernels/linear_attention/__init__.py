@@ -67,19 +67,21 @@ def linear_attention(
     contract.require("linear_attention", log_decay.shape in (v.shape[2:3], v.shape[:3]),
                      f"log_decay has shape {log_decay.shape}; it must be [heads] {v.shape[2:3]} or [batch, time, "
                      f"heads] {v.shape[:3]}, or None")
-  (B, T, H, V), K = v.shape, q.shape[-1]
+  (B, _, H, V), K = v.shape, q.shape[-1]
   if log_decay is not None:
     log_decay = chunks.bounded(log_decay.astype(jnp.float32))
   starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
-  if starts is not None:
-    # Segments start at different tokens in each row, so a decay that the tokens share becomes one per token.
-    log_decay = jnp.broadcast_to(0.0 if log_decay is None else log_decay, (B, T, H)).astype(jnp.float32)
-    log_decay = jnp.where(starts[:, :, None], chunks.RESET, log_decay)
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   scale, factor = contract.scale_of("linear_attention", scale, K)
   run = dispatch.choose("linear_attention", implementation, q, k, v, log_decay, chunk_size=chunk_size)
-  output, final_state = containment.contain(
-      lambda tokens, state, _: run(*tokens, state, scale=scale, chunk_size=chunk_size),
-      None if run is reference.linear_attention else starts, (q, k, v, log_decay), initial_state, lead=3, gates=3)
+  # A decay that the tokens share belongs to none of them.
+  shared = log_decay is not None and log_decay.ndim == 1
+  tokens, constant = ((q, k, v), (log_decay,)) if shared else ((q, k, v, log_decay), ())
+
+  def call(starts, tokens, state, constant):
+    return run(*tokens, *constant, state, starts=starts, scale=scale, chunk_size=chunk_size)
+
+  op = containment.Op(call, lead=3, gates=None if shared else 3, selects=run is reference.linear_attention)
+  output, final_state = containment.contain(op, starts, tokens, initial_state, constant)
   return contract.scaled(output, factor), final_state

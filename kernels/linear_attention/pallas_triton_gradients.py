@@ -89,8 +89,9 @@ def _sum_over_values(v_ref, do_ref, states_ref, dstates_ref, zeros, dtype, *, ga
 # Launch: one program per tile of key channels, chunk, head and row of the batch.
 
 
-def dqk(q, k, v, sums, do, states, dstates, scale, config):
-  """dq, dk, and for a decay per token its gradient. `sums` is what `kernels.scalar_decay.chunk_sums` gives."""
+def dqk(q, k, v, sums, do, states, dstates, scale, config, *, dgates):
+  """dq, dk, and where `dgates` the gradient of a decay per token. `sums` is as `kernels.scalar_decay.chunk_sums` gives.
+  """
   (B, T, H, V), (G, K) = v.shape, q.shape[2:]
   C, block, key = config.chunk, min(config.dqk.block, K), key_head(H, G)
   keys = pl.BlockSpec((None, C, None, block), lambda t, n, h, b: (b, n, key(h), t))
@@ -99,16 +100,15 @@ def dqk(q, k, v, sums, do, states, dstates, scale, config):
   state = pl.BlockSpec((None, None, None, block, V), lambda t, n, h, b: (b, h, n, t, 0))
   flow = pl.BlockSpec((None, None, None, None, 2, C), lambda t, n, h, b: (t, b, h, n, 0, 0))
   gate, gate_spec = sums_block(sums, C, chunked=True)
-  per_token = bool(gate) and sums.ndim == 3
   dq, dk, *flows = triton_blocks.launch(
       functools.partial(_dqk_kernel, gated=bool(gate), scale=scale, block_v=loop_width(config.dqk.block, V)),
       name="linear_attention_dqk", grid=(K // block, T // C, H, B),
       in_specs=[keys, keys, values, values, state, state, *gate_spec],
-      out_specs=[dkeys, dkeys, *given(per_token, flow)],
+      out_specs=[dkeys, dkeys, *given(dgates, flow)],
       out_shape=[jax.ShapeDtypeStruct((B, T, H, K), q.dtype), jax.ShapeDtypeStruct((B, T, H, K), k.dtype),
-                 *given(per_token, jax.ShapeDtypeStruct((K // block, B, H, T // C, 2, C), jnp.float32))],
+                 *given(dgates, jax.ShapeDtypeStruct((K // block, B, H, T // C, 2, C), jnp.float32))],
       num_warps=config.dqk.num_warps, num_stages=config.dqk.num_stages)(q, k, v, do, states, dstates, *gate)
-  return chunks.sum_heads(dq, G), chunks.sum_heads(dk, G), _dgates(*flows) if per_token else None
+  return chunks.sum_heads(dq, G), chunks.sum_heads(dk, G), _dgates(*flows) if dgates else None
 
 
 def _dgates(flows):

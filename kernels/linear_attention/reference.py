@@ -19,11 +19,13 @@ def step(state: Float[Array, "B H K V"], q: Float[Array, "B H K"], k: Float[Arra
   return state, chunks.einsum("bhk,bhkv->bhv", q, state)
 
 
-def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
+def linear_attention(q, k, v, log_decay, initial_state, *, scale, starts=None, chunk_size=None):
   """See `kernels.linear_attention`: the scan of `step`. `chunk_size` has no effect."""
   del chunk_size
   q, k = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k))
-  if log_decay is not None:
+  if starts is not None:
+    log_decay = chunks.with_resets(log_decay, starts, v.shape[2])
+  elif log_decay is not None:
     log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
   by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_decay))
   final_state, output = jax.lax.scan(lambda state, x: step(state, *x), initial_state, by_time)

@@ -27,8 +27,11 @@ def supports(q, k, v, log_decay=None, *, chunk_size=None) -> str | None:
   return None
 
 
-def linear_attention(q, k, v, log_decay, initial_state, *, scale, chunk_size=None):
-  """See `kernels.linear_attention`. The state is given, segments are resets in `log_decay`."""
+def linear_attention(q, k, v, log_decay, initial_state, *, scale, starts=None, chunk_size=None):
+  """See `kernels.linear_attention`. The state is given; `starts` `[B, T]` says where segments start, if any do."""
+  if starts is not None:
+    # Segments start at different tokens in each row, so a decay that the tokens share becomes one per token.
+    log_decay = chunks.with_resets(log_decay, starts, v.shape[2])
   q, k = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k))
   if chunk_size is None:
     chunk_size = _chunk_size(q.shape[1], q.shape[3], v.shape[3])

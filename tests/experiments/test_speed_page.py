@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from speed import page
+from speed import packing, page
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments/results/training.md"
 
@@ -35,9 +35,24 @@ def test_the_table_has_wins_losses_and_failures():
 
 
 def test_the_table_replaces_itself_and_needs_its_place():
-  text = f"a\n{page.BEGIN}\nold\n{page.END}\nb"
-  once = page.with_table(text, [])
-  assert once == page.with_table(once, []) and once.startswith("a\n") and once.endswith("\nb") and "old" not in once
+  text = f"a\n{page.BEGIN}\nold\n{page.END}\n{page.BEGIN_PACKED}\nold\n{page.END}\nb"
+  once = page.with_tables(text, [])
+  assert once == page.with_tables(once, []) and once.startswith("a\n") and once.endswith("\nb") and "old" not in once
   with pytest.raises(ValueError, match="the page has no part between"):
-    page.with_table("a", [])
-  assert page.BEGIN in PAGE.read_text()
+    page.with_tables("a", [])
+  assert page.BEGIN in PAGE.read_text() and page.BEGIN_PACKED in PAGE.read_text()
+
+
+def test_packed_documents_stand_beside_windows_of_one():
+  one, packed = ({"documents": how} for how in packing.DOCUMENTS.values())
+  rows = [record("gla_1b3", 60000.0, **one), record("gla_1b3", 59000.0, **packed),
+          record("gla_1b3", 65000.0, remat="none", **one), record("gla_1b3", 58000.0, remat="none", **packed),
+          record("gla_1b3", 90000.0, version="0", run="2025-01-01", **one),
+          record("gla_1b3", 90000.0, version="0", run="2025-01-01", **packed),
+          record("retnet_1b3", 60000.0, **one), record("retnet_1b3", 50000.0, **packed),
+          record("deltanet_1b3", 60000.0, **one), record("gla_1b3", 99000.0, "jla", **one)]
+  text = page.with_documents(rows)
+  assert "| `gla_1b3` | remat dots, unroll 0 | 60,000 | 59,000 | x0.983 | yes | 40.0 | 40.0 |" in text
+  assert "| `retnet_1b3` | remat dots, unroll 0 | 60,000 | 50,000 | x0.833 | **no** |" in text
+  assert "deltanet" not in text and "90,000" not in text
+  assert "59,000" not in page.beside_peers(rows)

@@ -6,10 +6,11 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from lin_jax.model import parameter_count
-from speed import sweeps, training
+from speed import packing, sweeps, training
 from tests.environment import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -87,6 +88,38 @@ def test_training_speed_against_length(tmp_path):
     assert (r["setting"]["sequence_length"], r["setting"]["batch_size"]) == (128, 2)
     assert r["tokens_per_s"] == pytest.approx(256 / r["step_ms"] * 1000, rel=1e-2)
     assert r["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4) and len(r["losses"]) == 3
+
+
+def test_packed_documents_beside_windows_of_one(tmp_path):
+  rows = records_of("bench_training.py", tmp_path, "--set=step", "--models=retnet_1b3,transformer_1b3", "--steps=3",
+                    "--timed_steps=2", "--documents=one,packed")
+  assert [(r["setting"]["name"], r["setting"]["documents"]) for r in rows] == [
+      (name, how) for name in ("retnet_1b3", "transformer_1b3") for how in packing.DOCUMENTS.values()]
+  assert all(len(r["losses"]) == 3 for r in rows)
+
+
+def test_windows_are_cut_from_documents_of_the_corpus():
+  ids = packing.windows(200, 8, 2049)
+  assert ids.shape == (200, 8, 2049) and (ids[..., 0] == 1).all()
+  steps = np.diff(ids, axis=2)
+  assert steps.min() == 0 and steps.max() == 1
+  random = np.random.default_rng(0)
+  lengths = np.array([packing.drawn_length(random) for _ in range(100_000)])
+  assert np.median(lengths) == pytest.approx(dict(packing.LENGTHS)[0.5], rel=0.05)
+  assert lengths.mean() == pytest.approx(packing.MEAN, rel=0.05)
+  np.testing.assert_array_equal(ids, packing.windows(200, 8, 2049))
+
+
+def test_the_last_token_of_a_document_has_no_target():
+  config = training.shrunk(training.SWEEPS["step"].models["gla_1b3"]())
+  config.data.batch_size, config.data.sequence_length = 4, 2048
+  one, packed = (training.drawn_batches(config, 5, documents=False, packed=packed) for packed in (False, True))
+  for a, b in zip(one, packed, strict=True):
+    np.testing.assert_array_equal(a["tokens"], b["tokens"])
+    assert a["segment_ids"] is None and a["mask"].all()
+    inner = np.diff(b["segment_ids"], axis=1) == 0
+    np.testing.assert_array_equal(b["mask"][:, :-1], inner)
+  assert any(not batch["mask"].all() for batch in packed)
 
 
 def test_decoding_against_context(tmp_path):

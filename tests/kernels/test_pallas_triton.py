@@ -10,11 +10,14 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import kernels
 from kernel_tuning import search
-from kernels import tuned
+from kernels import chunks, tuned
+from kernels.gla.pallas_triton_config import heuristic
+from kernels.gla.pallas_triton_factors import factors
 from tests.close import assert_bounds, relative_error
 from tests.kernels import cases
 from tests.kernels.cases import Case
@@ -51,7 +54,7 @@ def configuration(op, inputs, chunk_size, monkeypatch):
     patch.setattr(module, "configured", spy)
     call = functools.partial(PALLAS[op], segment_ids=inputs.segment_ids, chunk_size=chunk_size)
     jax.eval_shape(call, **inputs.arrays)
-  config, = chosen
+  config, = set(chosen)  # with segments the op stands in the program twice
   return config
 
 
@@ -72,6 +75,8 @@ INTERPRETED = {
         Case(T=65, H=2, K=32, V=32, dtype="bfloat16", decay="none", initial_state=False),
         Case(T=70, H=1, K=32, V=16, dtype="float32", decay="none", segments=(1, 30, 39)),
         Case(T=128, H=2, K=32, V=32, dtype="float16", decay="token", gate="logit_-20", segments=(1, 15, 70, 1, 41)),
+        Case(T=128, H=2, K=32, V=32, dtype="bfloat16", decay="constant", gate="near_zero", segments=(1, 15, 70, 1, 41)),
+        Case(T=70, H=2, K=32, V=32, dtype="float32", decay="constant", segments=(1, 30, 39)),
         Case(T=64, H=1, K=256, V=32, dtype="bfloat16", decay="token"),
         Case(T=32, H=1, K=256, V=16, dtype="bfloat16", decay="constant"),
         Case(T=50, H=4, K=32, V=32, dtype="float32", decay="token", key_heads=2, chunk_size=16),
@@ -83,6 +88,8 @@ INTERPRETED = {
         Case(T=128, H=2, K=32, V=32, dtype="float16", decay="token", beta="unit", gate="logit_-20",
              segments=(1, 15, 70, 1, 41)),
         Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta="double", keys="near_parallel"),
+        Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta="double", segments=(1, 30, 39)),
+        Case(T=128, H=2, K=32, V=32, decay="none", beta="unit", normalize_qk=True, segments=(1, 15, 70, 1, 41)),
         Case(T=40, H=1, K=64, V=32, decay="token", beta="0", gate="near_zero", chunk_size=16),
         Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta="1", keys="repeated", normalize_qk=True),
         Case(T=64, H=1, K=256, V=32, dtype="bfloat16", decay="token", beta="unit", normalize_qk=True),
@@ -210,6 +217,15 @@ def test_every_tuned_configuration_matches_the_scan(op, case, record_property, m
   listed = tuned.lookup(op, module.Config, gate=gate, K=case.K, V=case.V, dtype=case.dtype)
   # A width may be listed for its own gate alone.
   assert ran == (listed or module.heuristic(case.K, case.V, jnp.dtype(case.dtype)))
+
+
+def test_a_document_that_starts_in_a_chunk_leaves_it_to_the_factors():
+  """Its reset counts as e^-40, and factors hold e^-60 in half a chunk. Two starts in a half are too much."""
+  config, gates = heuristic(16, 16, jnp.dtype("bfloat16"), 64), np.full((1, 256, 1, 16), np.log(0.5) / 16)
+  gates[:, [5, 40, 64, 127, 140, 150]] = chunks.RESET
+  x = jnp.ones((1, 256, 1, 16), jnp.bfloat16)
+  _, _, _, bounded, _ = jax.jit(lambda g: factors(x, x, g, 1.0, config))(jnp.asarray(gates, jnp.float32))
+  assert bounded[0, 0].tolist() == [1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("op", OPS)
