@@ -17,6 +17,9 @@ from kernels.cpu_compiler import FLAG
 from lin_jax import mixers
 
 TIMES = (1, 2, 15, 16, 17, 63, 64, 65, 130)
+# One chunk that is not full, one that is, and several of which the last is not full: between the lengths of each kind
+# the code around an op is the same. The ops get all of TIMES, mixers and programs without a gradient these.
+FEW_TIMES = (1, 16, 130)
 B, H, K, V, WIDTH = 2, 2, 64, 64, 64
 SHAPES = {"q": (H, K), "k": (H, K), "v": (H, V), "channel": (H, K), "token": (H,), "beta": (H,),
           "x": (K,), "step_size": (K,), "b": (8,), "c": (8,)}
@@ -41,8 +44,9 @@ def op_errors(op: str, decay: str | None) -> dict[str, dict[int, float]]:
     right = jax.device_get(expected(
         _zeros_behind(arrays, T), constants, (_zeros_behind(cotangents[0], T), cotangents[1])))
     found = jax.jit(functools.partial(call, "xla_chunked"))(cut, constants, (_first(cotangents[0], T), cotangents[1]))
-    alone = jax.jit(lambda x: getattr(kernels, op)(**x, implementation="xla_chunked")[0])(cut | constants)
-    errors.setdefault("alone", {})[T] = relative_error(alone, right["output"][:, :T])
+    if T in FEW_TIMES:
+      alone = jax.jit(lambda x: getattr(kernels, op)(**x, implementation="xla_chunked")[0])(cut | constants)
+      errors.setdefault("alone", {})[T] = relative_error(alone, right["output"][:, :T])
     for name, x in found.items():
       same = right[name][:, :T] if name in ("output", *(f"d{array}" for array in arrays)) else right[name]
       errors.setdefault(name, {})[T] = relative_error(x, same)
@@ -97,7 +101,7 @@ def mixer_errors(name: str, example: int) -> dict[str, dict[int, float]]:
   rng, T = np.random.default_rng(0), TIMES[-1]
   x, dy = rng.standard_normal((2, B, T, WIDTH)).astype("float32")
   expected, errors = trusted(functools.partial(_mixer_results, _steps)), {"output": {}, "gradients": {}}
-  for T in TIMES:
+  for T in FEW_TIMES:
     right = jax.device_get(expected(mixer, x, np.where(np.arange(x.shape[1])[:, None] < T, dy, 0)))
     errors["output"][T] = relative_error(jax.jit(_parallel)(mixer, x[:, :T]), right[0][:, :T])
     _, gradients = jax.jit(functools.partial(_mixer_results, _parallel))(mixer, x[:, :T], dy[:, :T])
