@@ -16,6 +16,7 @@ from tests.kernels.forms import (
     changed,
     every_form,
     every_gate,
+    few_forms,
     implementations,
     inputs,
     plain,
@@ -34,7 +35,7 @@ def without_constants(arrays):
   return {name: x for name, x in arrays.items() if name not in constant}, constant
 
 
-@every_form
+@few_forms
 def test_remat(op, decay):
   def remat(segment_ids, chunk_size, **arrays):
     return jax.checkpoint(CHUNKED[op])(**arrays)
@@ -75,7 +76,7 @@ def test_kernels_refuse_second_derivatives(op, decay):
       jax.eval_shape(product)
 
 
-@every_form
+@few_forms
 def test_vmap_over_the_batch(op, decay):
   def mapped(segment_ids, chunk_size, **arrays):
     rows, constant = without_constants(arrays)
@@ -85,7 +86,7 @@ def test_vmap_over_the_batch(op, decay):
   assert_equal_results(transformed(mapped, op, decay), plain(op, decay))
 
 
-@every_form
+@few_forms
 def test_scan_over_layers(op, decay):
   """A scan over two heads as if they were layers with stacked inputs."""
   def stack(name, x):
@@ -100,7 +101,7 @@ def test_scan_over_layers(op, decay):
   assert_equal_results(transformed(scanned, op, decay), plain(op, decay))
 
 
-@every_form
+@few_forms
 def test_shard_map_over_batch_and_heads(op, decay):
   mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu"))
 
@@ -171,7 +172,7 @@ def test_nan_stays_in_its_sequence_and_head(op, decay):
   assert np.isnan(actual["output"][1, 7, 0]).all() and np.isfinite(actual["output"][1, :, 1]).all()
 
 
-@every_form
+@few_forms
 def test_grouped_heads_equal_repeated_ones(op, decay):
   grouped = inputs(op, decay, B=2, T=20, H=4, V=8, key_heads=2)
   shared = ("q", "k", "log_decay") if decay == "channel" else ("q", "k")
@@ -182,7 +183,7 @@ def test_grouped_heads_equal_repeated_ones(op, decay):
   assert_equal_results(actual, repeated)
 
 
-@every_form
+@few_forms
 def test_no_initial_state_equals_zeros(op, decay):
   zeros = jnp.zeros_like(inputs(op, decay).arrays["initial_state"])
   actual, expected = (changed(op, decay, initial_state=state) for state in (None, zeros))
@@ -190,8 +191,8 @@ def test_no_initial_state_equals_zeros(op, decay):
   assert_equal_results(actual, expected)
 
 
-@pytest.mark.parametrize("gate_dtype", ["bfloat16", "float16"])
-@every_gate
+@pytest.mark.parametrize("op, decay, gate_dtype", [
+    ("gla", "channel", "bfloat16"), ("linear_attention", "token", "float16"), ("delta_rule", "token", "bfloat16")])
 def test_16_bit_gates_are_widened_first(op, decay, gate_dtype):
   """beta and log_decay of any dtype act in float32; their gradients have their dtype."""
   gates = {name: x.astype(gate_dtype) for name, x in inputs(op, decay).arrays.items() if name in ("beta", "log_decay")}
@@ -213,7 +214,7 @@ def scratch(op, decay, T):
   return memory.temp_size_in_bytes, memory.argument_size_in_bytes
 
 
-@every_form
+@few_forms
 def test_memory_is_linear_in_time_and_small(op, decay):
   """Forward and backward need scratch of a few times their inputs, where saving every state would need 42 to 64."""
   (short, _), (long, arguments) = scratch(op, decay, 1024), scratch(op, decay, 4096)
