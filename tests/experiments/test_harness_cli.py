@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -15,9 +14,9 @@ from lin_jax.config import save as save_config
 from lin_jax.data import train_iterator
 from lin_jax.training import make_state
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 from tests.lin_jax import tiny
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 # As about thirty tasks of the package do, for their metrics: a module of that name is among the commands too.
 SCORING = f"""
 import evaluate
@@ -63,11 +62,14 @@ def tasks(tmp_path_factory):
   return folder
 
 
+def environment(cache):
+  """Users have no fake devices; the package keeps downloads and tables where HF_HOME says."""
+  return ENVIRONMENT | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
 def start(cache, *arguments):
-  # Users have no fake devices; the package keeps downloads and tables where HF_HOME says.
-  environment = ENVIRONMENT | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
   return subprocess.Popen([sys.executable, ROOT / "experiments" / "harness.py", *map(str, arguments)], cwd=ROOT,
-                          env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                          env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_results_are_printed_and_written(run, tasks, tmp_path):
@@ -92,7 +94,8 @@ def test_mistakes_exit_with_2_and_one_message(run, tasks, tmp_path):
       (["--tasks=nothing", f"--include_path={tasks}"], "--tasks=nothing: Unable to find"),
       (["--tasks=counting", f"--include_path={tasks}", "--checkpoint=7"], "no checkpoint of step 7; saved: [1]"),
   ]
-  processes = [start(tmp_path / "cache", f"--workdir={run}", *arguments) for arguments, _ in cases]
+  processes = [Command("harness.py", f"--workdir={run}", *arguments, env=environment(tmp_path / "cache"))
+               for arguments, _ in cases]
   for process, (arguments, message) in zip(processes, cases, strict=True):
     out, err = process.communicate()
     assert process.returncode == 2, (arguments, out, err)
