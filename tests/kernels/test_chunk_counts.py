@@ -129,7 +129,7 @@ def test_every_number_of_blocks_of_the_selective_scan(N, dtype, record_property)
 
 @pytest.mark.parametrize("op, decay", [(op, DECAYS[op][0]) for op in OPS])
 def test_interpreted_in_short_loops(op, decay, record_property, monkeypatch):
-  check(op, decay, 16, 16, "float32", (1, 2, 3), record_property, monkeypatch, compare=False)
+  check(op, decay, 16, 16, "float32", (1, 3), record_property, monkeypatch, compare=False)
 
 
 @pytest.mark.parametrize("op, decay", [(op, decay) for op in OPS for decay in DECAYS[op]])

@@ -19,10 +19,10 @@ Case = functools.partial(cases.Case, decay="token", beta="double")
 SHAPE = dict(T=70, K=8, V=16)
 
 SMALL = [
-    *(Case(T=T, K=8, V=16) for T in (1, 15, 64, 65, 2048)),
+    *(Case(T=T, K=8, V=16) for T in (1, 64, 65, 2048)),
     *(Case(T=T, K=8, V=16, decay="none") for T in (63, 500)),
     *(Case(B=1, T=40, K=K, V=V) for K, V in [(60, 32), (64, 512)]),
-    *(Case(B=1, T=40, K=K, V=V, decay="none") for K, V in [(100, 128), (256, 256)]),
+    Case(B=1, T=40, K=100, V=128, decay="none"),
     Case(T=40, H=1, initial_state=False, decay="none"),
     *(Case(gate=gate, **SHAPE) for gate in cases.GATES),
     *cases.delta_rules(**SHAPE, decay="token"),
