@@ -15,6 +15,13 @@ from tests.kernels.cases import Case, make_inputs
 FORMS = {"gla": {}, "linear_attention": {"decay": "token"}, "delta_rule": {"decay": "token", "beta": "unit"}}
 
 
+@functools.cache
+def outputs(op, implementation):
+  """The op's outputs `[rows, V]` of one token and head; one object each, so that compiled programs serve again."""
+  fn = functools.partial(getattr(kernels, op), implementation=implementation)
+  return jax.jit(lambda arrays: fn(**arrays)[0][:, 0, 0])
+
+
 @pytest.mark.parametrize("op, implementation", [
     ("gla", "xla_chunked"), ("gla", "pallas_triton"), ("linear_attention", "xla_chunked"),
     ("linear_attention", "pallas_triton"), ("delta_rule", "pallas_triton")])
@@ -22,8 +29,7 @@ def test_one_token_keeps_the_bound_of_an_entry_and_many_that_of_an_rms(op, imple
   """Each of 300 draws is a row of the batch, of one token and one head."""
   arrays = make_inputs(Case(B=300, T=1, H=1, dtype="bfloat16", initial_state=False, **FORMS[op]), seed=1).arrays
   wide = jax.tree.map(lambda x: x.astype("float32"), arrays)
-  run = lambda implementation, arrays: np.asarray(
-      jax.jit(functools.partial(getattr(kernels, op), implementation=implementation))(**arrays)[0][:, 0, 0], np.float64)
+  run = lambda implementation, arrays: np.asarray(outputs(op, implementation)(arrays), np.float64)
   output, expected = run(implementation, arrays), run("reference", wide)
   terms = run("reference", wide | {name: jnp.abs(wide[name]) for name in "qkv"})
   share = np.max(np.abs(output - expected) / terms)
