@@ -39,18 +39,18 @@ class Case:
 
   def inputs(self):
     """The arrays by name, the segment ids, and the cotangents of both results."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    draw = lambda key, *shape: jax.random.normal(key, shape).astype(self.dtype)
-    arrays = {"x": draw(keys[0], self.B, self.T, self.C), "kernel": jax.random.normal(keys[1], (self.taps, self.C))}
+    rng = np.random.default_rng(0)  # of NumPy, which compiles nothing
+    draw = lambda *shape, dtype=self.dtype: jnp.asarray(rng.standard_normal(shape), dtype)
+    arrays = {"x": draw(self.B, self.T, self.C), "kernel": draw(self.taps, self.C, dtype="float32")}
     if self.bias:
-      arrays["bias"] = jax.random.normal(keys[2], (self.C,))
+      arrays["bias"] = draw(self.C, dtype="float32")
     if self.initial:
-      arrays["initial_inputs"] = draw(keys[3], self.B, self.taps - 1, self.C)
+      arrays["initial_inputs"] = draw(self.B, self.taps - 1, self.C)
     ids = None
     if self.segments:
       row = np.repeat(np.arange(len(self.segments)) % 3, self.segments)
       ids = jnp.asarray(np.stack([np.zeros_like(row), *[row] * (self.B - 1)]))
-    return arrays, ids, (draw(keys[4], self.B, self.T, self.C), draw(keys[5], self.B, self.taps - 1, self.C))
+    return arrays, ids, (draw(self.B, self.T, self.C), draw(self.B, self.taps - 1, self.C))
 
   def results(self, fn, arrays, ids, cotangents):
     """The output, the kept inputs and every gradient, by name."""
@@ -60,17 +60,17 @@ class Case:
 
 def check(case):
   arrays, ids, cotangents = case.inputs()
-  wide = jax.tree.map(lambda a: a.astype("float32"), (arrays, cotangents))
+  wide = jax.tree.map(lambda a: np.asarray(a, "float32"), (arrays, cotangents))
   found, wanted = (jax.jit(functools.partial(case.results, fn))(*x)
                    for fn, x in ((KERNELS, (arrays, ids, cotangents)), (DEFINITION, (wide[0], ids, wide[1]))))
   for name, x in wanted.items():
     assert found[name].dtype == (jnp.float32 if name in ("dkernel", "dbias") else case.dtype)
-    assert_close(name, found[name].astype("float32"), x, BOUNDS[case.dtype])
+    assert_close(name, found[name], x, BOUNDS[case.dtype])
 
 
 CASES = [
-    Case(1), Case(8, silu=False), Case(13, bias=True, initial=True), Case(64, C=48), Case(130, bias=True),
-    Case(128, taps=2, initial=True), Case(40, taps=8, silu=False), Case(2, initial=True),
+    Case(1), Case(2, initial=True), Case(40, taps=8, silu=False), Case(128, taps=2, initial=True),
+    Case(130, C=48, bias=True),
     Case(130, initial=True, segments=(1, 62, 1, 1, 2, 63)), Case(64, segments=(1,) * 64, taps=3, initial=True),
     Case(70, silu=False, bias=True, segments=(3, 67)), Case(192, segments=(64, 128), B=3),
     *(Case(200, C=64, dtype=dtype, bias=True, initial=True, segments=(15, 85, 100))
@@ -110,13 +110,14 @@ def test_other_segments_count_as_zero_even_if_not_finite(fn):
   arrays, ids, (dy, dinputs) = case.inputs()
   ids = ids[1:].repeat(2, axis=0)
 
+  @jax.jit
   def results(value):
     bad = arrays | {"x": arrays["x"].at[:, 30:40].set(value)}
     y, pull = jax.vjp(lambda x: fn(**bad | {"x": x}, silu=True, segment_ids=ids), bad["x"])
     return y[0], y[1], pull((dy.at[:, 30:40].set(value), dinputs))[0]
 
   for found, wanted in zip(results(jnp.nan), results(1.0)):
-    keep = lambda a: a if a.shape[1] < 40 else jnp.delete(a, jnp.arange(30, 40), axis=1)
+    keep = lambda a: a if a.shape[1] < 40 else np.delete(a, np.arange(30, 40), axis=1)
     np.testing.assert_array_equal(keep(found), keep(wanted))
 
 
@@ -124,21 +125,22 @@ def test_second_derivatives_and_forward_mode_over_reverse_mode():
   case = Case(20, bias=True, initial=True, segments=(6, 14))
   arrays, ids, _ = case.inputs()
 
-  def curvature(fn):
+  @functools.partial(jax.jit, static_argnums=0)
+  def curvature(fn, arrays):
     gradient = jax.grad(lambda arrays: jnp.sum(jnp.sin(fn(**arrays, silu=True, segment_ids=ids)[0])))
     reverse = jax.grad(lambda arrays: sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(arrays))))(arrays)
     return reverse, jax.jvp(gradient, (arrays,), (arrays,))[1]
 
-  for found, wanted in zip(*map(jax.tree.leaves, map(curvature, (KERNELS, DEFINITION)))):
+  for found, wanted in zip(*(jax.tree.leaves(curvature(fn, arrays)) for fn in (KERNELS, DEFINITION))):
     assert_close("second derivative", found, wanted, 1e-5)
 
 
 def test_vmap():
   case = Case(24, B=3, initial=True, segments=(5, 19))
   arrays, ids, cotangents = case.inputs()
-  one = lambda fn: jax.vmap(lambda x, ids, initial, cotangents: case.results(
+  one = lambda fn: jax.jit(jax.vmap(lambda x, ids, initial, cotangents: case.results(
       fn, {"x": x[None], "kernel": arrays["kernel"], "initial_inputs": initial[None]}, ids[None],
-      jax.tree.map(lambda a: a[None], cotangents)))(arrays["x"], ids, arrays["initial_inputs"], cotangents)
+      jax.tree.map(lambda a: a[None], cotangents))))(arrays["x"], ids, arrays["initial_inputs"], cotangents)
   for found, wanted in zip(*map(jax.tree.leaves, map(one, (KERNELS, DEFINITION)))):
     assert_close("vmap", found, wanted, BOUNDS["float32"])
 
