@@ -53,7 +53,7 @@ def test_each_model_has_a_process_and_a_failure_costs_no_other(tmp_path, monkeyp
 def test_a_model_is_stopped_at_its_limit(tmp_path, monkeypatch):
   (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(LIBRARY))
   monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-  assert list(results(["hangs"], 10)) == ["TimeoutError: stopped after 10 s"]
+  assert list(results(["hangs"], 3)) == ["TimeoutError: stopped after 3 s"]
 
 
 def test_a_library_that_is_not_installed_costs_a_line(monkeypatch, capsys):
