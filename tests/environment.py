@@ -9,9 +9,9 @@ import tempfile
 UNOPTIMIZED = " ".join([
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1"])
-# XLA's new emitters of fusions took more than half of the CPU time that is left in the models' tests, which compile
-# many programs and run each a few times. The old ones make loops over thousands of tokens 20 times as slow, so the
-# tests of the kernels have the new ones. `tests/default_flags.py` has neither of these flags, as users have not.
+# XLA's new emitters of fusions take more than half of the CPU time that is left in tests, which compile many programs
+# and run each a few times. The old ones make loops over tokens 20 times as slow, so the tests of long sequences, which
+# the Makefile names, have the new ones. `tests/default_flags.py` has neither of these flags, as users have not.
 QUICK_COMPILATION = f"{UNOPTIMIZED} --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 
 # Commands compile the same programs again and again. Each worker has a folder, because JAX writes entries in place.

@@ -1,6 +1,5 @@
 """Models of other libraries train in processes of their own, and within a limit."""
 
-import pathlib
 import subprocess
 import sys
 import textwrap
@@ -9,8 +8,8 @@ import pytest
 
 from speed import peers, sweeps
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 # In the place of a library: a model that trains, two that fail, one that never ends.
 LIBRARY = """
     import sys, time, types
@@ -54,7 +53,7 @@ def test_each_model_has_a_process_and_a_failure_costs_no_other(tmp_path, monkeyp
 def test_a_model_is_stopped_at_its_limit(tmp_path, monkeypatch):
   (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(LIBRARY))
   monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-  assert list(results(["hangs"], 10)) == ["TimeoutError: stopped after 10 s"]
+  assert list(results(["hangs"], 3)) == ["TimeoutError: stopped after 3 s"]
 
 
 def test_a_library_that_is_not_installed_costs_a_line(monkeypatch, capsys):
@@ -67,17 +66,14 @@ def test_a_library_that_is_not_installed_costs_a_line(monkeypatch, capsys):
     peers.chosen(["torch"], [], [])
 
 
-def bench(environment, *arguments):
-  command = [sys.executable, ROOT / "experiments/bench_training.py", "--tiny", "--steps=3", "--timed_steps=2"]
-  return subprocess.run([*command, *arguments], cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True)
-
-
 def test_the_command_trains_theirs_and_ours_into_one_file(tmp_path):
   (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(LIBRARY))
   (tmp_path / "jla.py").touch()  # installed, so that the command asks for it
   path = tmp_path / "steps.jsonl"
-  result = bench({"PYTHONPATH": str(tmp_path)}, "--set=step", "--peers=jla,fla", "--models=transformer_1b3",
-                 "--variants=lean", f"--out={path}")
+  result = subprocess.run([sys.executable, ROOT / "experiments/bench_training.py", "--tiny", "--steps=3",
+                           "--timed_steps=2", "--set=step", "--peers=jla,fla", "--models=transformer_1b3",
+                           "--variants=lean", f"--out={path}"], cwd=ROOT, capture_output=True, text=True,
+                          env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)})
   assert result.returncode == 0, (result.stdout, result.stderr)
   assert "fla is left out: " in result.stdout and "1 runs of other libraries, 0 recorded before" in result.stdout
   theirs, ours = sweeps.load(path)
@@ -86,5 +82,6 @@ def test_the_command_trains_theirs_and_ours_into_one_file(tmp_path):
 
 
 def test_other_sets_have_no_peers():
-  result = bench({}, "--set=tnl", "--peers=jla")
-  assert result.returncode == 2 and "--peers=jla: goes with --set=step, not with --set=tnl" in result.stderr
+  process = Command("bench_training.py", "--set=tnl", "--peers=jla")
+  _, err = process.communicate()
+  assert process.returncode == 2 and "--peers=jla: goes with --set=step, not with --set=tnl" in err

@@ -1,7 +1,6 @@
 """Sweeps of speed measurements skip what is done, end at a limit, and record failures, in both commands."""
 
 import json
-import pathlib
 import subprocess
 import sys
 import types
@@ -12,8 +11,8 @@ import pytest
 from lin_jax.model import parameter_count
 from speed import packing, sweeps, training
 from tests.environment import ENVIRONMENT
+from tests.forked import ROOT, Command
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIELDS = ("ms",)
 
 
@@ -67,12 +66,17 @@ def test_unknown_names_are_refused():
   assert sweeps.chosen(flag, (1024, 2048)) == [2048]
 
 
-def records_of(command, folder, *arguments):
+def start(command, *arguments):
+  return subprocess.Popen([sys.executable, ROOT / "experiments" / command, *arguments], cwd=ROOT, env=ENVIRONMENT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def records_of(begin, command, folder, *arguments):
   """The records that a tiny sweep writes."""
   path = folder / "speed.jsonl"
-  result = subprocess.run([sys.executable, ROOT / "experiments" / command, "--tiny", f"--out={path}", *arguments],
-                          cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-  assert result.returncode == 0, (result.stdout, result.stderr)
+  process = begin(command, "--tiny", f"--out={path}", *arguments)
+  output = process.communicate()
+  assert process.returncode == 0, output
   rows = sweeps.load(path)
   for r in rows:
     assert r["device"] == "cpu" and r["versions"]["sources"] and "--tiny" in r["command"] and not r["reason"]
@@ -80,7 +84,7 @@ def records_of(command, folder, *arguments):
 
 
 def test_training_speed_against_length(tmp_path):
-  rows = records_of("bench_training.py", tmp_path, "--set=tnl", "--models=transformer_385m", "--lengths=32768",
+  rows = records_of(start, "bench_training.py", tmp_path, "--set=tnl", "--models=transformer_385m", "--lengths=32768",
                     "--steps=3", "--timed_steps=2", "--unroll=0,1", "--remat=none,dots", "--group=3")
   assert [(r["setting"]["unroll"], r["setting"]["remat"]) for r in rows] == [
       (0, "none"), (0, "dots"), (1, "none"), (1, "dots")]
@@ -123,8 +127,8 @@ def test_the_last_token_of_a_document_has_no_target():
 
 
 def test_decoding_against_context(tmp_path):
-  rows = records_of("bench_decoding.py", tmp_path, "--models=gla_340m,transformer_340m", "--contexts=4096,65536",
-                    "--tokens=4", "--repeats=2")
+  rows = records_of(start, "bench_decoding.py", tmp_path, "--models=gla_340m,transformer_340m",
+                    "--contexts=4096,65536", "--tokens=4", "--repeats=2")
   assert [(r["setting"]["name"][:3], r["setting"]["context"]) for r in rows] == [
       ("gla", 16), ("gla", 256), ("tra", 16), ("tra", 256)]
   # A memory of 2 layers, 2 heads of 8 x 16 floats; 2 layers of 32 float keys and values and a position for each token.
@@ -135,8 +139,8 @@ def test_decoding_against_context(tmp_path):
 
 
 def test_batches_and_prompts(tmp_path):
-  rows = records_of("bench_decoding.py", tmp_path, "--models=gla_340m", "--contexts=4096", "--batch_sizes=1,3",
-                    "--prompts=8192", "--tokens=2", "--repeats=2")
+  rows = records_of(Command, "bench_decoding.py", tmp_path, "--models=gla_340m", "--contexts=4096",
+                    "--batch_sizes=1,3", "--prompts=8192", "--tokens=2", "--repeats=2")
   assert [r["setting"].get("batch_size") for r in rows] == [1, 3, None, None]
   assert rows[1]["state_mib"] == pytest.approx(3 * rows[0]["state_mib"], rel=0.03)
   assert [(r["setting"]["prompt"], r["setting"]["piece"]) for r in rows[2:]] == [(32, 16), (32, 0)]

@@ -12,9 +12,9 @@ from tests.forked import ROOT, Command
 from tests.lin_jax import tiny
 
 SIZE = ["--config=gla_tiny", "--config.model.width=32", "--config.model.depth=1", "--config.model.mlp_width=64",
-        "--config.model.mixer.implementation=reference", "--config.data.sequence_length=64",
+        "--config.model.mixer.implementation=xla_chunked", "--config.data.sequence_length=64",
         "--config.data.batch_size=4", "--config.optim.warmup_steps=2", "--config.log.every=1",
-        "--config.checkpoint.every=4", "--config.eval.every=0", "--config.eval.batches=2", "--config.optim.steps=100"]
+        "--config.checkpoint.every=4", "--config.eval.every=0", "--config.eval.batches=2", "--config.optim.steps=60"]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,14 @@ def test_run_killed_and_terminated_goes_on_as_if_nothing_had_happened(data, tmp_
   assert code == 0, err
   last = max(losses(workdir))
   assert f"stopped by SIGTERM after step {last}, saved as runs/gla_tiny/checkpoints/{last}" in out
-  assert 10 <= last < 100 and (workdir / "checkpoints" / str(last)).is_dir()
+  assert 10 <= last < 60 and (workdir / "checkpoints" / str(last)).is_dir()
   code, out, err = run(tmp_path, *arguments)
   assert code == 0, err
-  assert f"from step {last} to 100" in out and "done: step 100, held-out bits per byte" in out
+  assert f"from step {last} to 60" in out and "done: step 60, held-out bits per byte" in out
   assert (workdir / "loss.png").is_file()
-  code, _, err = run(tmp_path, *arguments, "--workdir=unbroken")
+  code, _, err = run(tmp_path, *arguments, "--workdir=unbroken", "--config.checkpoint.every=60")
   assert code == 0, err
-  assert losses(workdir) == losses(tmp_path / "unbroken") and len(losses(workdir)) == 100
+  assert losses(workdir) == losses(tmp_path / "unbroken") and len(losses(workdir)) == 60
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -15,10 +15,12 @@ from kernels import chunks
 from tests.close import assert_close, tolerance
 from tests.kernels.cases import Case, check, make_inputs, results
 
-FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "constant"),
-         ("linear_attention", "none"), ("delta_rule", "token"), ("delta_rule", "none")]
-PALLAS = {op: functools.partial(getattr(kernels, op), implementation="pallas_triton") for op, _ in FORMS}
-every_form = pytest.mark.parametrize("op, decay", FORMS)
+PALLAS = {op: functools.partial(getattr(kernels, op), implementation="pallas_triton")
+          for op in ("gla", "linear_attention", "delta_rule")}
+# Every form of a decay, and each op both in one piece and in several.
+WHOLE = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "constant"), ("delta_rule", "none")]
+IN_PIECES = [("gla", "channel"), ("linear_attention", "constant"), ("linear_attention", "none"),
+             ("delta_rule", "token")]
 
 
 def grouped(op, decay, **fields):
@@ -49,10 +51,11 @@ def assert_equals_repeated(case, fn, x):
       np.testing.assert_array_equal(actual[name], value, err_msg=name)
 
 
-@every_form
-@pytest.mark.parametrize("fields", [
-    dict(dtype="bfloat16", segments=(1, 20, 19)), dict(T=256, H=4, K=16, gate="near_zero")],
-    ids=["bfloat16 segments", "float32 pieces"])
+@pytest.mark.parametrize("op, decay, fields", [
+    *(pytest.param(*form, dict(dtype="bfloat16", segments=(1, 20, 19)), id="-".join(form) + "-bfloat16 segments")
+      for form in WHOLE),
+    *(pytest.param(*form, dict(T=256, H=4, K=16, gate="near_zero"), id="-".join(form) + "-float32 pieces")
+      for form in IN_PIECES)])
 def test_kernels_equal_those_of_repeated_heads(op, decay, fields):
   case = grouped(op, decay, **fields)
   assert_equals_repeated(case, PALLAS[op], make_inputs(case))
@@ -115,8 +118,7 @@ def test_shard_map_over_heads(op, decay):
     assert_close(name, actual[name], value, tolerance(name, "float32"))
 
 
-@every_form
-@pytest.mark.parametrize("T", [256, 2048], ids=["whole", "pieces"])
+@pytest.mark.parametrize("op, decay, T", [*((*form, 256) for form in WHOLE), *((*form, 2048) for form in IN_PIECES)])
 def test_compiled_kernels_read_key_heads_and_no_copies_of_them(op, decay, T):
   """In the program for a GPU, each array of a key head's shape has the key heads' number, but for gradients."""
   B, H, G, K, V = 1, 12, 3, 100, 32

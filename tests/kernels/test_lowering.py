@@ -53,9 +53,12 @@ def loss(op, q, k, v, log_decay, **beta):
 gradient = jax.grad(loss, argnums=(1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("K, V", [(32, 32), (60, 100), (128, 128), (256, 512)])
+# Every pair of op, width and dtype once, and every op at the wide float32 keys that have kernels of their own.
+@pytest.mark.parametrize("op, K, V, dtype", [
+    *((OPS[(i + j) % 3], *width, dtype) for i, width in enumerate([(32, 32), (60, 100), (128, 128), (256, 512)])
+      for j, dtype in enumerate(["bfloat16", "float16", "float32"])),
+    ("gla", 128, 128, "float32"), ("gla", 256, 512, "float32"), ("linear_attention", 256, 512, "float32"),
+    ("delta_rule", 128, 128, "float32")])
 def test_every_width_lowers(K, V, dtype, op):
   scores = SCORES[op] if dtype == "float32" and K > 64 else []
   assert kernel_counts(gradient, op, K, V, dtype) == collections.Counter(FORWARD[op] + BACKWARD[op] + scores)

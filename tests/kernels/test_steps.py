@@ -9,6 +9,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
@@ -29,12 +30,16 @@ WIDTHS = [(64, 64), (128, 128), (256, 512)]
 
 def arguments(case, K, V, B=2, H=3):
   definition, decay, options = CASES[case]
-  draw = lambda i, axes: jax.random.normal(jax.random.key(i), [dict(b=B, h=H, k=K, v=V)[axis] for axis in axes])
-  state, (q, k, v) = draw(0, "bhkv"), (draw(i + 1, axes).astype(jnp.bfloat16) for i, axes in enumerate(
-      ("bhk", "bhk", "bhv")))
-  gates = [jax.nn.sigmoid(draw(4, "bh"))] if definition is delta_rule.step else []
-  # The first head forgets its state.
-  log_decay = None if decay is None else -jnp.abs(draw(5, decay)).at[..., 0].set(jnp.inf)
+  rng = np.random.default_rng(0)  # of NumPy, which compiles nothing
+  draw = lambda axes: rng.standard_normal([dict(b=B, h=H, k=K, v=V)[axis] for axis in axes])
+  state = jnp.asarray(draw("bhkv"), "float32")
+  q, k, v = (jnp.asarray(draw(axes), "bfloat16") for axes in ("bhk", "bhk", "bhv"))
+  gates = [jnp.asarray(rng.random((B, H)), "float32")] if definition is delta_rule.step else []
+  log_decay = None
+  if decay is not None:
+    log_decay = -np.abs(draw(decay)).astype("float32")
+    log_decay[..., 0] = -np.inf  # the first head, or channel, forgets its state
+    log_decay = jnp.asarray(log_decay)
   return definition, (state, q, k, v, *gates, log_decay), options
 
 
