@@ -28,7 +28,7 @@ train: $(INSTALLED) $(CORPUS)/manifest.json ## train gla_tiny on Shakespeare, th
 
 # All other tests compile quickly and run long loops slowly (tests/environment.py), so these get a run of their own.
 LONG_LOOPS := $(addprefix tests/,kernels/test_gla.py kernels/test_linear_attention.py kernels/test_delta_rule.py \
-  experiments/test_bench_kernels.py)
+  kernels/test_accuracy.py experiments/test_bench_kernels.py)
 PYTEST = JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 --dist=worksteal -m "not gpu"
 test: $(INSTALLED) ## run the CPU tests
 	$(PYTEST) $(LONG_LOOPS); long=$$?; \
