@@ -86,11 +86,11 @@ INTERPRETED = {
         Case(T=100, H=2, K=32, V=64, decay="token", beta="double", gate="-30"),
         Case(T=128, H=2, K=32, V=32, dtype="float16", decay="token", beta="unit", gate="logit_-20",
              segments=(1, 15, 70, 1, 41)),
-         # Cases that differ in values alone compile once.
-         *(Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta=beta, keys=keys, normalize_qk=True)
-           for beta, keys in (("double", "near_parallel"), ("1", "repeated"))),
-         Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta="double", segments=(1, 30, 39)),
-         Case(T=128, H=2, K=32, V=32, decay="none", beta="unit", normalize_qk=True, segments=(1, 15, 70, 1, 41)),
+        # Cases that differ in values alone compile once.
+        *(Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta=beta, keys=keys, normalize_qk=True)
+          for beta, keys in (("double", "near_parallel"), ("1", "repeated"))),
+        Case(T=70, H=2, K=32, V=32, dtype="bfloat16", decay="none", beta="double", segments=(1, 30, 39)),
+        Case(T=128, H=2, K=32, V=32, decay="none", beta="unit", normalize_qk=True, segments=(1, 15, 70, 1, 41)),
         Case(T=64, H=1, K=256, V=32, dtype="bfloat16", decay="token", beta="unit", normalize_qk=True),
         Case(T=50, H=4, K=32, V=32, decay="none", beta="2", key_heads=2, chunk_size=16, initial_state=False),
         *(Case(T=256, B=1, H=1, K=32, V=32, decay="token", beta=beta, gate="near_zero", chunk_size=16)
