@@ -264,6 +264,8 @@ def test_remat_runs_no_kernel_twice(name, monkeypatch):
   # The forward and backward kernels of one layer for a GPU, whose cuDNN nobody asks for its version here.
   monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
   monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_compute_capability", lambda capability: True)
+  monkeypatch.setattr("lin_jax.mixers.packed_attention.check_compute_capability", lambda capability: True)
   small = config(mixers.config_class(name).examples()[0], dtype="bfloat16", width=64)
   params, ids = nnx.state(model.abstract_model(small)), jax.ShapeDtypeStruct((BATCH, 64), jnp.int32)
 
