@@ -92,10 +92,11 @@ class LanguageModel(nnx.Module):
 
   `unroll` repetitions of the layers are compiled together in one step of their scan, and 0 stands for all of them.
   With 0, the residuals of the backward pass stay where they were written, instead of being copied into stacks and out
-  of them. Compilation takes longer with every repetition. On an H200, GLA of 24 layers with 1.3B parameters and 16,384
-  tokens per step trained at 53,900 tokens/s in 40 GiB under the scan with remat "dots". With all layers unrolled it
-  trains at 60,200 in 45 GiB, or with remat "none" at 60,700 in 56 GiB, and compiles in 26 to 61 s. Remat "none" does
-  not pay under the scan, because most residuals are stacked there.
+  of them, and a training step keeps the layers' parameters apart (`layer_stacks.py`). Compilation takes longer with
+  every repetition. On an H200, GLA of 24 layers with 1.3B parameters and 16,384 tokens per step trained at 53,900
+  tokens/s in 40 GiB under the scan with remat "dots". With all layers unrolled it trains at 60,900 in 45 GiB, or with
+  remat "none" at 63,000 in 55 GiB, and compiles in 31 to 76 s. Remat "none" does not pay under the scan, because most
+  residuals are stacked there.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, remat: str = "none", unroll: int = 1):
