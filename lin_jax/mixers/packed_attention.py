@@ -10,14 +10,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-# JAX gives the packed layout no public name.
-from jax._src.cudnn.fused_attention_stablehlo import MaskType, check_compute_capability, dot_product_attention
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels.derivatives import RESIDUALS
 from lin_jax.sharding import map_over_heads
+
+try:  # JAX gives the packed layout no public name. Under a version that moves it, attention takes the masked form.
+  from jax._src.cudnn.fused_attention_stablehlo import MaskType, check_compute_capability, dot_product_attention
+except ImportError:
+  MaskType = check_compute_capability = dot_product_attention = None
 
 MOST = 16  # documents per window
 CAPABILITY = "9.0"  # of GPUs for which cuDNN has the packed layout
@@ -25,6 +27,8 @@ CAPABILITY = "9.0"  # of GPUs for which cuDNN has the packed layout
 
 def supported(q: Array) -> bool:
   """Whether the default backend's GPU has cuDNN's packed layout for queries like `q`."""
+  if dot_product_attention is None:
+    return False
   return q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and check_compute_capability(CAPABILITY)
 
 

@@ -51,6 +51,11 @@ def test_cudnn_gets_every_document(name, monkeypatch):
   assert_close("dx", actual[1], expected[1], 1e-5)
 
 
+def test_without_jax_s_private_function_the_mask_is_used(monkeypatch):
+  monkeypatch.setattr(packed_attention, "dot_product_attention", None)
+  assert not packed_attention.supported(jnp.zeros((1, 8, 1, 64), jnp.bfloat16))
+
+
 def test_lengths_and_starts():
   lengths, starts = packed_attention.documents(runs_of(LENGTHS["few"]))
   assert lengths[:, :4].tolist() == [[5, 30, 13, -1], [48, -1, -1, -1]] and lengths.shape == (2, packed_attention.MOST)
