@@ -95,8 +95,8 @@ def test_training_speed_against_length(tmp_path):
 
 
 def test_packed_documents_beside_windows_of_one(tmp_path):
-  rows = records_of("bench_training.py", tmp_path, "--set=step", "--models=retnet_1b3,transformer_1b3", "--steps=3",
-                    "--timed_steps=2", "--documents=one,packed")
+  rows = records_of(start, "bench_training.py", tmp_path, "--set=step", "--models=retnet_1b3,transformer_1b3",
+                    "--steps=3", "--timed_steps=2", "--documents=one,packed")
   assert [(r["setting"]["name"], r["setting"]["documents"]) for r in rows] == [
       (name, how) for name in ("retnet_1b3", "transformer_1b3") for how in packing.DOCUMENTS.values()]
   assert all(len(r["losses"]) == 3 for r in rows)
