@@ -101,7 +101,8 @@ def _paper(model, tokens, warmup_tokens, batch_size, microbatch):
   """Returns a recipe with batches of `batch_size`, of which `microbatch` fit the 75% of 80 GB that JAX takes.
 
   All layers are unrolled, which no GPU has run at these batches yet. Compiled for an H100, a step of `gla_1b3` with
-  remat "none" takes 59.9 GiB, a little more than the 59.3. With "dots" it takes 52.5 (extrapolated from 4 and 8 layers).
+  remat "none" takes 59.9 GiB, a little more than these 59.3. With "dots" it takes 52.5, extrapolated from 4 and 8
+  layers.
   """
   tokens_per_step = batch_size * _CONTEXT  # 256 * 2048 = 0.52M, 1024 * 2048 = 2.1M
   return TrainConfig(
