@@ -168,15 +168,15 @@ def test_command(tmp_path):
   again = run(out)
   assert "0 programs wanted" in again.stdout and json.loads(out.read_text()) == record
 
-  one = run(out, "--gpus=sm_89", "--match=128x64 bfloat16", spill={"sm_89": 8})
-  fault = "sm_89 gla 128x64 bfloat16 channel heuristic 2048 tokens: gla_scan spills 8 bytes"
+  one = run(out, "--gpus=sm_89", "--match=128x64 bfloat16", spill={"sm_89": 64})
+  fault = "sm_89 gla 128x64 bfloat16 channel heuristic 2048 tokens: gla_scan spills 64 bytes"
   assert one.returncode == 1 and fault in one.stdout
   assert json.loads(out.read_text()) == record
 
   late = run(out, "--gpus=sm_89", "--ops=gla", "--limit_seconds=1e-9", sources="changed")
   assert late.returncode == 0 and json.loads(out.read_text())["pending"]["gla sm_89"] == grid
 
-  part = run(out, "--gpus=sm_89", "--ops=gla", spill={"sm_89": 8}, sources="changed")
+  part = run(out, "--gpus=sm_89", "--ops=gla", spill={"sm_89": 64}, sources="changed")
   assert part.returncode == 1 and part.stdout.endswith(f"{grid} programs with a fault\n")
   record = json.loads(out.read_text())
   faulty = [entry for entry in record["programs"] if compiled.faults(entry)]
