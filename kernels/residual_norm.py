@@ -5,18 +5,13 @@ squares, and the normalised row.
 """
 
 import functools
+import importlib
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from kernels import steps, triton_blocks
+from kernels import steps
 from kernels.rms_norm import reference
-from kernels.triton_blocks import given
-
-LEAST, MOST = 128, 8192  # channels, a power of two: a program holds one row
-PER_WARP = 512
 
 
 def add_and_norm(x: Float[Array, "B D"], y: Float[Array, "B D"], scale: Float[Array, "D"] | None, eps: float,
@@ -25,8 +20,7 @@ def add_and_norm(x: Float[Array, "B D"], y: Float[Array, "B D"], scale: Float[Ar
 
   Statistics are float32. The derivatives are those of the definition in jnp.
   """
-  D = x.shape[1]
-  if not steps.has_kernels() or not LEAST <= D <= MOST or D & (D - 1):
+  if not steps.has_kernels() or _kernels().declines(x.shape[1]):
     return _definition(eps, x, y, scale)
   definition = functools.partial(_definition, eps)
   run = jax.custom_vjp(functools.partial(launch, eps=eps))
@@ -36,23 +30,12 @@ def add_and_norm(x: Float[Array, "B D"], y: Float[Array, "B D"], scale: Float[Ar
 
 def launch(x, y, scale, *, eps):
   """The kernel, whatever the platform."""
-  B, D = x.shape
-  row, whole = pl.BlockSpec((None, D), lambda b: (b, 0)), pl.BlockSpec((D,), lambda b: (0,))
-  scaled = given(scale is not None, scale)
-  return triton_blocks.launch(
-      functools.partial(_kernel, eps=eps), name="add_and_norm", grid=(B,),
-      num_warps=max(1, D // PER_WARP), num_stages=1,
-      in_specs=[row, row, *given(scale is not None, whole)], out_specs=[row, row],
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2)(x, y, *scaled)
+  return _kernels().add_and_norm(x, y, scale, eps=eps)
 
 
-def _kernel(x_ref, y_ref, *refs, eps, dot):
-  *scale_ref, sum_ref, norm_ref = refs
-  total = (x_ref[...] + y_ref[...].astype(x_ref.dtype)).astype(x_ref.dtype)
-  sum_ref[...] = total
-  n = total.astype(jnp.float32)
-  n = n * jax.lax.rsqrt(jnp.sum(n * n) * (1 / n.shape[0]) + eps)
-  norm_ref[...] = (n * scale_ref[0][...] if scale_ref else n).astype(norm_ref.dtype)
+def _kernels():
+  # Pallas' Triton backend warns and costs time on import.
+  return importlib.import_module("kernels.pallas_triton_residual_norm")
 
 
 def _definition(eps, x, y, scale):

@@ -13,8 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from kernels import gla, triton_blocks
+from kernels import gla
+from kernels.derivatives import RESIDUALS
 from kernels.gla import step as gla_step
 from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
@@ -88,7 +90,7 @@ def log_decays(x: jax.Array, temperature: float) -> jax.Array:
 
 
 def _log_decays_forward(x, temperature):
-  log_decay = triton_blocks.residuals(log_decays(x, temperature))
+  log_decay = checkpoint_name(log_decays(x, temperature), RESIDUALS)
   return log_decay, log_decay
 
 
