@@ -2,7 +2,7 @@
 
 The model holds each parameter of layers that repeat as one array with a leading axis of layers, and so do checkpoints.
 A step whose layers are unrolled would copy every weight out of its stack, and every gradient into one. It therefore
-keeps one array per layer in the training state. The compiler removes the stacks that `stacked` builds inside of such a
+keeps one array per layer in the training state. The compiler removes the stacks that `together` builds inside of such a
 step, because each of their slices is an array that exists.
 """
 
@@ -38,7 +38,7 @@ def apart(tree: Any) -> Any:
   return jax.tree.map(separate, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def stacked(tree: Any) -> Any:
+def together(tree: Any) -> Any:
   """The inverse of `apart`, which leaves a tree without `Layers` as it is."""
 
   def stack(leaf):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from lin_jax import optim, sharding
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import DataConfig, TrainConfig
-from lin_jax.layer_stacks import apart, stacked
+from lin_jax.layer_stacks import apart, together
 from lin_jax.model import LanguageModel
 
 
@@ -84,7 +84,7 @@ def saved_form(abstract: TrainState) -> Callable[[TrainState], tuple[Any, dict]]
   The stacks are copies, so that saving a state whose layers are apart needs the memory of another state.
   """
   layout = _saved_layout(abstract)
-  stack = (lambda state: state) if layout is abstract else jax.jit(stacked, out_shardings=placement(layout))
+  stack = (lambda state: state) if layout is abstract else jax.jit(together, out_shardings=placement(layout))
 
   def split(state):
     state = stack(state)
@@ -106,7 +106,7 @@ def require_rows(processes: int | None, data: DataConfig) -> None:
 
 
 def _saved_layout(abstract):
-  shapes = jax.eval_shape(stacked, abstract)
+  shapes = jax.eval_shape(together, abstract)
   if jax.tree.structure(shapes) == jax.tree.structure(abstract):
     return abstract
   mesh = abstract.step.sharding.mesh

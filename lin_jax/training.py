@@ -19,7 +19,7 @@ from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import TrainConfig, validate
 from lin_jax.data import TokenDataset, eval_batches, train_iterator
-from lin_jax.layer_stacks import stacked
+from lin_jax.layer_stacks import together
 from lin_jax.layers import with_cast_kernels
 from lin_jax.loss import next_token_loss
 from lin_jax.manifests import describe
@@ -27,7 +27,7 @@ from lin_jax.model import keep_rows
 from lin_jax.preemption import stop_signals
 from lin_jax.train_state import TrainState, empty_carried, make_state, placement, restore, saved_form
 
-# XLA joins products of one input, as those of queries and keys, and then copies the parts out of the result.
+# XLA joins the products of one input with small weights, such as queries and keys, and then copies the two apart.
 _COMPILER_OPTIONS = {"cuda": {"xla_gpu_dot_merger_threshold_mb": 0}}
 
 
@@ -174,7 +174,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
       return None
     # The mask hides a window's last target if that target begins another document.
     goes_on = (batch["mask"][:, -1] > 0) & finite & ((state.step + 1) % config.data.carried_windows > 0)
-    empty = empty_carried(nnx.merge(graph, stacked(state.params)), config.data)
+    empty = empty_carried(nnx.merge(graph, together(state.params)), config.data)
     return keep_rows(goes_on, carried, empty)
 
   def train_step(state, batch):
@@ -214,7 +214,7 @@ def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, d
 def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = None) -> tuple[jax.Array, tuple]:
   """Returns a batch's summed next-token loss in nats, with the counts `targets` and `correct`, and the model's state
   after the batch if a state before it is given."""
-  model = nnx.merge(graph, stacked(params))
+  model = nnx.merge(graph, together(params))
   hidden, state = model.hidden(batch["tokens"], state, batch["segment_ids"])
   total, counts = next_token_loss(hidden, model.unembedding(), batch["targets"], batch["mask"])
   return total, ({name: counts[name] for name in ("targets", "correct")}, state)
@@ -222,7 +222,7 @@ def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = N
 
 def _cast(graph, params):
   """`with_cast_kernels` of parameters that may be `apart`."""
-  dtypes = jax.eval_shape(lambda: with_cast_kernels(graph, stacked(params)))
+  dtypes = jax.eval_shape(lambda: with_cast_kernels(graph, together(params)))
   cast = lambda like, layers: jax.tree.map(lambda x: x.astype(like.dtype), layers)
   return jax.tree.map(cast, dtypes, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

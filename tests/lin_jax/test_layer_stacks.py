@@ -11,7 +11,7 @@ from lin_jax import sharding
 from lin_jax.checkpoint import load_model
 from lin_jax.config import MeshConfig
 from lin_jax.data import train_iterator
-from lin_jax.layer_stacks import Layers, apart, stacked
+from lin_jax.layer_stacks import Layers, apart, together
 from lin_jax.training import make_state, make_train_step, train
 from tests.close import assert_close
 from tests.lin_jax import tiny
@@ -36,9 +36,9 @@ def test_every_stacked_parameter_and_moment_comes_apart_and_together(data):
   assert {type(leaf) for leaf in jax.tree.leaves(separate.params["runs"], is_leaf=is_layers)} == {Layers}
   names = lambda state: [variable.get_metadata().get("out_sharding") for variable in jax.tree.leaves(
       state.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))]
-  together = stacked(separate)
-  assert names(together) == names(state)
-  jax.tree.map(np.testing.assert_array_equal, together, state)
+  again = together(separate)
+  assert names(again) == names(state)
+  jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,15 @@ def test_a_step_with_layers_apart_equals_a_step_under_the_scan(data, programs):
     iterator, state = train_iterator(tiny.config(data).data, seed=0), create()
     for _ in range(2):
       state, _ = step(state, jax.device_put(next(iterator), sharding.batch_sharding(mesh)))
-    states[unroll] = jax.device_get(stacked(state))
+    states[unroll] = jax.device_get(together(state))
   for (path, actual), expected in zip(jax.tree_util.tree_leaves_with_path(states[0]), jax.tree.leaves(states[1]),
                                       strict=True):
     assert_close(jax.tree_util.keystr(path), actual, expected, 2e-5)
 
 
-def test_a_compiled_step_with_layers_apart_stacks_no_weight(data):
-  config = tiny.config(data)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_compiled_step_with_layers_apart_stacks_no_weight(data, accumulation):
+  config = tiny.config(data, accumulation=accumulation)
   config.unroll = 0
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   graph, optimizer, abstract, _ = make_state(config, mesh)
