@@ -78,8 +78,7 @@ def _backward(scale, normalize_qk, config, flows, residuals, cotangents):
   operands, e, states, kept = residuals
   do, dfinal_state = cotangents
   minus_f, dstates, dinitial_state, _ = scan(operands, do, dfinal_state, scale, config, reverse=True, kept=kept)
-  dq, dk, dv, dbeta, dlog_decay = gradients(operands, e, do, minus_f, states, dstates, scale, config,
-                                             flows)
+  dq, dk, dv, dbeta, dlog_decay = gradients(operands, e, do, minus_f, states, dstates, scale, config, flows)
   return dq, dk, dv, dbeta, dlog_decay, dinitial_state
 
 
