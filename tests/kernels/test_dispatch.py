@@ -76,5 +76,7 @@ def test_import_is_light():
           "assert not any('pallas' in name for name in sys.modules if name.startswith(('jax', 'kernels'))); "
           "assert not hasattr(kernels, '__version__'); "
           "assert kernels.__all__ == ['delta_rule', 'explain', 'gla', 'linear_attention', 'rms_norm', "
-          "'selective_scan', 'short_convolution', 'skip_gate_norm', 'swiglu']")
+          "'selective_scan', 'short_convolution', 'skip_gate_norm', 'swiglu']; "
+          "import lin_jax.model; assert 'jax.experimental.pallas' not in sys.modules; "
+          "assert not any('triton' in name for name in sys.modules if name.startswith('kernels'))")
   subprocess.run([sys.executable, "-c", code], check=True)
