@@ -27,15 +27,18 @@ def with_tables(text: str, rows: Sequence[dict]) -> str:
 def beside_peers(rows: Sequence[dict]) -> str:
   """Returns the markdown of the comparison on the device with most records of steps of that size.
 
-  Of each library and model the versions of the newest record count, and of these the fastest setting.
+  A machine's speed differs by 2% from one to the next, so only records of one command are compared: the newest that
+  trained another library's models too. Without such a command all records count. Of each library and model the newest
+  versions count, and of these the fastest setting.
   """
-  rows, where = _steps(row for row in rows if row["setting"].get("documents", DOCUMENTS["one"]) == DOCUMENTS["one"])
-  if not rows:
+  every, where = _steps(row for row in rows if row["setting"].get("documents", DOCUMENTS["one"]) == DOCUMENTS["one"])
+  if not every:
     return "No step of this size has been measured yet.\n"
+  rows = _of_one_command(every)
   found = {name: _fastest(row for row in rows if row["setting"]["name"] == name) for name in SWEEPS["step"].models}
   lines = [line for name, fastest in found.items() for line in _lines(name, fastest)]
   parts = [where, *_summary(found.values()), _table(_HEAD, lines)]
-  notes = [f"- `{library}` has no result for `{name}`: {reason}" for (library, name), reason in _failures(rows, found)]
+  notes = [f"- `{library}` has no result for `{name}`: {reason}" for (library, name), reason in _failures(every, found)]
   return "\n\n".join([*parts, *filter(None, ["\n".join(notes)])]) + "\n"
 
 
@@ -80,6 +83,16 @@ def _steps(rows):
   device = max(dict.fromkeys(devices), key=devices.count)
   return ([row for row in rows if row["device"] == device],
           f"{device}, {step.tokens // length} windows of {length:,} tokens per step.")
+
+
+def _of_one_command(rows):
+  """The records of the newest command with results of ours and of another library; all if there is none."""
+  groups = {}
+  for row in rows:
+    groups.setdefault(row.get("command"), []).append(row)
+  both = [group for group in groups.values()
+          if len({library(row) == _OURS for row in group if not row["reason"]}) == 2]
+  return max(both, key=lambda group: max(row["run"] for row in group), default=rows)
 
 
 def library(row: dict) -> str:

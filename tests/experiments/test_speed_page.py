@@ -34,6 +34,15 @@ def test_the_table_has_wins_losses_and_failures():
   assert "- `jla` has no result for `transformer_1b3`: TimeoutError: stopped after 240 s" in text
 
 
+def test_only_records_of_one_command_are_compared():
+  old, both, alone = ({"command": f"bench {name}"} for name in ("old", "both", "alone"))
+  day = lambda rate, number, library="lin_jax", name="gla_1b3": record(name, rate, library, run=f"2026-01-0{number}")
+  rows = [day(65000.0, 1) | old, day(60000.0, 1, "jla") | old, day(63000.0, 2) | both, day(60000.0, 2, "jla") | both,
+          day(61000.0, 2, name="retnet_1b3") | both, day(99000.0, 3) | alone]
+  text = page.beside_peers(rows)
+  assert "63,000" in text and "x1.05" in text and "61,000" in text and "65,000" not in text and "99,000" not in text
+
+
 def test_the_table_replaces_itself_and_needs_its_place():
   text = f"a\n{page.BEGIN}\nold\n{page.END}\n{page.BEGIN_PACKED}\nold\n{page.END}\nb"
   once = page.with_tables(text, [])
