@@ -6,6 +6,7 @@ Each carries one logical axis name per dimension, which `lin_jax.sharding` maps 
 depth, nor are they in the GLA paper's code.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -43,6 +44,21 @@ def softplus(x: Array) -> Array:
 softplus.defjvps(lambda dx, _, x: dx * jax.nn.sigmoid(x))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def product(x: Float[Array, "rows inputs"], kernel: Float[Array, "inputs outputs"], dtype,
+            ) -> Float[Array, "rows outputs"]:
+  """x @ kernel in `dtype`, accumulated in float32. The products of its gradients have operands in the dtype of x."""
+  return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+@product.defjvp
+def _product_derivative(dtype, primals, tangents):
+  # Without this rule, the products of the gradients read the wide cotangent of a wide result.
+  (x, kernel), (dx, dkernel) = primals, tangents
+  y = jnp.matmul(x, kernel, preferred_element_type=dtype)
+  return y, (jnp.matmul(dx, kernel) + jnp.matmul(x, dkernel)).astype(dtype)
+
+
 class Linear(nnx.Module):
   """y = x W (+ b), with products in `dtype` and float32 accumulation. y is in `output_dtype` (`dtype` if None)."""
 
@@ -56,7 +72,7 @@ class Linear(nnx.Module):
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     # Flattened to one axis, because XLA on a CPU copies and transposes both operands of a kernel's gradient over two.
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = jnp.matmul(rows, self.kernel[...].astype(self.dtype), preferred_element_type=self.output_dtype)
+    y = product(rows, self.kernel[...].astype(self.dtype), self.output_dtype)
     y = y.reshape(*x.shape[:-1], -1)
     if self.bias is None:
       return y
@@ -77,7 +93,7 @@ def joint_products(linears: Sequence[nnx.Module], x: Float[Array, "*batch inputs
   kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
   widest = max((linear.output_dtype for linear in linears), key=lambda dtype: dtype.itemsize)
   rows = x.reshape(-1, x.shape[-1]).astype(linears[0].dtype)
-  y = jnp.matmul(rows, jnp.concatenate(kernels, axis=1), preferred_element_type=widest).reshape(*x.shape[:-1], -1)
+  y = product(rows, jnp.concatenate(kernels, axis=1), widest).reshape(*x.shape[:-1], -1)
   ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1]))
   parts = jnp.split(y, ends, axis=-1)
   return [part.astype(linear.output_dtype) for part, linear in zip(parts, linears, strict=True)]
