@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels import rms_norm, short_convolution, swiglu
+from kernels.derivatives import RESIDUALS
 from kernels.residual_norm import add_and_norm
 from lin_jax.sharding import map_over_heads, tensor_shards
 
@@ -37,11 +39,17 @@ def time_step_biases(key: Array, shape: Sequence[int], dtype) -> Array:
 
 @jax.custom_jvp
 def softplus(x: Array) -> Array:
-  """log(1 + exp(x)), whose derivative reads x alone. That of `jax.nn.softplus` reads the result, too."""
+  """log(1 + exp(x)), with a derivative that is formed from the result.
+
+  The ops keep their time steps for the backward pass. So neither x is kept, nor are the time steps computed again.
+  """
   return jax.nn.softplus(x)
 
 
-softplus.defjvps(lambda dx, _, x: dx * jax.nn.sigmoid(x))
+@softplus.defjvp
+def _softplus_derivative(primals, tangents):
+  y = checkpoint_name(softplus(*primals), RESIDUALS)
+  return y, tangents[0] * -jnp.expm1(-y)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -10,6 +10,7 @@ import pytest
 from lin_jax import optim, sharding
 from lin_jax.config import MeshConfig
 from lin_jax.mixers.mamba import MambaConfig
+from lin_jax.model import products
 from tests.close import assert_close, assert_uniform
 from tests.lin_jax.mixers.formulas import convolve, silu, wide
 from tests.lin_jax.mixers.small import BATCH, TIME, WIDTH, assert_stays_float32, call, inputs, jit, start
@@ -66,6 +67,11 @@ def test_channels_on_two_devices_equal_one():
 def test_step_sizes_stay_float32():
   dt = build(jnp.bfloat16)._projected(jnp.ones((BATCH, TIME, 2 * WIDTH), jnp.bfloat16))[0]
   assert_stays_float32(dt)
+
+
+def test_remat_computes_no_time_step_twice():
+  loss = jax.checkpoint(lambda mixer: jnp.sin(mixer(inputs())[0]).sum(), policy=products)
+  assert str(jax.make_jaxpr(jax.grad(loss))(build())).count(" log1p ") == 1
 
 
 def test_parameters_start_in_the_published_ranges():
