@@ -162,6 +162,12 @@ def test_softplus_has_the_derivatives_of_its_formula():
     assert_close("softplus", found, expected, 1e-5)
 
 
+def test_softplus_has_an_upper_bound_and_no_overflow():
+  x = jnp.array([79.0, 80.0, 100.0, 1e30, jnp.inf, -1e30, -jnp.inf, jnp.nan])
+  np.testing.assert_allclose(softplus(x), [79, 80, 80, 80, 80, 0, 0, jnp.nan], rtol=1e-6)
+  np.testing.assert_allclose(jax.vmap(jax.grad(softplus))(x), [1, 1, 1, 1, 1, 0, 0, jnp.nan], rtol=1e-6)
+
+
 def test_joint_products_are_those_of_the_layers():
   linears = [Linear(8, size, ("embed", None), dtype=jnp.bfloat16, output_dtype=output, rngs=nnx.Rngs(size))
              for size, output in ((4, None), (3, None), (2, jnp.float32))]
