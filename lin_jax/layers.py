@@ -6,6 +6,7 @@ Each carries one logical axis name per dimension, which `lin_jax.sharding` maps 
 depth, nor are they in the GLA paper's code.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -14,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels import rms_norm, short_convolution, swiglu
+from kernels.derivatives import RESIDUALS
 from kernels.residual_norm import add_and_norm
 from lin_jax.sharding import map_over_heads, tensor_shards
 
@@ -36,11 +39,34 @@ def time_step_biases(key: Array, shape: Sequence[int], dtype) -> Array:
 
 @jax.custom_jvp
 def softplus(x: Array) -> Array:
-  """log(1 + exp(x)), whose derivative reads x alone. That of `jax.nn.softplus` reads the result, too."""
-  return jax.nn.softplus(x)
+  """log(1 + exp(x)), with a derivative that is formed from the result. From x = 80 on it is 80, and its derivative 1.
+
+  The ops keep their time steps for the backward pass. So neither x is kept, nor are the time steps computed again.
+  Without an upper bound the exponential may overflow. `jax.nn.softplus` avoids that by reading x several times, and XLA
+  then gives it a pass of its own behind the product that forms x. A chain of operations becomes a part of that product.
+  """
+  return jnp.log1p(jnp.exp(jnp.minimum(x, 80.0)))
 
 
-softplus.defjvps(lambda dx, _, x: dx * jax.nn.sigmoid(x))
+@softplus.defjvp
+def _softplus_derivative(primals, tangents):
+  y = checkpoint_name(softplus(*primals), RESIDUALS)
+  return y, tangents[0] * -jnp.expm1(-y)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def product(x: Float[Array, "rows inputs"], kernel: Float[Array, "inputs outputs"], dtype,
+            ) -> Float[Array, "rows outputs"]:
+  """x @ kernel in `dtype`, accumulated in float32. The products of its gradients have operands in the dtype of x."""
+  return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+@product.defjvp
+def _product_derivative(dtype, primals, tangents):
+  # Without this rule, the products of the gradients read the wide cotangent of a wide result.
+  (x, kernel), (dx, dkernel) = primals, tangents
+  y = jnp.matmul(x, kernel, preferred_element_type=dtype)
+  return y, (jnp.matmul(dx, kernel) + jnp.matmul(x, dkernel)).astype(dtype)
 
 
 class Linear(nnx.Module):
@@ -56,7 +82,7 @@ class Linear(nnx.Module):
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
     # Flattened to one axis, because XLA on a CPU copies and transposes both operands of a kernel's gradient over two.
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = jnp.matmul(rows, self.kernel[...].astype(self.dtype), preferred_element_type=self.output_dtype)
+    y = product(rows, self.kernel[...].astype(self.dtype), self.output_dtype)
     y = y.reshape(*x.shape[:-1], -1)
     if self.bias is None:
       return y
@@ -77,7 +103,7 @@ def joint_products(linears: Sequence[nnx.Module], x: Float[Array, "*batch inputs
   kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
   widest = max((linear.output_dtype for linear in linears), key=lambda dtype: dtype.itemsize)
   rows = x.reshape(-1, x.shape[-1]).astype(linears[0].dtype)
-  y = jnp.matmul(rows, jnp.concatenate(kernels, axis=1), preferred_element_type=widest).reshape(*x.shape[:-1], -1)
+  y = product(rows, jnp.concatenate(kernels, axis=1), widest).reshape(*x.shape[:-1], -1)
   ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1]))
   parts = jnp.split(y, ends, axis=-1)
   return [part.astype(linear.output_dtype) for part, linear in zip(parts, linears, strict=True)]

@@ -118,8 +118,33 @@ class Mamba(nnx.Module):
 
   def _finish(self, x, y, v):
     """Skip, gate and output projection."""
-    y = y.astype(jnp.float32) + align(self.skip[...], v) * v.astype(jnp.float32)
-    return self.output((y * jax.nn.silu(self.gate(x).astype(jnp.float32))).astype(v.dtype))
+    return self.output(skip_and_gate(y, v, self.gate(x), self.skip[...]))
+
+
+@jax.custom_vjp
+def skip_and_gate(y: Float[Array, "B T D"], v: Float[Array, "B T D"], gate: Float[Array, "B T D"],
+                  skip: Float[Array, "D"]) -> Float[Array, "B T D"]:
+  """(y + skip v) swish(gate), in float32 and rounded once. The gradient of v is formed from the rounded one of y."""
+  return _skip_and_gate(y, v, gate, skip)
+
+
+def _skip_and_gate(y, v, gate, skip):
+  y = y.astype(jnp.float32) + align(skip, v) * v.astype(jnp.float32)
+  return (y * jax.nn.silu(gate.astype(jnp.float32))).astype(v.dtype)
+
+
+def _skip_and_gate_forward(*arrays):
+  return _skip_and_gate(*arrays), arrays
+
+
+def _skip_and_gate_backward(arrays, cotangent):
+  dy, _, dgate, dskip = jax.vjp(_skip_and_gate, *arrays)[1](cotangent)
+  # Together, because XLA would put all but dy off until the scan's gradients are there, and read the arrays again.
+  dy, dgate, dskip = jax.lax.optimization_barrier((dy, dgate, dskip))
+  return dy, (align(arrays[3], dy) * dy.astype(jnp.float32)).astype(dy.dtype), dgate, dskip
+
+
+skip_and_gate.defvjp(_skip_and_gate_forward, _skip_and_gate_backward)
 
 
 def _a_log_start(size):

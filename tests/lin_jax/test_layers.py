@@ -77,6 +77,24 @@ def test_linear_casts_at_use(output_dtype):
   assert_close("output", y.astype(jnp.float32), expected, 1e-6 if output_dtype else 5e-3)
 
 
+@pytest.mark.parametrize("output_dtype", [None, jnp.float32])
+def test_derivatives_of_linear_are_products_in_its_dtype(output_dtype):
+  linear = Linear(64, 5, (None, None), dtype=jnp.bfloat16, rngs=nnx.Rngs(0), output_dtype=output_dtype)
+  x, dy = normal(0, 3, 64, dtype=jnp.bfloat16), normal(1, 3, 5, dtype=output_dtype or jnp.bfloat16)
+  apply = lambda linear, x: linear(x)
+  gradients = lambda linear, x, dy: jax.vjp(apply, linear, x)[1](dy)
+  products = [eqn for eqn in jax.make_jaxpr(gradients)(linear, x, dy).eqns if eqn.primitive.name == "dot_general"]
+  assert len(products) == 3 and all(v.aval.dtype == jnp.bfloat16 for eqn in products for v in eqn.invars)
+  dlinear, dx = gradients(linear, x, dy)
+  (kernel, dkernel), (x, dx, dy) = ((np.asarray(a, np.float32) for a in arrays)
+                                    for arrays in ((linear.kernel[...], dlinear.kernel[...]), (x, dx, dy)))
+  assert_close("dkernel", dkernel, x.T @ dy, 5e-3)
+  assert_close("dx", dx, dy @ kernel.T, 5e-3)
+  tangent = jax.jvp(apply, (linear, jnp.asarray(x, jnp.bfloat16)), (linear, jnp.asarray(x, jnp.bfloat16)))[1]
+  assert tangent.dtype == (output_dtype or jnp.bfloat16)
+  assert_close("tangent", tangent.astype(jnp.float32), 2 * x @ kernel, 5e-3)
+
+
 @pytest.fixture(scope="module")
 def convolution():
   return ShortConvolution(5, 4, axis=None, dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -142,6 +160,12 @@ def test_softplus_has_the_derivatives_of_its_formula():
   for order in (lambda f: f, jax.grad, lambda f: jax.grad(jax.grad(f))):
     found, expected = (jax.vmap(order(f))(x) for f in (softplus, lambda x: jnp.log1p(jnp.exp(x))))
     assert_close("softplus", found, expected, 1e-5)
+
+
+def test_softplus_has_an_upper_bound_and_no_overflow():
+  x = jnp.array([79.0, 80.0, 100.0, 1e30, jnp.inf, -1e30, -jnp.inf, jnp.nan])
+  np.testing.assert_allclose(softplus(x), [79, 80, 80, 80, 80, 0, 0, jnp.nan], rtol=1e-6)
+  np.testing.assert_allclose(jax.vmap(jax.grad(softplus))(x), [1, 1, 1, 1, 1, 0, 0, jnp.nan], rtol=1e-6)
 
 
 def test_joint_products_are_those_of_the_layers():

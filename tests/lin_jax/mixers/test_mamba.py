@@ -9,7 +9,8 @@ import pytest
 
 from lin_jax import optim, sharding
 from lin_jax.config import MeshConfig
-from lin_jax.mixers.mamba import MambaConfig
+from lin_jax.mixers.mamba import MambaConfig, skip_and_gate
+from lin_jax.model import products
 from tests.close import assert_close, assert_uniform
 from tests.lin_jax.mixers.formulas import convolve, silu, wide
 from tests.lin_jax.mixers.small import BATCH, TIME, WIDTH, assert_stays_float32, call, inputs, jit, start
@@ -66,6 +67,28 @@ def test_channels_on_two_devices_equal_one():
 def test_step_sizes_stay_float32():
   dt = build(jnp.bfloat16)._projected(jnp.ones((BATCH, TIME, 2 * WIDTH), jnp.bfloat16))[0]
   assert_stays_float32(dt)
+
+
+def test_remat_computes_no_time_step_twice():
+  loss = jax.checkpoint(lambda mixer: jnp.sin(mixer(inputs())[0]).sum(), policy=products)
+  assert str(jax.make_jaxpr(jax.grad(loss))(build())).count(" log1p ") == 1
+
+
+@pytest.mark.parametrize("dtype, bound", [("bfloat16", 5e-3), ("float32", 1e-6)])
+def test_skip_and_gate_are_their_formula(dtype, bound):
+  arrays = [jnp.asarray(2 * x, dtype) for x in np.random.default_rng(0).standard_normal((4, BATCH, TIME, WIDTH))]
+  skip = jnp.linspace(-2, 3, WIDTH)
+
+  def results(fn, *arrays):
+    *inputs, dy = arrays
+    y, pull = jax.vjp(fn, *inputs, skip)
+    return y, *pull(dy)
+
+  formula = lambda y, v, gate, skip: (y + skip[None, None] * v) * jax.nn.silu(gate)
+  found, expected = results(skip_and_gate, *arrays), results(formula, *(x.astype(jnp.float32) for x in arrays))
+  for name, x, wanted in zip(("output", "dy", "dv", "dgate", "dskip"), found, expected, strict=True):
+    assert x.dtype == (jnp.float32 if name == "dskip" else dtype)
+    assert_close(name, x.astype(jnp.float32), wanted, bound)
 
 
 def test_parameters_start_in_the_published_ranges():
