@@ -116,12 +116,16 @@ def decode(model: LanguageModel, logits: Float[Array, "B V"], state: Any, key: A
   decoder = Decoder(model)
 
   def next_token(carry, i):
-    logits, states = carry
+    logits, states, tokens = carry
     token = sample(logits, jax.random.fold_in(key, i), sampling)
-    return decoder.step(token, states), token
+    # Stacked by the scan, the tokens would be copied on another stream of a GPU, which keeps the loop's body from being
+    # one CUDA graph.
+    tokens = jnp.where(jnp.arange(steps)[None] == i, token[:, None], tokens)
+    return (*decoder.step(token, states), tokens), None
 
-  (logits, states), tokens = jax.lax.scan(next_token, (logits, in_order(state)), jnp.arange(steps))
-  return tokens.T, (logits, stacked(states, state))
+  tokens = jnp.zeros((logits.shape[0], steps), jnp.int32)
+  (logits, states, tokens), _ = jax.lax.scan(next_token, (logits, in_order(state), tokens), jnp.arange(steps))
+  return tokens, (logits, stacked(states, state))
 
 
 def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, "B"]:
