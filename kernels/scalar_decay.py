@@ -51,14 +51,11 @@ def decay_of(g, C):
   return decay_of_sums(sums, jnp.min(sums))
 
 
-def load_gate(ref, n, C, head=()):
-  """What `decay_of` takes for chunk n: of the `chunk_sums` of a head or of a constant gate, or None.
-
-  `head` is the index of the head if `ref` has several.
-  """
-  if ref is None or len(ref.shape) == len(head):
-    return None if ref is None else ref[head or ...]
-  return ref[*head, pl.ds(n * C, C)], ref[*head, n * C + C - 1]
+def load_gate(ref, n, C):
+  """What `decay_of` takes for chunk n: of the `chunk_sums` of a head or of a constant gate, or None."""
+  if ref is None or not ref.shape:
+    return None if ref is None else ref[...]
+  return ref[pl.ds(n * C, C)], ref[n * C + C - 1]
 
 
 def _inclusive_sums(g):
@@ -115,20 +112,17 @@ def _sums_kernel(g_ref, sums_ref, *, dot):
   sums_ref[...] = _inclusive_sums(g_ref[...])
 
 
-def sums_block(sums, rows, chunked, heads=None):
-  """Kernel operands and BlockSpecs for what `chunk_sums` gives, for `rows` tokens of one head or of several `heads`."""
+def sums_block(sums, rows, chunked):
+  """Kernel operands and BlockSpecs for what `chunk_sums` gives, for `rows` tokens."""
   if sums is None or sums.ndim == 1:
-    return gate_block(sums, rows, chunked, heads)
-  return [sums], [pl.BlockSpec((None, heads, rows), lambda *i: (i[-1], i[-2], i[1] if chunked else 0))]
+    return gate_block(sums, rows, chunked)
+  return [sums], [pl.BlockSpec((None, None, rows), lambda *i: (i[-1], i[-2], i[1] if chunked else 0))]
 
 
-def gate_block(log_decay, rows, chunked, heads=None):
-  """Kernel operands and BlockSpecs for the gates: none, one per head, or one per token for `rows` tokens.
-
-  A block has the gates of one head, or of several `heads`.
-  """
+def gate_block(log_decay, rows, chunked):
+  """Kernel operands and BlockSpecs for the gates: none, one per head, or one per token for `rows` tokens."""
   if log_decay is None:
     return [], []
   if log_decay.ndim == 1:
-    return [log_decay], [pl.BlockSpec((heads,), lambda *i: (i[-2],))]
-  return [log_decay], [pl.BlockSpec((None, rows, heads), lambda *i: (i[-1], i[1] if chunked else 0, i[-2]))]
+    return [log_decay], [pl.BlockSpec((None,), lambda *i: (i[-2],))]
+  return [log_decay], [pl.BlockSpec((None, rows, None), lambda *i: (i[-1], i[1] if chunked else 0, i[-2]))]

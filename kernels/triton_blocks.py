@@ -139,16 +139,13 @@ def rows_and_columns(size):
   return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def computed_once(*arrays, index=None):
+def computed_once(*arrays):
   """The arrays unchanged, each computed only once although its transpose is read too.
-
-  In a loop, `index` is the loop's, because the interpreter knows no program's index there.
 
   XLA moves a transpose in front of the elementwise operations that made its operand, and so computes them twice. It
   moves none into a branch, so the arrays come from a branch that is always taken.
   """
-  index = pl.program_id(0) if index is None else index
-  return jax.lax.cond(index >= 0, lambda: arrays, lambda: tuple(map(jnp.zeros_like, arrays)))
+  return jax.lax.cond(pl.program_id(0) >= 0, lambda: arrays, lambda: tuple(map(jnp.zeros_like, arrays)))
 
 
 def leading_bits(x):

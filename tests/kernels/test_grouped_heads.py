@@ -12,7 +12,6 @@ import kernels
 from kernel_tuning import compiled
 from kernel_tuning.gpus import GPUS
 from kernels import chunks
-from kernels.linear_attention import pallas_triton_gradients
 from tests.close import assert_close, tolerance
 from tests.kernels.cases import Case, check, make_inputs, results
 
@@ -69,24 +68,6 @@ def test_kernels_equal_those_of_repeated_heads(op, decay, fields):
 def test_kernels_of_few_configurations_match_the_scan(op, fields):
   case = grouped(op, fields.pop("decay", "channel"), T=20, H=4, **fields)
   check(case, PALLAS[op], multi_pass=True)
-
-
-@pytest.mark.parametrize("decay, wanted, heads",
-                         [("token", 1, 6), ("constant", 1, 6), ("none", 1, 6), ("token", 18, 2)])
-def test_kernels_that_sum_over_heads_equal_those_of_repeated_heads(decay, wanted, heads, monkeypatch):
-  # Three chunks and two key heads are 6 programs where each sums its whole group, and 18 where it sums a third of it.
-  found, kernel = [], pallas_triton_gradients._dqk_kernel
-
-  def watched(*refs, heads, **options):
-    found.append(heads)
-    kernel(*refs, heads=heads, **options)
-
-  monkeypatch.setattr(pallas_triton_gradients, "WANTED", wanted)
-  monkeypatch.setattr(pallas_triton_gradients, "_dqk_kernel", watched)
-  case = grouped("linear_attention", decay, H=12, dtype="bfloat16", segments=(1, 20, 19))
-  call = functools.partial(kernels.linear_attention, implementation="pallas_triton")  # not compiled by another test
-  assert_equals_repeated(case, call, make_inputs(case))
-  assert set(found) == {heads, 1}  # those of repeated heads have groups of one
 
 
 @pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "token"), ("delta_rule", "token")])
