@@ -3,7 +3,7 @@
 A token reads every weight once, and at small batches this is most of its time. So the weights are cast to the compute
 dtype before the first token, and the layers are taken apart, because a scan over layers copies slices of what it scans
 over, and writes all states anew. Projections of one input become one product, because each kernel costs about 2 us,
-however little it does. For the same reason a branch may end in parts of its last product, which the next addition sums.
+however little it does.
 """
 
 from typing import Any
@@ -14,16 +14,11 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from kernels import steps
 from lin_jax.layers import Linear, align
 from lin_jax.sharding import is_partitioned
 
 # Joint products have a multiple of this many columns, as the tensor cores want their rows.
 _ALIGNED = 64
-# The layers whose output a mixer or an MLP returns as it is.
-_LAST = "output", "down"
-# A product in parts has up to as many tiles as a large GPU has multiprocessors, and parts of at least so many inputs.
-_TILE, _TILES, _LEAST_INPUTS = 64, 128, 128
 
 
 class Decoder:
@@ -91,33 +86,6 @@ class Columns(nnx.Module):
     return y if self.bias is None else y + align(self.bias[...].astype(y.dtype), y)
 
 
-class BranchEnd(Columns):
-  """The last layer of a branch, which may give P parts of its output in float32, [*batch, P, outputs].
-
-  The output of a few rows has fewer tiles than a GPU has multiprocessors, so the compiler splits its product along the
-  inputs, and sums the parts in another kernel. Split here, they are summed by the kernel that adds the branch.
-  """
-
-  def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch_and_parts outputs"]:
-    rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    parts = _parts(rows.shape[0], *self.transposed.shape)
-    if parts == 1:
-      return super().__call__(x)
-    rows, matrix = (a.reshape(a.shape[0], parts, -1) for a in (rows, self.transposed))
-    y = jnp.einsum("bpk,npk->bpn", rows, matrix, preferred_element_type=jnp.float32)
-    return y[..., :self.outputs].reshape(*x.shape[:-1], parts, -1)
-
-
-def _parts(rows, outputs, inputs):
-  """How many parts a product of rows [rows, inputs] and of a matrix [outputs, inputs] comes in."""
-  tiles, parts = -(-rows // _TILE) * (outputs // _TILE), 1
-  if rows == 1 or not steps.has_kernels():
-    return parts
-  while 2 * parts * tiles <= _TILES and inputs % (2 * parts) == 0 and inputs // (2 * parts) >= _LEAST_INPUTS:
-    parts *= 2
-  return parts
-
-
 def _multiply(rows, transposed):
   """Float32 products of rows [B, K] and of a matrix [N, K], along K."""
   if rows.shape[0] == 1:
@@ -153,6 +121,5 @@ def _join(module, group):
   transposed = jnp.concatenate([*kernels, filler], axis=1).T
   first = 0
   for (name, linear), kernel in zip(group.items(), kernels, strict=True):
-    layer = BranchEnd if name in _LAST and linear.bias is None else Columns
-    setattr(module, name, layer(linear, transposed, first))
+    setattr(module, name, Columns(linear, transposed, first))
     first += kernel.shape[1]

@@ -134,9 +134,8 @@ class SimpleRMSNorm(nnx.Module):
     # In jnp, because XLA fuses the norm of a residual stream with the additions around it.
     return rms_norm(x, self._scale(), eps=self.eps, implementation="reference")
 
-  def of_sum(self, x: Float[Array, "B D"], y: Float[Array, "B *parts D"],
-             ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
-    """x + y and its norm, for one token. With an axis of parts, y is their sum."""
+  def of_sum(self, x: Float[Array, "B D"], y: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+    """x + y and its norm, for one token."""
     return add_and_norm(x, y, self._scale(), self.eps)
 
   def gated(self, o: Float[Array, "B T *heads width"], gate: Float[Array, "B T _"] | None = None,
@@ -180,7 +179,7 @@ class SwiGLU(nnx.Module):
     self.up = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
     self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch_and_parts D"]:
+  def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     gate, up = self.gate(x), self.up(x)
     if x.ndim != 3 or gate.shape[-1] % tensor_shards():
       return self.down(swiglu(gate, up, implementation="reference"))
@@ -193,7 +192,7 @@ class SwiGLU(nnx.Module):
 class SGLU(SwiGLU):
   """SwiGLU without its activation: (x W_gate * x W_up) W_down (Qin et al. 2024, arXiv:2405.17381, equation 12)."""
 
-  def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch_and_parts D"]:
+  def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     return self.down(self.gate(x) * self.up(x))
 
 

@@ -9,8 +9,6 @@ The module's contract (`B` batch, `T` time, `D` width):
   flops_per_token(sequence_length) -> int                         forward pass, projections included
 and, only for a mixer that depends on its place in the stack,
   set_layers(mixers, layers, depth)                               static; see `set_layers` below
-If the module has a layer `output`, y is its result. For `step`, `lin_jax.decoding` may put a layer in its place that
-gives y in P parts, [B,P,D], which are still to be summed.
 `matrix_memory.MatrixMemory` provides all of these except the constructor for mixers whose op keeps a matrix per head.
 """
 

@@ -111,7 +111,7 @@ class Attention(nnx.Module):
     return y, _write(state, k[:, -kept:], v[:, -kept:], positions[:, -kept:], key_positions[:, -kept:]) | {
         "length": state["length"] + time}
 
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B *parts D"], dict]:
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
     positions = state["length"][:, None]
     q, k, v = self._project(x[:, None], positions)
     state = _write(state, k, v, positions, positions) | {"length": state["length"] + 1}

@@ -88,7 +88,7 @@ class LinearAttention(nnx.Module):
     y = self._finish({name: checkpoint_name(o, "mixer_output") for name, (o, _) in mixed.items()})
     return y, None if state is None else {name: memory for name, (_, memory) in mixed.items()}
 
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B *parts D"], dict]:
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
     q, k, values = self._project(x[:, None])
     mixed = {name: linear_attention_step(state[name], q[:, 0], k[:, 0], v[:, 0]) for name, v in values.items()}
     outputs = {name: (o * q.shape[-1] ** -0.5).astype(q.dtype)[:, None] for name, (_, o) in mixed.items()}

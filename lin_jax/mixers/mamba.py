@@ -86,7 +86,7 @@ class Mamba(nnx.Module):
     y = self._finish(x, checkpoint_name(y, "mixer_output"), v)
     return y, None if state is None else {"memory": memory, "inputs": inputs}
 
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B *parts D"], dict]:
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
     x = x[:, None]
     v, inputs = self._convolve(x, state["inputs"], None)
     dt, rates, k, q = self._projected(v)

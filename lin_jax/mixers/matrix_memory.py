@@ -58,7 +58,7 @@ class MatrixMemory(nnx.Module):
     y = self.finish(x, checkpoint_name(o, "mixer_output"), arrays[2])
     return y, None if state is None else {"memory": memory, **kept}
 
-  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B *parts D"], dict]:
+  def step(self, x: Float[Array, "B D"], state: dict) -> tuple[Float[Array, "B D"], dict]:
     x = x[:, None]
     arrays, kept = self.project(x, state, None)
     token = (a if a is None or "t" not in axes else a[:, 0]
@@ -90,7 +90,7 @@ class MatrixMemory(nnx.Module):
     outputs, inputs = convolve(self.convolutions, [layer(x) for layer in layers], states, segment_ids, silu)
     return outputs, {"inputs": inputs}
 
-  def finish(self, x: Float[Array, "B T D"], o: Float[Array, "B T H V"], v: Array) -> Float[Array, "B T *parts D"]:
+  def finish(self, x: Float[Array, "B T D"], o: Float[Array, "B T H V"], v: Array) -> Float[Array, "B T D"]:
     """Head norm, swish output gate if there is one, and output projection. A mixer with a skip connection reads v."""
     return self.output(self.norm.gated(o, None if self.gate is None else self.gate(x)))
 

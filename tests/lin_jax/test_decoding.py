@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kernels import dispatch
-from lin_jax import decoding, mixers
+from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.decoding import Columns, Decoder, in_order, stacked
 from lin_jax.generate import Sampling, decode
-from lin_jax.layers import SimpleRMSNorm
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
 from lin_jax.model import LanguageModel
@@ -55,30 +53,6 @@ def test_prepared_weights_give_the_same_logits(mixer, batch, dtype):
     expected_logits, expected = plain(lm, token, expected)
     assert_close("logits", logits, expected_logits, BOUNDS[dtype])
   assert jax.tree.map(jnp.shape, states) == jax.tree.map(jnp.shape, expected)
-
-
-@pytest.mark.parametrize("mixer", mixers.MIXERS)
-def test_branches_in_parts_give_the_same_logits(mixer, monkeypatch):
-  # Inner widths of 256 or more, which a product splits into parts of 128 inputs.
-  lm = build(mixer=mixers.config_class(mixer).examples()[-1], width=256, mlp_width=512, depth=1, dtype="float32")
-  state, tokens = in_order(lm.init_state(BATCH, STEPS)), jnp.arange(BATCH)
-  expected, _ = jit(plain_step)(lm, tokens, state)
-  monkeypatch.setattr(dispatch, "platform", lambda: "cuda")  # interpreted kernels
-  norm, shapes = SimpleRMSNorm.of_sum, []
-  monkeypatch.setattr(SimpleRMSNorm, "of_sum", lambda self, x, y: shapes.append(y.shape) or norm(self, x, y))
-  found, _ = jit(lambda lm, tokens, state: Decoder(lm).step(tokens, state))(lm, tokens, state)
-  parts = [shape[1] for shape in shapes if len(shape) == 3]
-  assert len(shapes) == 3 and parts[-1] == 4 and all(shape[-1] == 256 for shape in shapes), shapes
-  assert_close("logits", found, expected, BOUNDS["float32"])
-
-
-@pytest.mark.parametrize("rows, outputs, inputs, parts", [
-    (64, 1024, 1024, 8), (64, 1024, 2816, 8), (64, 2048, 5632, 4), (128, 1024, 1024, 4), (2, 1024, 384, 2),
-    (2, 1024, 192, 1), (1, 1024, 1024, 1), (1024, 1024, 1024, 1)])
-def test_products_of_few_rows_come_in_parts(rows, outputs, inputs, parts, monkeypatch):
-  assert decoding._parts(rows, outputs, inputs) == 1
-  monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
-  assert decoding._parts(rows, outputs, inputs) == parts
 
 
 def test_layers_are_taken_apart_and_stacked_again():
