@@ -11,7 +11,6 @@ from kernels.triton_blocks import given
 
 LEAST, MOST = 128, 8192  # channels: a program holds one row
 PER_WARP = 512
-PER_WARP_OF_PARTS = 256  # fewer, because a thread has its channels of all parts in registers
 
 
 def declines(D: int) -> str | None:
@@ -26,22 +25,16 @@ def add_and_norm(x, y, scale, *, eps):
   B, D = x.shape
   row, whole = pl.BlockSpec((None, D), lambda b: (b, 0)), pl.BlockSpec((D,), lambda b: (0,))
   scaled = given(scale is not None, scale)
-  split = y.ndim == 3
-  if split:
-    y = jnp.moveaxis(y, 1, 0)  # the order in memory of what a product of parts writes
-  branch = pl.BlockSpec((y.shape[0], None, D), lambda b: (0, b, 0)) if split else row
   return triton_blocks.launch(
       functools.partial(_kernel, eps=eps), name="add_and_norm", grid=(B,),
-      num_warps=max(1, D // (PER_WARP_OF_PARTS if split else PER_WARP)), num_stages=1,
-      in_specs=[row, branch, *given(scale is not None, whole)], out_specs=[row, row],
+      num_warps=max(1, D // PER_WARP), num_stages=1,
+      in_specs=[row, row, *given(scale is not None, whole)], out_specs=[row, row],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2)(x, y, *scaled)
 
 
 def _kernel(x_ref, y_ref, *refs, eps, dot):
   *scale_ref, sum_ref, norm_ref = refs
-  x = x_ref[...]
-  y = sum(y_ref[i] for i in range(y_ref.shape[0])) if len(y_ref.shape) == 2 else y_ref[...]
-  total = (x + y.astype(x_ref.dtype)).astype(x_ref.dtype)
+  total = (x_ref[...] + y_ref[...].astype(x_ref.dtype)).astype(x_ref.dtype)
   sum_ref[...] = total
   n = total.astype(jnp.float32)
   n = n * jax.lax.rsqrt(jnp.sum(n * n) * (1 / n.shape[0]) + eps)

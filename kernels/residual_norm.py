@@ -1,27 +1,24 @@
 """The addition of a branch to the residual stream and the norm of the sum, for one token: one kernel on a GPU.
 
 A kernel of a few rows takes about 2 us, however little it does. The compiler needs three: the sum, the mean of its
-squares, and the normalised row. A branch that ends in a product split along its inputs arrives as parts, and their sum
-would be one more.
+squares, and the normalised row.
 """
 
 import functools
 import importlib
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import steps
 from kernels.rms_norm import reference
 
 
-def add_and_norm(x: Float[Array, "B D"], y: Float[Array, "B *parts D"], scale: Float[Array, "D"] | None, eps: float,
+def add_and_norm(x: Float[Array, "B D"], y: Float[Array, "B D"], scale: Float[Array, "D"] | None, eps: float,
                  ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
   """x + y, rounded to the dtype of x, and n / sqrt(mean(n²) + eps) * scale for each row n of it, in the same dtype.
 
-  With an axis of parts, y is their sum in float32, rounded to the dtype of x. Statistics are float32. The derivatives
-  are those of the definition in jnp.
+  Statistics are float32. The derivatives are those of the definition in jnp.
   """
   if not steps.has_kernels() or _kernels().declines(x.shape[1]):
     return _definition(eps, x, y, scale)
@@ -42,7 +39,5 @@ def _kernels():
 
 
 def _definition(eps, x, y, scale):
-  if y.ndim == 3:
-    y = jnp.sum(y, axis=1, dtype=jnp.float32)
   total = x + y.astype(x.dtype)
   return total, reference.rms_norm(total, scale, None, eps, "swish")

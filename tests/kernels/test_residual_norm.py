@@ -13,49 +13,44 @@ EPS = 1e-6
 BOUNDS = {"float32": 1e-6, "bfloat16": 5e-3}  # the second allows a few values another rounding
 
 
-def arguments(D, dtype, scaled, parts=0, B=3):
-  branch = (B, parts, D) if parts else (B, D)
-  x, y, scale = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((B, D), branch, (D,))))
-  return 100 * x.astype(dtype), y if parts else y.astype(dtype), scale if scaled else None
+def arguments(D, dtype, scaled, B=3):
+  x, y, scale = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((B, D), (B, D), (D,))))
+  return 100 * x.astype(dtype), y.astype(dtype), scale if scaled else None
 
 
-def check(run, D, dtype, scaled, parts):
-  args = arguments(D, dtype, scaled, parts)
+def check(run, D, dtype, scaled):
+  args = arguments(D, dtype, scaled)
   found, expected = jax.jit(lambda *args: run(*args, eps=EPS))(*args), residual_norm._definition(EPS, *args)
   for name, actual, one in zip(("sum", "norm"), found, expected, strict=True):
     assert actual.dtype == dtype
     assert_close(name, actual, one, BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("parts", [0, 8])
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_the_interpreted_kernel_is_the_definition(dtype, scaled, parts):
-  check(residual_norm.launch, 256, dtype, scaled, parts)
+def test_the_interpreted_kernel_is_the_definition(dtype, scaled):
+  check(residual_norm.launch, 256, dtype, scaled)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("parts", [0, 8])
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("D", [128, 1024, 2048, 8192])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_the_compiled_kernel_is_the_definition(dtype, D, scaled, parts):
-  check(residual_norm.add_and_norm, D, dtype, scaled, parts)
+def test_the_compiled_kernel_is_the_definition(dtype, D, scaled):
+  check(residual_norm.add_and_norm, D, dtype, scaled)
 
 
-@pytest.mark.parametrize("parts", [0, 4])
 @pytest.mark.parametrize("D, kernels", [(1024, 1), (1000, 0), (64, 0)])
-def test_a_gpu_gets_the_kernel_for_powers_of_two(D, kernels, parts, monkeypatch):
+def test_a_gpu_gets_the_kernel_for_powers_of_two(D, kernels, monkeypatch):
   monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
   with use_abstract_mesh(A100):
-    traced = jax.jit(lambda *args: residual_norm.add_and_norm(*args, EPS)).trace(*arguments(D, "bfloat16", True, parts))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(lambda *args: residual_norm.add_and_norm(*args, EPS)).trace(*arguments(D, "bfloat16", True)).lower(
+        lowering_platforms=("cuda",)).as_text()
   assert text.count('name = "add_and_norm"') == kernels
 
 
-@pytest.mark.parametrize("parts", [0, 4])
-def test_gradients_are_those_of_the_definition(parts, monkeypatch):
-  args = arguments(256, "float32", True, parts)
+def test_gradients_are_those_of_the_definition(monkeypatch):
+  args = arguments(256, "float32", True)
   loss = lambda run: jax.grad(lambda *args: sum(jnp.sum(jnp.sin(a)) for a in run(*args)), (0, 1, 2))(*args)
   expected = loss(lambda *args: residual_norm._definition(EPS, *args))
   monkeypatch.setattr(dispatch, "platform", lambda: "cuda")  # the kernel's wrapper, with the kernel interpreted
