@@ -15,9 +15,9 @@ import jax
 
 from kernels import cpu_compiler
 
-Implementation = Literal["pallas_triton", "xla_chunked", "reference"]
+Implementation = Literal["mosaic_gpu", "pallas_triton", "xla_chunked", "reference"]
 RECURRENT = {
-    "delta_rule": ("pallas_triton", "xla_chunked", "reference"),
+    "delta_rule": ("mosaic_gpu", "pallas_triton", "xla_chunked", "reference"),
     "gla": ("pallas_triton", "xla_chunked", "reference"),
     "linear_attention": ("pallas_triton", "xla_chunked", "reference"),
     "selective_scan": ("pallas_triton", "xla_chunked", "reference"),
@@ -32,7 +32,7 @@ FUSED = {
 TABLE = RECURRENT | FUSED
 # Platforms where an implementation is worth choosing. A named one runs elsewhere too: interpreted, or lowered for
 # another platform than the host's.
-PLATFORMS = {"pallas_triton": ("cuda",)}
+PLATFORMS = {"pallas_triton": ("cuda",), "mosaic_gpu": ("cuda",)}
 
 
 def choose(op: str, implementation: Implementation | None, *arrays, chunk_size: int | None = None) -> Callable:

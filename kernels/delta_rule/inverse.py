@@ -24,15 +24,16 @@ SIZE = 16  # rows of a block, the least that a product takes
 DEPTH = 64  # key channels of one product in float32; twice as many in 16 bits, which are as many bytes in flight
 WARPS = 1  # per program: its 32 lanes hold the columns of two diagonal blocks
 STEP = 8  # columns of multiples that a lane holds at once
+ACCURACY = 3
 PARTS = 3  # of 8 significant bits each, which make a float32
 EPSILON = 1e-6  # under the root of a norm, as in `kernels.chunks.normalize`
 
 
-def inverse(q, k, beta, log_decay, normalize_qk, chunk):
+def inverse(q, k, beta, log_decay, normalize_qk, chunk, whole=False):
   """Y `[B, H, N, parts, C, C]`, and three arrays `[B, T, H]`: sums of gates, and 1 / norm of the rows of q and k.
 
   Y is the sum of its parts: two of bfloat16 for 16-bit inputs, one of float32 for float32. Its 16 x 16 blocks above the
-  diagonal are not written. The sums of gates are as in `scalar_decay.Decay`, and None without gates. Without
+  diagonal are not written, unless the `whole` of it is. The sums of gates are as in `scalar_decay.Decay`, and None without gates. Without
   `normalize_qk` the norms are None; with it, Y belongs to the normalized keys.
   """
   (B, T, G, K), H, C = k.shape, beta.shape[2], chunk
@@ -42,7 +43,7 @@ def inverse(q, k, beta, log_decay, normalize_qk, chunk):
   rows = pl.BlockSpec((None, C, None), lambda n, h, b: (b, n, h))
   norms = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
   y, *others = triton_blocks.launch(
-      functools.partial(_inverse_kernel, gated=gated, normalized=normalize_qk,
+      functools.partial(_inverse_kernel, gated=gated, normalized=normalize_qk, whole=whole, accuracy=ACCURACY if whole else PARTS,
                         depth=min(DEPTH if parts == 1 else 2 * DEPTH, K)),
       name="delta_rule_inverse", grid=(T // C, H, B),
       in_specs=[keys, rows, *given(gated, rows), *given(normalize_qk, keys)],
@@ -54,7 +55,7 @@ def inverse(q, k, beta, log_decay, normalize_qk, chunk):
   return y, others.pop(0) if gated else None, *(others or (None, None))
 
 
-def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, depth, dot):
+def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, whole, accuracy, depth, dot):
   refs = list(refs)
   g_ref = refs.pop(0) if gated else None
   q_ref = refs.pop(0) if normalized else None
@@ -85,14 +86,17 @@ def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, depth, dot):
   y = {(i, i): _entry(own, 1, i) for i in blocks}
   for i in blocks:
     for j in reversed(range(i)):
-      z = _block(overlaps, i, j) + sum(_product(_block(multiples, i, m), y[m, j], dot) for m in range(j, i))
-      y[i, j] = z + _product(_entry(own_multiples, 1, i), z, dot)
+      z = _block(overlaps, i, j) + sum(_product(_block(multiples, i, m), y[m, j], dot, accuracy) for m in range(j, i))
+      y[i, j] = z + _product(_entry(own_multiples, 1, i), z, dot, accuracy)
     for j in range(i + 1):
       found = y[i, j]
       if gated:
         found *= _decay(sums, i, j)
       for part, x in enumerate([found] if dtype == jnp.float32 else halves(found)):
         y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = x
+    for j in blocks[i + 1:] if whole else ():
+      for part in range(y_ref.shape[0]):
+        y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = jnp.zeros((SIZE, SIZE), y_ref.dtype)
 
 
 def _overlaps(ref, depth, dtype, dot):
@@ -121,15 +125,15 @@ def _decay(sums, i, j):
   return jnp.where((i > j) | (row >= column), decay, 0.0)
 
 
-def _product(a, b, dot):
+def _product(a, b, dot, parts):
   """a @ b in float32, as exact as three passes of TF32. bfloat16 parts take fewer instructions to cut and to move."""
-  a, b = _parts(a), _parts(b)
-  return sum(dot(a[i], b[n - i]) for n in reversed(range(PARTS)) for i in range(n + 1))
+  a, b = _parts(a, parts), _parts(b, parts)
+  return sum(dot(a[i], b[n - i]) for n in reversed(range(parts)) for i in range(n + 1))
 
 
-def _parts(x):
+def _parts(x, parts):
   found = []
-  for _ in range(PARTS - 1):
+  for _ in range(parts - 1):
     high = leading_bits(x)
     found.append(high.astype(jnp.bfloat16))
     x = x - high

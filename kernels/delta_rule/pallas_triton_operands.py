@@ -31,9 +31,9 @@ class Operands:
 jax.tree_util.register_dataclass(Operands)
 
 
-def prepare(q, k, beta, log_decay, normalize_qk, chunk):
-  """Runs the kernel of the inverse on chunks of `chunk` tokens."""
-  y, sums, q_norm, k_norm = triton_blocks.residuals(inverse(q, k, beta, log_decay, normalize_qk, chunk))
+def prepare(q, k, beta, log_decay, normalize_qk, chunk, whole=False):
+  """Runs the kernel of the inverse on chunks of `chunk` tokens; the `whole` of Y is written or only its lower blocks."""
+  y, sums, q_norm, k_norm = triton_blocks.residuals(inverse(q, k, beta, log_decay, normalize_qk, chunk, whole))
   return Operands(q, k, y, beta, log_decay, sums, q_norm, k_norm)
 
 
