@@ -59,8 +59,8 @@ class _PlainSum(_Sum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sums:
-  """`sums(f, *shapes)` calls `f` with a sum of products of each shape, and returns its result."""
+class TensorCores:
+  """`cores(f, *shapes)` calls `f` with a sum of products of each shape, and returns its result."""
 
   interpret: bool
 
@@ -93,6 +93,28 @@ def over_columns(vector, shape):
   return jax.lax.broadcast_in_dim(vector, shape, [1])
 
 
+def weigh(x, vector, over):
+  """x times a vector with one entry per row or column, or x itself if that is None."""
+  return x if vector is None else x * over(vector, x.shape)
+
+
+def run_jobs(states, me, registers, jobs):
+  """Runs the job of warpgroup `me`: the first `states` of them "state", the next one "scores" and the last "copy".
+
+  `registers` has the number per thread of each job where there are two state warpgroups. The launch gives all threads
+  the same number, and an instruction raises or lowers it. One that does not do what its name says ends the program.
+  """
+  launched = 65536 // (states + 2) // 128 // 8 * 8
+  if states == 1:
+    registers = {"state": 232, "scores": 232, "copy": 24}
+  for job, chosen in (("copy", me == states + 1), ("state", me < states), ("scores", me == states)):
+    @pl.when(chosen)
+    def _(job=job):
+      number = registers[job]
+      plgpu.set_max_registers(number, action="increase" if number > launched else "decrease")
+      jobs[job]()
+
+
 def compiles() -> bool:
   """Whether programs are made for a GPU: the one that is there, or an abstract one that a mesh names."""
   abstract = jax.sharding.get_abstract_mesh().abstract_device
@@ -106,7 +128,7 @@ def launch(body, *, name, grid, outputs, scratch, groups):
   """
   def call(interpret):
     return plgpu.kernel(
-        functools.partial(body, sums=Sums(interpret)), out_type=outputs, scratch_types=scratch, grid=grid,
+        functools.partial(body, cores=TensorCores(interpret)), out_type=outputs, scratch_types=scratch, grid=grid,
         grid_names=("tile", "head", "row"), num_threads=groups, thread_name="group", kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else None)
