@@ -45,8 +45,7 @@ def choose(op: str, implementation: Implementation | None, *arrays, chunk_size: 
     NotImplementedError: the named implementation declines these inputs; the message carries its reason.
   """
   if implementation is None:
-    reasons = _reasons(op, arrays, chunk_size)
-    implementation = next(name for name, reason in reasons.items() if reason is None)
+    implementation = next(name for name, reason in reasons(op, arrays, chunk_size).items() if reason is None)
     if op in RECURRENT:  # the others are too small to tell a user about
       _log_once(op, implementation, platform())
   elif implementation not in TABLE[op]:
@@ -68,11 +67,11 @@ def explain(op: str, *arrays, chunk_size: int | None = None) -> str:
   """
   if op not in TABLE:
     raise ValueError(f"op={op!r} is unknown; known: {', '.join(TABLE)}")
-  reasons = _reasons(op, arrays, chunk_size)
-  chosen = next(name for name, reason in reasons.items() if reason is None)
+  found = reasons(op, arrays, chunk_size)
+  chosen = next(name for name, reason in found.items() if reason is None)
   lines = [f"{op} runs as {chosen} on {platform()}"]
   lines += [f"  {name}: {reason or f'can run, {chosen} comes first'}"
-            for name, reason in reasons.items() if name != chosen]
+            for name, reason in found.items() if name != chosen]
   return "\n".join(lines)
 
 
@@ -90,8 +89,8 @@ def capability() -> str:
   return str(getattr(jax.devices()[0], "compute_capability", ""))
 
 
-def _reasons(op, arrays, chunk_size):
-  """The reason why each implementation declines, or None if it does not; `reference` never declines."""
+def reasons(op: str, arrays, chunk_size: int | None = None) -> dict[str, str | None]:
+  """For each implementation the reason why it would not run unnamed, or None. `reference` never declines."""
   return {name: _elsewhere(name) or _declined(op, name, arrays, chunk_size) for name in TABLE[op]}
 
 
