@@ -77,6 +77,14 @@ class Sums:
     if not self.interpret:
       plgpu.wgmma_wait(0)
 
+  def loop(self, count, body, carry):
+    """`jax.lax.fori_loop` whose body adds to sums from outside."""
+    if self.interpret:
+      for i in range(count):
+        carry = body(jnp.int32(i), carry)
+      return carry
+    return jax.lax.fori_loop(0, count, body, carry)
+
   def product(self, a, b, shape):
     """`a @ b`, awaited."""
     def f(total):

@@ -53,11 +53,11 @@ def _backward(scale, normalize_qk, flows, residuals, cotangents):
   operands, e, states = residuals
   do, dfinal_state = cotangents
   minus_f, dinitial_state, dstates = _scan(reverse_scan, operands, do, dfinal_state, scale, save=True)
-  found = gradients(operands, *_per_token(operands), e, do, minus_f, states, dstates, scale, flows)
+  found = gradients(operands, *per_token(operands), e, do, minus_f, states, dstates, scale, flows)
   return *found, dinitial_state
 
 
-def _per_token(operands):
+def per_token(operands):
   """The kernels' vectors of each chunk, beta and the factors of norms, and the sums of gates, tokens last."""
   heads = lambda x: jnp.swapaxes(x, 1, 2)
   B, T, H = operands.beta.shape
@@ -68,7 +68,7 @@ def _per_token(operands):
 
 def _scan(run, operands, v, state, scale, save):
   (B, T, H, V), (G, K) = v.shape, operands.k.shape[2:]
-  vectors, sums = _per_token(operands)
+  vectors, sums = per_token(operands)
   problem = Problem(B, T, H, G, K, V, sums is not None, operands.q_norm is not None, scale, save)
   output, final, *saved = run(operands.q, operands.k, v, operands.y, vectors, sums, jnp.swapaxes(state, 2, 3), problem)
   return output, jnp.swapaxes(final, 2, 3), *saved
