@@ -1,4 +1,4 @@
-"""The delta rule, gated or not, for Hopper GPUs: scans of the Mosaic GPU backend between kernels of Triton's."""
+"""The delta rule, gated or not, for Hopper GPUs: Mosaic GPU scans and gradients, and the inverse by Triton."""
 
 import functools
 

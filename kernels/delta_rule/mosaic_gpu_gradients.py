@@ -1,6 +1,6 @@
 """The delta rule's gradients per chunk for Hopper, from what the scans have saved. Letters as in `README.md`.
 
-A program takes an item after the other: one chunk of a head and a tile of its key channels. One warpgroup copies, so
+A program takes one item after another: a chunk of a head and a tile of its key channels. One warpgroup copies, so
 that the operands of later items arrive while two others form the gradients of one (`mosaic_gpu_gradients_item.py`).
 """
 
@@ -72,7 +72,15 @@ class Gradients(Problem):
 
 
 def gradients(operands, vectors, sums, e, do, minus_f, states, dstates, scale, flows):
-  """dq, dk, dv, dbeta and, if the `flows` through gates are wanted, d log_decay."""
+  """dq, dk, dv, dbeta and, if the `flows` through gates are wanted, d log_decay.
+
+  Args:
+    operands: as `prepare` gives them for chunks of 64 tokens.
+    vectors, sums: beta and the norms `[B, H, N, 1 or 3, 64]`, and the sums of gates `[B, H, T]` or None.
+    e, do, minus_f: `[B, T, H, V]` in bfloat16, as are the following.
+    states, dstates: transposed, `[B, H, N, V, K]`: before each chunk, and the cotangents behind each chunk.
+  Products take bfloat16 operands and are summed in float32; dP and dX are rounded once, after their weights.
+  """
   (B, T, H, V), (G, K) = do.shape, operands.k.shape[2:]
   normalized = operands.q_norm is not None
   p = Gradients(B, T, H, G, K, V, sums is not None, normalized, scale, False, flows)
@@ -125,7 +133,7 @@ def _copy(p, refs, ring):
     b, n, h, t = p.place(j)
     rows, key, now = pl.ds(n * C, C), jax.lax.div(h, p.H // p.G), jax.lax.rem(j, 2)
     halves = [pl.ds(t * p.block + i * p.half, p.half) for i in range(HALVES)]
-    # This place is free: the loop has waited for the keys of the item before the last.
+    # This place is free: the last iteration has waited until the item before the last was finished.
     copy(w_ref.at[b, h, n], ring["w_s"].at[now], ring["vectors_loaded"].at[now])
     if p.gated:
       copy(g_ref[0].at[b, h, rows], ring["g_s"].at[now], ring["vectors_loaded"].at[now])
