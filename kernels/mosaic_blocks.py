@@ -17,12 +17,9 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)  # of a vector with one entry per row, or per column
 
 
-def tiled(*shape, dtype=jnp.bfloat16, columns=None):
-  """Shared memory in the arrangement that both the copy engine and the tensor cores take.
-
-  It follows from the number of columns, and operands of one product must agree: they give the `columns` of one of them.
-  """
-  swizzle = plgpu.find_swizzle((columns or shape[-1]) * jnp.dtype(dtype).itemsize * 8)
+def tiled(*shape, dtype=jnp.bfloat16):
+  """Shared memory in the arrangement that both the copy engine and the tensor cores take."""
+  swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
   return plgpu.SMEM(shape, dtype, transforms=(
       plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)))
 
@@ -71,19 +68,6 @@ class TensorCores:
     if self.interpret:
       return f(*(_PlainSum(jnp.zeros(shape, jnp.float32)) for shape in shapes))
     return pl.run_scoped(lambda *refs: f(*map(_Sum, refs)), *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-
-  def wait(self):
-    """Waits until all products of the warpgroup have ended and their operands may change."""
-    if not self.interpret:
-      plgpu.wgmma_wait(0)
-
-  def loop(self, count, body, carry):
-    """`jax.lax.fori_loop` whose body adds to sums from outside."""
-    if self.interpret:
-      for i in range(count):
-        carry = body(jnp.int32(i), carry)
-      return carry
-    return jax.lax.fori_loop(0, count, body, carry)
 
   def product(self, a, b, shape):
     """`a @ b`, awaited."""

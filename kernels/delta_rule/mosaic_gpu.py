@@ -5,17 +5,19 @@ warpgroup copies while others multiply, and products run while the program goes 
 gradients per chunk come from the kernels of `pallas_triton`, here for chunks of 64 tokens. Precision is as there.
 """
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from kernels import chunks, pieces, triton_blocks
+from kernels import chunks, pieces, triton_blocks, tuned
 from kernels.delta_rule.mosaic_gpu_forward import forward_scan
-from kernels.delta_rule.mosaic_gpu_gradients import gradients
 from kernels.delta_rule.mosaic_gpu_reverse import reverse_scan
 from kernels.delta_rule.mosaic_gpu_ring import C, Problem
+from kernels.delta_rule.pallas_triton_config import Config, heuristic
+from kernels.delta_rule.pallas_triton_gradients import gradients
 from kernels.delta_rule.pallas_triton_operands import prepare
 from kernels.mosaic_blocks import TILE
 
@@ -53,30 +55,39 @@ def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, 
   pad = lambda x, extra: pieces.fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))), 1, C)
   fold = lambda x: pieces.fold(x, 1, C)
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
+  config = _gradient_config(K + dK, V + dV, tuned.gate_key(log_decay))
   output, final_state = _delta_rule(pad(q, dK), pad(k, dK), pad(v, dV), fold(beta), None if log_decay is None
-                                    else fold(log_decay), state, scale, normalize_qk, flows)
+                                    else fold(log_decay), state, scale, normalize_qk, config, flows)
   return output[:, :T, :, :V], final_state[:, :, :K, :V]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, flows):
+def _gradient_config(K, V, gate):
+  """The measured configuration of the gradients' kernel, with tiles that divide these widths."""
+  config = tuned.lookup("delta_rule", Config, gate=gate, K=K, V=V, dtype=jnp.bfloat16) or heuristic(K, V, jnp.bfloat16)
+  tile = config.gradients
+  tile = dataclasses.replace(tile, block=math.gcd(tile.block, K))
+  return Config(C, C, K, math.gcd(config.width, V), None, None, tile)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config, flows):
   """`flows` says whether `log_decay` has a gradient."""
   operands = prepare(q, k, beta, log_decay, normalize_qk, C, by_head=True)
   output, final_state = _scan(forward_scan, operands, v, initial_state, scale, save=False)
   return output, final_state
 
 
-def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, flows):
+def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config, flows):
   operands = prepare(q, k, beta, log_decay, normalize_qk, C, by_head=True)
   output, final_state, e, states = _scan(forward_scan, operands, v, initial_state, scale, save=True)
   return (output, final_state), (operands, *triton_blocks.residuals((e, states)))
 
 
-def _backward(scale, normalize_qk, flows, residuals, cotangents):
+def _backward(scale, normalize_qk, config, flows, residuals, cotangents):
   operands, e, states = residuals
   do, dfinal_state = cotangents
   minus_f, dinitial_state, dstates = _scan(reverse_scan, operands, do, dfinal_state, scale, save=True)
-  return *gradients(operands, e, do, minus_f, states, dstates, scale, flows), dinitial_state
+  return *gradients(operands, e, do, minus_f, states, dstates, scale, config, flows), dinitial_state
 
 
 def _scan(run, operands, v, state, scale, save):
