@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels import chunks, pieces, triton_blocks, tuned
+from kernels import pieces, triton_blocks, tuned
 from kernels.delta_rule.mosaic_gpu_forward import forward_scan
 from kernels.delta_rule.mosaic_gpu_reverse import reverse_scan
 from kernels.delta_rule.mosaic_gpu_ring import C, Problem
@@ -25,16 +25,18 @@ from kernels.mosaic_blocks import TILE
 ENOUGH = 64
 
 
-def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
+def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
   """Why these inputs cannot run here, or None."""
   if q.dtype != jnp.bfloat16:
     return f"its kernels take bfloat16, not {q.dtype}"
   if chunk_size not in (None, C):
     return f"chunk_size={chunk_size} is not {C}"
+  if segment_ids is not None:
+    return "it takes no segments"
   return triton_blocks.declines(q, None)
 
 
-def avoids(q, k, v, beta, log_decay=None) -> str | None:
+def avoids(q, k, v, beta, log_decay=None, segment_ids=None) -> str | None:
   """Why another implementation is faster for these inputs, or None."""
   K, V = q.shape[-1], v.shape[-1]
   if max(K, V) <= TILE:
@@ -45,20 +47,21 @@ def avoids(q, k, v, beta, log_decay=None) -> str | None:
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
-  """See `kernels.delta_rule`. The state is given; `starts` `[B, T]` says where segments start, if any do."""
-  (_, T, H, V), K = v.shape, q.shape[3]
-  # The kernel of the gradient through the norms takes powers of two.
-  dK, dV = (max(TILE, triton_blocks.tile_width(K)) - K if normalize_qk else -K % TILE), -V % TILE
-  flows = log_decay is not None  # resets alone have no gradient
-  if starts is not None:
-    log_decay = chunks.with_resets(log_decay, starts, H)
+  """See `kernels.delta_rule`. The state is given, and there are no segments."""
+  (_, T, _, V), K = v.shape, q.shape[3]
+  dK, dV = _width(K) - K, -V % TILE
   pad = lambda x, extra: pieces.fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))), 1, C)
   fold = lambda x: pieces.fold(x, 1, C)
   state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
   config = _gradient_config(K + dK, V + dV, tuned.gate_key(log_decay))
   output, final_state = _delta_rule(pad(q, dK), pad(k, dK), pad(v, dV), fold(beta), None if log_decay is None
-                                    else fold(log_decay), state, scale, normalize_qk, config, flows)
+                                    else fold(log_decay), state, scale, normalize_qk, config)
   return output[:, :T, :, :V], final_state[:, :, :K, :V]
+
+
+def _width(K):
+  """Key channels with the zeros behind them: the kernels of Triton's backend take powers of two."""
+  return max(TILE, triton_blocks.tile_width(K))
 
 
 def _gradient_config(K, V, gate):
@@ -69,25 +72,24 @@ def _gradient_config(K, V, gate):
   return Config(C, C, K, math.gcd(config.width, V), None, None, tile)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config, flows):
-  """`flows` says whether `log_decay` has a gradient."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
   operands = prepare(q, k, beta, log_decay, normalize_qk, C, by_head=True)
   output, final_state = _scan(forward_scan, operands, v, initial_state, scale, save=False)
   return output, final_state
 
 
-def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config, flows):
+def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
   operands = prepare(q, k, beta, log_decay, normalize_qk, C, by_head=True)
   output, final_state, e, states = _scan(forward_scan, operands, v, initial_state, scale, save=True)
   return (output, final_state), (operands, *triton_blocks.residuals((e, states)))
 
 
-def _backward(scale, normalize_qk, config, flows, residuals, cotangents):
+def _backward(scale, normalize_qk, config, residuals, cotangents):
   operands, e, states = residuals
   do, dfinal_state = cotangents
   minus_f, dinitial_state, dstates = _scan(reverse_scan, operands, do, dfinal_state, scale, save=True)
-  return *gradients(operands, e, do, minus_f, states, dstates, scale, config, flows), dinitial_state
+  return *gradients(operands, e, do, minus_f, states, dstates, scale, config, operands.sums is not None), dinitial_state
 
 
 def _scan(run, operands, v, state, scale, save):
@@ -100,8 +102,7 @@ def _scan(run, operands, v, state, scale, save):
 
 def _problem(k, v, G, gated, normalized, scale, save):
   (B, T, H, V), K = v.shape, k.shape[3]
-  whole = lambda size: size + -size % TILE
-  return Problem(B, T, H, G, whole(K), whole(V), gated, normalized, scale, save)
+  return Problem(B, T, H, G, _width(K), V + -V % TILE, gated, normalized, scale, save)
 
 
 _delta_rule.defvjp(_forward, _backward)
