@@ -136,8 +136,12 @@ def _implementations(case):
       if name not in everything:
         raise ValueError(f"--implementations={name}: unknown; known: {', '.join(sorted(everything))}")
     return [name for name in _IMPLEMENTATIONS.value if name in known]
-  return [name for name in known if platform in dispatch.PLATFORMS.get(name, (platform,))
-          and (name != "reference" or platform == "cpu")]
+  if case.op not in dispatch.TABLE:
+    return []
+  arguments, _ = jax.eval_shape(lambda: cases.inputs(case, 0))
+  arrays = [arguments[name] for name in ("q", "k", "v", "beta", "log_decay") if name in arguments]
+  reasons = dispatch.reasons(case.op, arrays)
+  return [name for name in known if reasons.get(name) is None and (name != "reference" or platform == "cpu")]
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,8 +1,9 @@
 """Which implementation of an op runs: the first of `TABLE` that the platform and the inputs allow, or the named one.
 
 An implementation is a module `kernels/<op>/<name>.py` with the op under its own name and
-`supports(*arrays, chunk_size) -> str | None`, the reason why it declines. Modules load on first use, because Pallas'
-Triton backend warns and costs time on import.
+`supports(*arrays, chunk_size) -> str | None`, the reason why it declines. A module may also have
+`avoids(*arrays) -> str | None`, the reason why another implementation is faster: then it runs only if it is named.
+Modules load on first use, because Pallas' Triton backend warns and costs time on import.
 """
 
 import functools
@@ -15,9 +16,9 @@ import jax
 
 from kernels import cpu_compiler
 
-Implementation = Literal["pallas_triton", "xla_chunked", "reference"]
+Implementation = Literal["mosaic_gpu", "pallas_triton", "xla_chunked", "reference"]
 RECURRENT = {
-    "delta_rule": ("pallas_triton", "xla_chunked", "reference"),
+    "delta_rule": ("mosaic_gpu", "pallas_triton", "xla_chunked", "reference"),
     "gla": ("pallas_triton", "xla_chunked", "reference"),
     "linear_attention": ("pallas_triton", "xla_chunked", "reference"),
     "selective_scan": ("pallas_triton", "xla_chunked", "reference"),
@@ -32,7 +33,8 @@ FUSED = {
 TABLE = RECURRENT | FUSED
 # Platforms where an implementation is worth choosing. A named one runs elsewhere too: interpreted, or lowered for
 # another platform than the host's.
-PLATFORMS = {"pallas_triton": ("cuda",)}
+PLATFORMS = {"mosaic_gpu": ("cuda",), "pallas_triton": ("cuda",)}
+CAPABILITIES = {"mosaic_gpu": "9.0"}  # compute capability of the GPUs for which the code is written
 
 
 def choose(op: str, implementation: Implementation | None, *arrays, chunk_size: int | None = None) -> Callable:
@@ -43,8 +45,7 @@ def choose(op: str, implementation: Implementation | None, *arrays, chunk_size: 
     NotImplementedError: the named implementation declines these inputs; the message carries its reason.
   """
   if implementation is None:
-    reasons = _reasons(op, arrays, chunk_size)
-    implementation = next(name for name, reason in reasons.items() if reason is None)
+    implementation = next(name for name, reason in reasons(op, arrays, chunk_size).items() if reason is None)
     if op in RECURRENT:  # the others are too small to tell a user about
       _log_once(op, implementation, platform())
   elif implementation not in TABLE[op]:
@@ -66,11 +67,11 @@ def explain(op: str, *arrays, chunk_size: int | None = None) -> str:
   """
   if op not in TABLE:
     raise ValueError(f"op={op!r} is unknown; known: {', '.join(TABLE)}")
-  reasons = _reasons(op, arrays, chunk_size)
-  chosen = next(name for name, reason in reasons.items() if reason is None)
+  found = reasons(op, arrays, chunk_size)
+  chosen = next(name for name, reason in found.items() if reason is None)
   lines = [f"{op} runs as {chosen} on {platform()}"]
   lines += [f"  {name}: {reason or f'can run, {chosen} comes first'}"
-            for name, reason in reasons.items() if name != chosen]
+            for name, reason in found.items() if name != chosen]
   return "\n".join(lines)
 
 
@@ -83,16 +84,34 @@ def platform() -> str:
   return next((name for name in ("cuda", "rocm", "oneapi") if name in version), backend)
 
 
-def _reasons(op, arrays, chunk_size):
-  """The reason why each implementation declines, or None if it does not; `reference` never declines."""
-  present, reasons = platform(), {}
-  for name in TABLE[op]:
-    wanted = PLATFORMS.get(name, (present,))
-    if present in wanted:
-      reasons[name] = _module(op, name).supports(*arrays, chunk_size=chunk_size)
-    else:
-      reasons[name] = f"the default backend is {present}, it needs {' or '.join(wanted)}"
-  return reasons
+def capability() -> str:
+  """The compute capability of the default GPU, for instance "9.0" for Hopper; empty elsewhere."""
+  return str(getattr(jax.devices()[0], "compute_capability", ""))
+
+
+def reasons(op: str, arrays, chunk_size: int | None = None) -> dict[str, str | None]:
+  """For each implementation the reason why it would not run unnamed, or None. `reference` never declines."""
+  return {name: _elsewhere(name) or _declined(op, name, arrays, chunk_size) for name in TABLE[op]}
+
+
+def _elsewhere(name):
+  """Why the default device is not one for the implementation, or None."""
+  present = platform()
+  wanted = PLATFORMS.get(name, (present,))
+  if present not in wanted:
+    return f"the default backend is {present}, it needs {' or '.join(wanted)}"
+  if CAPABILITIES.get(name, capability()) != capability():
+    return f"the GPU has compute capability {capability() or 'unknown'}, it needs {CAPABILITIES[name]}"
+  return None
+
+
+def _declined(op, name, arrays, chunk_size):
+  try:
+    module = _module(op, name)
+  except ImportError as e:  # a backend of Pallas that this JAX does not have, or no longer has under these names
+    return f"it does not load: {e}"
+  reason = module.supports(*arrays, chunk_size=chunk_size)
+  return reason or (module.avoids(*arrays) if hasattr(module, "avoids") else None)
 
 
 def _module(op, name):

@@ -212,8 +212,8 @@ def draw(records: Records, device: str, folder: pathlib.Path) -> pathlib.Path | 
     return None
   from matplotlib.figure import Figure  # a second of import that the page alone does not pay
 
-  styles = dict(zip(["pallas_triton", "xla_chunked", "reference", *peers.OPS],
-                    ["ko-", "ks:", "kx:", "C0^--", "C1v-.", "C2D:"]))
+  styles = dict(zip(["mosaic_gpu", "pallas_triton", "xla_chunked", "reference", *peers.OPS],
+                    ["kD-", "ko-", "ks:", "kx:", "C0^--", "C1v-.", "C2D:"]))
   figure = Figure(figsize=(10, 3.2 * len(found)), layout="constrained")
   axes = figure.subplots(len(found), 2, squeeze=False, sharex=True)
   for row, ((op, gate), lines) in zip(axes, found.items()):

@@ -238,10 +238,10 @@ def known_spills() -> dict[str, int]:
   return json.loads(SPILLS.read_text(encoding="utf-8"))["bytes"]
 
 
-def sources(op: str) -> str:
+def sources(op: str, implementation: str = "pallas_triton") -> str:
   """Returns a digest of the code that an op's kernels are compiled from, without comments and docstrings."""
   digest = hashlib.sha256()
-  for path in sorted(_imported(ROOT / op / "pallas_triton.py", set())):
+  for path in sorted(_imported(ROOT / op / f"{implementation}.py", set())):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
       if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:

@@ -39,8 +39,9 @@ def delta_rule(
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
       number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
-    implementation: "xla_chunked", "pallas_triton" (K up to 256) or "reference"; None takes the first that supports the
-      inputs and the default backend (`kernels.explain` says which).
+    implementation: "xla_chunked", "pallas_triton" (K up to 256), "mosaic_gpu" (Hopper GPUs, bfloat16, K up to 256, no
+      segments, chunks of 64 tokens, otherwise as "pallas_triton") or "reference"; None takes the fastest that supports the inputs
+      and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
@@ -88,7 +89,8 @@ def delta_rule(
   if initial_state is None:
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   scale, factor = contract.scale_of("delta_rule", scale, K)
-  run = dispatch.choose("delta_rule", implementation, q, k, v, beta, log_decay, chunk_size=chunk_size)
+  arrays = q, k, v, beta, log_decay, segment_ids
+  run = dispatch.choose("delta_rule", implementation, *arrays, chunk_size=chunk_size)
   options = dict(scale=scale, normalize_qk=bool(normalize_qk), chunk_size=chunk_size)
   op = containment.Op(lambda starts, tokens, state, _: run(*tokens, state, starts=starts, **options), lead=3, gates=4,
                       selects=run is reference.delta_rule)

@@ -11,6 +11,7 @@ powers would lose every digit.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,15 @@ PARTS = 3  # of 8 significant bits each, which make a float32
 EPSILON = 1e-6  # under the root of a norm, as in `kernels.chunks.normalize`
 
 
-def inverse(q, k, beta, log_decay, normalize_qk, chunk):
+def inverse(q, k, beta, log_decay, normalize_qk, chunk, by_head=False):
   """Y `[B, H, N, parts, C, C]`, and three arrays `[B, T, H]`: sums of gates, and 1 / norm of the rows of q and k.
 
   Y is the sum of its parts: two of bfloat16 for 16-bit inputs, one of float32 for float32. Its 16 x 16 blocks above the
   diagonal are not written. The sums of gates are as in `scalar_decay.Decay`, and None without gates. Without
   `normalize_qk` the norms are None; with it, Y belongs to the normalized keys.
+
+  With `by_head` the zeros of Y are written too, the sums are `[B, H, T]`, and a fifth array `[B, H, N, 1 or 3, C]` has
+  beta, and with `normalize_qk` the factors of k and of q: a copy of whole tiles brings them to shared memory.
   """
   (B, T, G, K), H, C = k.shape, beta.shape[2], chunk
   dtype, gated, key = operand(k.dtype), log_decay is not None, key_head(H, G)
@@ -41,37 +45,48 @@ def inverse(q, k, beta, log_decay, normalize_qk, chunk):
   keys = pl.BlockSpec((None, C, None, K), lambda n, h, b: (b, n, key(h), 0))
   rows = pl.BlockSpec((None, C, None), lambda n, h, b: (b, n, h))
   norms = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+  sums = jax.ShapeDtypeStruct((B, H, T) if by_head else (B, T, H), jnp.int32)
+  of_head = pl.BlockSpec((None, None, C), lambda n, h, b: (b, h, n)) if by_head else rows
+  vectors = 3 if normalize_qk else 1
   y, *others = triton_blocks.launch(
-      functools.partial(_inverse_kernel, gated=gated, normalized=normalize_qk,
-                        depth=min(DEPTH if parts == 1 else 2 * DEPTH, K)),
+      functools.partial(_inverse_kernel, gated=gated, normalized=normalize_qk, by_head=by_head,
+                        depth=math.gcd(DEPTH if parts == 1 else 2 * DEPTH, K)),
       name="delta_rule_inverse", grid=(T // C, H, B),
       in_specs=[keys, rows, *given(gated, rows), *given(normalize_qk, keys)],
       out_specs=[pl.BlockSpec((None, None, None, parts, C, C), lambda n, h, b: (b, h, n, 0, 0, 0)),
-                 *given(gated, rows), *given(normalize_qk, rows, rows)],
+                 *given(gated, of_head), *given(normalize_qk, rows, rows),
+                 *given(by_head, pl.BlockSpec((None, None, None, vectors, C), lambda n, h, b: (b, h, n, 0, 0)))],
       out_shape=[jax.ShapeDtypeStruct((B, H, T // C, parts, C, C), dtype),
-                 *given(gated, jax.ShapeDtypeStruct((B, T, H), jnp.int32)), *given(normalize_qk, norms, norms)],
+                 *given(gated, sums), *given(normalize_qk, norms, norms),
+                 *given(by_head, jax.ShapeDtypeStruct((B, H, T // C, vectors, C), jnp.float32))],
       num_warps=WARPS, num_stages=1)(k, beta, *given(gated, log_decay), *given(normalize_qk, q))
-  return y, others.pop(0) if gated else None, *(others or (None, None))
+  sums = others.pop(0) if gated else None
+  return y, sums, *(others[:2] if normalize_qk else (None, None)), *given(by_head, others[-1] if by_head else None)
 
 
-def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, depth, dot):
+def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, by_head, depth, dot):
   refs = list(refs)
   g_ref = refs.pop(0) if gated else None
   q_ref = refs.pop(0) if normalized else None
   y_ref = refs.pop(0)
   sums_ref = refs.pop(0) if gated else None
+  vectors_ref = refs.pop() if by_head else None
   norm_refs = refs
   C, dtype = k_ref.shape[0], operand(k_ref.dtype)
   blocks = range(C // SIZE)
   row, column = rows_and_columns(C)
   norm = lambda x, axis: jax.lax.rsqrt(jnp.sum(jnp.where(row == column, x, 0.0), axis=axis) + EPSILON)
   if normalized:
-    norm_refs[0][...] = norm(_overlaps(q_ref, depth, dtype, dot), 1)
+    of_queries = norm(_overlaps(q_ref, depth, dtype, dot), 1)
+    norm_refs[0][...] = of_queries
   overlaps = _overlaps(k_ref, depth, dtype, dot)
   if normalized:
     of_rows, of_columns = norm(overlaps, 1), norm(overlaps, 0)
     norm_refs[1][...] = of_rows
     overlaps = overlaps * of_rows[:, None] * of_columns[None]
+  if by_head:
+    for i, vector in enumerate((beta_ref[...], of_rows, of_queries) if normalized else (beta_ref[...],)):
+      vectors_ref[i, :] = vector
   overlaps = jnp.where(row > column, overlaps, 0.0)
   multiples = overlaps * -beta_ref[...][None]
   own = _substitute(_diagonal(overlaps), _diagonal(multiples))
@@ -93,6 +108,9 @@ def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, depth, dot):
         found *= _decay(sums, i, j)
       for part, x in enumerate([found] if dtype == jnp.float32 else halves(found)):
         y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = x
+    for j in blocks[i + 1:] if by_head else ():
+      for part in range(y_ref.shape[0]):
+        y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = jnp.zeros((SIZE, SIZE), y_ref.dtype)
 
 
 def _overlaps(ref, depth, dtype, dot):

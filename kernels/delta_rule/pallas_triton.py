@@ -25,7 +25,7 @@ from kernels.triton_blocks import tile_width
 ENOUGH = 128
 
 
-def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
+def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
   """Why these inputs cannot run here, or None."""
   return triton_blocks.declines(q, chunk_size)
 

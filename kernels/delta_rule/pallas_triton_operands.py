@@ -12,7 +12,7 @@ from kernels.scalar_decay import weigh
 
 @dataclasses.dataclass
 class Operands:
-  """Arrays of the launches; `y`, `sums`, `q_norm` and `k_norm` as `inverse` gives them."""
+  """Arrays of the launches; `y`, `sums`, `q_norm`, `k_norm` and `vectors` as `inverse` gives them."""
 
   q: jax.Array
   k: jax.Array
@@ -22,6 +22,7 @@ class Operands:
   sums: jax.Array | None
   q_norm: jax.Array | None
   k_norm: jax.Array | None
+  vectors: jax.Array | None = None
 
   def per_token(self, gates):
     """The arrays `[B, T, H]` that are not None: beta, `gates`, and the factors that normalize q and k."""
@@ -31,10 +32,11 @@ class Operands:
 jax.tree_util.register_dataclass(Operands)
 
 
-def prepare(q, k, beta, log_decay, normalize_qk, chunk):
-  """Runs the kernel of the inverse on chunks of `chunk` tokens."""
-  y, sums, q_norm, k_norm = triton_blocks.residuals(inverse(q, k, beta, log_decay, normalize_qk, chunk))
-  return Operands(q, k, y, beta, log_decay, sums, q_norm, k_norm)
+def prepare(q, k, beta, log_decay, normalize_qk, chunk, by_head=False):
+  """Runs the kernel of the inverse on chunks of `chunk` tokens; see there for `by_head`."""
+  y, sums, q_norm, k_norm, *vectors = triton_blocks.residuals(
+      inverse(q, k, beta, log_decay, normalize_qk, chunk, by_head))
+  return Operands(q, k, y, beta, log_decay, sums, q_norm, k_norm, *vectors)
 
 
 # In kernel bodies.

@@ -33,6 +33,6 @@ def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, 
   return (scale * jnp.moveaxis(output, 0, 1)).astype(v.dtype), final_state
 
 
-def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
+def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
   """None: the definition runs everything."""
   return None

@@ -22,7 +22,7 @@ from kernels.chunk_states import next_state, scalar_decays
 dot = chunks.product(jnp.float32)
 
 
-def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
+def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
   """None: everything that `kernels.delta_rule` accepts."""
   return None
 

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from kernel_tuning import compiled
+from kernel_tuning import compiled, hopper
 from kernels import tuned
 
 RECORD = json.loads(compiled.SPILLS.with_name("compiled_kernels.json").read_text())
@@ -53,3 +53,14 @@ def test_digests_are_those_of_the_kernel_calls():
     if RECORD["builds"][entry["build"]]["versions"]["jax"] == jax.__version__:
       assert entry["traced"] == compiled.traced(compiled.calls(WANTED[compiled.identity(entry)])), op
   assert list(entries) == list(compiled.OPS)
+
+
+def test_the_kernels_for_hopper_keep_their_products():
+  """compile_hopper.py wrote the record from the present kernels, and no scan has a fault."""
+  record = json.loads(compiled.SPILLS.with_name("compiled_hopper.json").read_text())
+  assert record["sources"] == compiled.sources("delta_rule", "mosaic_gpu"), "run experiments/compile_hopper.py"
+  entries = {hopper.Program(**{name: entry[name] for name in ("K", "V", "gated", "normalized", "chunks")}):
+             entry["scans"] for entry in record["programs"]}
+  assert list(entries) == list(hopper.programs())
+  scans = [(f"{program} {name}", hopper.Scan(**row)) for program, rows in entries.items() for name, row in rows.items()]
+  assert [fault for name, scan in scans for fault in hopper.faults(name, scan)] == []

@@ -1,0 +1,108 @@
+"""The delta rule, gated or not, as kernels for Hopper: scans of the Mosaic GPU backend between two kernels of Triton's.
+
+Triton's backend waits after every product. In the scans of `mosaic_gpu_forward.py` and `mosaic_gpu_reverse.py`, one
+warpgroup copies while others multiply, and products run while the program goes on. The inverse of a chunk and the
+gradients per chunk come from the kernels of `pallas_triton`, here for chunks of 64 tokens. Precision is as there.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kernels import pieces, triton_blocks, tuned
+from kernels.delta_rule.mosaic_gpu_forward import forward_scan
+from kernels.delta_rule.mosaic_gpu_reverse import reverse_scan
+from kernels.delta_rule.mosaic_gpu_ring import C, Problem
+from kernels.delta_rule.pallas_triton_config import Config, heuristic
+from kernels.delta_rule.pallas_triton_gradients import gradients
+from kernels.delta_rule.pallas_triton_operands import prepare
+from kernels.mosaic_blocks import TILE
+
+# Programs of a scan from which it wins over `pallas_triton`, which cuts a long sequence into pieces: with 32 it loses.
+ENOUGH = 64
+
+
+def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
+  """Why these inputs cannot run here, or None."""
+  if q.dtype != jnp.bfloat16:
+    return f"its kernels take bfloat16, not {q.dtype}"
+  if chunk_size not in (None, C):
+    return f"chunk_size={chunk_size} is not {C}"
+  if segment_ids is not None:
+    return "it takes no segments"
+  return triton_blocks.declines(q, None)
+
+
+def avoids(q, k, v, beta, log_decay=None, segment_ids=None) -> str | None:
+  """Why another implementation is faster for these inputs, or None."""
+  K, V = q.shape[-1], v.shape[-1]
+  if max(K, V) <= TILE:
+    return f"heads of {K} and {V} channels are no faster here"
+  problem = _problem(q, v, q.shape[2], log_decay is not None, False, 1.0, False)
+  programs = math.prod(problem.grid)
+  return None if programs >= ENOUGH else f"{programs} programs do not fill a GPU"
+
+
+def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
+  """See `kernels.delta_rule`. The state is given, and there are no segments."""
+  (_, T, _, V), K = v.shape, q.shape[3]
+  dK, dV = _width(K) - K, -V % TILE
+  pad = lambda x, extra: pieces.fold(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))), 1, C)
+  fold = lambda x: pieces.fold(x, 1, C)
+  state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, dK), (0, dV)))
+  config = _gradient_config(K + dK, V + dV, tuned.gate_key(log_decay))
+  output, final_state = _delta_rule(pad(q, dK), pad(k, dK), pad(v, dV), fold(beta), None if log_decay is None
+                                    else fold(log_decay), state, scale, normalize_qk, config)
+  return output[:, :T, :, :V], final_state[:, :, :K, :V]
+
+
+def _width(K):
+  """Key channels with the zeros behind them: the kernels of Triton's backend take powers of two."""
+  return max(TILE, triton_blocks.tile_width(K))
+
+
+def _gradient_config(K, V, gate):
+  """The measured configuration of the gradients' kernel, with tiles that divide these widths."""
+  config = tuned.lookup("delta_rule", Config, gate=gate, K=K, V=V, dtype=jnp.bfloat16) or heuristic(K, V, jnp.bfloat16)
+  tile = config.gradients
+  tile = dataclasses.replace(tile, block=math.gcd(tile.block, K))
+  return Config(C, C, K, math.gcd(config.width, V), None, None, tile)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _delta_rule(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
+  operands = prepare(q, k, beta, log_decay, normalize_qk, C, by_head=True)
+  output, final_state = _scan(forward_scan, operands, v, initial_state, scale, save=False)
+  return output, final_state
+
+
+def _forward(q, k, v, beta, log_decay, initial_state, scale, normalize_qk, config):
+  operands = prepare(q, k, beta, log_decay, normalize_qk, C, by_head=True)
+  output, final_state, e, states = _scan(forward_scan, operands, v, initial_state, scale, save=True)
+  return (output, final_state), (operands, *triton_blocks.residuals((e, states)))
+
+
+def _backward(scale, normalize_qk, config, residuals, cotangents):
+  operands, e, states = residuals
+  do, dfinal_state = cotangents
+  minus_f, dinitial_state, dstates = _scan(reverse_scan, operands, do, dfinal_state, scale, save=True)
+  return *gradients(operands, e, do, minus_f, states, dstates, scale, config, operands.sums is not None), dinitial_state
+
+
+def _scan(run, operands, v, state, scale, save):
+  """A scan over whole sequences from a state `[B, H, K, V]`, and back to that arrangement."""
+  problem = _problem(operands.k, v, operands.k.shape[2], operands.sums is not None, operands.q_norm is not None, scale,
+                     save)
+  output, final, *saved = run(operands, v, jnp.swapaxes(state, 2, 3), problem)
+  return output, jnp.swapaxes(final, 2, 3), *saved
+
+
+def _problem(k, v, G, gated, normalized, scale, save):
+  (B, T, H, V), K = v.shape, k.shape[3]
+  return Problem(B, T, H, G, _width(K), V + -V % TILE, gated, normalized, scale, save)
+
+
+_delta_rule.defvjp(_forward, _backward)

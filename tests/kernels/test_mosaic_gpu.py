@@ -1,0 +1,142 @@
+"""The delta rule's kernels for Hopper against the float32 scan: interpreted on small cases, the whole grid on a GPU.
+
+`XLA_PYTHON_CLIENT_PREALLOCATE=false pytest tests/kernels/test_mosaic_gpu.py -m gpu -n 8 --record=FILE` runs the grid.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kernels
+from kernel_tuning import gpus
+from kernels import dispatch
+from kernels.delta_rule import mosaic_gpu
+from tests.close import assert_bounds, relative_error
+from tests.kernels import cases
+from tests.kernels.cases import Case
+
+MOSAIC = functools.partial(kernels.delta_rule, implementation="mosaic_gpu")
+BF16 = functools.partial(Case, dtype="bfloat16", beta="double")
+BLOCK = 64  # tokens per chunk
+
+
+def check(case, record_property):
+  inputs = cases.make_inputs(case)
+  actual = cases.results(MOSAIC, inputs.arrays, inputs.segment_ids, inputs.cotangents, None, case.normalize_qk)
+  errors = {name: relative_error(actual[name], x) for name, x in cases.expected(inputs).items()}
+  assert_bounds(f"delta_rule {case}", case.dtype, errors, record_property)
+
+
+@pytest.mark.parametrize("case", [
+    BF16(B=1, T=70, H=2, K=64, V=128, decay="token", key_heads=1, normalize_qk=True),
+    BF16(B=1, T=65, H=1, K=192, V=40, decay="none")  # padded to 256 and 64,
+], ids=str)
+def test_interpreted_kernels_match_the_scan(case, record_property):
+  check(case, record_property)
+
+
+def grid():
+  """Widths of one and of two state warpgroups, of keys that are held and that are not, and of odd sizes."""
+  for K, V in (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (96, 192), (192, 192), (256, 256), (256, 512):
+    for decay in "token", "none":
+      yield BF16(T=200, K=K, V=V, decay=decay, normalize_qk=True)
+      yield BF16(T=64 * 9, K=K, V=V, decay=decay, gate="near_zero", initial_state=False)
+  for decay in "token", "none":
+    for gate in ("-30", "logit_-20", "mixed") if decay == "token" else ("mixed",):
+      yield BF16(T=1000, H=4, K=128, V=128, decay=decay, gate=gate, key_heads=2, normalize_qk=True)
+    for keys in "near_parallel", "repeated":
+      yield BF16(T=500, K=128, V=128, decay=decay, keys=keys, normalize_qk=True)
+      yield BF16(T=300, K=256, V=128, decay=decay, keys=keys, normalize_qk=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", list(grid()), ids=str)
+def test_compiled_kernels_match_the_scan(case, record_property):
+  assert dispatch.capability() == "9.0"
+  check(case, record_property)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K, V", [(128, 128), (256, 512)])
+@pytest.mark.parametrize("decay", ["token", "none"])
+def test_every_number_of_chunks(decay, K, V, record_property):
+  """From 1 to 24 chunks, each three times with equal results: a race between warpgroups would show."""
+  worst = {}
+  for count in range(1, 25):
+    inputs = cases.make_inputs(BF16(B=1, T=count * BLOCK, K=K, V=V, decay=decay, gate="near_zero"))
+    run = functools.partial(cases.results, MOSAIC, inputs.arrays, None, inputs.cotangents, None, False)
+    found, *again = (run() for _ in range(3))
+    assert all((found[name] == x[name]).all() for x in again for name in found)
+    for name, x in cases.expected(inputs).items():
+      worst[name] = max(worst.get(name, 0.0), relative_error(found[name], x))
+  assert_bounds(f"delta_rule {decay} {K}x{V} 1 to 24 chunks", "bfloat16", worst, record_property)
+
+
+def shapes(B=8, T=2048, H=16, K=128, V=128, dtype=jnp.bfloat16):
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  return array(B, T, H, K), array(B, T, H, K), array(B, T, H, V), array(B, T, H, dtype=jnp.float32)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+  monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
+  monkeypatch.setattr(dispatch, "capability", lambda: "9.0")
+
+
+def test_hopper_takes_them_where_they_win(hopper):
+  assert kernels.explain("delta_rule", *shapes()).startswith("delta_rule runs as mosaic_gpu on cuda")
+  for arrays, reason in ((shapes(dtype=jnp.float32), "its kernels take bfloat16, not float32"),
+                         (shapes(B=1, H=8), "8 programs do not fill a GPU"),
+                         (shapes(K=64, V=64), "heads of 64 and 64 channels are no faster here"),
+                         (shapes(K=257), "257 key channels are more than 256")):
+    text = kernels.explain("delta_rule", *arrays)
+    assert f"  mosaic_gpu: {reason}" in text and not text.startswith("delta_rule runs as mosaic_gpu")
+
+
+def test_segments_take_triton(hopper):
+  *arrays, beta = shapes()
+  text = kernels.explain("delta_rule", *arrays, beta, None, jax.ShapeDtypeStruct((8, 2048), jnp.int32))
+  assert text.startswith("delta_rule runs as pallas_triton on cuda") and "  mosaic_gpu: it takes no segments" in text
+
+
+def test_other_gpus_take_triton(hopper, monkeypatch):
+  monkeypatch.setattr(dispatch, "capability", lambda: "8.0")
+  text = kernels.explain("delta_rule", *shapes())
+  assert text.startswith("delta_rule runs as pallas_triton on cuda")
+  assert "  mosaic_gpu: the GPU has compute capability 8.0, it needs 9.0" in text
+
+
+def test_a_named_implementation_runs_where_it_is_slower(hopper):
+  assert dispatch.choose("delta_rule", "mosaic_gpu", *shapes(B=1, H=1)) is mosaic_gpu.delta_rule
+
+
+def test_a_jax_without_the_backend_takes_triton(hopper, monkeypatch):
+  def fail(op, name):
+    if name == "mosaic_gpu":
+      raise ImportError("no such backend")
+    return module(op, name)
+
+  module = dispatch._module
+  monkeypatch.setattr(dispatch, "_module", fail)
+  text = kernels.explain("delta_rule", *shapes())
+  assert "runs as pallas_triton" in text and "mosaic_gpu: it does not load: no such backend" in text
+
+
+@pytest.mark.parametrize("K, V, gated", [(128, 128, True), (256, 512, False)])
+def test_lowers_for_hopper_without_a_gpu(K, V, gated):
+  arrays = shapes(B=1, T=128, H=2, K=K, V=V)
+  gates = jax.ShapeDtypeStruct((1, 128, 2), jnp.float32) if gated else None
+  both = lambda arrays, do: jax.vjp(lambda *x: MOSAIC(*x, normalize_qk=True)[0], *arrays)[1](do)
+  with jax.sharding.use_abstract_mesh(gpus.GPUS["sm_90a"].abstract):
+    lowered = jax.jit(both).trace((*arrays, gates), arrays[2]).lower(lowering_platforms=("cuda",))
+  text = lowered.as_text()
+  assert text.count("mosaic_gpu") >= 2
+
+
+def test_has_first_derivatives_only(monkeypatch):
+  x = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+  beta = jnp.ones((1, 64, 1))
+  with pytest.raises(NotImplementedError, match="have first derivatives only"):
+    jax.eval_shape(lambda x: jax.jvp(jax.grad(lambda x: MOSAIC(x, x, x, beta)[0].sum().astype(float)), (x,), (x,)), x)
