@@ -21,8 +21,8 @@ from kernels.delta_rule.chunk_factors import Factors, dot, factors
 
 
 def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
-  """None: everything that `kernels.delta_rule` accepts."""
-  return None
+  """Why these inputs cannot run here, or None."""
+  return "a decay per key channel has no chunk form" if log_decay is not None and log_decay.ndim == 4 else None
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):

@@ -46,7 +46,8 @@ def test_chunked_equals_scan(case):
 
 
 @pytest.mark.parametrize("options", [dict(decay="none"), dict(decay="none", segments=(2, 1, 6)),
-                                     dict(decay="token", segments=(2, 1, 6), normalize_qk=True)], ids=str)
+                                     dict(decay="token", segments=(2, 1, 6), normalize_qk=True),
+                                     dict(decay="channel", segments=(2, 1, 6), normalize_qk=True)], ids=str)
 def test_reference_behind_the_contract_equals_scan(options):
   reference = functools.partial(delta_rule, implementation="reference")
   check(Case(T=9, K=4, V=6, H=4, key_heads=2, **options), reference)
@@ -218,8 +219,11 @@ BAD = {
                                                  r"\(2, 8, 4\)$"),
     "beta a channel": (dict(beta=(2, 8, 4, 6)), r"beta has shape \(2, 8, 4, 6\); it must be"),
     "constant decay": (dict(log_decay=(4,)), r"log_decay has shape \(4,\); it must be \[batch, time, heads\] "
-                                             r"\(2, 8, 4\), or None"),
+                                             r"\(2, 8, 4\), \[batch, time, heads, key channels\] \(2, 8, 4, 4\), "
+                                             "or None"),
     "gates of key heads": (dict(log_decay=(2, 8, 2)), r"log_decay has shape \(2, 8, 2\); it must be"),
+    "gates of the channels of key heads": (dict(log_decay=(2, 8, 2, 4)), r"log_decay has shape \(2, 8, 2, 4\); it"),
+    "gates of value channels": (dict(log_decay=(2, 8, 4, 6)), r"log_decay has shape \(2, 8, 4, 6\); it must be"),
     "time of v": (dict(v=(2, 9, 4, 6)), r"v has shape \(2, 9, 4, 6\); batch and time must equal q's \(2, 8\)"),
     "heads": (dict(v=(2, 8, 3, 6)), "v has 3 heads; they must be a multiple of q's 2"),
     "state": (dict(initial_state=(2, 4, 6, 4)),
