@@ -18,20 +18,20 @@ import jax.numpy as jnp
 from kernels import chunks
 from kernels.chunk_states import next_state
 from kernels.delta_rule.chunk_factors import Factors, dot, factors
+from kernels.delta_rule.reference import with_resets
 
 
 def supports(q, k, v, beta, log_decay=None, *, chunk_size=None) -> str | None:
-  """Why these inputs cannot run here, or None."""
-  return "a decay per key channel has no chunk form" if log_decay is not None and log_decay.ndim == 4 else None
+  """None: everything that `kernels.delta_rule` accepts."""
+  return None
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
   """See `kernels.delta_rule`. The state is given; `starts` `[B, T]` says where segments start, if any do."""
   if starts is not None:
-    log_decay = chunks.with_resets(log_decay, starts, v.shape[2])
+    log_decay = with_resets(log_decay, starts, v.shape[2])
   q, k = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k))
-  if chunk_size is None:
-    chunk_size = 16 if q.shape[1] <= 16 else 32 if q.shape[1] <= 32 else 64
+  chunk_size = chunk_size or _chunk_size(q.shape[1], q.shape[3], v.shape[3], log_decay)
   rows = chunks.normalize if normalize_qk else chunks.wide
   return _delta_rule(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size)
 
@@ -66,6 +66,12 @@ def _backward(scale, rows, chunk_size, residuals, cotangents):
 
 
 _delta_rule.defvjp(_forward, _backward)
+
+
+def _chunk_size(T, K, V, log_decay):
+  """With a decay per channel a longer chunk has more levels, but the backward pass saves fewer states."""
+  most = 32 if log_decay is not None and log_decay.ndim == 4 and K * V <= 128 * 128 else 64
+  return min(most, 16 if T <= 16 else 32 if T <= 32 else 64)
 
 
 def _to_chunks(size, q, k, v, beta, log_decay):

@@ -42,7 +42,11 @@ def test_on_a_gpu_the_reasons_of_an_implementation_count(monkeypatch):
 def test_a_decay_per_key_channel_of_the_delta_rule_has_no_kernels(monkeypatch):
   monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
   arrays = X, X, X, jax.ShapeDtypeStruct(X.shape[:3], jnp.float32), X
-  assert "\n  pallas_triton: a decay per key channel has no kernels\n" in kernels.explain("delta_rule", *arrays)
+  assert kernels.explain("delta_rule", *arrays).splitlines() == [
+      "delta_rule runs as xla_chunked on cuda",
+      "  pallas_triton: a decay per key channel has no kernels",
+      "  reference: can run, xla_chunked comes first",
+  ]
 
 
 @pytest.mark.parametrize("version, name", [("PJRT C API\ncuda 13000", "cuda"), ("PJRT C API\nrocm 60300", "rocm"),
