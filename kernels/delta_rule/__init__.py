@@ -1,4 +1,4 @@
-"""The delta rule, gated or not: the op's contract, its checks, and what every implementation may rely on."""
+"""The delta rule with any form of decay: the op's contract, its checks, and what every implementation may rely on."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,22 +15,24 @@ step = steps.on_gpu(reference.step)
 
 def delta_rule(
     q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, "B T H V"], beta: Float[Array, "B T H"],
-    log_decay: Float[Array, "B T H"] | None = None, *, normalize_qk: bool = False,
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None, *, normalize_qk: bool = False,
     initial_state: Float[Array, "B H K V"] | None = None, segment_ids: Int[Array, "B T"] | None = None,
     scale: float | Real[Array, ""] | None = None, chunk_size: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-  """The delta rule: S_t = a_t S_{t-1} + beta_t k_t^T (v_t - a_t k_t S_{t-1}) and o_t = scale * q_t S_t, per head.
+  """The delta rule: S_t = a_t S_{t-1} + beta_t k_t^T (v_t - k_t a_t S_{t-1}) and o_t = scale * q_t S_t, per head.
 
   The value that the decayed state holds under the key, k_t a_t S_{t-1}, moves towards v_t by the share beta_t. This is
-  a step of gradient descent on |k_t S - v_t|^2 / 2.
+  a step of gradient descent on |k_t S - v_t|^2 / 2. The decay a_t is a number, or a diagonal matrix of one number per
+  key channel.
 
   Args:
     q, k: key heads G divide the value heads H; value head h reads key head h // (H / G).
     beta: in [0, 2] for keys of norm 1, which is not checked at run time. Beyond 1 the state may change sign along the
       key. A longer key needs a smaller beta: the state grows without bound where beta_t |k_t|^2 stays above 2.
-    log_decay: natural log of a_t, <= 0. None means no decay (DeltaNet), an array one decay per token (Gated DeltaNet).
-      Where it is -inf the state is forgotten, and its gradient is 0.
+    log_decay: natural log of a_t, <= 0. None means no decay (DeltaNet), an array one decay per token (Gated DeltaNet)
+      or one per token and key channel (Kimi Delta Attention). Where it is -inf the state, or the channel's row of it,
+      is forgotten, and its gradient is 0. Decays per key channel belong to value heads, unlike q and k.
     normalize_qk: divides q and k by their norm in each head, x * rsqrt(sum(x^2) + 1e-6) in float32.
     initial_state: S_0 in float32, zeros if None; it feeds the first segment of each row.
     segment_ids: the state restarts from zero at each token whose id differs from the id before it. A value that is not
@@ -39,9 +41,9 @@ def delta_rule(
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
       number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
-    implementation: "xla_chunked", "pallas_triton" (K up to 256), "mosaic_gpu" (Hopper GPUs, bfloat16, K up to 256, no
-      segments, chunks of 64 tokens, otherwise as "pallas_triton") or "reference"; None takes the fastest that supports the inputs
-      and the default backend (`kernels.explain` says which).
+    implementation: "xla_chunked", "pallas_triton" (K up to 256, no decay per key channel), "mosaic_gpu" (as that, on
+      Hopper GPUs, bfloat16, no segments, chunks of 64 tokens) or "reference"; None takes the fastest that supports the
+      inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
@@ -53,14 +55,14 @@ def delta_rule(
     not hold for nearly parallel keys of norm 1 with a beta of 2 and no decay: the state then turns back and forth
     undamped, the rounding of |k|^2 adds up over tokens, and the error reaches 1e-4 after 300 tokens.
   Memory: the backward pass keeps the inputs, which take for 16-bit inputs 4 K bytes per token and key head, and per
-    token and value head 2 V, 4 for beta and 4 for a decay. "xla_chunked" keeps q and k for each value head. In the
-    place of v, "pallas_triton" keeps the error that each token corrects. For bfloat16 it also keeps 4 C bytes of
-    inverses in chunks of C tokens (C = 32) and 2 K V / 64 bytes of states.
+    token and value head 2 V, 4 for beta, and 4 for a decay or 4 K for decays per channel. "xla_chunked" keeps q and k
+    for each value head. In the place of v, "pallas_triton" keeps the error that each token corrects. For bfloat16 it
+    also keeps 4 C bytes of inverses in chunks of C tokens (C = 32) and 2 K V / 64 bytes of states.
   Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
     jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
     "reference" has all derivatives, and it alone supports jax.jvp of the op itself.
   Source: Yang et al., arXiv:2406.06484, section 3 (delta rule, chunks); arXiv:2412.06464, section 3 (with decay);
-    Grazzi et al., arXiv:2411.12537, section 4 (beta in [0, 2]).
+    Grazzi et al., arXiv:2411.12537, section 4 (beta in [0, 2]); arXiv:2510.26692 (decay per key channel).
   Example:
     >>> import jax, jax.numpy as jnp
     >>> from lin_jax.ops import delta_rule
@@ -75,13 +77,16 @@ def delta_rule(
   contract.require_arrays("delta_rule", beta=beta)
   contract.require("delta_rule", isinstance(normalize_qk, bool | np.bool_),
                    f"normalize_qk={normalize_qk!r}; it must be True or False")
-  for name, x, rest in (("beta", beta, ""), ("log_decay", log_decay, ", or None")):
-    if x is not None:
-      contract.require("delta_rule", x.shape == v.shape[:3],
-                       f"{name} has shape {x.shape}; it must be [batch, time, heads] {v.shape[:3]}{rest}")
+  per_token, K = v.shape[:3], q.shape[-1]
+  contract.require("delta_rule", beta.shape == per_token,
+                   f"beta has shape {beta.shape}; it must be [batch, time, heads] {per_token}")
+  if log_decay is not None:
+    contract.require("delta_rule", log_decay.shape in (per_token, (*per_token, K)),
+                     f"log_decay has shape {log_decay.shape}; it must be [batch, time, heads] {per_token}, "
+                     f"[batch, time, heads, key channels] {(*per_token, K)}, or None")
   contract.require("delta_rule", beta.dtype in contract.DTYPES,
                    f"beta has dtype {beta.dtype}; it must be bfloat16, float16 or float32")
-  (B, _, H, V), K = v.shape, q.shape[-1]
+  B, _, H, V = v.shape
   beta = beta.astype(jnp.float32)
   if log_decay is not None:
     log_decay = chunks.bounded(log_decay.astype(jnp.float32))

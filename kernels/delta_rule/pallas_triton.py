@@ -27,6 +27,8 @@ ENOUGH = 128
 
 def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
   """Why these inputs cannot run here, or None."""
+  if log_decay is not None and log_decay.ndim == 4:
+    return "a decay per key channel has no kernels"
   return triton_blocks.declines(q, chunk_size)
 
 

@@ -1,7 +1,7 @@
 """The delta rule chunk by chunk in plain jnp, for every device; forward and backward.
 
 `README.md` of this folder has the symbols and derives both passes, which the bodies below follow line by line. They
-multiply q by the scale first.
+multiply q by the scale first. `chunk_factors.py` has all that depends on the decay, and JAX transposes it.
 
 Every product takes float32 operands, whatever the inputs are. Where keys are alike, the writes of a chunk nearly cancel
 in its sums, and so do their cotangents. Where beta is 2, no error fades. Rounding the normalised keys to bfloat16 would
@@ -14,12 +14,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels import chunks
-from kernels.chunk_states import next_state, scalar_decays
-
-dot = chunks.product(jnp.float32)
+from kernels.chunk_states import next_state
+from kernels.delta_rule.chunk_factors import Factors, dot, factors
+from kernels.delta_rule.reference import with_resets
 
 
 def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
@@ -30,10 +29,9 @@ def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
   """See `kernels.delta_rule`. The state is given; `starts` `[B, T]` says where segments start, if any do."""
   if starts is not None:
-    log_decay = chunks.with_resets(log_decay, starts, v.shape[2])
+    log_decay = with_resets(log_decay, starts, v.shape[2])
   q, k = (chunks.repeat_heads(x, v.shape[2]) for x in (q, k))
-  if chunk_size is None:
-    chunk_size = 16 if q.shape[1] <= 16 else 32 if q.shape[1] <= 32 else 64
+  chunk_size = chunk_size or _chunk_size(q.shape[1], q.shape[3], v.shape[3], log_decay)
   rows = chunks.normalize if normalize_qk else chunks.wide
   return _delta_rule(q, k, v, beta, log_decay, initial_state, scale, rows, chunk_size)
 
@@ -59,19 +57,26 @@ def _backward(scale, rows, chunk_size, residuals, cotangents):
   *inputs, initial_state = residuals
   doutput, dfinal_state = cotangents
   xs, do = _to_chunks(chunk_size, *inputs), chunks.to_chunks(doutput, chunk_size)
-  _, states = jax.lax.scan(functools.partial(_state_chunk, rows), initial_state, xs[1:])
+  _, states = jax.lax.scan(functools.partial(_state_chunk, scale, rows), initial_state, xs)
   body = functools.partial(_backward_chunk, scale, rows)
   dinitial_state, gradients = jax.lax.scan(body, dfinal_state, (xs, do, states), reverse=True)
-  *arrays, dbeta, dlog_decay = jax.tree.map(lambda x: chunks.merge(x, doutput.shape[1]), gradients)
-  return *arrays, *jax.tree.map(lambda x: x[..., 0], (dbeta, dlog_decay)), dinitial_state
+  gradients = jax.tree.map(lambda x, like: chunks.merge(x, doutput.shape[1]).reshape(like.shape), gradients,
+                           tuple(inputs))
+  return *gradients, dinitial_state
 
 
 _delta_rule.defvjp(_forward, _backward)
 
 
+def _chunk_size(T, K, V, log_decay):
+  """With a decay per channel a longer chunk has more levels, but the backward pass saves fewer states."""
+  most = 32 if log_decay is not None and log_decay.ndim == 4 and K * V <= 128 * 128 else 64
+  return min(most, 16 if T <= 16 else 32 if T <= 32 else 64)
+
+
 def _to_chunks(size, q, k, v, beta, log_decay):
-  """Chunks `[N, B, C, H, .]` of each array, the last axis of beta and log_decay 1."""
-  beta, log_decay = jax.tree.map(lambda x: x[..., None], (beta, log_decay))
+  """Chunks `[N, B, C, H, .]` of each array, the last axis of beta and of a decay per token 1."""
+  beta, log_decay = jax.tree.map(lambda x: x.reshape(*q.shape[:3], -1), (beta, log_decay))
   return jax.tree.map(lambda x: chunks.to_chunks(x, size), (q, k, v, beta, log_decay))
 
 
@@ -81,70 +86,41 @@ def _to_chunks(size, q, k, v, beta, log_decay):
 
 def _forward_chunk(scale, rows, state, x):
   q, k, v, beta, gate = _heads_first(x)
-  q, k = scale * rows(q), rows(k)
-  decays = between, upto, after, total = scalar_decays(_exponents(gate), k.shape[2])
-  *_, u = _write(k, v, beta, decays, state)
-  scores = between * dot("bhik,bhjk->bhij", q, k)
-  output = dot("bhij,bhjv->bhiv", scores, u) + upto * dot("bhik,bhkv->bhiv", q, state)
-  return next_state(state, total, k * after, u, dot), jnp.swapaxes(output.astype(v.dtype), 1, 2)
+  chunk = factors(scale * rows(q), rows(k), gate)
+  *_, u = _write(chunk, v, beta, state)
+  output = dot("bhij,bhjv->bhiv", chunk.scores, u) + dot("bhik,bhkv->bhiv", chunk.q_upto, state)
+  return next_state(state, chunk.total, chunk.k_after, u, dot), jnp.swapaxes(output.astype(v.dtype), 1, 2)
 
 
-def _state_chunk(rows, state, x):
-  k, v, beta, gate = _heads_first(x)
-  k = rows(k)
-  decays = _, _, after, total = scalar_decays(_exponents(gate), k.shape[2])
-  *_, u = _write(k, v, beta, decays, state)
-  return next_state(state, total, k * after, u, dot), state
+def _state_chunk(scale, rows, state, x):
+  """The compiler drops the output, which nothing reads."""
+  return _forward_chunk(scale, rows, state, x)[0], state
 
 
 def _backward_chunk(scale, rows, dstate, x):
   (q, k, v, beta, gate), do = _heads_first(x[:2])
   state = x[2]
-  (q, transpose_q), (k, transpose_k) = (jax.vjp(rows, x) for x in (q, k))
-  q = scale * q
-  exponents, transpose = jax.vjp(_exponents, gate)
-  decays = between, upto, after, total = scalar_decays(exponents, k.shape[2])
-  overlaps, right, inverse, u = _write(k, v, beta, decays, state)
+  chunk, transpose = jax.vjp(lambda q, k, gate: factors(scale * rows(q), rows(k), gate), q, k, gate)
+  right, inverse, u = _write(chunk, v, beta, state)
 
-  scores = between * dot("bhik,bhjk->bhij", q, k)
-  du = dot("bhij,bhiv->bhjv", scores, do) + after * dot("bhik,bhkv->bhiv", k, dstate)
+  du = dot("bhij,bhiv->bhjv", chunk.scores, do) + dot("bhik,bhkv->bhiv", chunk.k_after, dstate)
   f = dot("bhij,bhiv->bhjv", inverse, du)
-  dscores = dot("bhiv,bhjv->bhij", do, u)
-  dlower = -_below(k.shape[2]) * dot("bhiv,bhjv->bhij", f, u)
-  dv, doverlaps = beta * f, beta * dlower
-  dbeta = chunks.rowsum(f * right) + chunks.rowsum(dlower * overlaps)
-  dqk, dkk = between * dscores, between * doverlaps
-  dq_state = upto * dot("bhiv,bhkv->bhik", do, state)
-  dk_right = -upto * dot("bhiv,bhkv->bhik", dv, state)
-  dk_state = after * dot("bhiv,bhkv->bhik", u, dstate)
-  dq = dot("bhij,bhjk->bhik", dqk, k) + dq_state
-  dk = (dot("bhij,bhik->bhjk", dqk, q) + dot("bhij,bhjk->bhik", dkk + dkk.mT, k)) + dk_right + dk_state
-
-  dgate = None
-  if gate is not None:
-    dtotal = total * jnp.sum(state * dstate, axis=(-2, -1), keepdims=True)
-    dgate, = transpose((scores * dscores + overlaps * doverlaps, chunks.rowsum(q * dq_state + k * dk_right),
-                        chunks.rowsum(k * dk_state), dtotal))
-  dstate = next_state(dstate, total, q * upto, do, dot) - dot("bhik,bhiv->bhkv", k * upto, dv)
-  gradients = *transpose_q(scale * dq), *transpose_k(dk), dv.astype(v.dtype), dbeta, dgate
-  return dstate, _heads_first(gradients)
+  dlower = -dot("bhiv,bhjv->bhij", f, u)
+  dv = beta * f
+  dbeta = chunks.rowsum(f * right) + chunks.rowsum(dlower * chunk.overlaps)
+  dq, dk, dgate = transpose(Factors(
+      scores=dot("bhiv,bhjv->bhij", do, u), overlaps=beta * dlower, q_upto=dot("bhiv,bhkv->bhik", do, state),
+      k_upto=-dot("bhiv,bhkv->bhik", dv, state), k_after=dot("bhiv,bhkv->bhik", u, dstate),
+      total=chunks.rowsum(state * dstate)))
+  dstate = next_state(dstate, chunk.total, chunk.q_upto, do, dot) - dot("bhik,bhiv->bhkv", chunk.k_upto, dv)
+  return dstate, _heads_first((dq, dk, dv.astype(v.dtype), dbeta, dgate))
 
 
-def _write(k, v, beta, decays, state):
-  """X, R, A and U."""
-  between, upto, _, _ = decays
-  overlaps = _below(k.shape[2]) * between * dot("bhik,bhjk->bhij", k, k)
-  right = chunks.wide(v) - upto * dot("bhik,bhkv->bhiv", k, state)
-  inverse = chunks.unit_lower_inverse(beta * overlaps)
-  return overlaps, right, inverse, dot("bhij,bhjv->bhiv", inverse, beta * right)
-
-
-def _exponents(gate):
-  return None if gate is None else chunks.exponents(gate)
-
-
-def _below(size):
-  return np.tril(np.ones((1, 1, size, size), np.float32), -1)
+def _write(chunk, v, beta, state):
+  """R, A and U."""
+  right = chunks.wide(v) - dot("bhik,bhkv->bhiv", chunk.k_upto, state)
+  inverse = chunks.unit_lower_inverse(beta * chunk.overlaps)
+  return right, inverse, dot("bhij,bhjv->bhiv", inverse, beta * right)
 
 
 def _heads_first(arrays):

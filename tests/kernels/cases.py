@@ -49,9 +49,9 @@ KEYS = {
 class Case:
   """One input. `segments` are lengths that sum to T; row b has them rotated by b places.
 
-  `decay`: the form of log_decay, "channel" `[B, T, H, K]` as in gla, or as in linear_attention "token" `[B, T, H]`,
-  "constant" `[H]`, or "none". `beta`: a case of the delta rule; the inputs then have keys of norm 1, unless the op
-  normalises them and the queries.
+  `decay`: the form of log_decay, "channel", which is `[B, T, G, K]` in gla and `[B, T, H, K]` in the delta rule,
+  "token" `[B, T, H]`, "constant" `[H]`, or "none". `beta`: a case of the delta rule; the inputs then have keys of
+  norm 1, unless the op normalises them and the queries.
   """
 
   B: int = 2
@@ -93,7 +93,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
   rng = np.random.default_rng(seed)
   rounded = lambda x, dtype="float32": jnp.asarray(x.astype(jnp.dtype(dtype)))
   normal = lambda *shape, dtype="float32": rounded(rng.standard_normal(shape), dtype)
-  decay_shape = {"channel": (B, T, G, case.K), "token": (B, T, H), "constant": (H,), "none": None}[case.decay]
+  channels = B, T, G if case.beta is None else H, case.K
+  decay_shape = {"channel": channels, "token": (B, T, H), "constant": (H,), "none": None}[case.decay]
   arrays = {
       "q": normal(B, T, G, case.K, dtype=case.dtype),
       "k": rounded(_keys(case, rng.standard_normal((B, T, G, case.K))), case.dtype),

@@ -10,13 +10,14 @@ from tests.kernels.cases import Case, make_inputs, results
 
 # Ops over heads of queries, keys and values; selective_scan has tests of its own.
 FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", "constant"),
-         ("linear_attention", "none"), ("delta_rule", "token"), ("delta_rule", "none")]
+         ("linear_attention", "none"), ("delta_rule", "channel"), ("delta_rule", "token"), ("delta_rule", "none")]
 CHUNKED = {op: functools.partial(getattr(kernels, op), implementation="xla_chunked") for op, _ in FORMS}
 every_form = pytest.mark.parametrize("op, decay", FORMS)
 # For transformations, which depend on the op's own derivative and on the axes of its decay, but not on both together:
 # every op once, and every form of a decay.
 few_forms = pytest.mark.parametrize("op, decay", [
-    ("gla", "channel"), ("linear_attention", "constant"), ("linear_attention", "none"), ("delta_rule", "token")])
+    ("gla", "channel"), ("linear_attention", "constant"), ("linear_attention", "none"), ("delta_rule", "token"),
+    ("delta_rule", "channel")])
 # The forms in which every token has gates of its own.
 every_gate = pytest.mark.parametrize("op, decay", [form for form in FORMS if form[1] in ("channel", "token")])
 

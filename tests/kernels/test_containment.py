@@ -17,7 +17,7 @@ LENGTHS = 15, 14, 11
 FIRST, SECOND, THIRD = slice(0, 15), slice(15, 29), slice(29, 40)
 OTHERS = {"first": (SECOND, THIRD), "second": (FIRST, THIRD)}
 FORMS = {"gla": {}, "linear_attention": {"decay": "none"}, "delta_rule": {"decay": "token", "beta": "unit"},
-         "selective_scan": {}}
+         "delta_rule of channels": {"beta": "unit"}, "selective_scan": {}}
 IMPLEMENTATIONS = [(op, name) for op in FORMS for name in ("reference", "xla_chunked", "pallas_triton")
                    if name != "pallas_triton" or op in ("linear_attention", "selective_scan")]
 
@@ -25,7 +25,7 @@ IMPLEMENTATIONS = [(op, name) for op in FORMS for name in ("reference", "xla_chu
 @functools.cache
 def prepared(op, implementation):
   """Arrays, cotangents, and a function of both that gives results by name; time is axis 1 but in states and rates."""
-  fn = functools.partial(getattr(kernels, op), implementation=implementation)
+  fn = functools.partial(getattr(kernels, op.split()[0]), implementation=implementation)
   if op == "selective_scan":
     arrays, ids, cotangents = selective_scan_cases.make_inputs(selective_scan_cases.Case(B=1, T=40, segments=LENGTHS))
     run = lambda arrays, cotangents: selective_scan_cases.results(fn, arrays, ids, cotangents)

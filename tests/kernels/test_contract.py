@@ -104,12 +104,14 @@ def test_numbers_in_the_place_of_arrays_are_named(unchecked_arrays):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla_chunked"])
-@pytest.mark.parametrize("op", [*OPS, "selective_scan"])
+@pytest.mark.parametrize("op", [*OPS, "delta_rule of channels", "selective_scan"])
 def test_x64_changes_no_type(op, implementation):
   ids = jnp.asarray([[1, 1, 2]])
   rows = X[:, :, 0]
-  arguments = ARGUMENTS.get(op, (rows, rows, -jnp.ones((4, 4)), rows, rows))
-  call = lambda *x: getattr(kernels, op)(*x, segment_ids=ids, implementation=implementation)
+  others = {"delta_rule of channels": (*ARGUMENTS["delta_rule"], -X),
+            "selective_scan": (rows, rows, -jnp.ones((4, 4)), rows, rows)}
+  arguments = (ARGUMENTS | others)[op]
+  call = lambda *x: getattr(kernels, op.split()[0])(*x, segment_ids=ids, implementation=implementation)
   pullback = lambda *x: jax.vjp(call, *x)[1](call(*x))
   with jax.enable_x64(True):
     found = jax.eval_shape(lambda *x: (call(*x), pullback(*x)), *arguments)

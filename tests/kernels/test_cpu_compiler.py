@@ -14,8 +14,8 @@ from kernels import cpu_compiler
 from tests import default_flags, differential
 from tests.close import tolerance
 
-FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", None), ("delta_rule", "token"),
-         ("delta_rule", None), ("selective_scan", None)]
+FORMS = [("gla", "channel"), ("linear_attention", "token"), ("linear_attention", None), ("delta_rule", "channel"),
+         ("delta_rule", "token"), ("delta_rule", None), ("selective_scan", None)]
 
 
 @pytest.mark.parametrize("op, decay", FORMS)

@@ -1,5 +1,6 @@
 """xla_chunked against the float32 scan over the cases, closed forms of the rule, the triangular inverse; bad input."""
 
+import dataclasses
 import functools
 
 import jax
@@ -38,6 +39,8 @@ SMALL = [
     *(Case(**SHAPE, dtype="bfloat16", gate=gate, keys=keys)
       for gate in ("near_zero", "mixed", "-20") for keys in ("correlated", "near_parallel")),
 ]
+SMALL += [dataclasses.replace(case, decay="channel") for case in SMALL]
+FORMS = "channel", "token", "none"
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -46,13 +49,14 @@ def test_chunked_equals_scan(case):
 
 
 @pytest.mark.parametrize("options", [dict(decay="none"), dict(decay="none", segments=(2, 1, 6)),
-                                     dict(decay="token", segments=(2, 1, 6), normalize_qk=True)], ids=str)
+                                     dict(decay="token", segments=(2, 1, 6), normalize_qk=True),
+                                     dict(decay="channel", segments=(2, 1, 6), normalize_qk=True)], ids=str)
 def test_reference_behind_the_contract_equals_scan(options):
   reference = functools.partial(delta_rule, implementation="reference")
   check(Case(T=9, K=4, V=6, H=4, key_heads=2, **options), reference)
 
 
-@pytest.mark.parametrize("decay", ["token", "none"])
+@pytest.mark.parametrize("decay", FORMS)
 @pytest.mark.parametrize("normalize_qk", [False, True])
 def test_steps_equal_one_call(decay, normalize_qk):
   """`step` token by token, as in decoding."""
@@ -67,18 +71,21 @@ def test_steps_equal_one_call(decay, normalize_qk):
   assert_close("final_state", final_state, state, tolerance("final_state", "float32"))
 
 
+@pytest.mark.parametrize("decay", ["channel", "token"])
 @pytest.mark.parametrize("implementation", ["reference", "xla_chunked"])
-def test_fully_parallel_form(implementation):
+def test_fully_parallel_form(implementation, decay):
   """One triangular system over the whole sequence (arXiv:2406.06484, section 3), in float64."""
-  inputs = make_inputs(Case(B=1, T=37, H=2, K=5, V=3)).arrays
+  inputs = make_inputs(Case(B=1, T=37, H=2, K=5, V=3, decay=decay)).arrays
   names = "q", "k", "v", "beta", "log_decay"
   q, k, v, beta, g = (np.moveaxis(np.asarray(inputs[name], np.float64), 2, 1) for name in names)
-  state, beta, b = np.asarray(inputs["initial_state"], np.float64), beta[..., None], np.cumsum(g, axis=2)[..., None]
-  decays = np.exp(np.minimum(b - b.mT, 0)) * np.tril(np.ones((37, 37)))
-  system = np.eye(37) + np.tril(beta * decays * (k @ k.mT), -1)
-  writes = np.linalg.solve(system, beta * (v - np.exp(b) * (k @ state)))
-  output = (decays * (q @ k.mT)) @ writes + np.exp(b) * (q @ state)
-  final = np.exp(b[:, :, -1:]) * state + (decays[:, :, -1, :, None] * k).mT @ writes
+  state, beta = np.asarray(inputs["initial_state"], np.float64), beta[..., None]
+  upto = np.cumsum(g.reshape(1, 2, 37, -1), axis=2)  # [..., K or 1]
+  decays = np.exp(np.minimum(upto[:, :, :, None] - upto[:, :, None], 0)) * np.tril(np.ones((37, 37)))[..., None]
+  pairs = lambda x, y: np.sum(decays * x[:, :, :, None] * y[:, :, None], axis=-1)
+  system = np.eye(37) + np.tril(beta * pairs(k, k), -1)
+  writes = np.linalg.solve(system, beta * (v - (np.exp(upto) * k) @ state))
+  output = pairs(q, k) @ writes + (np.exp(upto) * q) @ state
+  final = np.exp(upto[:, :, -1, :, None]) * state + (decays[:, :, -1] * k).mT @ writes
   actual, actual_final = delta_rule(**inputs, scale=0.5, implementation=implementation)
   assert_close("output", actual, 0.5 * np.moveaxis(output, 1, 2), tolerance("output", "float32"))
   assert_close("final_state", actual_final, final, tolerance("final_state", "float32"))
@@ -97,7 +104,7 @@ def test_beta_0_keeps_the_state():
   assert_close("output", output, np.einsum("bthk,bhkv->bthv", arrays["q"], state), tolerance("output", "float32"))
 
 
-@pytest.mark.parametrize("decay", ["token", "none"])
+@pytest.mark.parametrize("decay", FORMS)
 def test_beta_1_stores_the_value(decay):
   """The key just written reads its value, whatever the state held before and however often it was written."""
   arrays, output, _ = run(decay, beta=lambda x: jnp.ones_like(x["beta"]), q=lambda x: x["k"])
@@ -135,23 +142,35 @@ def by_name(fn, inputs, normalize_qk=False, **changes):
   return cases.results(fn, inputs.arrays | changes, inputs.segment_ids, inputs.cotangents, None, normalize_qk)
 
 
-def test_no_decay_equals_a_decay_of_zero():
-  inputs = make_inputs(Case(**SHAPE, gate="zero", segments=(15, 1, 54)))
+@pytest.mark.parametrize("decay", ["channel", "token"])
+def test_no_decay_equals_a_decay_of_zero(decay):
+  inputs = make_inputs(Case(**SHAPE, gate="zero", segments=(15, 1, 54), decay=decay))
   expected = by_name(CHUNKED, inputs, log_decay=None)
   for name, x in by_name(CHUNKED, inputs).items():
     if name != "dlog_decay":
       assert_close(name, x, expected[name], tolerance(name, "float32"))
 
 
+@pytest.mark.parametrize("normalize_qk", [False, True])
+def test_equal_decays_of_all_channels_are_a_decay_per_token(normalize_qk):
+  inputs = make_inputs(Case(**SHAPE, segments=(15, 1, 54)))
+  expected = by_name(CHUNKED, inputs, normalize_qk)
+  repeated = jnp.repeat(inputs.arrays["log_decay"][..., None], SHAPE["K"], axis=3)
+  actual = by_name(CHUNKED, inputs, normalize_qk, log_decay=repeated)
+  actual["dlog_decay"] = jnp.sum(actual["dlog_decay"], axis=3)
+  for name, x in expected.items():
+    assert_close(name, actual[name], x, tolerance(name, "float32"))
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla_chunked"])
 def test_no_decay_costs_nothing(implementation):
   """Nothing is exponentiated, forward or backward, unless there is a decay."""
-  for decay in ("token", "none"):
+  for decay in FORMS:
     inputs = make_inputs(Case(**SHAPE, decay=decay))
     fn = functools.partial(delta_rule, implementation=implementation)
     program = str(cases.results.trace(fn, inputs.arrays, None, inputs.cotangents).jaxpr)
     assert "dot_general" in program
-    assert ("= exp " in program) == (decay == "token")
+    assert ("= exp " in program) == (decay != "none")
 
 
 def test_normalize_qk_equals_normalised_inputs():
@@ -177,7 +196,7 @@ def test_normalize_qk_of_zeros_is_zero():
   assert all(np.isfinite(x).all() for x in actual.values())
 
 
-@pytest.mark.parametrize("decay", ["token", "none"])
+@pytest.mark.parametrize("decay", FORMS)
 def test_packed_documents_equal_documents_one_by_one(decay):
   lengths = 15, 85, 15
   inputs = make_inputs(Case(B=1, T=sum(lengths), K=8, V=8, segments=lengths, decay=decay))
@@ -189,7 +208,7 @@ def test_packed_documents_equal_documents_one_by_one(decay):
     arrays["initial_state"] = state if n == 0 else jnp.zeros_like(state)
     dstate = inputs.cotangents[1] if last else jnp.zeros_like(state)
     alone = cases.results(CHUNKED, arrays, None, (inputs.cotangents[0][:, rows], dstate))
-    by_token = "output", "dq", "dk", "dv", "dbeta", *(["dlog_decay"] if decay == "token" else [])
+    by_token = "output", "dq", "dk", "dv", "dbeta", *([] if decay == "none" else ["dlog_decay"])
     compared = {name: packed[name][:, rows] for name in by_token}
     compared |= {"dinitial_state": packed["dinitial_state"]} if n == 0 else {}
     compared |= {"final_state": packed["final_state"]} if last else {}
@@ -218,8 +237,11 @@ BAD = {
                                                  r"\(2, 8, 4\)$"),
     "beta a channel": (dict(beta=(2, 8, 4, 6)), r"beta has shape \(2, 8, 4, 6\); it must be"),
     "constant decay": (dict(log_decay=(4,)), r"log_decay has shape \(4,\); it must be \[batch, time, heads\] "
-                                             r"\(2, 8, 4\), or None"),
+                                             r"\(2, 8, 4\), \[batch, time, heads, key channels\] \(2, 8, 4, 4\), "
+                                             "or None"),
     "gates of key heads": (dict(log_decay=(2, 8, 2)), r"log_decay has shape \(2, 8, 2\); it must be"),
+    "gates of the channels of key heads": (dict(log_decay=(2, 8, 2, 4)), r"log_decay has shape \(2, 8, 2, 4\); it"),
+    "gates of value channels": (dict(log_decay=(2, 8, 4, 6)), r"log_decay has shape \(2, 8, 4, 6\); it must be"),
     "time of v": (dict(v=(2, 9, 4, 6)), r"v has shape \(2, 9, 4, 6\); batch and time must equal q's \(2, 8\)"),
     "heads": (dict(v=(2, 8, 3, 6)), "v has 3 heads; they must be a multiple of q's 2"),
     "state": (dict(initial_state=(2, 4, 6, 4)),

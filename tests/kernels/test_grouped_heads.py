@@ -31,7 +31,7 @@ def grouped(op, decay, **fields):
 
 def key_arrays(case):
   """Names of the arrays that have key heads."""
-  return ("q", "k", "log_decay") if case.decay == "channel" else ("q", "k")
+  return ("q", "k", "log_decay") if case.decay == "channel" and case.beta is None else ("q", "k")
 
 
 def repeated(case, arrays):
@@ -70,8 +70,9 @@ def test_kernels_of_few_configurations_match_the_scan(op, fields):
   check(case, PALLAS[op], multi_pass=True)
 
 
-@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "token"), ("delta_rule", "token")])
-@pytest.mark.parametrize("implementation", ["pallas_triton", "xla_chunked"])
+@pytest.mark.parametrize("op, decay, implementation", [
+    *((*form, name) for form in (("gla", "channel"), ("linear_attention", "token"), ("delta_rule", "token"))
+      for name in ("pallas_triton", "xla_chunked")), ("delta_rule", "channel", "xla_chunked")])
 def test_a_value_that_is_not_finite_reaches_what_it_does_with_repeated_heads(op, decay, implementation):
   case = grouped(op, decay, H=4, K=16, T=32, gate="near_zero", segments=(12, 20))
   x = make_inputs(case)

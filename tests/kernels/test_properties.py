@@ -53,7 +53,8 @@ def hessian_vector_products(fn, arrays):
   return (lambda: forward(arrays)), (lambda: jax.jit(jax.grad(along))(arrays))
 
 
-@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "token"), ("delta_rule", "none")])
+@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "token"), ("delta_rule", "none"),
+                                       ("delta_rule", "channel")])
 def test_second_derivatives_equal_those_of_the_scan(op, decay):
   arrays = inputs(op, decay, B=1, T=20, H=1, K=4, V=6).arrays
   fns = [functools.partial(fn, chunk_size=16) for fn in implementations(op).values()]
@@ -175,7 +176,7 @@ def test_nan_stays_in_its_sequence_and_head(op, decay):
 @few_forms
 def test_grouped_heads_equal_repeated_ones(op, decay):
   grouped = inputs(op, decay, B=2, T=20, H=4, V=8, key_heads=2)
-  shared = ("q", "k", "log_decay") if decay == "channel" else ("q", "k")
+  shared = ("q", "k", "log_decay") if op == "gla" else ("q", "k")
   arrays = grouped.arrays | {name: jnp.repeat(grouped.arrays[name], 2, axis=2) for name in shared}
   actual, repeated = (results(CHUNKED[op], x, None, grouped.cotangents) for x in (grouped.arrays, arrays))
   for name in shared:
@@ -192,7 +193,8 @@ def test_no_initial_state_equals_zeros(op, decay):
 
 
 @pytest.mark.parametrize("op, decay, gate_dtype", [
-    ("gla", "channel", "bfloat16"), ("linear_attention", "token", "float16"), ("delta_rule", "token", "bfloat16")])
+    ("gla", "channel", "bfloat16"), ("linear_attention", "token", "float16"), ("delta_rule", "token", "bfloat16"),
+    ("delta_rule", "channel", "bfloat16")])
 def test_16_bit_gates_are_widened_first(op, decay, gate_dtype):
   """beta and log_decay of any dtype act in float32; their gradients have their dtype."""
   gates = {name: x.astype(gate_dtype) for name, x in inputs(op, decay).arrays.items() if name in ("beta", "log_decay")}

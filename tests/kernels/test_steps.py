@@ -24,7 +24,8 @@ A100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA A100-SXM4-80G
 # Definition, decay, and options.
 CASES = {"none": (linear_attention.step, None, {}), "constant": (linear_attention.step, "h", {}),
          "token": (linear_attention.step, "bh", {}), "channel": (gla.step, "bhk", {}),
-         "delta": (delta_rule.step, None, {"normalize_qk": True}), "gated": (delta_rule.step, "bh", {})}
+         "delta": (delta_rule.step, None, {"normalize_qk": True}), "gated": (delta_rule.step, "bh", {}),
+         "gated channels": (delta_rule.step, "bhk", {"normalize_qk": True})}
 WIDTHS = [(64, 64), (128, 128), (256, 512)]
 
 

@@ -257,6 +257,8 @@ H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM
 
 # Kernels that remat runs again on purpose, because their results cost less time than memory.
 ELEMENTWISE = "rms_norm", "short_convolution", "skip_gate_norm", "swiglu"
+# Mixers whose op has no GPU kernels for a whole sequence yet.
+WITHOUT_KERNELS = ("kda",)
 
 
 @pytest.mark.parametrize("name", list(mixers.MIXERS))
@@ -277,7 +279,8 @@ def test_remat_runs_no_kernel_twice(name, monkeypatch):
     return collections.Counter(name for name in launches(jaxpr) if not name.startswith(ELEMENTWISE))
 
   plain, full = kernels("none"), kernels("full")
-  assert plain == kernels("dots") == kernels("mixer") and full.total() > plain.total() > 0, (plain, full)
+  assert plain == kernels("dots") == kernels("mixer"), plain
+  assert full.total() > plain.total() > 0 or name in WITHOUT_KERNELS and not full, (plain, full)
 
 
 def launches(jaxpr):
