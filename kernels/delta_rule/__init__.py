@@ -42,7 +42,7 @@ def delta_rule(
     chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
       number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
     implementation: "xla_chunked", "pallas_triton" (K up to 256, no decay per key channel), "mosaic_gpu" (as that, on
-      Hopper GPUs, bfloat16, no segments, chunks of 64 tokens) or "reference"; None takes the fastest that supports the
+      Hopper GPUs, bfloat16, no segments, chunks of 64 tokens) or "reference"; None takes the first that supports the
       inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
@@ -53,7 +53,9 @@ def delta_rule(
     relative RMS error of the output against "reference", over at least 64 tokens and heads, is at most 5e-3 for 16-bit
     inputs and 1e-5 for float32 inputs; `kernels.accuracy` has the bound for a single entry. The bounds do
     not hold for nearly parallel keys of norm 1 with a beta of 2 and no decay: the state then turns back and forth
-    undamped, the rounding of |k|^2 adds up over tokens, and the error reaches 1e-4 after 300 tokens.
+    undamped, the rounding of |k|^2 adds up over tokens, and the error reaches 1e-4 after 300 tokens. Nor do they quite
+    hold for the GPU kernels on bfloat16 where nearly parallel keys meet gates of very different strength: the output
+    was off by 5.2e-3, and the gradient of the gates by 5e-2.
   Memory: the backward pass keeps the inputs, which take for 16-bit inputs 4 K bytes per token and key head, and per
     token and value head 2 V, 4 for beta, and 4 for a decay or 4 K for decays per channel. "xla_chunked" keeps q and k
     for each value head. In the place of v, "pallas_triton" keeps the error that each token corrects. For bfloat16 it

@@ -21,9 +21,6 @@ from kernels.delta_rule.pallas_triton_gradients import gradients
 from kernels.delta_rule.pallas_triton_operands import prepare
 from kernels.mosaic_blocks import TILE
 
-# Programs of a scan from which it wins over `pallas_triton`, which cuts a long sequence into pieces: with 32 it loses.
-ENOUGH = 64
-
 
 def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
   """Why these inputs cannot run here, or None."""
@@ -36,16 +33,6 @@ def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None
   if log_decay is not None and log_decay.ndim == 4:
     return "a decay per key channel has no kernels"
   return triton_blocks.declines(q, None)
-
-
-def avoids(q, k, v, beta, log_decay=None, segment_ids=None) -> str | None:
-  """Why another implementation is faster for these inputs, or None."""
-  K, V = q.shape[-1], v.shape[-1]
-  if max(K, V) <= TILE:
-    return f"heads of {K} and {V} channels are no faster here"
-  problem = _problem(q, v, q.shape[2], log_decay is not None, False, 1.0, False)
-  programs = math.prod(problem.grid)
-  return None if programs >= ENOUGH else f"{programs} programs do not fill a GPU"
 
 
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
@@ -67,11 +54,9 @@ def _width(K):
 
 
 def _gradient_config(K, V, gate):
-  """The measured configuration of the gradients' kernel, with tiles that divide these widths."""
+  """What the kernel of the gradients reads of the configuration of `pallas_triton`, here for chunks of 64 tokens."""
   config = tuned.lookup("delta_rule", Config, gate=gate, K=K, V=V, dtype=jnp.bfloat16) or heuristic(K, V, jnp.bfloat16)
-  tile = config.gradients
-  tile = dataclasses.replace(tile, block=math.gcd(tile.block, K))
-  return Config(C, C, K, math.gcd(config.width, V), None, None, tile)
+  return dataclasses.replace(config, chunk=C, span=C, width=math.gcd(config.width, V))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -96,15 +81,10 @@ def _backward(scale, normalize_qk, config, residuals, cotangents):
 
 def _scan(run, operands, v, state, scale, save):
   """A scan over whole sequences from a state `[B, H, K, V]`, and back to that arrangement."""
-  problem = _problem(operands.k, v, operands.k.shape[2], operands.sums is not None, operands.q_norm is not None, scale,
-                     save)
+  (B, T, H, V), (G, K) = v.shape, operands.k.shape[2:]
+  problem = Problem(B, T, H, G, K, V, operands.sums is not None, operands.q_norm is not None, scale, save)
   output, final, *saved = run(operands, v, jnp.swapaxes(state, 2, 3), problem)
   return output, jnp.swapaxes(final, 2, 3), *saved
-
-
-def _problem(k, v, G, gated, normalized, scale, save):
-  (B, T, H, V), K = v.shape, k.shape[3]
-  return Problem(B, T, H, G, _width(K), V + -V % TILE, gated, normalized, scale, save)
 
 
 _delta_rule.defvjp(_forward, _backward)

@@ -64,9 +64,8 @@ def _scores(p, ring, cores, all_vectors):
     pl.when(i > 0)(lambda: plgpu.barrier_wait(ring.scores_used))
     for j, part in enumerate(parts):
       ring.scores.at[j][...] = part
-    width = min(TILE, p.K & -p.K)
-    for column in range(0, p.K if p.held else 0, width):
-      tile = pl.ds(column, width)
+    for column in range(0, p.K if p.held else 0, TILE):
+      tile = pl.ds(column, TILE)
       queries = plgpu.load(q.at[:, tile], layout=WGMMA).astype(jnp.float32) * p.scale
       for j, part in enumerate(halves(weigh(queries, weights.upto(ROWS, Q_NORM), over_rows))):
         ring.queries.at[j, :, tile][...] = part
@@ -139,4 +138,3 @@ def _carry(p, ring, cores, me, all_vectors, initial_ref, f_ref, final_ref, dstat
   first = plgpu.load(initial_ref.at[b, h, mine], layout=WGMMA, optimized=False)
   final_ref.at[b, h, mine][...] = jax.lax.fori_loop(0, p.chunks, step, first)
   plgpu.wait_smem_to_gmem(0)
-

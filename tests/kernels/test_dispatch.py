@@ -45,8 +45,8 @@ def test_a_decay_per_key_channel_of_the_delta_rule_has_no_kernels(monkeypatch):
   arrays = X, X, X, jax.ShapeDtypeStruct(X.shape[:3], jnp.float32), X
   assert kernels.explain("delta_rule", *arrays).splitlines() == [
       "delta_rule runs as xla_chunked on cuda",
-      "  mosaic_gpu: the GPU has compute capability unknown, it needs 9.0",
       "  pallas_triton: a decay per key channel has no kernels",
+      "  mosaic_gpu: the GPU has compute capability unknown, it needs 9.0",
       "  reference: can run, xla_chunked comes first",
   ]
 

@@ -46,9 +46,9 @@ def grid():
   for decay in "token", "none":
     for gate in ("-30", "logit_-20", "mixed") if decay == "token" else ("mixed",):
       yield BF16(T=1000, H=4, K=128, V=128, decay=decay, gate=gate, key_heads=2, normalize_qk=True)
-    for keys in "near_parallel", "repeated":
-      yield BF16(T=500, K=128, V=128, decay=decay, keys=keys, normalize_qk=True)
-      yield BF16(T=300, K=256, V=128, decay=decay, keys=keys, normalize_qk=True)
+    for keys, beta in ("near_parallel", "double"), ("repeated", "1"):  # as in `cases.delta_rules`
+      for K, T in (128, 500), (256, 300):
+        yield BF16(T=T, K=K, V=128, decay=decay, gate="near_zero", keys=keys, beta=beta, normalize_qk=True)
 
 
 @pytest.mark.gpu
@@ -85,34 +85,35 @@ def hopper(monkeypatch):
   monkeypatch.setattr(dispatch, "capability", lambda: "9.0")
 
 
-def test_hopper_takes_them_where_they_win(hopper):
-  assert kernels.explain("delta_rule", *shapes()).startswith("delta_rule runs as mosaic_gpu on cuda")
-  for arrays, reason in ((shapes(dtype=jnp.float32), "its kernels take bfloat16, not float32"),
-                         (shapes(B=1, H=8), "8 programs do not fill a GPU"),
-                         (shapes(K=64, V=64), "heads of 64 and 64 channels are no faster here"),
-                         (shapes(K=257), "257 key channels are more than 256")):
-    text = kernels.explain("delta_rule", *arrays)
-    assert f"  mosaic_gpu: {reason}" in text and not text.startswith("delta_rule runs as mosaic_gpu")
-
-
-def test_segments_take_triton(hopper):
-  *arrays, beta = shapes()
-  text = kernels.explain("delta_rule", *arrays, beta, None, jax.ShapeDtypeStruct((8, 2048), jnp.int32))
-  assert text.startswith("delta_rule runs as pallas_triton on cuda") and "  mosaic_gpu: it takes no segments" in text
-
-
-def test_other_gpus_take_triton(hopper, monkeypatch):
-  monkeypatch.setattr(dispatch, "capability", lambda: "8.0")
+def test_hopper_runs_them_when_they_are_named(hopper):
   text = kernels.explain("delta_rule", *shapes())
   assert text.startswith("delta_rule runs as pallas_triton on cuda")
+  assert "  mosaic_gpu: can run, pallas_triton comes first" in text
+  assert dispatch.choose("delta_rule", "mosaic_gpu", *shapes()) is mosaic_gpu.delta_rule
+
+
+ids = jax.ShapeDtypeStruct((8, 2048), jnp.int32)
+channels = jax.ShapeDtypeStruct((8, 2048, 16, 128), jnp.float32)
+
+
+@pytest.mark.parametrize("arrays, reason", [
+    (shapes(dtype=jnp.float32), "its kernels take bfloat16, not float32"),
+    (shapes(K=257), "257 key channels are more than 256"),
+    ((*shapes(), None, ids), "it takes no segments"),
+    ((*shapes(), channels), "a decay per key channel has no kernels")])
+def test_declines(hopper, arrays, reason):
+  assert f"  mosaic_gpu: {reason}" in kernels.explain("delta_rule", *arrays)
+  with pytest.raises(NotImplementedError, match=reason):
+    dispatch.choose("delta_rule", "mosaic_gpu", *arrays)
+
+
+def test_other_gpus_do_not_have_them(hopper, monkeypatch):
+  monkeypatch.setattr(dispatch, "capability", lambda: "8.0")
+  text = kernels.explain("delta_rule", *shapes())
   assert "  mosaic_gpu: the GPU has compute capability 8.0, it needs 9.0" in text
 
 
-def test_a_named_implementation_runs_where_it_is_slower(hopper):
-  assert dispatch.choose("delta_rule", "mosaic_gpu", *shapes(B=1, H=1)) is mosaic_gpu.delta_rule
-
-
-def test_a_jax_without_the_backend_takes_triton(hopper, monkeypatch):
+def test_a_jax_without_the_backend_runs_the_others(hopper, monkeypatch):
   def fail(op, name):
     if name == "mosaic_gpu":
       raise ImportError("no such backend")
