@@ -4,8 +4,9 @@
   python experiments/compile_hopper.py
 
 The record has each scan of the delta rule at many widths, and two widths at short lengths, where an assembler of CUDA
-13 once lost products of another kernel. The exit status is 1 when the machine code has fewer products than the PTX or a
-scan spills more than is known. `compile_kernels.py` does this for the kernels of Triton's backend.
+13 once lost products of another kernel. At the long length it also has the kernels of Triton's backend that run beside
+the scans, which `compile_kernels.py` compiles for other chunks. The exit status is 1 when a kernel does not compile,
+its machine code has fewer products than its PTX, or it spills more than is known.
 """
 
 import dataclasses
@@ -26,10 +27,14 @@ def main(_):
   entries, wrong = [], []
   for program in hopper.programs():
     scans = hopper.compile_scans(program)
-    entries.append({**dataclasses.asdict(program), "scans": {name: dataclasses.asdict(x) for name, x in scans.items()}})
-    wrong += [f"{program} {fault}" for name, x in scans.items() for fault in hopper.faults(name, x)]
+    others = hopper.compile_others(program) if program.chunks == hopper.LONG else {}
+    wrong += [f"{program} {fault}" for name, x in (scans | others).items() for fault in hopper.faults(name, x)]
+    good = {name: x for name, x in (scans | others).items() if not isinstance(x, str)}
+    entries.append(dataclasses.asdict(program) | {
+        kind: {name: dataclasses.asdict(good[name]) for name in names if name in good}
+        for kind, names in (("scans", scans), ("others", others))})
     print(f"{program}: " + ", ".join(f"{name} {x.registers}r {x.spill_bytes}B spilled, {x.products} products"
-                                     for name, x in scans.items()), flush=True)
+                                     for name, x in good.items()), flush=True)
   versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin")}
   sources = compiled.sources("delta_rule", "mosaic_gpu")
   files.write_json(pathlib.Path(_OUT.value), {"gpu": hopper.GPU, "versions": versions, "sources": sources,

@@ -132,7 +132,12 @@ def _calls(op, K, V, dtype, gate, config, T):
     inputs = jax.eval_shape(lambda: search.draw(problem, gate, B=B, T=T, H=H))
     function = search.call(_module(op), K**-0.5, config)
   both = lambda arrays, cotangents: (function(**arrays), search.results(function, arrays, cotangents))
-  return [_call(eqn) for eqn in _launches(jax.make_jaxpr(both)(*inputs).jaxpr)]
+  return launched(jax.make_jaxpr(both)(*inputs).jaxpr)
+
+
+def launched(jaxpr) -> list[Call]:
+  """Returns the launches of a traced program's kernels of Triton's backend, in its order."""
+  return [_call(eqn) for eqn in _launches(jaxpr)]
 
 
 def _selective_scan(N, dtype, gate, block, T):

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import use_abstract_mesh
 
+import kernels
 from kernels.delta_rule.mosaic_gpu_forward import forward_scan
 from kernels.delta_rule.mosaic_gpu_reverse import reverse_scan
 from kernels.delta_rule.mosaic_gpu_ring import C, Problem
 from kernels.delta_rule.pallas_triton_operands import Operands
 
+from . import assembler, compiled
 from .gpus import GPUS, mesh
 
 GPU = "sm_90a"
@@ -26,7 +28,7 @@ WIDTHS = (64, 64), (64, 128), (128, 64), (128, 128), (128, 192), (128, 256), (25
 SHORT_WIDTHS = (128, 128), (256, 512)
 SHORT, LONG = (1, 2, 3, 4, 8, 16, 17), 32  # chunks of a sequence; compilers may unroll short loops
 MOST_SPILLED = 200
-"""Bytes per thread that a scan may spill: a program already has all registers of a multiprocessor."""
+"""Bytes per thread that a kernel may spill: a scan's program already has all registers of a multiprocessor."""
 _PRINTED = [f"MOSAIC_GPU_DUMP_{part}" for part in ("PTX", "PTXAS", "SASS")]
 _RESOURCES = re.compile(r"(?P<stores>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers", re.DOTALL)
 
@@ -78,23 +80,40 @@ def compile_scans(program: Program) -> dict[str, Scan]:
   keys, sums = array(B, T, H, K), array(B, H, T, dtype=jnp.int32) if program.gated else None
   operands = Operands(keys, keys, array(B, H, N, 2, C, C), None, None, sums, None, None, vectors)
   arrays = operands, array(B, T, H, V), array(B, H, V, K, dtype=jnp.float32)
-  problem = Problem(B, T, H, H, K, V, program.gated, program.normalized, K**-0.5, save=True)
+  problem = functools.partial(Problem, B, T, H, H, K, V, program.gated, program.normalized, K**-0.5)
+  scans = {"forward_alone": (forward_scan, False), "forward": (forward_scan, True), "reverse": (reverse_scan, True)}
   found = {}
-  for scan in (forward_scan, reverse_scan):
+  for name, (scan, save) in scans.items():
     with _printed() as printed, use_abstract_mesh(GPUS[GPU].abstract):
-      jax.jit(functools.partial(scan, p=problem)).lower(*arrays).compile()
-      found[scan.__name__] = _scan(printed())
+      jax.jit(functools.partial(scan, p=problem(save))).lower(*arrays).compile()
+      found[name] = _scan(printed())
   return found
 
 
-def faults(name: str, scan: Scan) -> list[str]:
-  """Says what must not be: products that the assembler lost, or more spilled bytes than are known."""
-  found = []
-  if scan.kept != scan.products:
-    found.append(f"{name} has {scan.products} products in its PTX and {scan.kept} in its code")
-  if scan.spill_bytes > MOST_SPILLED:
-    found.append(f"{name} spills {scan.spill_bytes} bytes")
-  return found
+def compile_others(program: Program) -> dict[str, assembler.Kernel | str]:
+  """Compiles the kernels of Triton's backend that the op launches beside its scans; a string says what is wrong."""
+  array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+  B, T, H = 1, program.chunks * C, 2
+  keys, values, token = array(B, T, H, program.K), array(B, T, H, program.V), array(B, T, H, dtype=jnp.float32)
+  op = functools.partial(kernels.delta_rule, implementation="mosaic_gpu", normalize_qk=program.normalized)
+  both = lambda arrays, doutput: jax.vjp(lambda *x: op(*x)[0], *arrays)[1](doutput)
+  with use_abstract_mesh(GPUS[GPU].abstract):
+    jaxpr = jax.make_jaxpr(both)((keys, keys, values, token, token if program.gated else None), values).jaxpr
+  calls = list(dict.fromkeys(compiled.launched(jaxpr)))
+  found = compiled.compile_calls(GPU, calls)
+  return {call.name: found[call.key] for call in calls}
+
+
+def faults(name: str, found: Scan | assembler.Kernel | str) -> list[str]:
+  """Says what must not be: a kernel that does not compile, lost products, or more spilled bytes than are known."""
+  if isinstance(found, str):
+    return [f"{name}: {found}"]
+  wrong = []
+  if isinstance(found, Scan) and found.kept != found.products:
+    wrong.append(f"{name} has {found.products} products in its PTX and {found.kept} in its code")
+  if found.spill_bytes > MOST_SPILLED:
+    wrong.append(f"{name} spills {found.spill_bytes} bytes")
+  return wrong
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from kernel_tuning import compiled, hopper
+from kernel_tuning import assembler, compiled, hopper
 from kernels import tuned
 
 RECORD = json.loads(compiled.SPILLS.with_name("compiled_kernels.json").read_text())
@@ -59,8 +59,11 @@ def test_the_kernels_for_hopper_keep_their_products():
   """compile_hopper.py wrote the record from the present kernels, and no scan has a fault."""
   record = json.loads(compiled.SPILLS.with_name("compiled_hopper.json").read_text())
   assert record["sources"] == compiled.sources("delta_rule", "mosaic_gpu"), "run experiments/compile_hopper.py"
-  entries = {hopper.Program(**{name: entry[name] for name in ("K", "V", "gated", "normalized", "chunks")}):
-             entry["scans"] for entry in record["programs"]}
-  assert list(entries) == list(hopper.programs())
-  scans = [(f"{program} {name}", hopper.Scan(**row)) for program, rows in entries.items() for name, row in rows.items()]
-  assert [fault for name, scan in scans for fault in hopper.faults(name, scan)] == []
+  programs = [hopper.Program(*(entry[name] for name in ("K", "V", "gated", "normalized", "chunks")))
+              for entry in record["programs"]]
+  assert programs == list(hopper.programs())
+  for program, entry in zip(programs, record["programs"]):
+    assert len(entry["scans"]) == 3 and bool(entry["others"]) == (program.chunks == hopper.LONG)
+    found = {name: hopper.Scan(**row) for name, row in entry["scans"].items()}
+    found |= {name: assembler.Kernel(**row) for name, row in entry["others"].items()}
+    assert [f"{program} {fault}" for name, x in found.items() for fault in hopper.faults(name, x)] == []
