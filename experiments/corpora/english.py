@@ -22,7 +22,7 @@ import numpy as np
 from corpora import apt, archives, clean, dataset, fetch, formats, overlap
 from corpora.progress import Progress
 from lin_jax.files import replacing, sha256
-from lin_jax.manifests import DTYPE
+from lin_jax.manifests import dtype_for
 from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer
 
 SOURCES = pathlib.Path(__file__).with_name("sources.tsv")
@@ -157,7 +157,7 @@ def _tokenize(found, files, folder, tokenizer):
             kept.append((name, text))
     tokens = folder / (file.stem + ".npy")
     if not tokens.exists():
-      _save(tokens, [tokenizer.encode(text) + [tokenizer.eos_id] for _, text in kept])
+      _save(tokens, [tokenizer.encode(text) + [tokenizer.eos_id] for _, text in kept], dtype_for(tokenizer.vocab_size))
     ids = np.load(tokens)
     ends = np.flatnonzero(ids == tokenizer.eos_id) + 1
     for (name, text), part in zip(kept, np.split(ids, ends)[:-1], strict=True):
@@ -168,9 +168,9 @@ def _tokenize(found, files, folder, tokenizer):
   return documents
 
 
-def _save(file, lists):
+def _save(file, lists, dtype):
   with replacing(file) as f:
-    np.save(f, np.concatenate([np.array(ids, DTYPE) for ids in lists] or [np.zeros(0, DTYPE)]))
+    np.save(f, np.concatenate([np.array(ids, dtype) for ids in lists] or [np.zeros(0, dtype)]))
 
 
 def split_of(document: Document, tier: str) -> str:
@@ -235,7 +235,7 @@ def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tok
   splits, dropped = _split(documents, tier)
   manifest = dict(sources=[source.describe() | _count(documents, source) for source in found], skipped=skipped,
                   dropped_for_overlap=dropped)
-  with dataset.DatasetWriter(work, list(splits)) as writer:
+  with dataset.DatasetWriter(work, list(splits), dtype=dtype_for(tokenizer.vocab_size)) as writer:
     for number, (split, members) in enumerate(splits.items()):
       for i in np.random.default_rng((seed, number)).permutation(len(members)):
         writer.add(split, members[i].ids, members[i].size)

@@ -12,7 +12,7 @@ from corpora.dataset import SHARD_TOKENS, DatasetWriter, begin
 from corpora.documents import Document
 from corpora.progress import Progress
 from lin_jax.files import sha256
-from lin_jax.manifests import DTYPE
+from lin_jax.manifests import dtype_for
 from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, Tokenizer, load_tokenizer
 
 CHECKPOINT_TOKENS = 2**24
@@ -21,17 +21,14 @@ CHECKPOINT_TOKENS = 2**24
 def find_tokenizer(name: str, cache: pathlib.Path) -> tuple[Tokenizer, pathlib.Path | None]:
   """Returns the tokenizer `bytes`, `mistral` (fetched into `cache`) or of a SentencePiece file, and its file.
 
-  Raises ValueError for any other name, and for a vocabulary whose ids do not fit the shards' uint16.
+  Raises ValueError for any other name.
   """
   if name == ByteTokenizer.name:
     return ByteTokenizer(), None
   file = fetch.mistral_tokenizer(cache) if name == MistralTokenizer.name else pathlib.Path(name)
   if not file.is_file():
     raise ValueError(f"--tokenizer={name}: must be 'bytes', 'mistral' or a SentencePiece .model file")
-  tokenizer = load_tokenizer(file)
-  if tokenizer.vocab_size > np.iinfo(DTYPE).max + 1:
-    raise ValueError(f"--tokenizer={name}: vocabulary of {tokenizer.vocab_size}: ids must fit in {DTYPE.name}")
-  return tokenizer, file
+  return load_tokenizer(file), file
 
 
 def hash_split(seed: int, val_fraction: float, test_fraction: float) -> Callable[[Document], str]:
@@ -58,13 +55,14 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
   tokens of all splits to that number. The recipe's "sources" become the manifest's, with counts of the documents that
   name their "package". Raises ValueError when `out` has another recipe, or a split stays empty.
   """
+  dtype = dtype_for(tokenizer.vocab_size)
   if limit:
     recipe = recipe | dict(limit=limit)
   recipe = recipe | dict(tokenizer=dict(name=tokenizer.name, sha256=sha256(tokenizer_file) if tokenizer_file else None))
   work = begin(out, recipe)
   if work is None:
     return False
-  with DatasetWriter(work, splits, shard_tokens=shard_tokens) as writer:
+  with DatasetWriter(work, splits, shard_tokens=shard_tokens, dtype=dtype) as writer:
     try:
       number, counts = _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens)
       empty = [split for split, tokens in writer.totals().items() if not tokens]
@@ -84,7 +82,6 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
 
 def _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens):
   counts, progress = writer.notes, Progress("tokenize: documents")
-  end = np.array([tokenizer.eos_id], DTYPE)
   total = saved = sum(writer.totals().values())
   number = writer.done
   for document in documents(writer.done):
@@ -93,7 +90,7 @@ def _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens):
     number += 1
     if not document.text.strip():
       continue
-    ids = np.concatenate([np.array(tokenizer.encode(document.text), DTYPE), end])
+    ids = np.array([*tokenizer.encode(document.text), tokenizer.eos_id])
     size = len(document.text.encode())
     writer.add(split_of(document), ids, size)
     count = counts.setdefault(document.source, dict(documents=0, bytes=0, tokens=0))

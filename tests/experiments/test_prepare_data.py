@@ -61,11 +61,11 @@ def test_an_input_that_matches_nothing_is_refused(tmp_path):
     tokenize.hash_split(0, 0.5, 0.5)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-  (tmp_path / "x.model").write_bytes(b"")
-  monkeypatch.setattr(tokenize, "load_tokenizer", lambda _: types.SimpleNamespace(vocab_size=65537))
-  with pytest.raises(ValueError, match="vocabulary of 65537: ids must fit in uint16"):
-    tokenize.find_tokenizer(str(tmp_path / "x.model"), tmp_path)
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
+  tokenizer = types.SimpleNamespace(name="bytes", vocab_size=2**31 + 1)
+  with pytest.raises(ValueError, match="vocabulary of 2147483649: ids must be less than 2\\^31"):
+    tokenize.prepare(tmp_path / "out", iter, None, splits=[], recipe={}, tokenizer=tokenizer)
+  assert not list(tmp_path.iterdir())
   with pytest.raises(ValueError, match="--tokenizer=gpt: must be"):
     tokenize.find_tokenizer("gpt", tmp_path)
 
