@@ -39,7 +39,15 @@ _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "JSON key or Parquet col
 _SEPARATOR = flags.DEFINE_string("separator", "", "Text between documents of a text file; by default each file is one "
                                  "document.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "", "bytes, mistral or a SentencePiece file; by default bytes for shakespeare, mistral otherwise.")
+    "tokenizer", "", "bytes, mistral, a SentencePiece file, or a tokenizer.json or its folder; by default bytes for "
+    "shakespeare, mistral otherwise.")
+_SPECIAL = flags.DEFINE_enum(
+    "special_tokens", None, ["keep", "refuse", "text"], "What a text's special tokens become, with a tokenizer.json: "
+    "their ids (by default), an error, or text like any other.")
+_BOS = flags.DEFINE_string("bos_token", "", "Begin token of a tokenizer.json; by default a file beside it has one.")
+_EOS = flags.DEFINE_string("eos_token", "", "End token of a tokenizer.json, which closes each document; by default a "
+                           "file beside it has one.")
+_PAD = flags.DEFINE_string("pad_token", "", "Padding token of a tokenizer.json; by default a file beside it has one.")
 _VAL = flags.DEFINE_float("val_fraction", 0.01, "Fraction of the documents that is held out as split val.")
 _TEST = flags.DEFINE_float("test_fraction", 0.01, "Fraction of the documents that is held out as split test.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the split, and of the order of documents where a recipe shuffles "
@@ -106,24 +114,26 @@ def _prepare(out):
   if _CORPUS.value == "english":
     from corpora import english
 
-    return english.prepare(out, tier=_TIER.value, seed=_SEED.value, cache=cache, **_tokenizer(cache, "mistral"))
+    return english.prepare(out, tier=_TIER.value, seed=_SEED.value, cache=cache,
+                           tokenizer=_tokenizer(cache, "mistral"))
   if _CORPUS.value == "shakespeare":
     return tokenize.prepare(out, functools.partial(shakespeare.documents, cache), shakespeare.split_of,
-                            splits=["train", "val", "test"], recipe=shakespeare.RECIPE, **_tokenizer(cache, "bytes"))
+                            splits=["train", "val", "test"], recipe=shakespeare.RECIPE,
+                            tokenizer=_tokenizer(cache, "bytes"))
   split_of = tokenize.hash_split(_SEED.value, _VAL.value, _TEST.value)
   splits = ["train"] + ["val"] * (_VAL.value > 0) + ["test"] * (_TEST.value > 0)
   stream, recipe = _hub() if _HF_DATASET.value else _files()
   recipe |= dict(split="by a hash of the text", val_fraction=_VAL.value, test_fraction=_TEST.value, seed=_SEED.value)
   # This comes after the checks of the input, because it may download.
   return tokenize.prepare(out, stream, split_of, splits=splits, recipe=recipe, limit=_TOKENS.value,
-                          **_tokenizer(cache, "mistral"))
+                          tokenizer=_tokenizer(cache, "mistral"))
 
 
 def _tokenizer(cache, default):
   from corpora import tokenize
 
-  tokenizer, file = tokenize.find_tokenizer(_TOKENIZER.value or default, cache)
-  return dict(tokenizer=tokenizer, tokenizer_file=file)
+  settings = {flag.name: commands.text(flag) for flag in (_SPECIAL, _BOS, _EOS, _PAD) if flag.value}
+  return tokenize.find_tokenizer(_TOKENIZER.value or default, cache, **settings)
 
 
 def _files():

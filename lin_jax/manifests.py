@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterator
 
 from lin_jax import files
-from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE
+from lin_jax.tokenizer import MANIFEST_FILE, carried_files
 
 FORMAT = "lin_jax.tokens"
 VERSION = 1
@@ -79,9 +79,8 @@ def verify(path: str | pathlib.Path) -> int:
   manifest = read_manifest(path)
   try:
     parts = [part for entry in manifest["splits"].values() for part in split_files(entry)]
-    if manifest["tokenizer"]["sha256"]:
-      parts.append({"file": MODEL_FILE, "sha256": manifest["tokenizer"]["sha256"]})
     expected = {path / part["file"]: part["sha256"] for part in parts}
+    expected |= {path / file: sha256 for file, sha256 in carried_files(manifest["tokenizer"]).items()}
   except (KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"{path / MANIFEST_FILE}: incomplete or malformed: {e!r}") from e
   for file, sha256 in expected.items():

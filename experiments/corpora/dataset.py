@@ -14,7 +14,7 @@ import numpy as np
 from corpora.unpack import SUFFIX
 from lin_jax.files import sha256, write_json
 from lin_jax.manifests import FORMAT, MASKED_VERSION, VERSION, split_files
-from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, Tokenizer
+from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer, carried_files, describe_tokenizer
 
 SHARD_TOKENS = 2**25
 _RECIPE = "recipe.json"
@@ -44,8 +44,9 @@ def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
 
 def publish(work: pathlib.Path, out: pathlib.Path) -> None:
   """Renames `work` to `out`, without the files that its manifest does not name."""
-  splits = _read_json(work / MANIFEST_FILE)["splits"]
-  keep = {MANIFEST_FILE, MODEL_FILE} | {part["file"] for entry in splits.values() for part in split_files(entry)}
+  manifest = _read_json(work / MANIFEST_FILE)
+  keep = {MANIFEST_FILE, *carried_files(manifest["tokenizer"])}
+  keep |= {part["file"] for entry in manifest["splits"].values() for part in split_files(entry)}
   for path in work.iterdir():
     if path.name.removesuffix(SUFFIX) not in keep:
       shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -193,14 +194,13 @@ class DatasetWriter:
     """Returns the present number of tokens of each split."""
     return {split: writer.state["tokens"] for split, writer in self._writers.items()}
 
-  def finish(self, out: pathlib.Path, *, tokenizer: Tokenizer, tokenizer_file: pathlib.Path | None, recipe: dict,
-             manifest: dict) -> dict:
+  def finish(self, out: pathlib.Path, *, tokenizer: Tokenizer, recipe: dict, manifest: dict) -> dict:
     """Completes the dataset, moves it to `out`, and returns the manifest. `manifest` adds entries to it."""
     splits = {split: writer.finish() for split, writer in self._writers.items()}
-    described = dict(name=tokenizer.name, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, sha256=None)
-    if tokenizer_file:
-      shutil.copyfile(tokenizer_file, self._work / MODEL_FILE)
-      described["sha256"] = sha256(tokenizer_file)
+    described = dict(name=tokenizer.name, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    described |= describe_tokenizer(tokenizer)
+    for name, content in tokenizer.files().items():
+      (self._work / name).write_bytes(content)
     manifest = dict(format=FORMAT, version=MASKED_VERSION if self._masked else VERSION, dtype=self._dtype,
                     tokenizer=described, **manifest, splits=splits, recipe=recipe)
     write_json(self._work / MANIFEST_FILE, manifest, indent=1)

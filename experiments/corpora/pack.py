@@ -14,7 +14,7 @@ from corpora.unpack import SUFFIX
 from lin_jax import files
 from lin_jax.data import TokenDataset
 from lin_jax.manifests import read_manifest, split_files
-from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, load_tokenizer
+from lin_jax.tokenizer import MANIFEST_FILE, carried_files, load_tokenizer
 
 # One bit of position and of literal position tell the compressor which of an id's two bytes it sees, and two bits which
 # of four. Its number of literal bits, `lc`, must not exceed 4 - lp.
@@ -52,8 +52,9 @@ def pack(source: pathlib.Path, out: pathlib.Path, train_tokens: int = 0) -> bool
       pool.shutdown(wait=False, cancel_futures=True)  # cancels waiting work; work that was begun ends
       raise
   progress.close(len(jobs))
-  if (source / MODEL_FILE).exists():
-    shutil.copyfile(source / MODEL_FILE, work / MODEL_FILE)
+  for name, sha256 in carried_files(manifest["tokenizer"]).items():
+    files.require_sha256(source / name, sha256)
+    shutil.copyfile(source / name, work / name)
   for path, _ in jobs:
     if path.parent == work:
       path.unlink()

@@ -11,24 +11,22 @@ from corpora import fetch
 from corpora.dataset import SHARD_TOKENS, DatasetWriter, begin
 from corpora.documents import Document
 from corpora.progress import Progress
-from lin_jax.files import sha256
 from lin_jax.manifests import dtype_for
-from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, Tokenizer, load_tokenizer
+from lin_jax.tokenizer import ByteTokenizer, MistralTokenizer, Tokenizer, describe_tokenizer, load_tokenizer
 
 CHECKPOINT_TOKENS = 2**24
 
 
-def find_tokenizer(name: str, cache: pathlib.Path) -> tuple[Tokenizer, pathlib.Path | None]:
-  """Returns the tokenizer `bytes`, `mistral` (fetched into `cache`) or of a SentencePiece file, and its file.
+def find_tokenizer(name: str, cache: pathlib.Path, **settings: str) -> Tokenizer:
+  """Returns the tokenizer `mistral` (fetched into `cache`), or the one that `load_tokenizer` finds under `name`.
 
-  Raises ValueError for any other name.
+  Raises ValueError as `load_tokenizer` does.
   """
-  if name == ByteTokenizer.name:
-    return ByteTokenizer(), None
-  file = fetch.mistral_tokenizer(cache) if name == MistralTokenizer.name else pathlib.Path(name)
-  if not file.is_file():
-    raise ValueError(f"--tokenizer={name}: must be 'bytes', 'mistral' or a SentencePiece .model file")
-  return load_tokenizer(file), file
+  path = fetch.mistral_tokenizer(cache) if name == MistralTokenizer.name else pathlib.Path(name)
+  if name != ByteTokenizer.name and not path.exists():
+    raise ValueError(f"--tokenizer={name}: must be 'bytes', 'mistral', a SentencePiece .model file, or a "
+                     "tokenizer.json or its folder")
+  return load_tokenizer(path, **settings)
 
 
 def hash_split(seed: int, val_fraction: float, test_fraction: float) -> Callable[[Document], str]:
@@ -46,8 +44,8 @@ def hash_split(seed: int, val_fraction: float, test_fraction: float) -> Callable
 
 
 def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], split_of: Callable[[Document], str], *,
-            splits: list[str], recipe: dict, tokenizer: Tokenizer, tokenizer_file: pathlib.Path | None = None,
-            limit: int = 0, shard_tokens: int = SHARD_TOKENS, checkpoint_tokens: int = CHECKPOINT_TOKENS) -> bool:
+            splits: list[str], recipe: dict, tokenizer: Tokenizer, limit: int = 0, shard_tokens: int = SHARD_TOKENS,
+            checkpoint_tokens: int = CHECKPOINT_TOKENS) -> bool:
   """Writes the dataset `out` from documents in their order, and returns whether there was anything to do.
 
   `documents(n)` yields all but the first n. `recipe` determines the bytes: an existing `out` of the same recipe stays
@@ -58,7 +56,7 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
   dtype = dtype_for(tokenizer.vocab_size)
   if limit:
     recipe = recipe | dict(limit=limit)
-  recipe = recipe | dict(tokenizer=dict(name=tokenizer.name, sha256=sha256(tokenizer_file) if tokenizer_file else None))
+  recipe = recipe | dict(tokenizer=describe_tokenizer(tokenizer))
   work = begin(out, recipe)
   if work is None:
     return False
@@ -75,8 +73,7 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
         shutil.rmtree(work)
       raise
     sources = [source | counts.get(source["package"], {}) for source in recipe["sources"]]
-    writer.finish(out, tokenizer=tokenizer, tokenizer_file=tokenizer_file, recipe=recipe,
-                  manifest=dict(sources=sources))
+    writer.finish(out, tokenizer=tokenizer, recipe=recipe, manifest=dict(sources=sources))
   return True
 
 
@@ -90,8 +87,11 @@ def _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens):
     number += 1
     if not document.text.strip():
       continue
-    ids = np.array([*tokenizer.encode(document.text), tokenizer.eos_id])
-    size = len(document.text.encode())
+    try:
+      ids = np.array([*tokenizer.encode(document.text), tokenizer.eos_id])
+    except ValueError as e:
+      raise ValueError(f"{document.source}: document {document.name}: {e}") from e
+    size = len(tokenizer.normalized(document.text).encode())
     writer.add(split_of(document), ids, size)
     count = counts.setdefault(document.source, dict(documents=0, bytes=0, tokens=0))
     for key, amount in (("documents", 1), ("bytes", size), ("tokens", len(ids))):

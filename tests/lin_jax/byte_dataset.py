@@ -19,8 +19,8 @@ def write(path, documents, shard_tokens=100, vocab_size=257, masks=None):
                                  masked=masks is not None)
   for ids, *mask in zip(documents, *[masks] * (masks is not None), strict=True):
     writer.add("train", np.append(ids, 256), len(ids), *mask, *(int(m[:-1].sum()) for m in mask))
-  tokenizer = types.SimpleNamespace(name="bytes", vocab_size=vocab_size, eos_id=256)
-  writer.finish(path, tokenizer=tokenizer, tokenizer_file=None, recipe={}, manifest={})
+  tokenizer = types.SimpleNamespace(name="bytes", vocab_size=vocab_size, eos_id=256, files=dict)
+  writer.finish(path, tokenizer=tokenizer, recipe={}, manifest={})
   return path
 
 
