@@ -73,15 +73,19 @@ class FastTokenizer:
     return token
 
   def encode(self, text: str) -> list[int]:
-    if self.special_tokens == "refuse" and (found := self._special.search(text)):
-      raise ValueError(f"the text holds the special token {found[0]!r} at position {found.start()}, and "
-                       "special_tokens=refuse: 'keep' would read it as its id, 'text' as any other text")
+    self.require_allowed(text)
     return self._encoded(text, self.special_tokens == "text").ids
 
   def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """The ids of a rendered chat, whose special tokens are kept, and the characters [start, stop) of each id."""
     encoded = self._encoded(text, False)
     return encoded.ids, encoded.offsets
+
+  def require_allowed(self, text: str) -> None:
+    """Raises ValueError if the text holds a special token, and these are refused."""
+    if self.special_tokens == "refuse" and (found := self._special.search(text)):
+      raise ValueError(f"the text holds the special token {found[0]!r} at position {found.start()}, and "
+                       "special_tokens=refuse: 'keep' would read it as its id, 'text' as any other text")
 
   def _encoded(self, text, special_as_text):
     require_utf8(text)
