@@ -53,6 +53,11 @@ def publish(work: pathlib.Path, out: pathlib.Path) -> None:
   os.rename(work, out)
 
 
+def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
+  """Returns the number of bytes that each id of a tokenizer spells."""
+  return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+
+
 def _read_json(path):
   try:
     value = json.loads(path.read_text(encoding="utf-8"))

@@ -70,7 +70,7 @@ def _cut(source, work, limit, dtype):
   if not count:
     raise ValueError(f"--tokens={limit}: the first document of {source} has {ends[0]}: give at least as many")
   tokenizer = load_tokenizer(source)
-  sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+  sizes = dataset.token_sizes(tokenizer)
   writer = dataset.SplitWriter(work, "train", dataset.SHARD_TOKENS, dtype=dtype, masked=data.masked)
   for start, end in zip(data.document_starts[:count].tolist(), ends[:count].tolist(), strict=True):
     ids = data.read(start, end)

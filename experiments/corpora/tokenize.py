@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from corpora import fetch
+from corpora.conversations import encoder
 from corpora.dataset import SHARD_TOKENS, DatasetWriter, begin
 from corpora.documents import Document
 from corpora.progress import Progress
@@ -44,25 +45,26 @@ def hash_split(seed: int, val_fraction: float, test_fraction: float) -> Callable
 
 
 def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], split_of: Callable[[Document], str], *,
-            splits: list[str], recipe: dict, tokenizer: Tokenizer, limit: int = 0, shard_tokens: int = SHARD_TOKENS,
-            checkpoint_tokens: int = CHECKPOINT_TOKENS) -> bool:
+            splits: list[str], recipe: dict, tokenizer: Tokenizer, conversations: bool = False, limit: int = 0,
+            shard_tokens: int = SHARD_TOKENS, checkpoint_tokens: int = CHECKPOINT_TOKENS) -> bool:
   """Writes the dataset `out` from documents in their order, and returns whether there was anything to do.
 
   `documents(n)` yields all but the first n. `recipe` determines the bytes: an existing `out` of the same recipe stays
   as it is, and an interrupted one is continued. A positive `limit` ends the stream with the document that brings the
   tokens of all splits to that number. The recipe's "sources" become the manifest's, with counts of the documents that
-  name their "package". Raises ValueError when `out` has another recipe, or a split stays empty.
+  name their "package". With `conversations` the texts are read as `conversations.encoder` says, and the dataset has
+  masks. Raises ValueError when `out` has another recipe, or a split stays empty.
   """
-  dtype = dtype_for(tokenizer.vocab_size)
+  dtype, encode = dtype_for(tokenizer.vocab_size), (encoder if conversations else _plain_encoder)(tokenizer)
   if limit:
     recipe = recipe | dict(limit=limit)
   recipe = recipe | dict(tokenizer=describe_tokenizer(tokenizer))
   work = begin(out, recipe)
   if work is None:
     return False
-  with DatasetWriter(work, splits, shard_tokens=shard_tokens, dtype=dtype) as writer:
+  with DatasetWriter(work, splits, shard_tokens=shard_tokens, dtype=dtype, masked=conversations) as writer:
     try:
-      number, counts = _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens)
+      number, counts = _write(writer, documents, split_of, encode, limit, checkpoint_tokens)
       empty = [split for split, tokens in writer.totals().items() if not tokens]
       if empty:
         raise ValueError(f"split {empty[0]!r} would be empty: it got none of the {number} documents; give more "
@@ -77,7 +79,14 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
   return True
 
 
-def _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens):
+def _plain_encoder(tokenizer):
+  def encode(text):
+    return np.array([*tokenizer.encode(text), tokenizer.eos_id]), len(tokenizer.normalized(text).encode())
+
+  return encode
+
+
+def _write(writer, documents, split_of, encode, limit, checkpoint_tokens):
   counts, progress = writer.notes, Progress("tokenize: documents")
   total = saved = sum(writer.totals().values())
   number = writer.done
@@ -88,11 +97,10 @@ def _write(writer, documents, split_of, tokenizer, limit, checkpoint_tokens):
     if not document.text.strip():
       continue
     try:
-      ids = np.array([*tokenizer.encode(document.text), tokenizer.eos_id])
+      ids, size, *answers = encode(document.text)
     except ValueError as e:
       raise ValueError(f"{document.source}: document {document.name}: {e}") from e
-    size = len(tokenizer.normalized(document.text).encode())
-    writer.add(split_of(document), ids, size)
+    writer.add(split_of(document), ids, size, *answers)
     count = counts.setdefault(document.source, dict(documents=0, bytes=0, tokens=0))
     for key, amount in (("documents", 1), ("bytes", size), ("tokens", len(ids))):
       count[key] += amount
