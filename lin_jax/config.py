@@ -12,7 +12,7 @@ from lin_jax import files
 from lin_jax.typed_json import build, read_object, require_types, shown
 
 REMAT_POLICIES = ("none", "mixer", "dots", "full")
-NORMS = ("rms", "simple_rms")
+NORMS = ("rms", "rms_offset", "simple_rms")
 MLPS = ("swiglu", "sglu")
 DTYPES = ("bfloat16", "float16", "float32")
 _MIXERS = "mixer", "hybrid_mixer"  # fields of a ModelConfig
@@ -30,7 +30,7 @@ class ModelConfig:
   depth: int = 24
   mlp: str = "swiglu"  # or "sglu", without activation
   mlp_width: int = 2816  # 0 means a block of the mixer alone
-  norm: str = "rms"  # of blocks and output; "simple_rms" has no parameters
+  norm: str = "rms"  # of blocks and output; "rms_offset" multiplies by 1 + scale, "simple_rms" by nothing
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   scale_embeddings: bool = False  # by sqrt(width), before the first block

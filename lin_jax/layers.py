@@ -171,6 +171,17 @@ class RMSNorm(SimpleRMSNorm):
     self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
 
 
+class OffsetRMSNorm(SimpleRMSNorm):
+  """x / sqrt(mean(x²) + eps) * (1 + scale), as Gemma and Qwen3.5 store it: the scale starts at 0."""
+
+  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+    super().__init__(eps=eps)
+    self.scale = param(rngs, nnx.initializers.zeros, (width,), (None,))
+
+  def _scale(self):
+    return 1 + self.scale[...].astype(jnp.float32)
+
+
 class SwiGLU(nnx.Module):
   """(swish(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv:2002.05202). No biases."""
 

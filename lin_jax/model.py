@@ -23,7 +23,7 @@ from kernels.derivatives import RESIDUALS
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.decoding import Decoder, in_order, stacked
-from lin_jax.layers import NORMAL, SGLU, RMSNorm, SimpleRMSNorm, SwiGLU, param
+from lin_jax.layers import NORMAL, SGLU, OffsetRMSNorm, RMSNorm, SimpleRMSNorm, SwiGLU, param
 from lin_jax.sharding import shard_batch
 
 
@@ -54,6 +54,7 @@ REMAT = {
 
 MLPS = {"swiglu": SwiGLU, "sglu": SGLU}
 
+NORMS = {"rms": RMSNorm, "rms_offset": OffsetRMSNorm}  # with a scale; "simple_rms" has none
 
 class Block(nnx.Module):
   """One layer: mixer branch, then MLP branch. A config with an `mlp_width` of 0 has no MLP branch."""
@@ -237,8 +238,9 @@ def layer_numbers(runs: list[tuple[list, int]]) -> tuple[tuple[range, ...], ...]
 
 
 def _norm(config, rngs):
-  return SimpleRMSNorm(eps=config.norm_eps) if config.norm == "simple_rms" else RMSNorm(
-      config.width, eps=config.norm_eps, rngs=rngs)
+  if config.norm == "simple_rms":
+    return SimpleRMSNorm(eps=config.norm_eps)
+  return NORMS[config.norm](config.width, eps=config.norm_eps, rngs=rngs)
 
 
 def _stack(config, mixer, depth, rngs):
