@@ -89,6 +89,7 @@ FAMILIES = {
                 "expand_v": ("expand_v", 2.0), "output_gate": ("use_gate", True),
                 "allow_neg_eigval": ("allow_neg_eigval", False)},
         options={"output_gate_activation": ("swish", "silu")},
+        constants={"norm_eps": 0.0},
         short_convolution=True, defaults={"depth": 21},
         tensors=_DELTA | {"decay.kernel": "a_proj.weight", "A_log": "A_log", "dt_bias": "dt_bias"}),
     "retnet": Family(
