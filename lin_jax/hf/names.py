@@ -114,6 +114,8 @@ FAMILIES = {
         fields={"heads": ("num_heads", 32), "kv_heads": ("num_kv_heads", None), "window": ("window_size", None),
                 "rope_base": ("rope_theta", 10000.0)},
         options={"attn": (None,), **ATTENTION_OPTIONS, **_AFFINE},
+        constants={"head_dim": 0, "rope_fraction": 1.0, "qk_norm": "none", "qk_norm_offset": False,
+                   "output_gate": False},
         tensors=_PROJECTIONS),
     "mamba2": Family(
         mixer="mamba2",
