@@ -34,7 +34,8 @@ from serving import answers, requests
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
-_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; by default the run's own.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer, or a tokenizer's file; by default the "
+                           "run's own.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; if empty, the model starts a document.")
 _CHAT = flags.DEFINE_bool("chat", False, "Makes --prompt the message of a user in the tokenizer's chat template, and "
                           "prints the answer.")
@@ -73,7 +74,7 @@ def main(_):
 
 def _sample(model, tokenizer, sampling):
   prompt_text = commands.text(_PROMPT)
-  prompt, stop_ids = tokenizer.encode(prompt_text) or [tokenizer.eos_id], (tokenizer.eos_id,)
+  prompt, stop_ids = [*tokenizer.begin_ids, *tokenizer.encode(prompt_text)] or [tokenizer.eos_id], (tokenizer.eos_id,)
   if _CHAT.value:
     chat = ChatTemplate(tokenizer)
     prompt, stop_ids, prompt_text = chat.prompt([dict(role="user", content=prompt_text)]), chat.stop_ids, ""

@@ -28,6 +28,7 @@ class FastTokenizer:
 
   Attributes:
     bos_id, eos_id, pad_id: ids. `bos_id` and `pad_id` may be None.
+    begin_ids: the ids that the file's post-processor puts before a text, such as `bos_id` or none.
     special: texts of the special tokens, by id. These ids decode to nothing.
     chat_template: a text, or None.
 
@@ -47,6 +48,8 @@ class FastTokenizer:
     self.prefix = " " if self._components.prefixed else ""
     self.decoding_errors = "replace" if self._components.byte_level else "lin_jax.replace_each_byte"
     self.special_tokens = special_tokens
+    processed = self._model.encode("a")
+    self.begin_ids = tuple(processed.ids[:processed.special_tokens_mask.index(0)])
     added = self._model.get_added_tokens_decoder()
     self.special = {token: entry.content for token, entry in added.items() if entry.special}
     texts = "|".join(map(re.escape, sorted(self.special.values(), key=len, reverse=True)))
