@@ -15,6 +15,8 @@ REMAT_POLICIES = ("none", "mixer", "dots", "full")
 NORMS = ("rms", "simple_rms")
 MLPS = ("swiglu", "sglu")
 DTYPES = ("bfloat16", "float16", "float32")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
 _MIXERS = "mixer", "hybrid_mixer"  # fields of a ModelConfig
 
 
@@ -52,16 +54,21 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-  """AdamW with linear warmup to `learning_rate` and cosine decay to `final_learning_rate`.
+  """AdamW or Muon, with linear warmup to `learning_rate` and a decay to `final_learning_rate`.
 
-  A run can be given more `steps` later, finished or not. If the two rates are equal, it is then the same run as one
-  planned with that many steps. Otherwise the decay ends where it was planned to end, and further steps keep the final
-  rate. That is the same as a run planned with that many `steps` and that `decay_steps` from the start, as the
-  lengthened run's config says.
+  With the schedule "cosine" the decay begins after the warmup. A run can be given more `steps` later, finished or not.
+  If the two rates are equal, it is then the same run as one planned with that many steps. Otherwise the decay ends
+  where it was planned to end, and further steps keep the final rate. That is the same as a run planned with that many
+  `steps` and that `decay_steps` from the start, as the lengthened run's config says.
+
+  With "wsd" (warmup, stable, decay) the rate stays at `learning_rate` until the last `decay_steps` steps, in which it
+  falls linearly. A run without a decay can be given more `steps`, with or without a decay at their end.
   """
 
+  name: str = "adamw"  # or "muon" for the kernels of products, with AdamW for every other parameter
+  schedule: str = "cosine"  # or "wsd"
   steps: int = 1000
-  decay_steps: int = 0  # the step at which the decay ends; 0 means the last step
+  decay_steps: int = 0  # cosine: the step at which the decay ends, 0 for the last; wsd: steps of the decay, 0 for none
   warmup_steps: int = 100
   learning_rate: float = 3e-4
   final_learning_rate: float = 3e-5
@@ -164,15 +171,7 @@ def validate(config: TrainConfig) -> TrainConfig:
   require(config.model.mlp in MLPS, "model.mlp", f"must be one of {', '.join(MLPS)}")
   require(config.model.dtype in DTYPES, "model.dtype", f"must be one of {', '.join(DTYPES)}")
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")
-  require(config.optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")
-  require(config.optim.warmup_steps < config.optim.steps, "optim.warmup_steps", "must be less than config.optim.steps")
-  decay_end = config.optim.decay_steps
-  require(decay_end == 0 or config.optim.warmup_steps < decay_end <= config.optim.steps, "optim.decay_steps",
-          "must lie above config.optim.warmup_steps and not above config.optim.steps, or be 0 for the last step")
-  for field in ("optim.beta1", "optim.beta2"):
-    require(0 <= _get(config, field) < 1, field, "must lie in [0, 1)")
-  require(0 <= config.optim.final_learning_rate <= config.optim.learning_rate, "optim.final_learning_rate",
-          "must lie between 0 and config.optim.learning_rate")
+  _validate_optim(config.optim, require)
   require(config.data.batch_size % config.optim.accumulation == 0, "data.batch_size",
           f"must be divisible by config.optim.accumulation={config.optim.accumulation}")
   if config.log.profile_steps:
@@ -183,6 +182,23 @@ def validate(config: TrainConfig) -> TrainConfig:
       ok = False
     require(ok, "log.profile_steps", "must be 'start,stop' with 1 <= start < stop")
   return config
+
+
+def _validate_optim(optim, require):
+  require(optim.name in OPTIMIZERS, "optim.name", f"must be one of {', '.join(OPTIMIZERS)}")
+  require(optim.schedule in SCHEDULES, "optim.schedule", f"must be one of {', '.join(SCHEDULES)}")
+  require(optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")
+  require(optim.warmup_steps < optim.steps, "optim.warmup_steps", "must be less than config.optim.steps")
+  if optim.schedule == "wsd":
+    require(optim.decay_steps <= optim.steps - optim.warmup_steps, "optim.decay_steps",
+            "must leave room for config.optim.warmup_steps within config.optim.steps")
+  else:
+    require(optim.decay_steps == 0 or optim.warmup_steps < optim.decay_steps <= optim.steps, "optim.decay_steps",
+            "must lie above config.optim.warmup_steps and not above config.optim.steps, or be 0 for the last step")
+  for field in ("beta1", "beta2"):
+    require(0 <= getattr(optim, field) < 1, f"optim.{field}", "must lie in [0, 1)")
+  require(0 <= optim.final_learning_rate <= optim.learning_rate, "optim.final_learning_rate",
+          "must lie between 0 and config.optim.learning_rate")
 
 
 def _get(config, field):
