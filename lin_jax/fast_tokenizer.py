@@ -53,7 +53,7 @@ class FastTokenizer:
     added = self._model.get_added_tokens_decoder()
     self.special = {token: entry.content for token, entry in added.items() if entry.special}
     texts = "|".join(map(re.escape, sorted(self.special.values(), key=len, reverse=True)))
-    self._special = re.compile(texts or "(?!)")
+    self._special_text = re.compile(texts or "(?!)")
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values()) + 1
     self._bytes = [b""] * self.vocab_size  # of ids that stand for nothing too
@@ -86,7 +86,7 @@ class FastTokenizer:
 
   def require_allowed(self, text: str) -> None:
     """Raises ValueError if the text holds a special token, and these are refused."""
-    if self.special_tokens == "refuse" and (found := self._special.search(text)):
+    if self.special_tokens == "refuse" and (found := self._special_text.search(text)):
       raise ValueError(f"the text holds the special token {found[0]!r} at position {found.start()}, and "
                        "special_tokens=refuse: 'keep' would read it as its id, 'text' as any other text")
 
