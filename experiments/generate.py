@@ -13,6 +13,7 @@ import numpy as np
 from absl import flags
 
 from lin_jax import files
+from lin_jax.chat import ChatTemplate
 from lin_jax.checkpoint import load_model
 from lin_jax.generate import Sampling, compile_generate, state_bytes
 from lin_jax.tokenizer import load_tokenizer, require_vocabulary, stream_decode
@@ -22,8 +23,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", 
 _CHECKPOINT = commands.define_checkpoint()
 _DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; by default the run's own.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; if empty, the model starts a document.")
+_CHAT = flags.DEFINE_bool("chat", False, "Makes --prompt the message of a user in the tokenizer's chat template, and "
+                          "prints the answer.")
 _TOKENS = flags.DEFINE_integer("tokens", 200, "Tokens to generate at most. The sample ends where the model ends a "
-                               "document.")
+                               "document, or its answer.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draws from the k most likely tokens; 0 draws from all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the smallest set of tokens that has this probability.")
@@ -40,14 +43,17 @@ def main(_):
   require_vocabulary(tokenizer, config.model.vocab_size)
   sampling = dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size)
   prompt_text = commands.text(_PROMPT)
-  prompt = tokenizer.encode(prompt_text) or [tokenizer.eos_id]
+  prompt, stop_ids = tokenizer.encode(prompt_text) or [tokenizer.eos_id], (tokenizer.eos_id,)
+  if _CHAT.value:
+    chat = ChatTemplate(tokenizer)
+    prompt, stop_ids, prompt_text = chat.prompt([dict(role="user", content=prompt_text)]), chat.stop_ids, ""
   run = compile_generate(model, 1, len(prompt), _TOKENS.value, sampling)
 
   start = time.perf_counter()
   tokens = np.asarray(run([prompt], jax.random.key(_SEED.value)))[0]
   seconds = time.perf_counter() - start
 
-  ends = np.flatnonzero(tokens == tokenizer.eos_id)
+  ends = np.flatnonzero(np.isin(tokens, stop_ids))
   sample = stream_decode(tokenizer, tokens[:ends[0]] if ends.size else tokens, first=not prompt_text)
   text = prompt_text + "".join(sample)
   print(text)

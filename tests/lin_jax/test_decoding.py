@@ -76,6 +76,15 @@ def test_projections_of_one_input_share_a_product():
   assert joint(attention.mixer) == {"query", "key", "value"} and joint(gla.mlp) == {"gate", "up"}
 
 
+def test_programs_hand_on_a_shared_matrix_once():
+  decoder = jax.eval_shape(Decoder, build(**HYBRID))
+  mixer = decoder.blocks[0].mixer
+  assert mixer.query.transposed is mixer.key.transposed is not mixer.output.transposed
+  arrays = jax.tree.leaves(decoder)
+  assert len(arrays) == len(set(map(id, arrays))) < len(jax.tree.leaves((decoder.model, decoder.blocks)))
+  assert not jax.tree.leaves(decoder.model.runs)
+
+
 def test_the_loop_reads_weights_of_the_compute_dtype_and_casts_none():
   lm = build(mixer=GLAConfig(heads=2), vocab_size=1000)
   run = lambda lm, logits, state: decode(lm, logits, state, jax.random.key(0), STEPS, Sampling(temperature=0))
