@@ -2,7 +2,7 @@
 
   python experiments/generate.py --workdir=runs/gla_tiny --prompt="KING:" --tokens=200 --temperature=0.8 --top_p=0.95
   python experiments/generate.py --workdir=runs/gla_tiny --requests=prompts.jsonl --rows=16 --out=answers.jsonl
-  python experiments/generate.py --workdir=runs/gla_tiny --interactive
+  python experiments/generate.py --workdir=runs/qwen --interactive --chat
 
 Every line of --requests is a JSON object with a `prompt`, and, if it is to have others than the flags, `max_tokens`,
 `temperature`, `top_k`, `top_p` and `seed`. It may have an `id` and texts that end its answer (`stop`). All lines are
@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from lin_jax import files
+from lin_jax.chat import ChatTemplate
 from lin_jax.checkpoint import load_model
 from lin_jax.generate import Sampling, compile_generate, state_bytes
 from lin_jax.serving import Server
@@ -33,10 +34,13 @@ from serving import answers, requests
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
-_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; by default the run's own.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer, or a tokenizer's file; by default the "
+                           "run's own.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; if empty, the model starts a document.")
+_CHAT = flags.DEFINE_bool("chat", False, "Makes each prompt the message of a user in the tokenizer's chat template, "
+                          "and prints the answer alone.")
 _TOKENS = flags.DEFINE_integer("tokens", 200, "Tokens to generate at most. The sample ends where the model ends a "
-                               "document.")
+                               "document, or its answer.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draws from the k most likely tokens; 0 draws from all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draws from the smallest set of tokens that has this probability.")
@@ -62,24 +66,26 @@ def main(_):
   config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value))
   tokenizer = load_tokenizer(_DATA.value or config.data.path)
   require_vocabulary(tokenizer, config.model.vocab_size)
+  chat = ChatTemplate(tokenizer) if _CHAT.value else None
   if _REQUESTS.value or _INTERACTIVE.value:
-    _serve(model, tokenizer)
+    _serve(model, tokenizer, chat)
   else:
-    _sample(model, tokenizer, dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size))
+    _sample(model, tokenizer, chat, dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size))
 
 
-def _sample(model, tokenizer, sampling):
+def _sample(model, tokenizer, chat, sampling):
   prompt_text = commands.text(_PROMPT)
-  prompt = tokenizer.encode(prompt_text) or [tokenizer.eos_id]
+  prompt, stop_ids = requests.read_prompt(prompt_text, tokenizer, chat)
+  shown = "" if chat else prompt_text
   run = compile_generate(model, 1, len(prompt), _TOKENS.value, sampling)
 
   start = time.perf_counter()
   tokens = np.asarray(run([prompt], jax.random.key(_SEED.value)))[0]
   seconds = time.perf_counter() - start
 
-  ends = np.flatnonzero(tokens == tokenizer.eos_id)
-  sample = stream_decode(tokenizer, tokens[:ends[0]] if ends.size else tokens, first=not prompt_text)
-  text = prompt_text + "".join(sample)
+  ends = np.flatnonzero(np.isin(tokens, stop_ids))
+  sample = stream_decode(tokenizer, tokens[:ends[0]] if ends.size else tokens, first=not shown)
+  text = shown + "".join(sample)
   print(text)
   if _OUT.value:
     files.write(_OUT.value, text + "\n")
@@ -88,18 +94,18 @@ def _sample(model, tokenizer, sampling):
         "bytes", file=sys.stderr)
 
 
-def _serve(model, tokenizer):
+def _serve(model, tokenizer, chat):
   server = Server(model, rows=1 if _INTERACTIVE.value else _ROWS.value, max_length=_MAX_LENGTH.value)
   defaults = requests.TextRequest("", _TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
   counts = answers.Counts()
   if _INTERACTIVE.value:
     if sys.stdin.isatty():
       print("Every line is a prompt of its own; Ctrl-D ends.", file=sys.stderr)
-    answers.converse(server, tokenizer, defaults, sys.stdin.buffer, counts)
+    answers.converse(server, tokenizer, defaults, sys.stdin.buffer, counts, chat)
   else:
-    asked = requests.load(pathlib.Path(_REQUESTS.value), defaults, server, tokenizer)
+    asked = requests.load(pathlib.Path(_REQUESTS.value), defaults, server, tokenizer, chat)
     lines = {}
-    for result in answers.answer(server, tokenizer, asked, counts):
+    for result in answers.answer(server, tokenizer, asked, counts, chat):
       lines[result["id"]] = json.dumps(result)
       print(lines[result["id"]], flush=True)
     if _OUT.value:

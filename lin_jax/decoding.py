@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from lin_jax.layers import Linear, align
+from lin_jax.layers import Linear, RMSNorm, align
 from lin_jax.sharding import is_partitioned
 
 # Joint products have a multiple of this many columns, as the tensor cores want their rows.
@@ -36,6 +36,8 @@ class Decoder:
       if (matrix := getattr(model, name)) is not None:
         setattr(self.model, name, matrix.replace(matrix[...].astype(model.dtype)))
     self.blocks = [_prepared(block) for block in in_order(model.placed_runs())]
+    for module in (self.model.norm, *self.blocks):
+      _absorb_offsets(module)
     self.model.runs = nnx.List([])  # the blocks stand for them
     numbers = {}
     self._numbers = [numbers.setdefault(id(leaf), len(numbers)) for leaf in jax.tree.leaves((self.model, self.blocks))]
@@ -58,15 +60,27 @@ class Decoder:
     x, after = self.model.embed(tokens), []
     y = jnp.zeros_like(x)  # the last branch, which is added to x together with the next norm
     for block, state in zip(self.blocks, states, strict=True):
-      x, normed = block.mixer_norm.of_sum(x, y)
+      post, norm = block.post_norm, block.mixer_norm
+      x, inputs = _add(x, y, None if post else norm)
       with jax.named_scope("mixer"):
-        y, state = block.mixer.step(normed, state)
+        y, state = block.mixer.step(inputs, state)
+        y = norm(y) if post else y
       after.append(state)
       if block.mlp is not None:
-        x, normed = block.mlp_norm.of_sum(x, y)
+        norm = block.mlp_norm
+        x, inputs = _add(x, y, None if post else norm)
         with jax.named_scope("mlp"):
-          y = block.mlp(normed)
+          y = block.mlp(inputs)
+          y = norm(y) if post else y
     return self.model.logits(self.model.norm.of_sum(x, y)[1]), after
+
+
+def _add(x, y, norm):
+  """The sum x + y, and what the next branch reads of it: its norm, or the sum itself in a post-norm block."""
+  if norm is None:
+    x = x + y.astype(x.dtype)
+    return x, x
+  return norm.of_sum(x, y)
 
 
 def in_order(runs: Any) -> list:
@@ -119,6 +133,13 @@ def _prepared(block):
     for group in _shared_inputs(linears):
       _join(module, group)
   return block
+
+
+def _absorb_offsets(module):
+  # The compiler would leave the addition inside of the loop over tokens, as a kernel of its own for each norm.
+  for _, norm in nnx.iter_modules(module):
+    if isinstance(norm, RMSNorm) and norm.offset:
+      norm.absorb_offset()
 
 
 def _shared_inputs(linears):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
+from lin_jax.chat import ChatTemplate
 from lin_jax.serving import Request, Server
 from lin_jax.tokenizer import Tokenizer, stream_decode
 
@@ -30,7 +31,7 @@ class Counts:
 
 
 def answer(server: Server, tokenizer: Tokenizer, requests: Sequence[tuple[TextRequest, Request]], counts: Counts,
-           ) -> Iterator[dict]:
+           chat: ChatTemplate | None = None) -> Iterator[dict]:
   """Yields the result of each request when it ends: its id, the text, the number of tokens and why it ended.
 
   A stop text and the end of the document count as "stop", and the end of `max_tokens` as "length".
@@ -46,7 +47,7 @@ def answer(server: Server, tokenizer: Tokenizer, requests: Sequence[tuple[TextRe
     counts.drawn += len(progress.tokens)
     counts.seconds = time.perf_counter() - begin
     if asked.stop or progress.ended:
-      text = "".join(stream_decode(tokenizer, ids, first=not asked.prompt))
+      text = "".join(stream_decode(tokenizer, ids, first=bool(chat) or not asked.prompt))
       ends = [at for stop in asked.stop if (at := text.find(stop)) >= 0]
       if ends:
         server.cancel(progress.id)
@@ -55,21 +56,22 @@ def answer(server: Server, tokenizer: Tokenizer, requests: Sequence[tuple[TextRe
                "ended": "stop" if ends else progress.ended}
 
 
-def converse(server: Server, tokenizer: Tokenizer, defaults: TextRequest, lines: BinaryIO, counts: Counts) -> None:
+def converse(server: Server, tokenizer: Tokenizer, defaults: TextRequest, lines: BinaryIO, counts: Counts,
+             chat: ChatTemplate | None = None) -> None:
   """Answers each of `lines` on its own, and prints the text as it is drawn. A line that it cannot answer is an error
   on one line of standard error, and the next one follows."""
   server.warm_up([1])
   for number, line in enumerate(lines, 1):
     try:
       asked = dataclasses.replace(defaults, prompt=line.decode("utf-8").rstrip("\r\n"))
-      request = to_ids(asked, tokenizer)
+      request = to_ids(asked, tokenizer, chat)
       server.submit(request)
     except ValueError as e:
       print(f"line {number}: {e}", file=sys.stderr, flush=True)
       continue
     begin, ids = time.perf_counter(), []
     drawn = (ids.append(token) or token for progress in server.finish() for token in progress.tokens)
-    for text in stream_decode(tokenizer, drawn, first=not asked.prompt):
+    for text in stream_decode(tokenizer, drawn, first=bool(chat) or not asked.prompt):
       print(text, end="", flush=True)
     print(flush=True)
     counts.read += len(request.prompt)

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from lin_jax import typed_json
+from lin_jax.chat import ChatTemplate
 from lin_jax.generate import Sampling
 from lin_jax.serving import Request, Server
 from lin_jax.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from lin_jax.tokenizer import Tokenizer
 @dataclasses.dataclass(frozen=True)
 class TextRequest:
   """A prompt and how to continue it. The answer ends before the first of the texts in `stop`, where the model ends the
-  document, and after `max_tokens`."""
+  document or its turn, and after `max_tokens`."""
 
   prompt: str
   max_tokens: int
@@ -35,7 +36,7 @@ class TextRequest:
 
 
 def load(path: pathlib.Path, defaults: TextRequest, server: Server, tokenizer: Tokenizer,
-         ) -> list[tuple[TextRequest, Request]]:
+         chat: ChatTemplate | None = None) -> list[tuple[TextRequest, Request]]:
   """The requests of a file of JSON lines, whose fields are those of `TextRequest`, as texts and as ids.
 
   A line must have a prompt, and `defaults` has the other fields. Empty lines are skipped. Raises ValueError, naming the
@@ -51,7 +52,7 @@ def load(path: pathlib.Path, defaults: TextRequest, server: Server, tokenizer: T
       continue
     try:
       text = _parse(line, dataclasses.replace(defaults, id=number))
-      request = to_ids(text, tokenizer)
+      request = to_ids(text, tokenizer, chat)
       server.check(request)
       if text.id in known:
         raise ValueError(f"id={text.id!r}: an earlier line has it too")
@@ -64,11 +65,21 @@ def load(path: pathlib.Path, defaults: TextRequest, server: Server, tokenizer: T
   return requests
 
 
-def to_ids(text: TextRequest, tokenizer: Tokenizer) -> Request:
-  """What the server gets. An empty prompt begins a document."""
+def to_ids(text: TextRequest, tokenizer: Tokenizer, chat: ChatTemplate | None = None) -> Request:
+  """What the server gets."""
   sampling = Sampling(text.temperature, text.top_k, text.top_p, tokenizer.vocab_size)
-  prompt = tokenizer.encode(text.prompt) or [tokenizer.eos_id]
-  return Request(prompt, text.max_tokens, sampling, text.seed, (tokenizer.eos_id,))
+  prompt, stop = read_prompt(text.prompt, tokenizer, chat)
+  return Request(prompt, text.max_tokens, sampling, text.seed, stop)
+
+
+def read_prompt(text: str, tokenizer: Tokenizer, chat: ChatTemplate | None) -> tuple[list[int], tuple[int, ...]]:
+  """The ids of a prompt, and the ids that end what follows it.
+
+  An empty prompt begins a document. With `chat` the prompt is the message of a user, and an answer follows it.
+  """
+  if chat:
+    return chat.prompt([dict(role="user", content=text)]), chat.stop_ids
+  return [*tokenizer.begin_ids, *tokenizer.encode(text)] or [tokenizer.eos_id], (tokenizer.eos_id,)
 
 
 def _parse(line, defaults):

@@ -4,9 +4,11 @@ import io
 
 import pytest
 
+from lin_jax.chat import ChatTemplate
 from lin_jax.serving import Progress
-from lin_jax.tokenizer import ByteTokenizer
+from lin_jax.tokenizer import ByteTokenizer, load_tokenizer
 from serving import answers, requests
+from tests.lin_jax.fast_tokenizers import byte_level, save
 
 DEFAULTS = requests.TextRequest("", 9, 0.5, 3, 0.9, 7)
 
@@ -58,6 +60,20 @@ def test_a_line_has_what_it_says_and_otherwise_the_flags(tmp_path):
   assert (ids.sampling.temperature, ids.sampling.top_k, ids.sampling.top_p, ids.sampling.vocab_size) == (.5, 3, .9, 257)
   assert bytes(other.prompt).decode() == "\u2028é" and (other.max_tokens, other.seed) == (2, 7)
   assert (other.sampling.temperature, other.sampling.top_k, other.sampling.top_p) == (0, 1, 1)
+
+
+def test_prompts_become_messages_of_a_user_in_a_chat(tmp_path, capsys):
+  folder = save(tmp_path / "fast", byte_level(), eos_token="<|endoftext|>",
+                chat_template="{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}")
+  tokenizer = load_tokenizer(folder)
+  (tmp_path / "file").write_text('{"prompt": "it"}')
+  asked = requests.load(tmp_path / "file", DEFAULTS, Echo(), tokenizer, ChatTemplate(tokenizer))
+  (_, request), = asked
+  assert request.prompt == tokenizer.encode("user it<|im_end|>") and request.stop == (0, 2)
+  result, = answers.answer(Echo(), tokenizer, asked, answers.Counts(), ChatTemplate(tokenizer))
+  assert result["text"] == "user it"
+  answers.converse(Echo(), tokenizer, DEFAULTS, io.BytesIO(b"was"), answers.Counts(), ChatTemplate(tokenizer))
+  assert capsys.readouterr().out == "user was\n"
 
 
 @pytest.mark.parametrize("line, message", [
