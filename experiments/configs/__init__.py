@@ -16,6 +16,7 @@ from .gla_paper import gla_1b3, gla_340m, retnet_1b3, retnet_340m, transformer_1
 from .hgrn2 import hgrn2_1b3, hgrn2_340m
 from .mamba import mamba2_1b3, mamba2_340m, mamba_1b3, mamba_340m
 from .small import gla_small, transformer_small
+from .supra import supra_340m, supra_tiny
 from .tiny import gla_tiny, transformer_tiny
 from .tnl import tnl_1b, tnl_3b, tnl_7b, tnl_385m
 
@@ -23,7 +24,7 @@ CONFIGS = {function.__name__: function for function in (
     gla_tiny, gla_small, gla_340m, gla_1b3, transformer_tiny, transformer_small, transformer_340m, transformer_1b3,
     retnet_340m, retnet_1b3, deltanet_340m, deltanet_1b3, deltanet_swa_340m, deltanet_swa_1b3, deltanet_global_340m,
     deltanet_global_1b3, gated_deltanet_1b3, delta_product_340m, mamba_340m, mamba_1b3, mamba2_340m, mamba2_1b3,
-    hgrn2_340m, hgrn2_1b3, tnl_385m, tnl_1b, tnl_3b, tnl_7b)}
+    hgrn2_340m, hgrn2_1b3, tnl_385m, tnl_1b, tnl_3b, tnl_7b, supra_tiny, supra_340m)}
 
 
 def lookup(name: str) -> TrainConfig:

@@ -64,6 +64,8 @@ SIZES = {
     "tnl_1b": Size("TransNormerLLM", "1B", _TNL),
     "tnl_3b": Size("TransNormerLLM", "3B", _TNL),
     "tnl_7b": Size("TransNormerLLM", "7B", _TNL),
+    "supra_tiny": Size("SUPRA", note="for a CPU"),
+    "supra_340m": Size("SUPRA", note="no paper has this size"),
 }
 
 
