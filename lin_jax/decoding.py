@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from lin_jax.layers import Linear, align
+from lin_jax.layers import Linear, RMSNorm, align
 from lin_jax.sharding import is_partitioned
 
 # Joint products have a multiple of this many columns, as the tensor cores want their rows.
@@ -36,6 +36,8 @@ class Decoder:
       if (matrix := getattr(model, name)) is not None:
         setattr(self.model, name, matrix.replace(matrix[...].astype(model.dtype)))
     self.blocks = [_prepared(block) for block in in_order(model.placed_runs())]
+    for module in (self.model.norm, *self.blocks):
+      _absorb_offsets(module)
     self.model.runs = nnx.List([])  # the blocks stand for them
     numbers = {}
     self._numbers = [numbers.setdefault(id(leaf), len(numbers)) for leaf in jax.tree.leaves((self.model, self.blocks))]
@@ -131,6 +133,13 @@ def _prepared(block):
     for group in _shared_inputs(linears):
       _join(module, group)
   return block
+
+
+def _absorb_offsets(module):
+  # The compiler would leave the addition inside of the loop over tokens, as a kernel of its own for each norm.
+  for _, norm in nnx.iter_modules(module):
+    if isinstance(norm, RMSNorm) and norm.offset:
+      norm.absorb_offset()
 
 
 def _shared_inputs(linears):

@@ -28,6 +28,7 @@ class FastTokenizer:
 
   Attributes:
     bos_id, eos_id, pad_id: ids. `bos_id` and `pad_id` may be None.
+    begin_ids: the ids that the file's post-processor puts before a text, such as `bos_id` or none.
     special: texts of the special tokens, by id. These ids decode to nothing.
     chat_template: a text, or None.
 
@@ -47,10 +48,12 @@ class FastTokenizer:
     self.prefix = " " if self._components.prefixed else ""
     self.decoding_errors = "replace" if self._components.byte_level else "lin_jax.replace_each_byte"
     self.special_tokens = special_tokens
+    processed = self._model.encode("a")
+    self.begin_ids = tuple(processed.ids[:processed.special_tokens_mask.index(0)])
     added = self._model.get_added_tokens_decoder()
     self.special = {token: entry.content for token, entry in added.items() if entry.special}
     texts = "|".join(map(re.escape, sorted(self.special.values(), key=len, reverse=True)))
-    self._special = re.compile(texts or "(?!)")
+    self._special_text = re.compile(texts or "(?!)")
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocabulary.values()) + 1
     self._bytes = [b""] * self.vocab_size  # of ids that stand for nothing too
@@ -83,7 +86,7 @@ class FastTokenizer:
 
   def require_allowed(self, text: str) -> None:
     """Raises ValueError if the text holds a special token, and these are refused."""
-    if self.special_tokens == "refuse" and (found := self._special.search(text)):
+    if self.special_tokens == "refuse" and (found := self._special_text.search(text)):
       raise ValueError(f"the text holds the special token {found[0]!r} at position {found.start()}, and "
                        "special_tokens=refuse: 'keep' would read it as its id, 'text' as any other text")
 

@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lin_jax import hf
 from lin_jax.checkpoint import load_model
 from lin_jax.config import ModelConfig, TrainConfig, to_dict
 from lin_jax.layer_stacks import Layers, together
@@ -81,6 +80,8 @@ def _read(path: pathlib.Path) -> tuple[ModelConfig, LanguageModel]:
   if (path / "checkpoints").is_dir():
     config, model = load_model(path)
     return config.model, model
+  from lin_jax import hf  # here, because training does without safetensors otherwise
+
   return hf.load(path)
 
 

@@ -179,22 +179,23 @@ class SimpleRMSNorm(nnx.Module):
 
 
 class RMSNorm(SimpleRMSNorm):
-  """x / sqrt(mean(x²) + eps) * scale over the last axis, with statistics in float32 and the result in x's dtype."""
+  """x / sqrt(mean(x²) + eps) * (offset + scale) over the last axis, statistics in float32, result in x's dtype.
 
-  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+  The offset is 0, or 1 as in Gemma and Qwen3.5. The scale starts at 1 - offset.
+  """
+
+  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, offset: int = 0):
     super().__init__(eps=eps)
-    self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
+    self.offset = offset
+    self.scale = param(rngs, nnx.initializers.constant(1.0 - offset), (width,), (None,))
 
-
-class OffsetRMSNorm(SimpleRMSNorm):
-  """x / sqrt(mean(x²) + eps) * (1 + scale), as Gemma and Qwen3.5 store it: the scale starts at 0."""
-
-  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
-    super().__init__(eps=eps)
-    self.scale = param(rngs, nnx.initializers.zeros, (width,), (None,))
+  def absorb_offset(self) -> None:
+    """Adds the offset to the scale, so that no later call does."""
+    self.scale, self.offset = self.scale.replace(self._scale()), 0
 
   def _scale(self):
-    return 1 + self.scale[...].astype(jnp.float32)
+    scale = self.scale[...].astype(jnp.float32)
+    return scale + self.offset if self.offset else scale
 
 
 class SwiGLU(nnx.Module):

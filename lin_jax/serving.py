@@ -97,8 +97,16 @@ class Server:
   def submit(self, request: Request) -> int:
     """Puts a request behind those that wait, and returns its number: 0 for the first, 1 for the second and so on.
 
-    Raises ValueError for an empty prompt, for ids outside the vocabulary, and for a request that no row has room for.
+    Raises ValueError as `check` does.
     """
+    self.check(request)
+    self._queue.append((self._submitted, request))
+    self._submitted += 1
+    return self._submitted - 1
+
+  def check(self, request: Request) -> None:
+    """Raises ValueError for an empty prompt, for ids outside the vocabulary, and for a request that no row has room
+    for."""
     length = len(request.prompt)
     if length < 1 or request.max_tokens < 1:
       raise ValueError(f"a prompt of {length} and max_tokens={request.max_tokens}: each must be at least 1")
@@ -110,9 +118,6 @@ class Server:
     if self.max_length is not None and length + request.max_tokens > self.max_length:
       raise ValueError(f"a prompt of {length:,} and {request.max_tokens:,} new tokens: together they must not be more "
                        f"than max_length={self.max_length:,}, because this model's cache holds every token")
-    self._queue.append((self._submitted, request))
-    self._submitted += 1
-    return self._submitted - 1
 
   def cancel(self, number: int) -> None:
     """Ends a request early. Nothing more of it comes, and its row is free. A request that has ended is left alone."""

@@ -29,11 +29,12 @@ class Tokenizer(Protocol):
   name: str
   vocab_size: int
   eos_id: int
+  begin_ids: tuple[int, ...]  # every document begins with them, and encoding leaves them out
   prefix: str  # encoding puts it before a text, and decoding removes it
   decoding_errors: str  # the name of a handler of `codecs`, for bytes that are not UTF-8
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`, without `eos_id`."""
+    """Ids of `text`, without `begin_ids` and `eos_id`."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids`. Invalid UTF-8 becomes U+FFFD, and control ids give nothing. Raises ValueError as `token_bytes`."""
@@ -57,6 +58,7 @@ class ByteTokenizer:
   name = "bytes"
   vocab_size = 257
   eos_id = 256
+  begin_ids = ()
   prefix = ""
   decoding_errors = "replace"
 
@@ -87,6 +89,7 @@ class MistralTokenizer:
   """
 
   name = "mistral"
+  begin_ids = ()  # although such models may have a begin id
   decoding_errors = "lin_jax.replace_each_byte"
   _WORD = re.compile("\n|[ \u2581]*[^ \u2581\n]+|[ \u2581]+")
   _LONGEST_CACHED = 40

@@ -157,7 +157,8 @@ def _tokenize(found, files, folder, tokenizer):
             kept.append((name, text))
     tokens = folder / (file.stem + ".npz")
     if not tokens.exists():
-      _save(tokens, [tokenizer.encode(text) + [tokenizer.eos_id] for _, text in kept], dtype_for(tokenizer.vocab_size))
+      ids = ([*tokenizer.begin_ids, *tokenizer.encode(text), tokenizer.eos_id] for _, text in kept)
+      _save(tokens, list(ids), dtype_for(tokenizer.vocab_size))
     with np.load(tokens) as saved:
       parts = np.split(saved["ids"], saved["ends"])[:-1]
     for (name, text), part in zip(kept, parts, strict=True):

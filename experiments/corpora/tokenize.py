@@ -81,7 +81,8 @@ def prepare(out: pathlib.Path, documents: Callable[[int], Iterable[Document]], s
 
 def _plain_encoder(tokenizer):
   def encode(text):
-    return np.array([*tokenizer.encode(text), tokenizer.eos_id]), len(tokenizer.normalized(text).encode())
+    ids = np.array([*tokenizer.begin_ids, *tokenizer.encode(text), tokenizer.eos_id])
+    return ids, len(tokenizer.normalized(text).encode())
 
   return encode
 

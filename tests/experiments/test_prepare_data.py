@@ -15,7 +15,7 @@ from lin_jax.manifests import read_manifest, verify
 from lin_jax.tokenizer import MistralTokenizer, load_tokenizer
 from tests.experiments.datasets import PROSE, TEXTS, decoded, prepare
 from tests.forked import ROOT, Command
-from tests.lin_jax.fast_tokenizers import byte_level, save
+from tests.lin_jax.fast_tokenizers import beginning, byte_level, save
 
 
 def run(*arguments):
@@ -45,7 +45,7 @@ def test_a_second_preparation_of_the_same_directory_is_refused(tmp_path, text_fi
 
 
 def test_a_dataset_carries_its_fast_tokenizer(tmp_path, text_file):
-  folder, out = save(tmp_path / "tokenizer", byte_level(), eos_token="<|endoftext|>"), tmp_path / "out"
+  folder, out = save(tmp_path / "tokenizer", beginning(byte_level()), eos_token="<|endoftext|>"), tmp_path / "out"
   options = (f"--input={text_file}", f"--tokenizer={folder}", "--val_fraction=0", "--test_fraction=0")
   result = run(*options, f"--out={out}", "--special_tokens=text", "--pad_token=<think>")
   assert result.returncode == 0, result.stderr
@@ -54,6 +54,7 @@ def test_a_dataset_carries_its_fast_tokenizer(tmp_path, text_file):
   assert (tokenizer.eos_id, tokenizer.pad_id) == (0, load_tokenizer(folder).encode("<think>")[0])
   assert verify(out) == sum(file.stat().st_size for file in out.iterdir() if file.name != "manifest.json")
   data = TokenDataset(out, "train")
+  assert data.read(0, 1) == tokenizer.begin_ids == (1,)
   assert tokenizer.decode(data.read(0, data.tokens)).startswith("Document 0: caf\u00e9, end.\0Document 1: ")
   (out / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
   with pytest.raises(ValueError, match="tokenizer_config.json: has SHA-256"):

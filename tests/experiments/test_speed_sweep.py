@@ -94,6 +94,14 @@ def test_training_speed_against_length(tmp_path):
     assert r["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4) and len(r["losses"]) == 3
 
 
+def test_fine_tuning_with_adapters(tmp_path):
+  row, = records_of(Command, "bench_training.py", tmp_path, "--set=finetune", "--models=transformer_340m",
+                    "--lora_rank=2", "--steps=3", "--timed_steps=2")
+  assert row["setting"]["lora"] == {"rank": 2, "alpha": 16.0, "targets": ""} and row["mfu"] is None
+  assert (row["setting"]["batch_size"], row["setting"]["sequence_length"]) == (4, 16)
+  assert 0 < row["setting"]["trainable"] < row["setting"]["parameters"] / 4 and len(row["losses"]) == 3
+
+
 def test_packed_documents_beside_windows_of_one(tmp_path):
   rows = records_of(start, "bench_training.py", tmp_path, "--set=step", "--models=retnet_1b3,transformer_1b3",
                     "--steps=3", "--timed_steps=2", "--documents=one,packed")

@@ -3,7 +3,7 @@
 import json
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = ("It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
@@ -24,6 +24,13 @@ def byte_level(alphabet=True, vocab_size=330):
   model.train_from_iterator([TEXT], trainers.BpeTrainer(
       vocab_size=vocab_size, initial_alphabet=letters, special_tokens=SPECIAL, show_progress=False))
   model.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
+  return model
+
+
+def beginning(model, token="<|im_start|>"):
+  """The tokenizer, with a post-processor that puts `token` before every text."""
+  model.post_processor = processors.TemplateProcessing(
+      single=f"{token} $A", special_tokens=[(token, model.token_to_id(token))])
   return model
 
 

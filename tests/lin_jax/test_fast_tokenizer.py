@@ -8,7 +8,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lin_jax.fast_tokenizer import FastTokenizer
 from lin_jax.tokenizer import load_tokenizer, require_vocabulary, stream_decode
-from tests.lin_jax.fast_tokenizers import SPECIAL, byte_fallback, byte_level, save
+from tests.lin_jax.fast_tokenizers import SPECIAL, beginning, byte_fallback, byte_level, save
 from tests.lin_jax.test_tokenizer import SAMPLES, random_texts
 
 KINDS = {"byte level": byte_level, "fallback": byte_fallback,
@@ -144,6 +144,12 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
   (tmp_path / "tokenizer.json").write_bytes(content.encode("latin-1"))
   with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
     load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_the_post_processor_says_how_documents_begin(tmp_path):
+  model = beginning(byte_level())
+  ours = load_tokenizer(save(tmp_path, model, eos_token="<|im_end|>"))
+  assert [*ours.begin_ids, *ours.encode("it was")] == model.encode("it was").ids and ours.begin_ids == (1,)
 
 
 def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
