@@ -1,7 +1,7 @@
 """Checkpoints of flash-linear-attention in Hugging Face's format, read and written: `config.json` and safetensors.
 
-The library reads and writes the families of `lin_jax.hf.names.FAMILIES` and their hybrids with softmax attention, in
-the layouts of flash-linear-attention 0.6. A checkpoint is taken whole or refused: every tensor of the model must be
+The library reads and writes the families of `lin_jax.hf.fla.names.FAMILIES` and their hybrids with softmax attention,
+in the layouts of flash-linear-attention 0.6. A checkpoint is taken whole or refused: every tensor of the model must be
 there in its shape, and nothing else. The model computes the same as flash-linear-attention's up to rounding, which
 `experiments/compare_fla.py` measures.
 """
@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 
 from lin_jax.config import ModelConfig
 from lin_jax.files import Unwritable, naming, write_json
-from lin_jax.hf import bounds
-from lin_jax.hf.configs import from_hf, to_hf
 from lin_jax.hf.files import CONFIG, WEIGHTS, Tensors, read_json
 from lin_jax.hf.files import INDEX as INDEX
-from lin_jax.hf.names import FAMILIES, MLP, MODEL
+from lin_jax.hf.fla import bounds
+from lin_jax.hf.fla.configs import from_hf, to_hf
+from lin_jax.hf.fla.names import FAMILIES, MLP, MODEL
 from lin_jax.mixers import name_of
 from lin_jax.model import LanguageModel, abstract_model, layer_mixers, layer_runs
 

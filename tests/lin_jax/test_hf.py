@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from lin_jax import hf, mixers
 from lin_jax.config import ModelConfig
 from lin_jax.generate import generate
-from lin_jax.hf.configs import from_hf, to_hf
+from lin_jax.hf.fla.configs import from_hf, to_hf
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.hgrn2 import lower_bounds
 from lin_jax.model import abstract_model, parameter_count

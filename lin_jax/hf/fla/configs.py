@@ -7,8 +7,8 @@ from typing import Any
 
 from lin_jax import mixers
 from lin_jax.config import DTYPES, ModelConfig
-from lin_jax.hf import options
-from lin_jax.hf.names import ATTENTION_OPTIONS, COMMON, COMMON_OPTIONS, FAMILIES, IGNORED, Family
+from lin_jax.hf.fla import options
+from lin_jax.hf.fla.names import ATTENTION_OPTIONS, COMMON, COMMON_OPTIONS, FAMILIES, IGNORED, Family
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.typed_json import shown
 
