@@ -10,6 +10,7 @@ where `lin_jax.tokenizer` can read it. Without one, generate.py needs --data wit
 The workdir or the directory appears only when it is complete, so a command that was killed can simply be repeated.
 """
 
+import functools
 import pathlib
 import shutil
 
@@ -20,8 +21,10 @@ from flax import nnx
 
 from lin_jax import files, hf
 from lin_jax.checkpoint import load_model, save_model
-from lin_jax.config import DTYPES, DataConfig, TrainConfig, validate
+from lin_jax.config import DTYPES, DataConfig, MeshConfig, TrainConfig, validate
+from lin_jax.hf import families
 from lin_jax.model import parameter_count
+from lin_jax.sharding import make_mesh
 from lin_jax.tokenizer import MODEL_FILE, MistralTokenizer, load_tokenizer, require_vocabulary
 from running import commands
 
@@ -31,27 +34,32 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, which --f
                                required=True)
 _CHECKPOINT = commands.define_checkpoint()
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of activations with --from; by default the checkpoint's own.")
+_MODEL_TYPE = flags.DEFINE_enum("model_type", "", ["", *families.FAMILIES], "Family of checkpoints that --to writes; "
+                                "by default the first one that has such a model.")
 
 
 def main(_):
   if bool(_FROM.value) == bool(_TO.value):
     raise ValueError("exactly one of --from and --to must be given")
+  if _FROM.value and _MODEL_TYPE.value:
+    raise ValueError(f"--model_type={_MODEL_TYPE.value}: only for --to; a checkpoint says itself what it is")
   if _FROM.value:
     read(pathlib.Path(_FROM.value), pathlib.Path(_WORKDIR.value), _DTYPE.value)
   else:
-    write(pathlib.Path(_TO.value), pathlib.Path(_WORKDIR.value))
+    write(pathlib.Path(_TO.value), pathlib.Path(_WORKDIR.value), _MODEL_TYPE.value)
 
 
 def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) -> None:
   """Makes `workdir` a run of the checkpoint `source`, with the checkpoint's tokenizer if the library can read it."""
-  model_config, model = hf.load(source)
+  mesh = _mesh()
+  model_config, model = hf.load(source, mesh)
   model_config.dtype = dtype or model_config.dtype
   tokenizer = source / MODEL_FILE
   unserved = _unserved(tokenizer, model_config.vocab_size)
   data = DataConfig(path="" if unserved else str(workdir / MODEL_FILE), batch_size=8)
   config = validate(TrainConfig(name=source.resolve().name, model=model_config, data=data))
   tokenizer = None if unserved else tokenizer
-  if _complete(workdir, load_model, (config, model), tokenizer):
+  if _complete(workdir, functools.partial(load_model, mesh=mesh), (config, model), tokenizer):
     print(f"{workdir}: complete already, nothing to do")
     return
   with files.whole_folder(workdir) as work:
@@ -63,25 +71,34 @@ def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) 
     print(f"{unserved}; generate.py will need --data")
 
 
-def write(target: pathlib.Path, workdir: pathlib.Path) -> None:
-  """Writes the run's model as the checkpoint `target`, with the tokenizer of its data if that is a file."""
-  config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value))
+def write(target: pathlib.Path, workdir: pathlib.Path, kind: str = "") -> None:
+  """Writes the run's model as the checkpoint `target` of the family `kind`, or of the first one that has such a model.
+
+  The tokenizer of the run's data is written beside it if it is a file.
+  """
+  mesh = _mesh()
+  config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value), mesh)
   tokenizer = _tokenizer_file(config.data.path)
 
   def load(folder):
-    config, model = hf.load(folder)
-    return hf.to_hf(config), model
+    config, model = hf.load(folder, mesh)
+    return families.writing(config, kind), model
 
-  if _complete(target, load, (hf.to_hf(config.model), model), tokenizer):
+  if _complete(target, load, (families.writing(config.model, kind), model), tokenizer):
     print(f"{target}: complete already, nothing to do")
     return
   with files.whole_folder(target) as work:
-    hf.save(work, config.model, model)
+    hf.save(work, config.model, model, kind)
     if tokenizer:
       shutil.copyfile(tokenizer, work / MODEL_FILE)
   print(f"{workdir} -> {target}: {parameter_count(config.model):,} parameters")
   if not tokenizer:
     print(f"{target} has no tokenizer: data path {config.data.path!r} has none with a file")
+
+
+def _mesh():
+  """All devices, each of which holds a part of every matrix, because a model may be too large for one."""
+  return make_mesh(MeshConfig(data=1, fsdp=-1))
 
 
 def _unserved(file: pathlib.Path, vocab_size: int) -> str:

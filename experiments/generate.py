@@ -16,10 +16,11 @@ from lin_jax import files
 from lin_jax.checkpoint import load_model
 from lin_jax.generate import Sampling, compile_generate, state_bytes
 from lin_jax.tokenizer import load_tokenizer, require_vocabulary, stream_decode
-from running import commands
+from running import commands, meshes
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
+_MESH = meshes.define()
 _DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; by default the run's own.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; if empty, the model starts a document.")
 _TOKENS = flags.DEFINE_integer("tokens", 200, "Tokens to generate at most. The sample ends where the model ends a "
@@ -32,10 +33,15 @@ _OUT = flags.DEFINE_string("out", "", "File that receives the prompt and the sam
 
 
 def main(_):
+  with meshes.using(_MESH.value) as mesh:
+    _generate(mesh)
+
+
+def _generate(mesh):
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
   if _TOKENS.value < 1:
     raise ValueError(f"--tokens={_TOKENS.value}: must be at least 1")
-  config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value))
+  config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value), mesh)
   tokenizer = load_tokenizer(_DATA.value or config.data.path)
   require_vocabulary(tokenizer, config.model.vocab_size)
   sampling = dataclasses.replace(sampling, vocab_size=tokenizer.vocab_size)

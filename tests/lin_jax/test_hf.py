@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from lin_jax import hf, mixers
 from lin_jax.config import ModelConfig
 from lin_jax.generate import generate
-from lin_jax.hf.fla.configs import from_hf, to_hf
+from lin_jax.hf.families import writing
+from lin_jax.hf.fla.configs import from_hf
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.hgrn2 import lower_bounds
 from lin_jax.model import abstract_model, parameter_count
@@ -150,7 +151,7 @@ def small(mixer, **options):
 ])
 def test_models_without_equivalent_are_not_written(config, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    to_hf(config)
+    writing(config)
 
 
 @pytest.mark.parametrize("mixer", [
