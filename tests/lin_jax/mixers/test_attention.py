@@ -46,8 +46,14 @@ def test_prompt_longer_than_the_cache(window):
     (AttentionConfig(heads=0), "heads=0: must be at least 1"),
     (AttentionConfig(heads=4, kv_heads=-2), "kv_heads=-2: must not be negative"),
     (AttentionConfig(heads=4, window=-1), "window=-1: must not be negative"),
-    (AttentionConfig(heads=4, rope_base=0.0), "rope_base=0.0: must be positive"),
-    (AttentionConfig(heads=5), "heads=5"),
+    (AttentionConfig(heads=4, rope_base=-1.0), "rope_base=-1.0: must not be negative"),
+    (AttentionConfig(heads=5), "heads=5 must divide the width 32, unless head_dim is given"),
+    (AttentionConfig(heads=4, head_dim=-8), "head_dim=-8: must not be negative"),
+    (AttentionConfig(heads=4, head_dim=7), "rope_fraction=1.0 of 7 channels gives 7 to rotate: must be an even"),
+    (AttentionConfig(heads=4, rope_fraction=0.3), "rope_fraction=0.3 of 8 channels gives 2.4 to rotate"),
+    (AttentionConfig(heads=4, rope_fraction=0.0), "rope_fraction=0.0: must lie above 0 and not above 1"),
+    (AttentionConfig(heads=4, qk_norm="layer"), "qk_norm='layer': must be one of none, head, heads"),
+    (AttentionConfig(heads=4, qk_norm_offset=True), "qk_norm_offset=True: needs a qk_norm"),
     (AttentionConfig(heads=4, kv_heads=3), "kv_heads=3 must divide heads=4"),
 ], ids=str)
 def test_bad_configs(config, message):
