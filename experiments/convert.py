@@ -1,11 +1,14 @@
-"""Converts checkpoints of flash-linear-attention (Hugging Face's format) to workdirs, and back.
+"""Converts released checkpoints in Hugging Face's format to workdirs, and back.
 
   python experiments/convert.py --from=hub/gla-1.3B-100B --workdir=runs/gla_1b3_100b
   python experiments/generate.py --workdir=runs/gla_1b3_100b --prompt="The capital of France is" --temperature=0
   python experiments/evaluate.py --workdir=runs/gla_1b3_100b --data=data/english
   python experiments/convert.py --to=hub/gla_tiny --workdir=runs/gla_tiny
+  python experiments/convert.py --to=hub/mine --workdir=runs/mine --model_type=llama
 
-`hub/...` is a directory with config.json and model.safetensors, downloaded beforehand. Its tokenizer.model is copied
+`hub/...` is a directory with config.json and model.safetensors, or several files with an index, downloaded beforehand.
+The families are those of `lin_jax/hf/families.py`: Qwen3.5 (text), Olmo Hybrid, Llama, Mistral, Qwen3, Mamba-2 and
+the ones of flash-linear-attention. The parameters are spread over all devices. The tokenizer.model is copied
 where `lin_jax.tokenizer` can read it. Without one, generate.py needs --data with a dataset of the same tokenizer.
 The workdir or the directory appears only when it is complete, so a command that was killed can simply be repeated.
 """

@@ -1,11 +1,12 @@
 """The families of checkpoints by name, and which of them a `config.json` belongs to."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
-from lin_jax.hf import fla
+from lin_jax.hf import fla, llama, mamba2, olmo_hybrid, qwen3_5
 from lin_jax.hf.fla import configs as fla_configs
 from lin_jax.hf.layout import Layout
 from lin_jax.typed_json import shown
@@ -30,12 +31,23 @@ class Family:
 
 # Where a model could be written as several kinds, the first is taken.
 FAMILIES = {kind: Family(family.mixer, fla_configs.from_hf, fla_configs.to_hf, fla.layout)
-            for kind, family in fla.FAMILIES.items()}
+            for kind, family in fla.FAMILIES.items()} | {
+    qwen3_5.TEXT: Family("gated_delta_net", qwen3_5.from_hf, qwen3_5.to_hf, qwen3_5.layout),
+    qwen3_5.WHOLE: Family("gated_delta_net", qwen3_5.from_hf, qwen3_5.reading_only, qwen3_5.layout),
+    "olmo_hybrid": Family("gated_delta_net", olmo_hybrid.from_hf, olmo_hybrid.to_hf, olmo_hybrid.layout)} | {
+    kind: Family("attention", functools.partial(llama.from_hf, kind), functools.partial(llama.to_hf, kind),
+                 llama.layout) for kind in llama.KINDS} | {
+    "mamba2_transformers": Family("mamba2", mamba2.from_hf, mamba2.to_hf, fla.layout),
+    "mamba_ssm": Family("mamba2", mamba2.from_authors, mamba2.to_authors, mamba2.authors_layout)}
 
 
 def of(values: dict) -> str:
   """The family of a `config.json`. Raises ValueError, with the names of all families, if it is of no known one."""
-  return _known(values.get("model_type"))
+  if mamba2.is_authors(values):
+    return "mamba_ssm"
+  kind = values.get("model_type")
+  # Two libraries call their models so. Only one of them has this option, and always writes it.
+  return "mamba2_transformers" if kind == "mamba2" and "layer_norm_epsilon" in values else _known(kind)
 
 
 def writing(config: ModelConfig, kind: str = "") -> tuple[str, dict]:

@@ -105,6 +105,12 @@ def plan(layout: Layout, config: ModelConfig, shapes: Mapping[str, tuple[int, ..
   return Plan(pieces, expected)
 
 
+def prefixed(names: Names, prefix: str) -> Names:
+  """The same parameters with `prefix` before the names of their tensors."""
+  return {here: prefix + there if isinstance(there, str) else tuple(prefix + name for name in there)
+          for here, there in names.items()}
+
+
 def layers(config: ModelConfig) -> Iterator[tuple[str, int, Any]]:
   """Yields for each layer the prefix of its parameters, its index along their leading axis, and its mixer's config."""
   for run, (pattern, count) in enumerate(layer_runs(layer_mixers(config))):
