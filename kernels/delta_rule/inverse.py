@@ -49,7 +49,7 @@ def inverse(q, k, beta, log_decay, normalize_qk, chunk, by_head=False):
   vectors = 3 if normalize_qk else 1
   y, *others = triton_blocks.launch(
       functools.partial(_inverse_kernel, gated=gated, normalized=normalize_qk, by_head=by_head,
-                        depth=min(DEPTH if parts == 1 else 2 * DEPTH, K)),
+                        depth=min(DEPTH if parts == 1 or by_head and K > 2 * DEPTH else 2 * DEPTH, K)),
       name="delta_rule_inverse", grid=(T // C, H, B),
       in_specs=[keys, rows, *given(gated, rows), *given(normalize_qk, keys)],
       out_specs=[pl.BlockSpec((None, None, None, parts, C, C), lambda n, h, b: (b, h, n, 0, 0, 0)),
