@@ -1,22 +1,26 @@
-"""Converts checkpoints of flash-linear-attention (Hugging Face's format) to workdirs, and back; linearizes attention.
+"""Converts released checkpoints in Hugging Face's format to workdirs, and back; linearizes attention.
 
   python experiments/convert.py --from=hub/gla-1.3B-100B --workdir=runs/gla_1b3_100b
   python experiments/generate.py --workdir=runs/gla_1b3_100b --prompt="The capital of France is" --temperature=0
   python experiments/evaluate.py --workdir=runs/gla_1b3_100b --data=data/english
   python experiments/convert.py --to=hub/gla_tiny --workdir=runs/gla_tiny
-  python experiments/convert.py --linearize=runs/transformer --workdir=runs/supra
-  python experiments/train.py --config=... --init_from=runs/supra --workdir=runs/supra_uptrained
+  python experiments/convert.py --linearize=runs/transformer_tiny --workdir=runs/transformer_tiny_linear
+  python experiments/train.py --config=supra_tiny --init_from=runs/transformer_tiny_linear
+  python experiments/convert.py --to=hub/mine --workdir=runs/mine --model_type=llama
 
-`hub/...` is a directory with config.json and model.safetensors, downloaded beforehand. Its tokenizer.model is copied
+`hub/...` is a directory with config.json and model.safetensors, or several files with an index, downloaded beforehand.
+The families are those of `lin_jax/hf/families.py`: Qwen3.5 (text), Olmo Hybrid, Llama, Mistral, Qwen3, Mamba-2 and
+the ones of flash-linear-attention. The parameters are spread over all devices. The tokenizer.model is copied
 where `lin_jax.tokenizer` can read it. Without one, generate.py needs --data with a dataset of the same tokenizer.
 
---linearize makes a recurrent model of a run's softmax attention: `lin_jax.linearize` says how, and how it is to be
-trained further.
+--linearize makes a recurrent model of a run with softmax attention, which is to be trained further, with a config whose
+layers are those of the new workdir: `lin_jax.linearize` says how, and for how long.
 
 The workdir or the directory appears only when it is complete, so a command that was killed can simply be repeated.
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 
@@ -27,9 +31,11 @@ from flax import nnx
 
 from lin_jax import files, hf
 from lin_jax.checkpoint import load_model, save_model
-from lin_jax.config import DTYPES, DataConfig, TrainConfig, validate
+from lin_jax.config import DTYPES, DataConfig, MeshConfig, TrainConfig, validate
+from lin_jax.hf import families
 from lin_jax.linearize import linearize
 from lin_jax.model import parameter_count
+from lin_jax.sharding import make_mesh
 from lin_jax.tokenizer import MODEL_FILE, MistralTokenizer, load_tokenizer, require_vocabulary
 from running import commands
 
@@ -40,29 +46,34 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, which --f
                                "reads.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of activations with --from; by default the checkpoint's own.")
+_MODEL_TYPE = flags.DEFINE_enum("model_type", "", ["", *families.FAMILIES], "Family of checkpoints that --to writes; "
+                                "by default the first one that has such a model.")
 
 
 def main(_):
   if sum(map(bool, (_FROM.value, _TO.value, _LINEARIZE.value))) != 1:
     raise ValueError("exactly one of --from, --to and --linearize must be given")
+  if _MODEL_TYPE.value and not _TO.value:
+    raise ValueError(f"--model_type={_MODEL_TYPE.value}: only for --to; a checkpoint says itself what it is")
   if _FROM.value:
     read(pathlib.Path(_FROM.value), pathlib.Path(_WORKDIR.value), _DTYPE.value)
   elif _TO.value:
-    write(pathlib.Path(_TO.value), pathlib.Path(_WORKDIR.value))
+    write(pathlib.Path(_TO.value), pathlib.Path(_WORKDIR.value), _MODEL_TYPE.value)
   else:
     make_linear(pathlib.Path(_LINEARIZE.value), pathlib.Path(_WORKDIR.value))
 
 
 def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) -> None:
   """Makes `workdir` a run of the checkpoint `source`, with the checkpoint's tokenizer if the library can read it."""
-  model_config, model = hf.load(source)
+  mesh = _mesh()
+  model_config, model = hf.load(source, mesh)
   model_config.dtype = dtype or model_config.dtype
   tokenizer = source / MODEL_FILE
   unserved = _unserved(tokenizer, model_config.vocab_size)
   data = DataConfig(path="" if unserved else str(workdir / MODEL_FILE), batch_size=8)
   config = validate(TrainConfig(name=source.resolve().name, model=model_config, data=data))
   tokenizer = None if unserved else tokenizer
-  if _complete(workdir, load_model, (config, model), tokenizer):
+  if _complete(workdir, functools.partial(load_model, mesh=mesh), (config, model), tokenizer):
     print(f"{workdir}: complete already, nothing to do")
     return
   with files.whole_folder(workdir) as work:
@@ -74,20 +85,24 @@ def read(source: pathlib.Path, workdir: pathlib.Path, dtype: str | None = None) 
     print(f"{unserved}; generate.py will need --data")
 
 
-def write(target: pathlib.Path, workdir: pathlib.Path) -> None:
-  """Writes the run's model as the checkpoint `target`, with the tokenizer of its data if that is a file."""
-  config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value))
+def write(target: pathlib.Path, workdir: pathlib.Path, kind: str = "") -> None:
+  """Writes the run's model as the checkpoint `target` of the family `kind`, or of the first one that has such a model.
+
+  The tokenizer of the run's data is written beside it if it is a file.
+  """
+  mesh = _mesh()
+  config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value), mesh)
   tokenizer = _tokenizer_file(config.data.path)
 
   def load(folder):
-    config, model = hf.load(folder)
-    return hf.to_hf(config), model
+    config, model = hf.load(folder, mesh)
+    return families.writing(config, kind), model
 
-  if _complete(target, load, (hf.to_hf(config.model), model), tokenizer):
+  if _complete(target, load, (families.writing(config.model, kind), model), tokenizer):
     print(f"{target}: complete already, nothing to do")
     return
   with files.whole_folder(target) as work:
-    hf.save(work, config.model, model)
+    hf.save(work, config.model, model, kind)
     if tokenizer:
       shutil.copyfile(tokenizer, work / MODEL_FILE)
   print(f"{workdir} -> {target}: {parameter_count(config.model):,} parameters")
@@ -107,6 +122,11 @@ def make_linear(source: pathlib.Path, workdir: pathlib.Path) -> None:
     save_model(work, config, model)
   print(f"{source} -> {workdir}: {parameter_count(model_config):,} parameters, of which the feature maps are new: "
         f"train it further with train.py --init_from={workdir}")
+
+
+def _mesh():
+  """All devices, each of which holds a part of every matrix, because a model may be too large for one."""
+  return make_mesh(MeshConfig(data=1, fsdp=-1))
 
 
 def _unserved(file: pathlib.Path, vocab_size: int) -> str:

@@ -271,6 +271,9 @@ def _cases():
   yield interrupted("run_synthetic", lambda i, folder: [
       word.replace("--steps=2", "--steps=1000000") for word in WRITERS["run_synthetic"](i, folder)], "mqar",
       "run_synthetic.py: interrupted")
+  yield interrupted("generate_requests", lambda i, folder: [
+      *(word.replace("--tokens=4", "--tokens=100000000") for word in WRITERS["generate_requests"](i, folder)),
+      "--temperature=0"], '"id": 1', "generate.py: interrupted")
   yield from (killed(name, part) for name in ("prepare_data", "pack", "unpack", "convert_to", "convert_from")
               for part in range(1, KILLS + 1))
 

@@ -138,9 +138,11 @@ def test_without_a_tokenizer_generation_asks_for_one(tmp_path):
 
 def test_mistakes_exit_with_2_and_write_nothing(run, tmp_path):
   (tmp_path / "foreign").mkdir()
-  (tmp_path / "foreign" / hf.CONFIG).write_text('{"model_type": "llama"}')
+  (tmp_path / "foreign" / hf.CONFIG).write_text('{"model_type": "gpt2"}')
   cases = [([f"--workdir={tmp_path}/new"], "exactly one of --from, --to and --linearize"),
-           ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new"], "model_type='llama'"),
+           ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new"], "model_type='gpt2'"),
+           ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new", "--model_type=gla"], "--model_type=gla: only"),
+           ([f"--to={tmp_path}/new", f"--workdir={run}", "--model_type=gla"], "a gla checkpoint has 'gla'"),
            ([f"--linearize={run}", f"--workdir={tmp_path}/new"], "mixer is 'delta_net': only softmax attention")]
   processes = [Command("convert.py", *arguments) for arguments, _ in cases]
   for process, (_, message) in zip(processes, cases, strict=True):
