@@ -66,7 +66,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     jax.eval_shape(functools.partial(loss_sum, graph), abstract.parameters(), held_out[0])
   if not any(batch["mask"].any() for batch in held_out):
     raise ValueError(f"config.eval.batches={config.eval.batches}: no target of these held-out batches counts")
-  initial = Initial(config, abstract) if config.init_from else None
+  initial = Initial(config, abstract, mesh) if config.init_from else None
   if initial and not any(workdir.glob("checkpoints/*")):
     initial.require_fit()
 
