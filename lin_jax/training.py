@@ -68,7 +68,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
   whole_batches = eval_batches(config.data, "val", config.eval.batches, process_index=0, process_count=1)
   if not any(batch["mask"].any() for batch in whole_batches):
     raise ValueError(f"config.eval.batches={config.eval.batches}: no target of these held-out batches counts")
-  initial = Initial(config, abstract) if config.init_from else None
+  initial = Initial(config, abstract, mesh) if config.init_from else None
   if initial and not any(workdir.glob("checkpoints/*")):
     initial.require_fit()
 
