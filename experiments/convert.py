@@ -4,9 +4,9 @@
   python experiments/generate.py --workdir=runs/gla_1b3_100b --prompt="The capital of France is" --temperature=0
   python experiments/evaluate.py --workdir=runs/gla_1b3_100b --data=data/english
   python experiments/convert.py --to=hub/gla_tiny --workdir=runs/gla_tiny
+  python experiments/convert.py --linearize=runs/transformer_tiny --workdir=runs/transformer_tiny_linear
+  python experiments/train.py --config=supra_tiny --init_from=runs/transformer_tiny_linear
   python experiments/convert.py --to=hub/mine --workdir=runs/mine --model_type=llama
-  python experiments/convert.py --linearize=runs/transformer --workdir=runs/supra
-  python experiments/train.py --config=... --init_from=runs/supra --workdir=runs/supra_uptrained
 
 `hub/...` is a directory with config.json and model.safetensors, or several files with an index, downloaded beforehand.
 The families are those of `lin_jax/hf/families.py`: Qwen3.5 (text), Olmo Hybrid, Llama, Mistral, Qwen3, Mamba-2 and
@@ -14,8 +14,8 @@ the ones of flash-linear-attention. The parameters are spread over all devices. 
 tokenizer.json with the settings beside it, is copied if `lin_jax.tokenizer` can read it. Without one, generate.py needs
 --data with a dataset of the same tokenizer.
 
---linearize makes a recurrent model of a run's softmax attention: `lin_jax.linearize` says how, and how it is to be
-trained further.
+--linearize makes a recurrent model of a run with softmax attention, which is to be trained further, with a config whose
+layers are those of the new workdir: `lin_jax.linearize` says how, and for how long.
 
 The workdir or the directory appears only when it is complete, so a command that was killed can simply be repeated.
 """

@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lin_jax import hf
 from lin_jax.checkpoint import load_model
 from lin_jax.config import ModelConfig, TrainConfig, to_dict
 from lin_jax.layer_stacks import Layers, together
@@ -24,7 +23,7 @@ _FREE = ("dtype", "implementation", "chunk_size")  # fields of a model's config 
 
 
 class Initial:
-  """The parameters of `config.init_from`, read on the first use of `require_fit`.
+  """The parameters of `config.init_from`, read onto the run's mesh on the first use of `require_fit`.
 
   Attributes:
     note: says which fields of the model's config differ from the source's.
@@ -81,6 +80,8 @@ def _read(path: pathlib.Path, mesh: Mesh) -> tuple[ModelConfig, LanguageModel]:
   if (path / "checkpoints").is_dir():
     config, model = load_model(path, mesh=mesh)
     return config.model, model
+  from lin_jax import hf  # here, because training does without safetensors otherwise
+
   return hf.load(path, mesh)
 
 
