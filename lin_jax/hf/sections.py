@@ -23,7 +23,7 @@ IGNORED = HUBS_OWN | frozenset("""
   output_hidden_states chunk_size_feed_forward problem_type id2label label2id mamba_ssm_dtype max_window_layers
   vocab_size_per_layer_input sep_token_id cls_token_id tokenizer_class
 """.split())
-_MOST = {"depth": 10_000, "rope_base": 1e12, int: 2**24, float: 1000}
+_MOST = {"depth": 10_000, int: 2**24, float: 1000}
 _OURS = frozenset(("implementation", "chunk_size"))  # fields that leave a layer's outputs as they are
 
 

@@ -121,6 +121,7 @@ def test_positions_that_may_be_absent_are_explicit(options, base, tmp_path):
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type='llama3': scale"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type='linear'"),
     ("llama", {"rope_parameters": {"full_attention": {}}}, "rope_parameters with 'full_attention'={}"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: models of this type rotate all"),
     ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta=0: must be positive"),
     ("llama", {"attention_bias": True, "mlp_bias": True}, "attention_bias=True .*; mlp_bias=True"),
     ("llama", {"attention_multiplier": 0.5}, r"attention_multiplier=0.5 \(not known\)"),
