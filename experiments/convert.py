@@ -9,8 +9,8 @@
   python experiments/convert.py --to=hub/mine --workdir=runs/mine --model_type=llama
 
 `hub/...` is a directory with config.json and model.safetensors, or several files with an index, downloaded beforehand.
-The families are those of `lin_jax/hf/families.py`: Qwen3.5 (text), Olmo Hybrid, Llama, Mistral, Qwen3, Mamba-2 and
-the ones of flash-linear-attention. The parameters are spread over all devices. The tokenizer.model, or else the
+`lin_jax/hf/families.py` lists the families: Qwen3.5 (text), Olmo Hybrid, Llama, Mistral, Qwen3, Mamba-2 and the ones
+of flash-linear-attention. The parameters are spread over all devices. The tokenizer.model, or else the
 tokenizer.json with the settings beside it, is copied if `lin_jax.tokenizer` can read it. Without one, generate.py needs
 --data with a dataset of the same tokenizer.
 

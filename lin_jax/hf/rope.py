@@ -9,7 +9,7 @@ from typing import Any
 from lin_jax.typed_json import require_type, shown
 
 OPTIONS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-# With these, rotary positions of text are those of a model without images.
+# They place the parts of images. Text has the same positions without them.
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 _MOST = 1e12
 
