@@ -13,9 +13,10 @@ from lin_jax.config import TrainConfig
 from lin_jax.generate import state_bytes
 from lin_jax.model import LanguageModel, abstract_model, layer_mixers
 
-from . import CONFIGS, lookup
+from . import CONFIGS, lookup, support
 
 SMOKE = "smoke_models.json"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +147,24 @@ def verdict(model: Model) -> str:
 
 def render(smoke: pathlib.Path | None = None) -> str:
   """Returns the page, with the table of `smoke_models.py`'s records if their file exists."""
-  models = [measure(name) for name in CONFIGS]
+  models, smoked = [measure(name) for name in CONFIGS], load_smoke(smoke) if smoke and smoke.exists() else []
   papers, released = ([m for m in models if bool(m.size.released) == wanted] for wanted in (False, True))
-  parts = [_ABOUT, "## Sizes", _ABOUT_SIZES, _table(_SIZE_COLUMNS, map(_size_row, papers)),
-           "## Released models", _ABOUT_RELEASED, _table(_RELEASED_COLUMNS, map(_released_row, released)),
-           "## State and cost", _ABOUT_COST, _table(_COST_COLUMNS, map(_cost_row, models))]
-  if smoke and smoke.exists():
-    parts += ["## Training smoke", _ABOUT_SMOKE.format(file=smoke.name), *_smoke(load_smoke(smoke))]
+  parts = [_ABOUT, "## What each family can do", support.ABOUT, table(support.COLUMNS, _support_rows(models, smoked)),
+           "## Sizes", _ABOUT_SIZES, table(_SIZE_COLUMNS, map(_size_row, papers)),
+           "## Released models", _ABOUT_RELEASED, table(_RELEASED_COLUMNS, map(_released_row, released)),
+           "## State and cost", _ABOUT_COST, table(_COST_COLUMNS, map(_cost_row, models))]
+  if smoked:
+    parts += ["## Training smoke", _ABOUT_SMOKE.format(file=smoke.name), *_smoke(smoked)]
   return "\n\n".join(parts) + "\n"
+
+
+def _support_rows(models, smoked):
+  families = {}
+  for model in sorted(models, key=lambda model: model.parameters):
+    families.setdefault(model.size.family, []).append((model.config.name, model.parameters, model.config.model))
+  trained, decoded = (support.recorded(RESULTS / f"{name}.jsonl") for name in ("training", "decoding"))
+  trained |= {r["family"] for r in smoked if r["device"].startswith("NVIDIA") and not r["reason"]}
+  return support.rows(dict(sorted(families.items())), trained, decoded)
 
 
 def load_smoke(path: pathlib.Path) -> list[dict]:
@@ -242,7 +253,7 @@ def _smoke(records):
     device, length, batch, dtype, remat, steps, timed, data = setting
     yield (f"### {device}\n\n{batch} sequences of {length:,} tokens ({data}), {dtype}, remat `{remat}`, {steps} steps, "
            f"the last {timed} timed.")
-    yield _table(_SMOKE_COLUMNS, map(_smoke_row, group))
+    yield table(_SMOKE_COLUMNS, map(_smoke_row, group))
     versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in group)
     commands = dict.fromkeys(f"`{record['command']}`" for record in group)
     yield f"Versions: {'; '.join(versions)}. Command: {', '.join(commands)}."
@@ -281,6 +292,6 @@ def _count(count):
   return f"{count / 1e9:.3f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
 
 
-def _table(head, rows):
+def table(head, rows):
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from configs import CONFIGS, page
+from configs import CONFIGS, page, support
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments/results/models.md"
 # Configs whose count neither lies within 1% of the printed size nor rounds to it; the page says why.
@@ -100,3 +100,14 @@ def test_foreign_records_are_refused(tmp_path):
   path.write_text('[{"op": "gla"}]')
   with pytest.raises(ValueError, match="not the records of smoke_models.py"):
     page.render(path)
+
+
+def test_a_family_shows_the_largest_config_with_a_record_of_a_gpu(tmp_path):
+  record = {"device": "NVIDIA H200", "reason": "", "setting": {"name": "small"}}
+  lines = [record, record | {"setting": {"name": "large"}, "reason": "out of memory"}, record | {
+      "setting": {"name": "large", "tiny": True}}, record | {"setting": {"name": "large"}, "device": "cpu"}]
+  path = tmp_path / "training.jsonl"
+  path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+  configs = [("tiny", 1, None), ("small", 2, None), ("large", 3, None)]
+  assert support.largest(configs, support.recorded(path)) == "`small`"
+  assert support.largest(configs[:1], support.recorded(path)) == ""
