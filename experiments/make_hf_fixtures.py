@@ -3,10 +3,10 @@
   cd /tmp && python $REPOSITORY/experiments/make_hf_fixtures.py --out=$REPOSITORY/tests/fixtures/hf
   cd /tmp && python $REPOSITORY/experiments/make_hf_fixtures.py --check=FOLDER --fixture=FIXTURES/NAME
 
-It needs PyTorch and transformers (5.24 made the fixtures), no JAX, and another working directory than the repository,
-because transformers would import our `kernels` there. A fixture is a tiny random model with its tokens, its float32
-logits at some of them and its greedy continuation. `--check` loads a folder, which must hold exactly the tensors of its
-model, and ends with exit code 1 if the logits are not the fixture's within 1e-4.
+It needs PyTorch and transformers (5.24 made the fixtures), no JAX, and another working directory than the repository
+without a PYTHONPATH to it, because transformers would import our `kernels`. A fixture is a tiny random model with its
+tokens, its float32 logits at some of them and its greedy continuation. `--check` loads a folder, which must hold
+exactly the tensors of its model, and ends with exit code 1 if the logits are not the fixture's within 1e-4.
 """
 
 import argparse

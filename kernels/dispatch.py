@@ -1,8 +1,9 @@
 """Which implementation of an op runs: the first of `TABLE` that the platform and the inputs allow, or the named one.
 
 An implementation is a module `kernels/<op>/<name>.py` with the op under its own name and
-`supports(*arrays, chunk_size) -> str | None`, the reason why it declines. Modules load on first use, because Pallas'
-Triton backend warns and costs time on import.
+`supports(*arrays, chunk_size) -> str | None`, the reason why it declines. A module may also have
+`avoids(*arrays) -> str | None`, the reason why it runs on some inputs only if it is named. Modules load on first use,
+because Pallas' Triton backend warns and costs time on import.
 """
 
 import functools
@@ -110,7 +111,8 @@ def _declined(op, name, arrays, chunk_size):
     module = _module(op, name)
   except ImportError as e:  # a backend of Pallas that this JAX does not have, or no longer has under these names
     return f"it does not load: {e}"
-  return module.supports(*arrays, chunk_size=chunk_size)
+  reason = module.supports(*arrays, chunk_size=chunk_size)
+  return reason or (module.avoids(*arrays) if hasattr(module, "avoids") else None)
 
 
 def _module(op, name):

@@ -28,8 +28,8 @@ class Initial:
     note: says which fields of the model's config differ from the source's.
   """
 
-  def __init__(self, config: TrainConfig, abstract: TrainState):
-    self._path, self._config, self._mesh = pathlib.Path(config.init_from), config, abstract.step.sharding.mesh
+  def __init__(self, config: TrainConfig, abstract: TrainState, mesh: Mesh):
+    self._path, self._config, self._mesh = pathlib.Path(config.init_from), config, mesh
     wanted = _named(jax.eval_shape(together, abstract.parameters()))
     self._wanted = {name: leaf.shape for name, leaf in wanted.items() if ".adapter." not in name}
     self._arrays, self.note = None, ""

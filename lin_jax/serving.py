@@ -26,8 +26,9 @@ from lin_jax.model import LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A prompt of ids and how to continue it. Its answer equals that of `generate` with the key of `seed`, up to the
-  first of the ids in `stop`."""
+  """A prompt of ids, at least one, and how to continue it: by at most `max_tokens` ids, up to the first that is in
+  `stop`. Whatever the other rows do, the answer is that of `generate` for this prompt alone, with the key of `seed`. In
+  16-bit dtypes, sums in another order may turn one likely token into another."""
 
   prompt: Sequence[int]
   max_tokens: int
@@ -70,8 +71,8 @@ class Server:
     self.model, self.rows, self.stride = model, rows, stride
     self._slots = self.max_length or ENDLESS
     self.piece = min(piece, self._slots)
-    generate.require_memory(f"a server of {rows:,} rows" + (f" of {max_length:,} tokens" if self.max_length else ""),
-                   self.total_bytes, "take fewer rows or a smaller max_length")
+    name = f"a server of {rows:,} rows" + (f" of {max_length:,} tokens" if self.max_length else "")
+    generate.require_memory(name, self.total_bytes, "take fewer rows or a smaller max_length")
     self._decoder = serving_rows.prepare(model)
     self._state = serving_rows.empty_rows(model, rows, self._slots)
     self._submitted = 0

@@ -65,7 +65,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     # Ops refuse inputs that they cannot run only when they are traced.
     jax.eval_shape(functools.partial(loss_sum, graph), abstract.parameters(), held_out[0])
   _require_targets(config)
-  initial = Initial(config, abstract) if config.init_from else None
+  initial = Initial(config, abstract, mesh) if config.init_from else None
   if initial and not any(workdir.glob("checkpoints/*")):
     initial.require_fit()
 

@@ -43,7 +43,8 @@ def delta_rule(
       number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
     implementation: "xla_chunked", "pallas_triton" (K up to 256), "mosaic_gpu" (as that, on Hopper GPUs,
       bfloat16, no segments, no decay per key channel, chunks of 64 tokens) or "reference"; None takes the first that
-      supports the inputs and the default backend (`kernels.explain` says which).
+      supports the inputs and the default backend (`kernels.explain` says which). For a decay per key channel
+      "pallas_triton" runs only if it is named, until a GPU has tested these kernels.
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:

@@ -51,12 +51,12 @@ class Level:
   """One dyadic level, or all of a bounded chunk at once.
 
   Attributes:
-    after_middle, before_middle: `[C, depth]`, decays from the middle of a row's block to the row, and from the row to
-      the middle. One of them is the decay, and both are where a level holds no pair of the row. In a bounded chunk one
-      is the inverse of the other.
+    after_middle, before_middle: `[C, depth]`, the factors of a row as the later and as the earlier token of a pair. In
+      a level both are the decay between the row and the middle of its block. In a bounded chunk the decay changes its
+      sign in the exponent where the row is on the other side of the middle.
     pairs: `[C, C]`, True where row and column are a pair of the level.
     flows: `[C, C]`, 1 where the exponent of the column holds the gate of the row.
-    second: `[C, 1]`, True in second halves.
+    second: `[C, depth]`, True in second halves.
   """
 
   after_middle: jax.Array
@@ -97,13 +97,12 @@ def _sums_kernel(g_ref, sums_ref, *, dot):
 def _factors_kernel(q_ref, k_ref, sums_ref, p_ref, *refs, scale, depth, overlaps, normalized, dot):
   refs = list(refs)
   x_ref = refs.pop(0) if overlaps else None
-  *up_refs, q_norm, k_norm = refs if normalized else (*refs, None, None)
+  up_refs, norm_refs = refs[:3], refs[3:]
   C, K, dtype = *k_ref.shape, operand(k_ref.dtype)
   row, column = rows_and_columns(C)
-  if normalized:
-    for ref, norm_ref in ((q_ref, q_norm), (k_ref, k_norm)):
-      norm_ref[...] = _norm(ref, depth)
-    q_norm, k_norm = _norm(q_ref, depth), _norm(k_ref, depth)
+  q_norm, k_norm = (_norm(q_ref, depth), _norm(k_ref, depth)) if normalized else (None, None)
+  for ref, norm in zip(norm_refs, (q_norm, k_norm)):
+    ref[...] = norm
   bounded = is_bounded(sums_ref)
   found = (jnp.zeros((C, C), jnp.float32),) * (1 + overlaps)
   for tile in [pl.ds(i, depth) for i in range(0, K, depth)]:

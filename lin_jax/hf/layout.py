@@ -19,7 +19,7 @@ from lin_jax.model import layer_mixers, layer_runs
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved:
-  """Parameters that alternate in one tensor: the rows of head 0 of each parameter, then those of head 1, and so on."""
+  """Parameters that alternate in one tensor: all rows of head 0, one parameter after the other, then of head 1."""
 
   parameters: tuple[str, ...]
   heads: int

@@ -24,8 +24,9 @@ _DELTA = Section(GatedDeltaNetConfig, {
     "heads": ("linear_num_key_heads", None), "value_heads": ("linear_num_value_heads", None),
     "head_dim": ("linear_key_head_dim", None), "conv_width": ("linear_conv_kernel_dim", 4),
     "allow_neg_eigval": ("linear_allow_neg_eigval", True)}, {"norm_eps": 1e-5}, ("expand_v",))
-_ATTENTION = Section(AttentionConfig, {"heads": ("num_attention_heads", 30), "kv_heads": ("num_key_value_heads", None)},
-                     {"qk_norm": "heads"}, ("head_dim", *llama.ROPE))
+_ATTENTION = Section(AttentionConfig, {
+    "heads": ("num_attention_heads", 30), "kv_heads": ("num_key_value_heads", None), "head_dim": ("head_dim", None)},
+    {"qk_norm": "heads"}, llama.ROPE)
 _SERVED = llama.ACTIVATION | {"attention_bias": (False,)}
 _START = tuple(f"linear_{name}" for name in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor"))
 _TOKENS = {"eos_token_id": 100257, "pad_token_id": 100277}
@@ -71,8 +72,6 @@ def to_hf(config: ModelConfig) -> dict:
   attention = config.hybrid_mixer
   if attention is None:
     refused.append("hybrid_mixer=None (only attention)")
-  elif not refused and attention.head_dim not in (0, config.width // attention.heads):
-    refused.append(f"head_dim={attention.head_dim} (only hidden_size / num_attention_heads)")
   elif not refused and attention.rope_fraction != 1:
     refused.append(f"rope_fraction={attention.rope_fraction} (only 1.0)")
   if config.vocab_size <= max(_TOKENS.values()):  # the class has these where a file has none

@@ -71,9 +71,11 @@ def to_hf(config: ModelConfig) -> dict:
             "layer_types": sections.layer_types(config)}
   values |= _MODEL.write(config, refused) | write_gated_delta_net(_DELTA, config.mixer, refused)
   values |= write_attention(_ATTENTION, config, refused)
+  positions = config.hybrid_mixer or AttentionConfig()
+  if not getattr(positions, "rope_base", 1):
+    refused.append("rope_base=0.0 (must be positive)")
   if refused:
     raise ValueError(f"no {TEXT} model of transformers has {'; '.join(refused)}")
-  positions = config.hybrid_mixer or AttentionConfig()
   return values | rope.write(positions.rope_base, positions.rope_fraction)
 
 

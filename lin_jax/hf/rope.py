@@ -9,13 +9,13 @@ from typing import Any
 from lin_jax.typed_json import require_type, shown
 
 OPTIONS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-# With these, rotary positions of text are those of a model without images.
+# They place the parts of images. Text has the same positions without them.
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 _MOST = 1e12
 
 
 def read(values: dict, *, fraction: float = 1.0) -> dict[str, float]:
-  """The fields of rotary positions. `fraction` is the default of `partial_rotary_factor`.
+  """The fields of rotary positions. `fraction` is the default of `partial_rotary_factor`, or 1 for models without it.
 
   Raises ValueError, which names the option, for scaled positions and for values of another type or range.
   """
@@ -26,6 +26,8 @@ def read(values: dict, *, fraction: float = 1.0) -> dict[str, float]:
     require_type(value, float, option)
     if not 0 < value <= most:
       raise ValueError(f"{option}={shown(value)}: must be positive and at most {most:,.0f}")
+  if fraction == 1 and part != 1:
+    raise ValueError(f"partial_rotary_factor={shown(part)}: models of this type rotate all channels")
   return {"rope_base": float(base), "rope_fraction": float(part)}
 
 

@@ -10,8 +10,8 @@ from lin_jax.hf.fla.names import IGNORED as HUBS_OWN
 from lin_jax.hf.fla.options import FOREIGN as FOREIGN_TO_FLA
 from lin_jax.typed_json import require_type, shown
 
-# Options of other models that change what a model computes. Transformers' classes ignore those of another class, so
-# other options that a class does not know are logged and not refused.
+# Options of other models that change what a model computes. Transformers' classes hardly read options of other
+# classes, so what is not listed here and a class does not know is logged and not refused.
 FOREIGN = FOREIGN_TO_FLA | frozenset("""
   attention_multiplier residual_multiplier embedding_multiplier logits_scaling logit_scale query_pre_attn_scalar
   no_rope_layers num_experts num_local_experts clip_qkv use_qk_norm alibi parallel_residual sliding_window_pattern
@@ -23,7 +23,7 @@ IGNORED = HUBS_OWN | frozenset("""
   output_hidden_states chunk_size_feed_forward problem_type id2label label2id mamba_ssm_dtype max_window_layers
   vocab_size_per_layer_input sep_token_id cls_token_id tokenizer_class
 """.split())
-_MOST = {"depth": 10_000, "rope_base": 1e12, int: 2**24, float: 1000}
+_MOST = {"depth": 10_000, int: 2**24, float: 1000}
 _OURS = frozenset(("implementation", "chunk_size"))  # fields that leave a layer's outputs as they are
 
 
@@ -62,7 +62,10 @@ class Section:
       value = getattr(config, field.name)
       only = self.constants.get(field.name, field.default)
       if field.name in self.fields:
-        values[self.fields[field.name][0]] = value
+        option, default = self.fields[field.name]
+        values[option] = value
+        if value == 0 and default is not None and field.type is not bool:
+          refused.append(f"{field.name}={value!r} (must be positive)")
       elif field.name not in _OURS and field.name not in self.derived and value != only:
         refused.append(f"{field.name}={value!r} (only {only!r})")
     return values

@@ -84,7 +84,8 @@ def test_a_limit_leaves_the_rest_for_later(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--shapes=paper,nope"], "--shapes=nope: unknown; known: paper, grid, length, figures, widths, grouped, cpu, all"),
+    (["--shapes=paper,nope"], "--shapes=nope: unknown; known: paper, grid, length, figures, widths, grouped, kda, "
+                            "cpu, all"),
     (["--ops=nope"], "--ops=nope: unknown; known: gla, linear_attention, delta_rule, attention"),
     (["--implementations=nope"], "--implementations=nope: unknown"),
     (["--peers=nope"], "--peers=nope: unknown"),
@@ -99,7 +100,7 @@ def test_mistakes_exit_with_2_and_one_message(arguments, message):
 
 @pytest.mark.parametrize("op, gate, forward, both", [
     ("linear_attention", "none", 1024, 2816), ("linear_attention", "token", 1028, 2828),
-    ("gla", "channel", 1536, 4352), ("delta_rule", "token", 1032, 2840)])
+    ("gla", "channel", 1536, 4352), ("delta_rule", "token", 1032, 2840), ("delta_rule", "channel", 1540, 4364)])
 def test_floor_bytes_per_token_and_head(op, gate, forward, both):
   case = Case(op, gate, 2, 3, 5, 128, 128, "bfloat16")
   assert cases.floor_bytes(case, "forward") == 30 * forward

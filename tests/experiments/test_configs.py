@@ -11,6 +11,7 @@ from flax import nnx
 from configs import CONFIGS, lookup, page
 from lin_jax import mixers, sharding
 from lin_jax.config import MeshConfig, from_dict, to_dict, validate
+from lin_jax.hf import olmo_hybrid, qwen3_5
 from lin_jax.model import abstract_model, parameter_count
 
 # Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget); those
@@ -41,6 +42,13 @@ def test_config_is_valid_and_has_its_size(name):
   assert config.name == name
   assert parameter_count(config.model) == pytest.approx(SIZES[name], rel=0.01)
   assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", [name for name, size in page.SIZES.items() if size.released])
+def test_released_models_are_described_by_their_files(name):
+  family = qwen3_5 if name.startswith("qwen35") else olmo_hybrid
+  model = lookup(name).model
+  assert dataclasses.replace(family.from_hf(family.to_hf(model)), dtype=model.dtype) == model
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -96,12 +96,10 @@ INTERPRETED = {
         Case(T=50, H=4, K=32, V=32, decay="none", beta="2", key_heads=2, chunk_size=16, initial_state=False),
         *(Case(T=256, B=1, H=1, K=32, V=32, decay="token", beta=beta, gate="near_zero", chunk_size=16)
           for beta in ("0", "double")),
-        Case(T=50, H=4, K=32, V=32, beta="2", key_heads=2, chunk_size=16, initial_state=False),
-        *(Case(T=70, H=1, K=32, V=32, dtype="bfloat16", beta="double", gate=gate, keys=keys, normalize_qk=True)
+        *(Case(T=70, H=1, K=100, V=40, dtype="bfloat16", beta="double", gate=gate, keys=keys, normalize_qk=True)
           for gate, keys in (("near_zero", "near_parallel"), ("-30", "normal"), ("mixed", "correlated"))),
-        Case(T=60, H=1, K=100, V=40, dtype="bfloat16", beta="unit", gate="logit_-20", normalize_qk=True,
-             segments=(1, 15, 30, 1, 13)),
-        Case(T=256, B=1, H=1, K=32, V=32, beta="double", gate="near_zero", chunk_size=16),
+        Case(T=256, B=1, H=2, K=32, V=32, beta="double", gate="near_zero", key_heads=1, chunk_size=16,
+             segments=(1, 99, 5, 151)),
     ],
 }
 

@@ -21,6 +21,7 @@ from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.model import abstract_model
 from lin_jax.sharding import make_mesh, param_shardings
 from running import meshes
+from tests.lin_jax.test_hf import FIXTURES
 
 CONFIG = ModelConfig(mixer=AttentionConfig(heads=4, kv_heads=2), vocab_size=8192, width=256, depth=16, mlp_width=512,
                      dtype="float32")
@@ -85,6 +86,19 @@ def test_every_shard_is_read_once_and_placed_as_in_training(folder, mesh, monkey
   placed = jax.tree.map(lambda leaf, at: leaf.sharding.is_equivalent_to(at, leaf.ndim),
                         nnx.state(model, nnx.Param), expected)
   assert all(jax.tree.leaves(placed))
+  same(model, hf.load(folder)[1])
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "olmo_hybrid", "mamba2_transformers", "hgrn2_window"])
+def test_shards_of_parameters_that_share_tensors_are_found(name, mesh):
+  same(hf.load(FIXTURES / name, mesh)[1], hf.load(FIXTURES / name)[1])
+
+
+def test_whole_parameters_are_read_in_parts_under_a_mesh_in_use(folder):
+  mesh = make_mesh(MeshConfig(data=8))
+  with jax.set_mesh(mesh):
+    model = hf.load(folder, mesh)[1]
+  assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
   same(model, hf.load(folder)[1])
 
 

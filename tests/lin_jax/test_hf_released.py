@@ -32,7 +32,7 @@ def test_logits_and_chosen_tokens_are_the_librarys(name):
   every = length // known["logits"].shape[1]
   assert np.abs(logits[:, every - 1:length:every] - known["logits"]).max() < 1e-4
   np.testing.assert_array_equal(logits[:, length - 1:-1].argmax(-1), known["continuation"])
-  if name in ("qwen3_5_text", "olmo_hybrid"):  # every kind of layer that only these files have, token by token
+  if name == "qwen3_5_text":  # token by token too, as `test_blocks.py` has it for the other kinds of blocks
     np.testing.assert_array_equal(generate(model, known["tokens"], steps, temperature=0.0), known["continuation"])
 
 
@@ -121,6 +121,7 @@ def test_positions_that_may_be_absent_are_explicit(options, base, tmp_path):
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.rope_type='llama3': scale"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type='linear'"),
     ("llama", {"rope_parameters": {"full_attention": {}}}, "rope_parameters with 'full_attention'={}"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: models of this type rotate all"),
     ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta=0: must be positive"),
     ("llama", {"attention_bias": True, "mlp_bias": True}, "attention_bias=True .*; mlp_bias=True"),
     ("llama", {"attention_multiplier": 0.5}, r"attention_multiplier=0.5 \(not known\)"),
@@ -178,6 +179,8 @@ PLAIN = dict(vocab_size=16, width=16, depth=2, mlp_width=8)
 @pytest.mark.parametrize("kind, config, message", [
     ("qwen3_5", ModelConfig(mixer=DELTA, **PLAIN), "the text model is written as qwen3_5_text"),
     ("qwen3_5_text", ModelConfig(mixer=DELTA, **PLAIN), r"norm='rms' \(only 'rms_offset'\)"),
+    ("qwen3_5_text", ModelConfig(mixer=DELTA, hybrid_mixer=AttentionConfig(heads=2, rope_base=0.0), hybrid_layers=(1,),
+                                 **PLAIN | {"mlp_width": 0}), r"mlp_width=0 \(must be .*rope_base=0.0 \(must be"),
     ("olmo_hybrid", ModelConfig(mixer=DELTA, hybrid_mixer=DELTA, hybrid_layers=(1,), **PLAIN), "post_norm='none' .*"
      "norm_eps=1e-06 .*hybrid_mixer of 'gated_delta_net'"),
     ("llama", ModelConfig(mixer=AttentionConfig(heads=2, window=4), **PLAIN), r"window=4 \(only 0\)"),
