@@ -8,8 +8,7 @@ import pathlib
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from lin_jax.checkpoint import load_model
 from lin_jax.config import ModelConfig, TrainConfig, to_dict
@@ -66,10 +65,10 @@ class Initial:
       if array is None:
         return leaf
       if not isinstance(leaf, Layers):
-        return _placed(array, leaf)
-      one = leaf[0][...].sharding
-      stack = jax.device_put(array, NamedSharding(one.mesh, P(None, *one.spec)))
-      return Layers(_placed(stack[i], layer) for i, layer in enumerate(leaf))
+        return leaf.replace(jax.device_put(array, leaf[...].sharding).astype(leaf.dtype))
+      separate = lambda array: [array[i].astype(layer.dtype) for i, layer in enumerate(leaf)]
+      layers = jax.jit(separate, out_shardings=[layer[...].sharding for layer in leaf])(array)
+      return Layers(layer.replace(array) for layer, array in zip(leaf, layers, strict=True))
 
     state.params, state.frozen = (jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_parameter)
                                   for tree in (state.params, state.frozen))
@@ -88,10 +87,6 @@ def _read(path: pathlib.Path, mesh: Mesh) -> tuple[ModelConfig, LanguageModel]:
 def _named(params) -> dict:
   leaves = jax.tree_util.tree_leaves_with_path(params)
   return {parameter_name(path): leaf for path, leaf in leaves}
-
-
-def _placed(array, parameter):
-  return parameter.replace(jax.device_put(array, parameter[...].sharding).astype(parameter.dtype))
 
 
 def _other_fields(source, config) -> str:

@@ -64,10 +64,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
   with jax.set_mesh(mesh):
     # Ops refuse inputs that they cannot run only when they are traced.
     jax.eval_shape(functools.partial(loss_sum, graph), abstract.parameters(), held_out[0])
-  # Every process looks at the rows of all, so that they agree.
-  whole_batches = eval_batches(config.data, "val", config.eval.batches, process_index=0, process_count=1)
-  if not any(batch["mask"].any() for batch in whole_batches):
-    raise ValueError(f"config.eval.batches={config.eval.batches}: no target of these held-out batches counts")
+  _require_targets(config)
   initial = Initial(config, abstract, mesh) if config.init_from else None
   if initial and not any(workdir.glob("checkpoints/*")):
     initial.require_fit()
@@ -241,6 +238,13 @@ def _cast(graph, state):
   dtypes = jax.eval_shape(lambda: with_cast_kernels(graph, together(state.parameters())))
   cast = lambda like, layers: jax.tree.map(lambda x: x.astype(like.dtype), layers)
   return jax.tree.map(cast, dtypes, state.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _require_targets(config):
+  # Every process looks at the rows of all, so that they agree.
+  held_out = eval_batches(config.data, "val", config.eval.batches, process_index=0, process_count=1)
+  if not any(batch["mask"].any() for batch in held_out):
+    raise ValueError(f"config.eval.batches={config.eval.batches}: no target of these held-out batches counts")
 
 
 def _due(step, every):

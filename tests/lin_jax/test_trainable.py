@@ -99,32 +99,36 @@ def test_a_pattern_that_chooses_nothing_is_refused_with_the_names(data, change, 
     shapes(tuned(data, **change))
 
 
-def test_an_adapter_is_a_product_beside_the_frozen_one():
+def adapted_linear():
   linear = Linear(6, 5, ("embed", "heads"), dtype="float32", bias=True, rngs=nnx.Rngs(0))
-  x, cotangent, b = (jax.random.normal(jax.random.key(seed), shape)
-                     for seed, shape in enumerate([(2, 3, 6), (2, 3, 5), (2, 5)]))
-  plain = linear(x)
-  linear.adapter = Adapter(linear, LoraConfig(rank=2, alpha=6.0), rngs=nnx.Rngs(3))
-  assert np.array_equal(linear(x), plain) and np.std(linear.adapter.a[...]) > 0.1
-  linear.adapter.b[...] = b
-  graph, params = nnx.split(linear)
+  linear.adapter = Adapter(linear, LoraConfig(rank=2, alpha=6.0), rngs=nnx.Rngs(1))
+  return linear
 
-  @jax.jit
-  def adapted(params, x):
-    return jnp.vdot(nnx.merge(graph, params)(x), cotangent)
 
-  @jax.jit
-  def merged(params, x):
+def test_an_adapter_is_a_product_beside_the_frozen_one():
+  graph, start = nnx.split(jax.jit(adapted_linear)())
+  assert not np.any(start["adapter"]["b"][...]) and np.std(start["adapter"]["a"][...]) > 0.1
+  random = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), start)
+  x, cotangent = (random.normal(size=(4, size)).astype(np.float32) for size in (6, 5))
+
+  def plain(params, x):
     a, b = (params["adapter"][name][...] for name in "ab")
-    return jnp.vdot(x @ (params["kernel"][...] + 3.0 * a @ b)[None] + params["bias"][...][None, None], cotangent)
+    return x @ (params["kernel"][...] + 3.0 * a @ b) + params["bias"][...][None]
 
-  gradients = [jax.grad(loss, (0, 1))(params, x) for loss in (adapted, merged)]
-  for actual, expected in zip(*map(jax.tree.leaves, gradients), strict=True):
-    assert_close("gradient", actual, expected, 1e-5)
-  assert linear.flops_per_token() == 2 * 30 + 2 * 2 * 11
-  expected = linear(x)
-  assert_close("merged", merge_adapters(linear)(x), expected, 1e-5)
-  assert linear.adapter is None
+  @jax.jit
+  def results(params, x):
+    merged = merge_adapters(nnx.merge(graph, params))
+    assert merged.adapter is None
+    functions = plain, lambda params, x: nnx.merge(graph, params)(x), lambda _, x: merged(x)
+    return [jax.value_and_grad(lambda *inputs, f=f: jnp.vdot(f(*inputs), cotangent), (0, 1))(params, x)
+            for f in functions]
+
+  expected, actual, merged = results(params, x)
+  for e, a in zip(*map(jax.tree.leaves, (expected, actual)), strict=True):
+    assert_close("value and gradients", a, e, 1e-5)
+  assert_close("merged", merged[0], expected[0], 1e-5)
+  assert nnx.merge(graph, params).flops_per_token() == 2 * 30 + 2 * 2 * 11
 
 
 def test_no_product_makes_the_gradient_of_a_frozen_matrix(data):
@@ -153,12 +157,13 @@ def equations(jaxpr):
 
 @pytest.fixture(scope="module")
 def source(data, tmp_path_factory):
-  """A run with parameters of another seed than the tests' runs."""
+  """A run with other parameters than the tests' runs draw."""
   workdir = tmp_path_factory.mktemp("source") / "run"
   config = tuned(data, lora=LoraConfig())
-  config.seed = 7
-  graph, _, _, create = state_of(config, data=1)
-  save_model(workdir, config, nnx.merge(graph, create().params))
+  graph, _, abstract, _ = state_of(config, data=1)
+  random = np.random.default_rng(7)
+  draw = lambda x: jnp.asarray(random.normal(0.0, 0.1, x.shape), x.dtype)
+  save_model(workdir, config, nnx.merge(graph, jax.tree.map(draw, abstract.params)))
   return workdir
 
 
@@ -167,7 +172,7 @@ def test_a_run_with_adapters_starts_from_another_and_goes_on_in_another_layout_w
   shutil.copytree(source, tmp_path / "source")
   config, workdir = tuned(data, trainable="mixer_norm"), tmp_path / "run"
   config.init_from, config.unroll, config.mesh = str(tmp_path / "source"), 0, MeshConfig(2, 2, 2)
-  config.optim.steps, config.checkpoint.every, config.eval.every = 4, 2, 0
+  config.optim.steps, config.checkpoint.every, config.eval.every, config.eval.batches = 4, 2, 0, 1
   result = training.train(config, workdir)
   out = capsys.readouterr().out
   assert "of which 704 train" in out and f"parameters from {tmp_path}/source" in out
