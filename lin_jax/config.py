@@ -77,11 +77,13 @@ class OptimConfig:
 @dataclasses.dataclass
 class MeshConfig:
   """Devices per mesh axis, where -1 takes the devices that the other axes leave. `data` replicates parameters, `fsdp`
-  shards them over the batch, and `tensor` over heads, MLP width and vocabulary."""
+  shards them over the batch, and `tensor` over heads, MLP width and vocabulary. `context` splits the tokens of each
+  sequence (`lin_jax.context`)."""
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  context: int = 1
 
 
 @dataclasses.dataclass
@@ -150,7 +152,7 @@ def validate(config: TrainConfig) -> TrainConfig:
     require(_get(config, field) >= 0, field, "must not be negative")
   for field in ("optim.learning_rate", "optim.clip_norm", "optim.eps", "model.norm_eps"):
     require(_get(config, field) > 0, field, "must be positive")
-  for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+  for field in ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"):
     require(_get(config, field) == -1 or _get(config, field) >= 1, field, "must be at least 1, or -1 for the rest")
   require(dataclasses.is_dataclass(config.model.mixer), "model.mixer", "must be a mixer config")
   hybrid, layers = config.model.hybrid_mixer, config.model.hybrid_layers
