@@ -12,7 +12,8 @@ from lin_jax import files
 from lin_jax.typed_json import build, read_object, require_types, shown
 
 REMAT_POLICIES = ("none", "mixer", "dots", "full")
-NORMS = ("rms", "simple_rms")
+NORMS = ("rms", "rms_offset", "simple_rms")
+POST_NORMS = ("none", "hybrid", "all")
 MLPS = ("swiglu", "sglu")
 DTYPES = ("bfloat16", "float16", "float32")
 _MIXERS = "mixer", "hybrid_mixer"  # fields of a ModelConfig
@@ -20,7 +21,11 @@ _MIXERS = "mixer", "hybrid_mixer"  # fields of a ModelConfig
 
 @dataclasses.dataclass
 class ModelConfig:
-  """A stack of `depth` blocks `x += mixer(norm(x)); x += mlp(norm(x))` between an embedding and a head."""
+  """A stack of `depth` blocks `x += mixer(norm(x)); x += mlp(norm(x))` between an embedding and a head.
+
+  Post-norm blocks are `x += norm(mixer(x)); x += norm(mlp(x))`. Olmo 2 has them everywhere, and Olmo Hybrid in its
+  attention layers.
+  """
 
   mixer: Any = None  # a config dataclass registered in lin_jax.mixers
   hybrid_mixer: Any = None  # the mixer of the layers `hybrid_layers`, counted from 0
@@ -30,7 +35,8 @@ class ModelConfig:
   depth: int = 24
   mlp: str = "swiglu"  # or "sglu", without activation
   mlp_width: int = 2816  # 0 means a block of the mixer alone
-  norm: str = "rms"  # of blocks and output; "simple_rms" has no parameters
+  norm: str = "rms"  # of blocks and output; "rms_offset" multiplies by 1 + scale, "simple_rms" by nothing
+  post_norm: str = "none"  # which blocks are post-norm: the "hybrid" layers, or "all"
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   scale_embeddings: bool = False  # by sqrt(width), before the first block
@@ -162,7 +168,10 @@ def validate(config: TrainConfig) -> TrainConfig:
   last = config.model.depth - 1
   require(len(set(layers)) == len(layers) and all(0 <= layer <= last for layer in layers), "model.hybrid_layers",
           f"must be different numbers from 0 to config.model.depth - 1 = {last}")
-  require(config.model.norm in NORMS, "model.norm", f"must be one of {', '.join(NORMS)}")
+  for field, known in (("norm", NORMS), ("post_norm", POST_NORMS)):
+    require(_get(config.model, field) in known, f"model.{field}", f"must be one of {', '.join(known)}")
+  require(config.model.post_norm != "hybrid" or hybrid not in (None, config.model.mixer), "model.post_norm",
+          "needs a config.model.hybrid_mixer that differs from config.model.mixer")
   require(config.model.mlp in MLPS, "model.mlp", f"must be one of {', '.join(MLPS)}")
   require(config.model.dtype in DTYPES, "model.dtype", f"must be one of {', '.join(DTYPES)}")
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")

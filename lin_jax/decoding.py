@@ -40,15 +40,27 @@ class Decoder:
     x, after = self.model.embed(tokens), []
     y = jnp.zeros_like(x)  # the last branch, which is added to x together with the next norm
     for block, state in zip(self.blocks, states, strict=True):
-      x, normed = block.mixer_norm.of_sum(x, y)
+      post, norm = block.post_norm, block.mixer_norm
+      x, inputs = _add(x, y, None if post else norm)
       with jax.named_scope("mixer"):
-        y, state = block.mixer.step(normed, state)
+        y, state = block.mixer.step(inputs, state)
+        y = norm(y) if post else y
       after.append(state)
       if block.mlp is not None:
-        x, normed = block.mlp_norm.of_sum(x, y)
+        norm = block.mlp_norm
+        x, inputs = _add(x, y, None if post else norm)
         with jax.named_scope("mlp"):
-          y = block.mlp(normed)
+          y = block.mlp(inputs)
+          y = norm(y) if post else y
     return self.model.logits(self.model.norm.of_sum(x, y)[1]), after
+
+
+def _add(x, y, norm):
+  """The sum x + y, and what the next branch reads of it: its norm, or the sum itself in a post-norm block."""
+  if norm is None:
+    x = x + y.astype(x.dtype)
+    return x, x
+  return norm.of_sum(x, y)
 
 
 def in_order(runs: Any) -> list:

@@ -171,6 +171,17 @@ class RMSNorm(SimpleRMSNorm):
     self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
 
 
+class OffsetRMSNorm(SimpleRMSNorm):
+  """x / sqrt(mean(x²) + eps) * (1 + scale), as Gemma and Qwen3.5 store it: the scale starts at 0."""
+
+  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+    super().__init__(eps=eps)
+    self.scale = param(rngs, nnx.initializers.zeros, (width,), (None,))
+
+  def _scale(self):
+    return 1 + self.scale[...].astype(jnp.float32)
+
+
 class SwiGLU(nnx.Module):
   """(swish(x W_gate) * x W_up) W_down (Shazeer 2020, arXiv:2002.05202). No biases."""
 
@@ -255,14 +266,18 @@ def segment_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
-def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float) -> Float[Array, "B T H K"]:
-  """Rotates channel pairs (i, i + K/2) by position * base**(-2i/K), in float32 (Su et al. 2021, arXiv:2104.09864)."""
-  half = x.shape[-1] // 2
+def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float, channels: int | None = None,
+           ) -> Float[Array, "B T H K"]:
+  """Rotates the pairs (i, i + n/2) of the first n channels, n = `channels` or else K, by position * base**(-2i/n).
+
+  The rotation is computed in float32 (Su et al. 2021, arXiv:2104.09864). The other channels stay as they are.
+  """
+  half = (channels or x.shape[-1]) // 2
   frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
 def align(vector: Float[Array, "C"], x: Array) -> Array:

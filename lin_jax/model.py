@@ -1,6 +1,7 @@
-"""The language model: embedding, `depth` pre-norm blocks, final norm, head. `B` batch, `T` time, `D` width.
+"""The language model: embedding, `depth` blocks, final norm, head. `B` batch, `T` time, `D` width.
 
-  x = x + mixer(norm(x));  x = x + mlp(norm(x))
+  pre-norm block:   x = x + mixer(norm(x));  x = x + mlp(norm(x))
+  post-norm block:  x = x + norm(mixer(x));  x = x + norm(mlp(x))
 
 Layers that repeat, singly or as a short pattern of several, are stored with a leading axis of repetitions and applied
 by `lax.scan`, so that compile time does not grow with depth unless `unroll` asks for it. Parameters are float32.
@@ -23,7 +24,7 @@ from kernels.derivatives import RESIDUALS
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.decoding import Decoder, in_order, stacked
-from lin_jax.layers import NORMAL, SGLU, RMSNorm, SimpleRMSNorm, SwiGLU, param
+from lin_jax.layers import NORMAL, SGLU, OffsetRMSNorm, RMSNorm, SimpleRMSNorm, SwiGLU, param
 from lin_jax.sharding import shard_batch
 
 
@@ -53,6 +54,7 @@ REMAT = {
 
 
 MLPS = {"swiglu": SwiGLU, "sglu": SGLU}
+NORMS = {"rms": RMSNorm, "rms_offset": OffsetRMSNorm}  # with a scale; "simple_rms" has none
 
 
 class Block(nnx.Module):
@@ -60,6 +62,7 @@ class Block(nnx.Module):
 
   def __init__(self, config: ModelConfig, mixer: Any, *, rngs: nnx.Rngs):
     dtype = jnp.dtype(config.dtype)
+    self.post_norm = config.post_norm == "all" or (config.post_norm == "hybrid" and mixer == config.hybrid_mixer)
     self.mixer_norm = _norm(config, rngs)
     self.mixer = mixers.build(mixer, width=config.width, norm_eps=config.norm_eps, dtype=dtype, rngs=rngs)
     self.mlp_norm = _norm(config, rngs) if config.mlp_width else None
@@ -71,7 +74,8 @@ class Block(nnx.Module):
 
     def mix(block, x, state, segment_ids):
       with jax.named_scope("mixer"):
-        return block.mixer(block.mixer_norm(x), state, segment_ids)
+        y, state = block.mixer(x if block.post_norm else block.mixer_norm(x), state, segment_ids)
+        return block.mixer_norm(y) if block.post_norm else y, state
 
     def apply(block, x, state, segment_ids):
       y, state = _checkpoint(mix, remat.mixer, looped)(block, x, state, segment_ids)
@@ -80,11 +84,11 @@ class Block(nnx.Module):
     return _checkpoint(apply, remat.block, looped)(self, x, state, segment_ids)
 
   def mlp_branch(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """x plus the MLP of its norm, or x itself in a block without an MLP."""
+    """x plus its MLP branch, or x itself in a block without an MLP."""
     if self.mlp is None:
       return x
     with jax.named_scope("mlp"):
-      return shard_batch(x + self.mlp(self.mlp_norm(x)))
+      return shard_batch(x + (self.mlp_norm(self.mlp(x)) if self.post_norm else self.mlp(self.mlp_norm(x))))
 
 
 class LanguageModel(nnx.Module):
@@ -237,8 +241,9 @@ def layer_numbers(runs: list[tuple[list, int]]) -> tuple[tuple[range, ...], ...]
 
 
 def _norm(config, rngs):
-  return SimpleRMSNorm(eps=config.norm_eps) if config.norm == "simple_rms" else RMSNorm(
-      config.width, eps=config.norm_eps, rngs=rngs)
+  if config.norm == "simple_rms":
+    return SimpleRMSNorm(eps=config.norm_eps)
+  return NORMS[config.norm](config.width, eps=config.norm_eps, rngs=rngs)
 
 
 def _stack(config, mixer, depth, rngs):

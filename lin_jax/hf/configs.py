@@ -82,6 +82,7 @@ def to_hf(config: ModelConfig) -> dict:
     if type(config.hybrid_mixer) is not AttentionConfig or "attn" in family.options:
       refused.append(f"hybrid_mixer={config.hybrid_mixer!r} (only attention, and not in {kind} models)")
     else:
+      _mixer_to_hf(FAMILIES["transformer"], config.hybrid_mixer, refused)
       fields = {option: getattr(config.hybrid_mixer, field) or None for field, (option, _) in _ATTENTION_FIELDS.items()}
       values["attn"] = {"layers": list(config.hybrid_layers), "qkv_bias": False, **fields}
   if refused:
@@ -145,7 +146,8 @@ def _mixer_to_hf(family: Family, mixer: Any, refused: list) -> dict:
     if field.name in family.fields:
       option, default = family.fields[field.name]
       there = {here: there for there, here in family.values.get(field.name, {value: value}).items()}
-      if value not in there:
+      # Numbers must be positive there, unless null stands for 0.
+      if value not in there or (value == 0 and default is not None and value is not False):
         refused.append(f"{field.name}={value!r}")
       values[option] = None if value == 0 and default is None else there.get(value)
     elif field.name == "conv_width" and family.short_convolution is not None:

@@ -89,6 +89,7 @@ FAMILIES = {
                 "expand_v": ("expand_v", 2.0), "output_gate": ("use_gate", True),
                 "allow_neg_eigval": ("allow_neg_eigval", False)},
         options={"output_gate_activation": ("swish", "silu")},
+        constants={"norm_eps": 0.0},
         short_convolution=True, defaults={"depth": 21},
         tensors=_DELTA | {"decay.kernel": "a_proj.weight", "A_log": "A_log", "dt_bias": "dt_bias"}),
     "retnet": Family(
@@ -113,6 +114,8 @@ FAMILIES = {
         fields={"heads": ("num_heads", 32), "kv_heads": ("num_kv_heads", None), "window": ("window_size", None),
                 "rope_base": ("rope_theta", 10000.0)},
         options={"attn": (None,), **ATTENTION_OPTIONS, **_AFFINE},
+        constants={"head_dim": 0, "rope_fraction": 1.0, "qk_norm": "none", "qk_norm_offset": False,
+                   "output_gate": False},
         tensors=_PROJECTIONS),
     "mamba2": Family(
         mixer="mamba2",

@@ -37,11 +37,12 @@ class GatedDeltaNetConfig(OpConfig):
   conv_width: int = 4  # taps of the short convolution on q, k and v; 0 means no convolution
   output_gate: bool = True  # swish gate on the normalised output
   allow_neg_eigval: bool = False  # beta in (0, 2) instead of (0, 1)
+  norm_eps: float = 0.0  # of the head norm; 0 means the model's
 
   @staticmethod
   def examples() -> list["GatedDeltaNetConfig"]:
     return [GatedDeltaNetConfig(heads=2, head_dim=8, conv_width=0, output_gate=False, allow_neg_eigval=True),
-            GatedDeltaNetConfig(heads=2, value_heads=4, head_dim=8, expand_v=1.5)]
+            GatedDeltaNetConfig(heads=2, value_heads=4, head_dim=8, expand_v=1.5, norm_eps=1e-3)]
 
 
 @register("gated_delta_net")
@@ -57,6 +58,7 @@ class GatedDeltaNet(MatrixMemory):
       require(config, field, getattr(config, field) >= 1, "must be at least 1")
     require(config, "value_heads", config.value_heads >= 0 and config.value_heads % config.heads == 0,
             f"must be a multiple of heads={config.heads}, or 0")
+    require(config, "norm_eps", config.norm_eps >= 0, "must not be negative")
     value_dim = round(config.head_dim * config.expand_v, 6)
     require(config, "expand_v", value_dim >= 1 and value_dim % 1 == 0,
             f"gives {value_dim} channels for head_dim={config.head_dim}: must be a whole number, at least 1")
@@ -74,7 +76,7 @@ class GatedDeltaNet(MatrixMemory):
     self.A_log = param(rngs, log_rates, (self.value_heads,), ("heads",))
     self.dt_bias = param(rngs, time_step_biases, (self.value_heads,), ("heads",))
     self.gate = Linear(width, value_width, ("embed", "heads"), **linear) if config.output_gate else None
-    self.norm = RMSNorm(int(value_dim), eps=norm_eps, rngs=rngs)
+    self.norm = RMSNorm(int(value_dim), eps=config.norm_eps or norm_eps, rngs=rngs)
     self.output = Linear(value_width, width, ("heads", "embed"), **linear)
     channels = (key_width, key_width, value_width)
     self.convolutions = short_convolutions(channels, config.conv_width, **linear)

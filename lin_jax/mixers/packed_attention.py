@@ -27,9 +27,12 @@ CAPABILITY = "9.0"  # of GPUs for which cuDNN has the packed layout
 
 def supported(q: Array) -> bool:
   """Whether the default backend's GPU has cuDNN's packed layout for queries like `q`."""
-  if dot_product_attention is None:
-    return False
-  return q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and check_compute_capability(CAPABILITY)
+  return q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and on_hopper()
+
+
+def on_hopper() -> bool:
+  """Whether the default backend's GPU is at least a Hopper. False under a version of JAX that cannot tell."""
+  return check_compute_capability is not None and check_compute_capability(CAPABILITY)
 
 
 def attend(q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"], runs: Int[Array, "B T"],

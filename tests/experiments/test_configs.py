@@ -82,7 +82,7 @@ def test_deltanet_has_the_recipe_of_gla(name):
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("mlp_width", -1, "config.model.mlp_width=-1: must not be negative"),
     ("mlp", "geglu", "config.model.mlp='geglu': must be one of swiglu, sglu"),
-    ("norm", "layer", "config.model.norm='layer': must be one of rms, simple_rms")])
+    ("norm", "layer", "config.model.norm='layer': must be one of rms, rms_offset, simple_rms")])
 def test_bad_layouts_are_refused(field, value, message):
   config = lookup("gla_tiny")
   setattr(config.model, field, value)

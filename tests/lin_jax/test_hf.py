@@ -147,6 +147,10 @@ def small(mixer, **options):
     (small(AttentionConfig(heads=2), hybrid_mixer=AttentionConfig(heads=1), hybrid_layers=(0,)), "hybrid_mixer=Atten"),
     (small(mixers.config_class("gla")(heads=2), hybrid_mixer=mixers.config_class("retention")(heads=2),
            hybrid_layers=(0,)), "hybrid_mixer=Retention"),
+    (small(AttentionConfig(heads=2, rope_base=0.0)), "rope_base=0.0"),
+    (small(mixers.config_class("gla")(heads=2), hybrid_mixer=AttentionConfig(heads=2, output_gate=True),
+           hybrid_layers=(0,), post_norm="hybrid"), r"post_norm='hybrid'; output_gate=True \(only False\)"),
+    (small(mixers.config_class("gated_delta_net")(heads=2, norm_eps=1e-5)), r"norm_eps=1e-05 \(only 0.0\)"),
 ])
 def test_models_without_equivalent_are_not_written(config, message, tmp_path):
   with pytest.raises(ValueError, match=message):

@@ -35,13 +35,14 @@ def expected(mixer, config, x):
     memory = transition @ memory + write * key * v[:, t, :, None, :]
     outputs.append(np.einsum("bhk,bhkv->bhv", q[:, t], memory) / np.sqrt(k.shape[-1]))
   o = np.stack(outputs, axis=1)
-  o = rms_norm(o).reshape(BATCH, TIME, -1)
+  o = rms_norm(o, config.norm_eps or 1e-6).reshape(BATCH, TIME, -1)
   return (o * silu(x @ wide(mixer.gate.kernel)) if config.output_gate else o) @ wide(mixer.output.kernel)
 
 
 @pytest.mark.parametrize("config", [
     GatedDeltaNetConfig(heads=2, head_dim=12),
-    GatedDeltaNetConfig(heads=2, value_heads=6, head_dim=8, expand_v=1.5, conv_width=3, allow_neg_eigval=True),
+    GatedDeltaNetConfig(heads=2, value_heads=6, head_dim=8, expand_v=1.5, conv_width=3, allow_neg_eigval=True,
+                        norm_eps=1e-2),
     GatedDeltaNetConfig(heads=3, head_dim=8, expand_v=1.0, conv_width=0, output_gate=False),
 ], ids=["paper", "grouped", "bare"])
 def test_is_the_papers_layer(config):
