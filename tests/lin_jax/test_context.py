@@ -83,6 +83,6 @@ def test_parts_of_packed_rows_equal_one_device(form, parts):
   assert_equal(form, parts, True, "reference")
 
 
-@pytest.mark.parametrize("form, parts", zip(LAYOUTS, [2, 4, 8, 2, 4, 8, 2, 4], strict=True))
+@pytest.mark.parametrize("form, parts", list(zip(LAYOUTS, [2, 4, 8] * 3, strict=False)))
 def test_the_chosen_implementation_runs_on_parts(form, parts):
   assert_equal(form, parts, False, None)
