@@ -54,6 +54,9 @@ def validate_mesh(config: TrainConfig, device_count: int) -> None:
   if config.data.sequence_length % context:
     raise ValueError(f"config.data.sequence_length={config.data.sequence_length}: not divisible by "
                      f"config.mesh.context={context}")
+  if context > 1 and data * fsdp % jax.process_count():
+    raise ValueError(f"config.mesh.context={context}: data * fsdp = {data} * {fsdp} must be divisible by the "
+                     f"{jax.process_count()} processes, because each reads its own rows whole")
   for name in ("mixer", "hybrid_mixer"):
     mixer = getattr(config.model, name)
     # Where there are more value heads than key heads, `map_over_heads` repeats key heads as the mesh needs it.
