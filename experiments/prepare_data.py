@@ -4,6 +4,7 @@
   python experiments/prepare_data.py --corpus=english --tier=full --out=data/english
   python experiments/prepare_data.py --input='books/*.txt' --input=web.jsonl.zst --out=data/mine
   python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --tokens=16000000000 --out=data/slimpajama
+  python experiments/prepare_data.py --input=chats.jsonl --format=messages --tokenizer=FOLDER --out=data/chats
   python experiments/prepare_data.py --pack=data/english --tokens=48000000 --out=english-packed
   python experiments/prepare_data.py --unpack=english-packed --out=data/english
   python experiments/prepare_data.py --verify=data/english
@@ -26,7 +27,9 @@ _INPUT = flags.DEFINE_multi_string(
     "input", [], "Text, JSON or Parquet file, or a glob of them; may be repeated. Text and JSON may be compressed "
     "(.gz, .bz2, .xz, .zst).")
 _FORMAT = flags.DEFINE_enum(
-    "format", None, ["text", "jsonl", "json", "parquet"], "How to read --input; by default each file's ending decides. "
+    "format", None, ["text", "jsonl", "json", "parquet", "messages"], "How to read --input; by default each file's "
+    "ending decides. messages are JSON Lines with a list of messages under that key, which the chat template of "
+    "--tokenizer turns into documents with a mask of the answers. "
     ".jsonl, .ndjson and .jsonlines are JSON Lines. .json is JSON Lines, an array of rows or one row. .parquet and .pq "
     "are Parquet. .txt, .md, .rst, .tex and endings of source code such as .py are text. Others are refused.")
 _HF_DATASET = flags.DEFINE_string("hf_dataset", "", "Name of a Hugging Face dataset, which is streamed.")
@@ -39,7 +42,16 @@ _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "JSON key or Parquet col
 _SEPARATOR = flags.DEFINE_string("separator", "", "Text between documents of a text file; by default each file is one "
                                  "document.")
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "", "bytes, mistral or a SentencePiece file; by default bytes for shakespeare, mistral otherwise.")
+    "tokenizer", "", "bytes, mistral, a SentencePiece file, or a tokenizer.json or its folder; by default bytes for "
+    "shakespeare, mistral otherwise.")
+_SPECIAL = flags.DEFINE_enum(
+    "special_tokens", None, ["keep", "refuse", "text"], "What a text's special tokens become, with a tokenizer.json: "
+    "their ids (by default), an error, or text like any other.")
+_BOS = flags.DEFINE_string("bos_token", "", "Begin token of a tokenizer.json; by default a file beside it has one.")
+_EOS = flags.DEFINE_string("eos_token", "", "End token of a tokenizer.json, which closes each document; by default a "
+                           "file beside it has one.")
+_PAD = flags.DEFINE_string("pad_token", "", "Padding token of a tokenizer.json; by default a file beside it has one.")
+_TEMPLATE = flags.DEFINE_string("chat_template", "", "File of a chat template, in the place of the tokenizer's own.")
 _VAL = flags.DEFINE_float("val_fraction", 0.01, "Fraction of the documents that is held out as split val.")
 _TEST = flags.DEFINE_float("test_fraction", 0.01, "Fraction of the documents that is held out as split test.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the split, and of the order of documents where a recipe shuffles "
@@ -61,6 +73,8 @@ def main(_) -> None:
     raise ValueError(f"--tokens={_TOKENS.value}: goes with --input, --hf_dataset and --pack, not with --{chosen[0]}")
   if _FORMAT.value and chosen[0] != "input":
     raise ValueError(f"--format={_FORMAT.value}: goes with --input, not with --{chosen[0]}")
+  if _FORMAT.value == "messages" and not _TOKENIZER.value:
+    raise ValueError("--format=messages: needs --tokenizer, a tokenizer.json with a chat template or its folder")
   if _VERIFY.value:
     _verify()
     return
@@ -106,24 +120,31 @@ def _prepare(out):
   if _CORPUS.value == "english":
     from corpora import english
 
-    return english.prepare(out, tier=_TIER.value, seed=_SEED.value, cache=cache, **_tokenizer(cache, "mistral"))
+    return english.prepare(out, tier=_TIER.value, seed=_SEED.value, cache=cache,
+                           tokenizer=_tokenizer(cache, "mistral"))
   if _CORPUS.value == "shakespeare":
     return tokenize.prepare(out, functools.partial(shakespeare.documents, cache), shakespeare.split_of,
-                            splits=["train", "val", "test"], recipe=shakespeare.RECIPE, **_tokenizer(cache, "bytes"))
+                            splits=["train", "val", "test"], recipe=shakespeare.RECIPE,
+                            tokenizer=_tokenizer(cache, "bytes"))
   split_of = tokenize.hash_split(_SEED.value, _VAL.value, _TEST.value)
   splits = ["train"] + ["val"] * (_VAL.value > 0) + ["test"] * (_TEST.value > 0)
   stream, recipe = _hub() if _HF_DATASET.value else _files()
   recipe |= dict(split="by a hash of the text", val_fraction=_VAL.value, test_fraction=_TEST.value, seed=_SEED.value)
   # This comes after the checks of the input, because it may download.
   return tokenize.prepare(out, stream, split_of, splits=splits, recipe=recipe, limit=_TOKENS.value,
-                          **_tokenizer(cache, "mistral"))
+                          tokenizer=_tokenizer(cache, "mistral"), conversations=_FORMAT.value == "messages")
 
 
 def _tokenizer(cache, default):
   from corpora import tokenize
 
-  tokenizer, file = tokenize.find_tokenizer(_TOKENIZER.value or default, cache)
-  return dict(tokenizer=tokenizer, tokenizer_file=file)
+  settings = {flag.name: commands.text(flag) for flag in (_SPECIAL, _BOS, _EOS, _PAD) if flag.value}
+  if _TEMPLATE.value:
+    try:
+      settings["chat_template"] = pathlib.Path(_TEMPLATE.value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+      raise ValueError(f"--chat_template={_TEMPLATE.value}: not readable as UTF-8 ({e})") from e
+  return tokenize.find_tokenizer(_TOKENIZER.value or default, cache, **settings)
 
 
 def _files():

@@ -56,7 +56,7 @@ def _chosen() -> Sweep:
   if unknown := [name for name in _MODELS.value if name not in known]:
     raise ValueError(f"--models={unknown[0]}: --sweep={_SWEEP.value} has {', '.join(known)}")
   changes = {"tiny": _TINY.value} | ({"steps": _STEPS.value} if _STEPS.value else {})
-  runs = [dataclasses.replace(run, **changes) for run in sweep.runs if run.model in (_MODELS.value or known)]
+  runs = [run.changed(**changes) for run in sweep.runs if run.model in (_MODELS.value or known)]
   return dataclasses.replace(sweep, runs=runs)
 
 

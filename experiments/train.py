@@ -3,11 +3,18 @@
   python experiments/train.py --config=gla_tiny
   python experiments/train.py --config=gla_tiny --checkpoint=previous
   python experiments/train.py --config=gla_1b3 --workdir=runs/long --config.optim.steps=20000 --config.mesh.fsdp=8
+  python experiments/train.py --config=gla_1b3 --init_from=hub/gla-1.3B-100B --config.lora.rank=16 --workdir=runs/tuned
 
 A larger --config.optim.steps lengthens a run, finished or not. At a constant rate (final_learning_rate equal to
 learning_rate) the result is the run that was planned with so many steps. A rate that decays does so until the step that
 was first planned, which config.json records as optim.decay_steps, and then stays where it is. A run cannot be
-shortened.
+shortened. A run with --config.optim.schedule=wsd can be lengthened while it has no decay (optim.decay_steps=0).
+
+--init_from starts from the parameters of a run's last checkpoint, or of a Hugging Face folder, with a fresh optimizer.
+--config.optim.trainable=mixer,head freezes all parameters whose names contain neither. --config.lora.rank=16 freezes
+all of them and trains low-rank adapters beside the layers that --config.lora.targets chooses (default: all). They are
+merged for generation, evaluation and export. --config.optim.name=muon and --config.optim.schedule=wsd choose another
+optimizer and schedule.
 
 The run continues from its last checkpoint, or from --checkpoint, and sets later checkpoints aside.
 
@@ -29,6 +36,8 @@ from running import commands
 _CONFIG = config_flags.DEFINE_config_dataclass(
     "config", TrainConfig(), f"One of {', '.join(CONFIGS)}; --config.<field>=<value> overrides a field.",
     parse_fn=lookup)
+_INIT_FROM = flags.DEFINE_string("init_from", "", "A run's workdir, or a Hugging Face folder, whose parameters the run "
+                                 "starts with. The same as --config.init_from.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; by default runs/<config>.")
 _CHECKPOINT = commands.define_checkpoint()
 _COORDINATOR = flags.DEFINE_string(
@@ -42,6 +51,7 @@ def main(_):
   config = _CONFIG.value
   if not config.name:
     raise ValueError(f"--config is required: one of {', '.join(CONFIGS)}")
+  config.init_from = _INIT_FROM.value or config.init_from
   if _COORDINATOR.value:
     address = None if _COORDINATOR.value == "auto" else _COORDINATOR.value
     try:

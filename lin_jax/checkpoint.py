@@ -8,6 +8,7 @@ before that, in about 1 s per GB and core.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from lin_jax import damage, retention
-from lin_jax.config import CheckpointConfig, TrainConfig, to_dict
+from lin_jax.config import CheckpointConfig, LoraConfig, TrainConfig, to_dict
 from lin_jax.config import load as load_config
 from lin_jax.workdir import prepare
 
@@ -190,7 +191,7 @@ class Checkpoints:
 
 
 def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
-  """Returns (config, model) of a run, with the parameters on the first device.
+  """Returns (config, model) of a run, with the parameters on the first device and adapters merged into their layers.
 
   Args:
     step: a saved step, "best" (lowest held-out loss), "previous" (the newest that loads before the last), or None for
@@ -199,18 +200,20 @@ def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
     ValueError: the workdir holds no run or no such step, or the checkpoint is of another model.
     DamagedCheckpoint: the checkpoint cannot be read, or its parameters are not the ones that were saved.
   """
+  from lin_jax.lora import add_adapters, merge_adapters
   from lin_jax.model import LanguageModel
 
   workdir = pathlib.Path(workdir)
   config = load_config(workdir / "config.json")
   if not (workdir / "checkpoints").is_dir():
     raise ValueError(f"{workdir}: no checkpoints; was this run stopped before its first save?")
-  graph, abstract = nnx.split(nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))), nnx.Param)
+  build = lambda rngs: add_adapters(LanguageModel(config.model, rngs=rngs), config.lora, rngs=rngs)
+  graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     _, params = checkpoints.load(step, lambda step: checkpoints.restore_params(step, abstract))
-  return config, nnx.merge(graph, params)
+  return dataclasses.replace(config, lora=LoraConfig()), merge_adapters(nnx.merge(graph, params))
 
 
 def save_model(workdir: pathlib.Path | str, config: TrainConfig, model) -> None:

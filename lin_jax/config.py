@@ -6,6 +6,7 @@ every rule once, after overrides are parsed, and `save` and `load` keep the reso
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 from lin_jax import files
@@ -16,6 +17,8 @@ NORMS = ("rms", "rms_offset", "simple_rms")
 POST_NORMS = ("none", "hybrid", "all")
 MLPS = ("swiglu", "sglu")
 DTYPES = ("bfloat16", "float16", "float32")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
 _MIXERS = "mixer", "hybrid_mixer"  # fields of a ModelConfig
 
 
@@ -58,16 +61,22 @@ class DataConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-  """AdamW with linear warmup to `learning_rate` and cosine decay to `final_learning_rate`.
+  """AdamW or Muon, with linear warmup to `learning_rate` and a decay to `final_learning_rate`.
 
-  A run can be given more `steps` later, finished or not. If the two rates are equal, it is then the same run as one
-  planned with that many steps. Otherwise the decay ends where it was planned to end, and further steps keep the final
-  rate. That is the same as a run planned with that many `steps` and that `decay_steps` from the start, as the
-  lengthened run's config says.
+  With the schedule "cosine" the decay begins after the warmup. A run can be given more `steps` later, finished or not.
+  If the two rates are equal, it is then the same run as one planned with that many steps. Otherwise the decay ends
+  where it was planned to end, and further steps keep the final rate. That is the same as a run planned with that many
+  `steps` and that `decay_steps` from the start, as the lengthened run's config says.
+
+  With "wsd" (warmup, stable, decay) the rate stays at `learning_rate` until the last `decay_steps` steps, in which it
+  falls linearly. A run without a decay can be given more `steps`, with or without a decay at their end.
   """
 
+  name: str = "adamw"  # or "muon" for the kernels of products, with AdamW for every other parameter
+  schedule: str = "cosine"  # or "wsd"
+  trainable: str = ""  # patterns of parameters' names, with commas between them; the others are frozen; "" means all
   steps: int = 1000
-  decay_steps: int = 0  # the step at which the decay ends; 0 means the last step
+  decay_steps: int = 0  # cosine: the step at which the decay ends, 0 for the last; wsd: steps of the decay, 0 for none
   warmup_steps: int = 100
   learning_rate: float = 3e-4
   final_learning_rate: float = 3e-5
@@ -78,6 +87,15 @@ class OptimConfig:
   clip_norm: float = dataclasses.field(default=1.0, metadata={"infinite": True})  # infinity clips nothing
   accumulation: int = 1  # microbatches per optimizer step
   nonfinite: str = "stop"  # on a non-finite loss or gradient, "stop" the run or "skip" the step
+
+
+@dataclasses.dataclass
+class LoraConfig:
+  """Low-rank adapters beside the layers `targets`, which train in their place: see `lin_jax.lora`."""
+
+  rank: int = 0  # 0 means no adapters
+  alpha: float = 16.0  # an adapter's result counts alpha / rank times
+  targets: str = ""  # patterns of layers' names, with commas between them; "" means all Linear layers
 
 
 @dataclasses.dataclass
@@ -127,9 +145,11 @@ class TrainConfig:
   seed: int = 0
   remat: str = "none"  # the part of a block that its backward pass recomputes: see `lin_jax.model.REMAT`
   unroll: int = 1  # repetitions of layers compiled in one step of their scan; 0 means all: see `LanguageModel`
+  init_from: str = ""  # a run or a Hugging Face folder whose parameters the run starts with: see `lin_jax.initial`
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -154,9 +174,9 @@ def validate(config: TrainConfig) -> TrainConfig:
     require(_get(config.model, field) <= most, f"model.{field}", f"must be at most {most:,}")
   for field in ("model.mlp_width", "optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches",
                 "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed", "unroll",
-                "optim.decay_steps"):
+                "optim.decay_steps", "lora.rank"):
     require(_get(config, field) >= 0, field, "must not be negative")
-  for field in ("optim.learning_rate", "optim.clip_norm", "optim.eps", "model.norm_eps"):
+  for field in ("optim.learning_rate", "optim.clip_norm", "optim.eps", "model.norm_eps", "lora.alpha"):
     require(_get(config, field) > 0, field, "must be positive")
   for field in ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"):
     require(_get(config, field) == -1 or _get(config, field) >= 1, field, "must be at least 1, or -1 for the rest")
@@ -175,15 +195,8 @@ def validate(config: TrainConfig) -> TrainConfig:
   require(config.model.mlp in MLPS, "model.mlp", f"must be one of {', '.join(MLPS)}")
   require(config.model.dtype in DTYPES, "model.dtype", f"must be one of {', '.join(DTYPES)}")
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")
-  require(config.optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")
-  require(config.optim.warmup_steps < config.optim.steps, "optim.warmup_steps", "must be less than config.optim.steps")
-  decay_end = config.optim.decay_steps
-  require(decay_end == 0 or config.optim.warmup_steps < decay_end <= config.optim.steps, "optim.decay_steps",
-          "must lie above config.optim.warmup_steps and not above config.optim.steps, or be 0 for the last step")
-  for field in ("optim.beta1", "optim.beta2"):
-    require(0 <= _get(config, field) < 1, field, "must lie in [0, 1)")
-  require(0 <= config.optim.final_learning_rate <= config.optim.learning_rate, "optim.final_learning_rate",
-          "must lie between 0 and config.optim.learning_rate")
+  _validate_optim(config.optim, require)
+  _require_patterns(config, require)
   require(config.data.batch_size % config.optim.accumulation == 0, "data.batch_size",
           f"must be divisible by config.optim.accumulation={config.optim.accumulation}")
   if config.log.profile_steps:
@@ -194,6 +207,33 @@ def validate(config: TrainConfig) -> TrainConfig:
       ok = False
     require(ok, "log.profile_steps", "must be 'start,stop' with 1 <= start < stop")
   return config
+
+
+def _validate_optim(optim, require):
+  require(optim.name in OPTIMIZERS, "optim.name", f"must be one of {', '.join(OPTIMIZERS)}")
+  require(optim.schedule in SCHEDULES, "optim.schedule", f"must be one of {', '.join(SCHEDULES)}")
+  require(optim.nonfinite in ("stop", "skip"), "optim.nonfinite", "must be 'stop' or 'skip'")
+  require(optim.warmup_steps < optim.steps, "optim.warmup_steps", "must be less than config.optim.steps")
+  if optim.schedule == "wsd":
+    require(optim.decay_steps <= optim.steps - optim.warmup_steps, "optim.decay_steps",
+            "must leave room for config.optim.warmup_steps within config.optim.steps")
+  else:
+    require(optim.decay_steps == 0 or optim.warmup_steps < optim.decay_steps <= optim.steps, "optim.decay_steps",
+            "must lie above config.optim.warmup_steps and not above config.optim.steps, or be 0 for the last step")
+  for field in ("beta1", "beta2"):
+    require(0 <= getattr(optim, field) < 1, f"optim.{field}", "must lie in [0, 1)")
+  require(0 <= optim.final_learning_rate <= optim.learning_rate, "optim.final_learning_rate",
+          "must lie between 0 and config.optim.learning_rate")
+
+
+def _require_patterns(config, require):
+  for field in ("optim.trainable", "lora.targets"):
+    patterns = _get(config, field).split(",")
+    try:
+      ok = patterns == [""] or all(patterns) and bool([re.compile(pattern) for pattern in patterns])
+    except re.error:
+      ok = False
+    require(ok, field, "must be regular expressions with commas between them")
 
 
 def _get(config, field):

@@ -1,15 +1,17 @@
 """Reading prepared token shards as fixed windows, for training (Grain, shuffled, resumable) and for evaluation.
 
 A dataset directory (written by `experiments/prepare_data.py`) holds for each split the documents' ids end to end as
-little-endian uint16 shards `<split>-00000.bin`, where the tokenizer's end id closes each document, and the uint64
-document starts `<split>.idx.npy`. It also holds `manifest.json` with counts and checksums, and the tokenizer's file if
-there is one.
+little-endian shards `<split>-00000.bin`, where the tokenizer's end id closes each document, and the uint64 document
+starts `<split>.idx.npy`. Ids are uint16, or uint32 for a vocabulary of more than 65,536. Where a model shall learn
+answers only, `<split>-00000.mask` has one byte for each id of the shard: 1 if the id belongs to an answer, otherwise 0.
+The directory also holds `manifest.json` with counts and checksums, and the tokenizer's file if there is one.
 
 Window i of a split covers ids [i T, i T + T]. These are T + 1 ids, the last one shared with window i + 1, so every id
 except the split's first is the target of exactly one window. A batch is a dict of arrays [B, T]:
   tokens, targets   int32; targets are the tokens one position later
   segment_ids       int32 >= 1, one value per document inside the window
-  mask              float32; 0 where the target lies in another document than its token, and on padding
+  mask              float32; 0 where the target lies in another document than its token or outside of an answer, and
+                    on padding
 """
 
 import functools
@@ -23,7 +25,6 @@ import numpy as np
 
 from lin_jax import files, manifests
 from lin_jax.config import DataConfig
-from lin_jax.manifests import DTYPE
 from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer, load_tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -38,7 +39,9 @@ class TokenDataset:
 
   Attributes:
     tokens, documents, bytes: counts of the split; `bytes` is the UTF-8 size of its text.
-    bytes_per_token: turns a loss in nats per token into bits per byte: loss / (ln 2 * bytes_per_token).
+    masked: whether the split has a mask of answers.
+    bytes_per_token: turns a loss in nats per token into bits per byte: loss / (ln 2 * bytes_per_token). In a masked
+      split the loss is one per token of an answer, and the bytes are the answers' too.
     vocab_size: the number of ids of the dataset's tokenizer.
     document_starts: uint64 [documents], the position of each document's first id.
 
@@ -71,14 +74,21 @@ class TokenDataset:
     if self._max_id >= self.vocab_size:
       raise ValueError(f"{self.path}: split {self.split!r} holds token id {self._max_id}: ids must be less than its "
                        f"tokenizer's vocab_size={self.vocab_size}")
-    self._shards = [_Shard(self.path / shard["file"], shard["sha256"]) for shard in entry["shards"]]
+    dtype, answers = manifest["dtype"], entry.get("answers")
+    self.masked = answers is not None
+    self._learned = (answers["bytes"], answers["tokens"]) if self.masked else (self.bytes, self.tokens)
+    if not self._learned[1]:
+      raise ValueError(f"{self.path}: split {self.split!r} has no token of an answer")
+    self._shards = [_Shard(self.path / shard["file"], shard["sha256"], dtype) for shard in entry["shards"]]
+    masks = [shard["mask"] for shard in entry["shards"]] if self.masked else []
+    self._masks = [_Shard(self.path / mask["file"], mask["sha256"], "u1") for mask in masks]
     sizes = [shard["tokens"] for shard in entry["shards"]]
     self._ends = np.cumsum(sizes)
     if self._ends[-1] != self.tokens:
       raise ValueError(f"{self.path}: the shards of split {self.split!r} hold {self._ends[-1]} tokens: the manifest "
                        f"says {self.tokens}")
-    for shard, size in zip(self._shards, sizes, strict=True):
-      manifests.require_size(shard.file, size * DTYPE.itemsize)
+    for shard, size in (*zip(self._shards, sizes), *zip(self._masks, sizes)):
+      manifests.require_size(shard.file, size * shard.dtype.itemsize)
     self._index = self.path / entry["index"]["file"], entry["index"]["sha256"]
 
   @functools.cached_property
@@ -96,7 +106,8 @@ class TokenDataset:
 
   @property
   def bytes_per_token(self) -> float:
-    return self.bytes / self.tokens
+    count, tokens = self._learned
+    return count / tokens
 
   def tokenizer(self) -> Tokenizer:
     """The tokenizer that wrote the dataset."""
@@ -104,15 +115,22 @@ class TokenDataset:
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """Ids [start, stop) as int32. Raises ValueError if they are not the ids that the manifest describes."""
-    pieces = []
-    for i in range(np.searchsorted(self._ends, start, "right"), np.searchsorted(self._ends, stop, "left") + 1):
-      first, end = int(self._ends[i - 1]) if i else 0, int(self._ends[i])
-      pieces.append(self._shards[i].read(max(start, first) - first, min(stop, end) - first))
-    ids = np.concatenate(pieces).astype(np.int32)
+    ids = self._read(self._shards, start, stop)
     if ids.max() > self._max_id:
       raise ValueError(f"{self.path}: split {self.split!r} holds token id {ids.max()} after position {start}: the "
                        f"manifest says that none exceeds {self._max_id}, so a shard was changed")
-    return ids
+    return ids.astype(np.int32)
+
+  def read_mask(self, start: int, stop: int) -> np.ndarray:
+    """Whether each id of [start, stop) of a masked split belongs to an answer. Raises ValueError as `read` does."""
+    return self._read(self._masks, start, stop) != 0
+
+  def _read(self, shards, start, stop):
+    pieces = []
+    for i in range(np.searchsorted(self._ends, start, "right"), np.searchsorted(self._ends, stop, "left") + 1):
+      first, end = int(self._ends[i - 1]) if i else 0, int(self._ends[i])
+      pieces.append(shards[i].read(max(start, first) - first, min(stop, end) - first))
+    return np.concatenate(pieces)
 
   def segments(self, start: int, stop: int) -> np.ndarray:
     """int32 [stop - start]: 1 in the document of position `start`, and one more in each document after it."""
@@ -123,10 +141,10 @@ class TokenDataset:
 
 
 class _Shard:
-  """A shard's ids. The file is read, not mapped into memory, where a file that is cut short would end the process."""
+  """A shard's ids or mask. The file is read, not mapped into memory, where one cut short would end the process."""
 
-  def __init__(self, file: pathlib.Path, sha256: str):
-    self.file, self._sha256 = file, sha256
+  def __init__(self, file: pathlib.Path, sha256: str, dtype: str):
+    self.file, self.dtype, self._sha256 = file, np.dtype(dtype), sha256
     self._lock, self._checked = threading.Lock(), False
 
   def read(self, start: int, stop: int) -> np.ndarray:
@@ -135,7 +153,7 @@ class _Shard:
         files.require_sha256(self.file, self._sha256)
         self._checked = True
     try:
-      ids = np.fromfile(self.file, DTYPE, stop - start, offset=start * DTYPE.itemsize)
+      ids = np.fromfile(self.file, self.dtype, stop - start, offset=start * self.dtype.itemsize)
     except OSError as e:
       raise ValueError(f"{self.file}: no longer readable ({e.strerror})") from e
     if len(ids) < stop - start:
@@ -174,6 +192,8 @@ class Windows(Sequence):
       ids = np.pad(ids, (0, missing))
       segments = np.pad(segments, (0, missing), constant_values=segments[-1] + 1)
     mask = segments[1:] == segments[:-1]
+    if self._dataset.masked:
+      mask[:stop - start - 1] &= self._dataset.read_mask(start + 1, stop)
     mask[stop - start - 1:] = False
     return dict(tokens=ids[:-1], targets=ids[1:], segment_ids=segments[:-1], mask=mask.astype(np.float32))
 
@@ -191,12 +211,13 @@ def train_iterator(config: DataConfig, seed: int, *, split: str = "train", vocab
   Together the processes form the same global batches whatever their number, which defaults to JAX's. With
   `config.carried_windows` = n, the unit of shuffling is a run of n consecutive windows, and each batch row reads one
   run over n successive batches, from batch 0 on. Raises ValueError as `TokenDataset` does, if the sequence or the run
-  is longer than the split, and if the processes do not divide the batch.
+  is longer than the split, if runs of several windows have a mask, and if the processes do not divide the batch.
   """
   index, count, rows = _processes(config, process_index, process_count)
-  windows = Windows(TokenDataset(config.path, split, vocab_size=vocab_size), config.sequence_length,
-                    reset_at_documents=config.reset_at_documents)
-  run = config.carried_windows
+  data, run = TokenDataset(config.path, split, vocab_size=vocab_size), config.carried_windows
+  windows = Windows(data, config.sequence_length, reset_at_documents=config.reset_at_documents)
+  if data.masked and run > 1:  # a row's last target tells by its mask whether the state is carried on
+    raise ValueError(f"config.data.carried_windows={run}: must be 1 with {config.path}, which has a mask of answers")
   if len(windows) < run:
     raise ValueError(f"config.data.carried_windows={run}: split {split!r} of {config.path} has {len(windows)} windows "
                      f"of {config.sequence_length} tokens")

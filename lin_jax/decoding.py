@@ -14,15 +14,17 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from lin_jax.layers import Linear, align
+from lin_jax.layers import Linear, RMSNorm, align
 from lin_jax.sharding import is_partitioned
 
 # Joint products have a multiple of this many columns, as the tensor cores want their rows.
 _ALIGNED = 64
 
 
+@jax.tree_util.register_pytree_node_class
 class Decoder:
-  """A language model prepared for `step`. It is made and used under one jit, outside the loop over tokens.
+  """A language model prepared for `step`. It is made under jit, outside the loop over tokens, and one program may hand
+  it to others.
 
   The weights are copied in the compute dtype, and a program takes about as many times longer to compile as the scan
   over layers has repetitions.
@@ -34,6 +36,24 @@ class Decoder:
       if (matrix := getattr(model, name)) is not None:
         setattr(self.model, name, matrix.replace(matrix[...].astype(model.dtype)))
     self.blocks = [_prepared(block) for block in in_order(model.placed_runs())]
+    for module in (self.model.norm, *self.blocks):
+      _absorb_offsets(module)
+    self.model.runs = nnx.List([])  # the blocks stand for them
+    numbers = {}
+    self._numbers = [numbers.setdefault(id(leaf), len(numbers)) for leaf in jax.tree.leaves((self.model, self.blocks))]
+
+  def tree_flatten(self) -> tuple[list, tuple]:
+    """Each array once. Otherwise a program would return, and another one multiply by, copies of a shared matrix."""
+    leaves, structure = jax.tree.flatten((self.model, self.blocks))
+    arrays = dict(zip(self._numbers, leaves, strict=True))  # in the order of the numbers
+    return list(arrays.values()), (structure, tuple(self._numbers))
+
+  @classmethod
+  def tree_unflatten(cls, structure: tuple, arrays: list) -> "Decoder":
+    decoder = cls.__new__(cls)
+    structure, decoder._numbers = structure
+    decoder.model, decoder.blocks = jax.tree.unflatten(structure, [arrays[number] for number in decoder._numbers])
+    return decoder
 
   def step(self, tokens: Int[Array, "B"], states: list) -> tuple[Float[Array, "B V"], list]:
     """Float32 logits after one more token per row, and the states of the layers in their order."""
@@ -113,6 +133,13 @@ def _prepared(block):
     for group in _shared_inputs(linears):
       _join(module, group)
   return block
+
+
+def _absorb_offsets(module):
+  # The compiler would leave the addition inside of the loop over tokens, as a kernel of its own for each norm.
+  for _, norm in nnx.iter_modules(module):
+    if isinstance(norm, RMSNorm) and norm.offset:
+      norm.absorb_offset()
 
 
 def _shared_inputs(linears):

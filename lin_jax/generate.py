@@ -21,6 +21,10 @@ from jaxtyping import Float, Int
 from lin_jax.decoding import Decoder, in_order, stacked
 from lin_jax.model import LanguageModel
 
+SHORTEST = 32  # tokens; prompts are padded to this times a power of two
+ENDLESS = 2**24  # as the length of a state, it lets attention keep all of its window
+_SHORTER = "shorten the prompt or generate less"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -61,7 +65,7 @@ def generate(model: LanguageModel, prompt: Int[Array, "B P"] | Sequence[Sequence
     raise ValueError(f"prompt of shape {prompt.shape}: must be [batch, tokens]")
   sampling = Sampling(temperature, top_k, top_p, vocab_size)
   if prompt.size:
-    _require_ids(model, prompt)  # compiling takes longer
+    require_ids(model, prompt)  # compiling takes longer
   run = compile_generate(model, *prompt.shape, steps, sampling)
   return run(prompt, jax.random.key(0) if key is None else key)
 
@@ -73,37 +77,47 @@ def compile_generate(model: LanguageModel, batch: int, prompt_length: int, steps
     raise ValueError(f"batch={batch}, prompt_length={prompt_length}, steps={steps}: each must be at least 1")
   request = f"a prompt of {prompt_length:,} and {steps:,} new tokens (batch {batch})"
   # Checked before compiling, because states and tokens (int32) that are too big exhaust the compiler's own memory.
-  _require_memory(request, state_bytes(model, batch, prompt_length + steps) + 4 * batch * (prompt_length + steps))
+  length = prompt_length + steps
+  require_memory(request, state_bytes(model, batch, length) + 4 * batch * length, _SHORTER)
   tokens = jax.ShapeDtypeStruct((batch, prompt_length), jnp.int32)
   program = _generate.lower(model, tokens, jax.eval_shape(jax.random.key, 0), steps, sampling).compile()
   memory = program.memory_analysis()
-  _require_memory(request, memory.temp_size_in_bytes + memory.output_size_in_bytes)
+  require_memory(request, memory.temp_size_in_bytes + memory.output_size_in_bytes, _SHORTER)
 
   def run(prompt, key):
     prompt = np.asarray(prompt)
     if prompt.shape != (batch, prompt_length):
       raise ValueError(f"prompt of shape {prompt.shape}: this program is for {(batch, prompt_length)}")
-    _require_ids(model, prompt)
+    require_ids(model, prompt)
     return program(model, prompt.astype(np.int32), key)
 
   return run
 
 
-def _require_ids(model, prompt):
+def require_ids(model: LanguageModel, ids: np.ndarray, name: str = "prompt") -> None:
+  """Raises ValueError, beginning with `name`, unless `ids`, which are not empty, lie in the model's vocabulary."""
   vocabulary = model.embedding.shape[0]
-  if prompt.dtype.kind not in "iu":
-    raise ValueError(f"prompt of {prompt.dtype}: must hold integers")
-  if prompt.min() < 0 or prompt.max() >= vocabulary:
-    raise ValueError(f"prompt token {prompt.min() if prompt.min() < 0 else prompt.max()}: ids must lie in "
-                     f"[0, {vocabulary})")
+  if ids.dtype.kind not in "iu":
+    raise ValueError(f"{name} of {ids.dtype}: must hold integers")
+  if ids.min() < 0 or ids.max() >= vocabulary:
+    raise ValueError(f"{name} token {ids.min() if ids.min() < 0 else ids.max()}: ids must lie in [0, {vocabulary})")
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "sampling"))
 def _generate(model, prompt, key, steps, sampling):
   batch, length = prompt.shape
-  hidden, state = model.hidden(prompt, model.init_state(batch, length + steps))
-  logits = jnp.dot(hidden[:, -1], model.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32)
+  logits, state = read(model, prompt, model.init_state(batch, length + steps))
   return decode(model, logits, state, key, steps, sampling)[0]
+
+
+def read(model: LanguageModel, tokens: Int[Array, "B T"], state: Any, segment_ids: Int[Array, "B T"] | None = None,
+         ) -> tuple[Float[Array, "B V"], Any]:
+  """Float32 logits after the last token of each row, and the state after it, in the parallel form.
+
+  Prompts of different lengths are padded on the left with tokens of a segment of their own, which changes neither.
+  """
+  hidden, state = model.hidden(tokens, state, segment_ids)
+  return jnp.dot(hidden[:, -1], model.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32), state
 
 
 def decode(model: LanguageModel, logits: Float[Array, "B V"], state: Any, key: Array, steps: int,
@@ -112,20 +126,26 @@ def decode(model: LanguageModel, logits: Float[Array, "B V"], state: Any, key: A
 
   It must be called under jit.
   """
+  draw = lambda logits, i: sample(logits, jax.random.fold_in(key, i), sampling)
+  tokens, (logits, states) = decode_layers(Decoder(model), logits, in_order(state), steps, draw)
+  return tokens, (logits, stacked(states, state))
 
-  decoder = Decoder(model)
+
+def decode_layers(decoder: Decoder, logits: Float[Array, "B V"], states: list, steps: int,
+                  draw: Callable[[Array, Array], Array]) -> tuple[Int[Array, "B steps"], tuple[Array, list]]:
+  """The loop of `decode` over the layers' states, where `draw(logits, i)` gives the i-th token of each row."""
 
   def next_token(carry, i):
     logits, states, tokens = carry
-    token = sample(logits, jax.random.fold_in(key, i), sampling)
+    token = draw(logits, i)
     # Stacked by the scan, the tokens would be copied on another stream of a GPU, which keeps the loop's body from being
     # one CUDA graph.
     tokens = jnp.where(jnp.arange(steps)[None] == i, token[:, None], tokens)
     return (*decoder.step(token, states), tokens), None
 
   tokens = jnp.zeros((logits.shape[0], steps), jnp.int32)
-  (logits, states, tokens), _ = jax.lax.scan(next_token, (logits, in_order(state), tokens), jnp.arange(steps))
-  return tokens, (logits, stacked(states, state))
+  (logits, states, tokens), _ = jax.lax.scan(next_token, (logits, states, tokens), jnp.arange(steps))
+  return tokens, (logits, states)
 
 
 def sample(logits: Float[Array, "B V"], key: Array, sampling: Sampling) -> Int[Array, "B"]:
@@ -148,7 +168,7 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
   return jnp.where(logits < kth, -jnp.inf, logits)
 
 
-def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+def keep_top_p(logits: Float[Array, "B V"], p: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
   """Logits where all tokens outside the smallest set of most likely ones whose probability reaches `p` are -inf
   (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
   ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -161,16 +181,41 @@ def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
 
 def state_bytes(model: LanguageModel, batch: int, length: int) -> int:
   """Bytes of the state that decoding `length` tokens carries: constant for recurrent mixers, linear for attention."""
-  leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(batch, length)))
-  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+  return sum(map(_bytes, _layer_states(model, batch, length)))
 
 
-def _require_memory(request, needed):
+def cache_bytes(model: LanguageModel, batch: int, length: int) -> int:
+  """The part of `state_bytes` in layers that keep single tokens: all of them, or the last of a window."""
+  pairs = zip(_layer_states(model, batch, length), *(_layer_states(model, 1, tokens) for tokens in (1, 2)), strict=True)
+  return sum(_bytes(layer) for layer, one, two in pairs if _bytes(one) != _bytes(two))
+
+
+def has_growing_state(model: LanguageModel) -> bool:
+  """Whether decoding ever longer texts takes ever more memory: softmax attention without a window does."""
+  return state_bytes(model, 1, 2 * ENDLESS) > state_bytes(model, 1, ENDLESS)
+
+
+def padded(length: int) -> int:
+  """The next larger of the lengths for which programs are compiled."""
+  return SHORTEST * 2 ** max(0, (-(-length // SHORTEST) - 1).bit_length())
+
+
+def _layer_states(model, batch, length):
+  """The states of the layers, with shapes in place of arrays. Layers of one stack count as one."""
+  return [stack for run in jax.eval_shape(lambda: model.init_state(batch, length)) for stack in run]
+
+
+def _bytes(state):
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def require_memory(request: str, needed: int, advice: str) -> None:
+  """Raises ValueError, which ends in `advice`, if `request` needs more bytes than the first device has."""
   device = jax.devices()[0]
   available = _memory(device)
   if needed > available:
     raise ValueError(f"{request} needs {needed / 2**30:,.1f} GiB beside the parameters, more than the "
-                     f"{available / 2**30:,.1f} GiB of {device.device_kind}: shorten the prompt or generate less")
+                     f"{available / 2**30:,.1f} GiB of {device.device_kind}: {advice}")
 
 
 def _memory(device):

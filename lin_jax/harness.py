@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from lin_jax.generate import Sampling, decode, state_bytes
+from lin_jax.generate import ENDLESS, Sampling, decode, has_growing_state, padded, read
 from lin_jax.model import LanguageModel
 from lin_jax.tokenizer import Tokenizer, require_vocabulary
 
@@ -29,11 +29,9 @@ try:
 except ImportError as e:
   raise ImportError(f"lin_jax.harness needs lm-eval, the extra `evaluation` ({e})") from e
 
-SHORTEST = 32  # tokens; rows are padded to this times a power of two
 PIECE = 2048  # tokens that a model with a fixed state reads at once
 DECODED = 32  # tokens between two looks for stop strings
 _HEAD_TOKENS = 32  # tokens per row whose logits exist at once
-_ENDLESS = 2**24  # as the length of a state, it lets attention keep all of its window
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +127,7 @@ class HarnessModel(TemplateLM):
     for row, (ids, count) in enumerate(rows):
       length = len(ids) - 1
       tokens[row, :length], targets[row, :length], scored[row, length - count:length] = ids[:-1], ids[1:], 1
-    state = self.model.init_state(self.batch_size, _ENDLESS) if longest > piece else None
+    state = self.model.init_state(self.batch_size, ENDLESS) if longest > piece else None
     logprob, best = np.zeros(self.batch_size), np.ones(self.batch_size, bool)
     for part in (slice(start, start + piece) for start in range(0, longest, piece)):
       values, greedy, state = _token_logprobs(self.model, tokens[:, part], targets[:, part], state)
@@ -177,16 +175,6 @@ class HarnessModel(TemplateLM):
     return (ordered[i:i + self.batch_size] for i in range(0, len(ordered), self.batch_size))
 
 
-def has_growing_state(model: LanguageModel) -> bool:
-  """Whether decoding ever longer texts takes ever more memory: softmax attention without a window does."""
-  return state_bytes(model, 1, 2 * _ENDLESS) > state_bytes(model, 1, _ENDLESS)
-
-
-def padded(length: int) -> int:
-  """The next larger of the lengths for which programs are compiled."""
-  return SHORTEST * 2 ** max(0, (-(-length // SHORTEST) - 1).bit_length())
-
-
 def _generation(options, vocab_size):
   options = dict(normalize_gen_kwargs(options))
   sampled = options.pop("do_sample")
@@ -222,8 +210,7 @@ def _token_logprobs(model: LanguageModel, tokens: Int[Array, "B T"], targets: In
 @functools.partial(jax.jit, static_argnames="max_length")
 def _prefill(model, tokens, segment_ids, max_length):
   """Logits after the last token, and the state of its segment, without the effects of the padding on the left."""
-  hidden, state = model.hidden(tokens, model.init_state(tokens.shape[0], max_length), segment_ids)
-  return jnp.dot(hidden[:, -1], model.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32), state
+  return read(model, tokens, model.init_state(tokens.shape[0], max_length), segment_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "sampling"), donate_argnames="state")

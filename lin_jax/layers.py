@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float, Int
 
 from kernels import rms_norm, swiglu
 from kernels.derivatives import RESIDUALS
 from kernels.residual_norm import add_and_norm
 from lin_jax.context import short_convolution
-from lin_jax.sharding import context_shards, map_over_heads, tensor_shards
+from lin_jax.sharding import map_over_heads, rows_of, tensor_shards
 
 NORMAL = nnx.initializers.normal(0.02)
 
@@ -62,16 +63,26 @@ def product(x: Float[Array, "*rows inputs"], kernel: Float[Array, "inputs output
   return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
-@product.defjvp
 def _product_derivative(dtype, primals, tangents):
   # Without this rule, the products of the gradients read the wide cotangent of a wide result.
   (x, kernel), (dx, dkernel) = primals, tangents
   y = jnp.matmul(x, kernel, preferred_element_type=dtype)
-  return y, (jnp.matmul(dx, kernel) + jnp.matmul(x, dkernel)).astype(dtype)
+  # A frozen kernel has no tangent, and its product with x would cost as much as y.
+  terms = [jnp.matmul(a, b) for a, b in ((dx, kernel), (x, dkernel))
+           if not any(isinstance(factor, SymbolicZero) for factor in (a, b))]
+  return y, sum(terms[1:], terms[0]).astype(dtype)
+
+
+product.defjvp(_product_derivative, symbolic_zeros=True)
 
 
 class Linear(nnx.Module):
-  """y = x W (+ b), with products in `dtype` and float32 accumulation. y is in `output_dtype` (`dtype` if None)."""
+  """y = x W (+ b), with products in `dtype` and float32 accumulation. y is in `output_dtype` (`dtype` if None).
+
+  With an `adapter`, as `lin_jax.lora` gives it, its result is added.
+  """
+
+  adapter: nnx.Module | None = None
 
   def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, dtype, rngs: nnx.Rngs,
                init: Callable = NORMAL, bias: bool = False, output_dtype=None):
@@ -81,31 +92,28 @@ class Linear(nnx.Module):
     self.output_dtype = jnp.dtype(dtype if output_dtype is None else output_dtype)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    y = product(rows_of(x).astype(self.dtype), self.kernel[...].astype(self.dtype), self.output_dtype)
+    rows = rows_of(x).astype(self.dtype)
+    y = product(rows, self.kernel[...].astype(self.dtype), self.output_dtype)
+    if self.adapter is not None:
+      # The sum has a name, so that remat keeps it and not both of its terms.
+      y = checkpoint_name(y + self.adapter(rows, self.output_dtype), RESIDUALS)
     y = y.reshape(*x.shape[:-1], -1)
     if self.bias is None:
       return y
     return y + align(self.bias[...].astype(y.dtype), y)
 
   def flops_per_token(self) -> int:
-    return 2 * self.kernel.shape[-2] * self.kernel.shape[-1]
-
-
-def rows_of(x: Float[Array, "*batch inputs"]) -> Float[Array, "*rows inputs"]:
-  """x with one axis of rows, because XLA on a CPU copies and transposes both operands of a kernel's gradient over two.
-
-  Where tokens are split over devices, x stays as it is: no device holds consecutive rows of it.
-  """
-  return x if context_shards() > 1 else x.reshape(-1, x.shape[-1])
+    own = 2 * self.kernel.shape[-2] * self.kernel.shape[-1]
+    return own if self.adapter is None else own + self.adapter.flops_per_token()
 
 
 def joint_products(linears: Sequence[nnx.Module], x: Float[Array, "*batch inputs"]) -> list[Array]:
   """Returns the result of each of the `linears`, which have few outputs, from one product with the columns of all.
 
   The gradient of x is then one product too, and not a sum of as many arrays as there are layers. Layers that decoding
-  has joined already, and layers whose columns are split over devices, stay as they are.
+  has joined already, layers with adapters, and layers whose columns are split over devices, stay as they are.
   """
-  if tensor_shards() > 1 or not all(isinstance(linear, Linear) for linear in linears):
+  if tensor_shards() > 1 or not all(isinstance(linear, Linear) and linear.adapter is None for linear in linears):
     return [linear(x) for linear in linears]
   kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
   widest = max((linear.output_dtype for linear in linears), key=lambda dtype: dtype.itemsize)
@@ -170,22 +178,23 @@ class SimpleRMSNorm(nnx.Module):
 
 
 class RMSNorm(SimpleRMSNorm):
-  """x / sqrt(mean(x²) + eps) * scale over the last axis, with statistics in float32 and the result in x's dtype."""
+  """x / sqrt(mean(x²) + eps) * (offset + scale) over the last axis, statistics in float32, result in x's dtype.
 
-  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+  The offset is 0, or 1 as in Gemma and Qwen3.5. The scale starts at 1 - offset.
+  """
+
+  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, offset: int = 0):
     super().__init__(eps=eps)
-    self.scale = param(rngs, nnx.initializers.ones, (width,), (None,))
+    self.offset = offset
+    self.scale = param(rngs, nnx.initializers.constant(1.0 - offset), (width,), (None,))
 
-
-class OffsetRMSNorm(SimpleRMSNorm):
-  """x / sqrt(mean(x²) + eps) * (1 + scale), as Gemma and Qwen3.5 store it: the scale starts at 0."""
-
-  def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
-    super().__init__(eps=eps)
-    self.scale = param(rngs, nnx.initializers.zeros, (width,), (None,))
+  def absorb_offset(self) -> None:
+    """Adds the offset to the scale, so that no later call does."""
+    self.scale, self.offset = self.scale.replace(self._scale()), 0
 
   def _scale(self):
-    return 1 + self.scale[...].astype(jnp.float32)
+    scale = self.scale[...].astype(jnp.float32)
+    return scale + self.offset if self.offset else scale
 
 
 class SwiGLU(nnx.Module):

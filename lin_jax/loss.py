@@ -24,7 +24,7 @@ def next_token_loss(hidden: Float[Array, "B T D"], unembedding: Float[Array, "D 
 
   Under a mesh (`jax.set_mesh`) the batch is split over ("data", "fsdp"), the tokens of each sequence over "context"
   and the vocabulary over "tensor" where they divide evenly. Gradients of `unembedding` are summed over the first three
-  axes once, after the last chunk.
+  axes once, after the last chunk. They are not computed where `unembedding` is constant.
 
   Args:
     mask: weight of each target; 0 leaves the target out.
@@ -46,25 +46,27 @@ def next_token_loss(hidden: Float[Array, "B T D"], unembedding: Float[Array, "D 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loss(hidden, unembedding, targets, mask, chunk_tokens):
-  return _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients=False)[:2]
+  return _sharded(hidden, unembedding, targets, mask, chunk_tokens)[:2]
 
 
 def _loss_forward(hidden, unembedding, targets, mask, chunk_tokens):
-  total, metrics, dhidden, dunembedding = _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients=True)
-  return (total, metrics), (dhidden, dunembedding.astype(unembedding.dtype))
+  arrays = (x.value for x in (hidden, unembedding, targets, mask))
+  total, metrics, dhidden, dunembedding = _sharded(*arrays, chunk_tokens, gradients=True,
+                                                   frozen=not unembedding.perturbed)
+  return (total, metrics), (dhidden, None if dunembedding is None else dunembedding.astype(unembedding.value.dtype))
 
 
 def _loss_backward(chunk_tokens, gradients, cotangents):
-  scale = cotangents[0]
-  dhidden, dunembedding = ((d.astype(jnp.float32) * scale).astype(d.dtype) for d in gradients)
-  return dhidden, dunembedding, None, None
+  scaled = lambda d: (d.astype(jnp.float32) * cotangents[0]).astype(d.dtype)
+  return *(None if d is None else scaled(d) for d in gradients), None, None
 
 
-_loss.defvjp(_loss_forward, _loss_backward)
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
 
 
-def _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients):
-  """Runs `_chunked` on each device's part of the batch, the tokens and the vocabulary."""
+def _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients=False, frozen=True):
+  """Runs `_chunked` on each device's part of the batch, the tokens and the vocabulary. `frozen` leaves out
+  dunembedding."""
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   batch_axes = tuple(axis for axis in _BATCH_AXES if sizes.get(axis, 1) > 1)
   time_axis = _TIME_AXIS if sizes.get(_TIME_AXIS, 1) > 1 else None
@@ -77,19 +79,20 @@ def _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients):
   if vocab_axis and unembedding.shape[1] % sizes[vocab_axis]:
     vocab_axis = None
   token_axes = (*batch_axes, time_axis) if time_axis else batch_axes
-  local = functools.partial(_chunked, chunk_tokens=chunk_tokens, gradients=gradients, token_axes=token_axes,
-                            vocab_axis=vocab_axis)
+  local = functools.partial(_chunked, chunk_tokens=chunk_tokens, gradients=gradients, frozen=frozen,
+                            token_axes=token_axes, vocab_axis=vocab_axis)
   if not token_axes and not vocab_axis:
     return local(hidden, unembedding, targets, mask)
   batch, vocab = P(batch_axes, time_axis), P(None, vocab_axis)
   metrics = {"targets": P(), "correct": P(), "token_loss": batch}
   return jax.shard_map(local, in_specs=(batch, vocab, batch, batch),
-                       out_specs=(P(), metrics, batch, vocab) if gradients else (P(), metrics, P(), P()),
+                       out_specs=(P(), metrics, batch if gradients else P(), P() if frozen else vocab),
                        check_vma=False)(hidden, unembedding, targets, mask)
 
 
-def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, token_axes, vocab_axis):
-  """Returns (loss sum, metrics, dhidden, dunembedding), where the gradients are None unless they are asked for."""
+def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, frozen, token_axes, vocab_axis):
+  """Returns (loss sum, metrics, dhidden, dunembedding), where the gradients are None unless they are asked for, and the
+  last one is None if the unembedding is `frozen`."""
   B, T, _ = hidden.shape
   N = math.ceil(T / max(1, chunk_tokens // B))
   weights = unembedding.astype(hidden.dtype)
@@ -107,14 +110,15 @@ def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, tok
     target_logit = reduce(jnp.where(is_target, logits, 0.0).sum(axis=-1))
     token_loss, correct = weight * (log_norm - target_logit), jnp.where(target_logit >= top, weight, 0.0)
     if not gradients:
-      return None, (token_loss, correct, None)
+      return dweights, (token_loss, correct, None)
     probability = jnp.exp(logits - log_norm[..., None])
     dlogits = (weight[..., None] * jnp.where(is_target, probability - 1.0, probability)).astype(h.dtype)
     dh = reduce(jnp.einsum("bcv,dv->bcd", dlogits, weights, preferred_element_type=jnp.float32))
-    dweights += jnp.einsum("bcd,bcv->dv", h, dlogits, preferred_element_type=jnp.float32)
+    if not frozen:
+      dweights += jnp.einsum("bcd,bcv->dv", h, dlogits, preferred_element_type=jnp.float32)
     return dweights, (token_loss, correct, dh.astype(h.dtype))
 
-  dweights = jnp.zeros(weights.shape, jnp.float32) if gradients else None
+  dweights = None if frozen else jnp.zeros(weights.shape, jnp.float32)
   dweights, outputs = jax.lax.scan(chunk, dweights, tuple(_to_chunks(x, N) for x in (hidden, targets, mask)))
   token_loss, correct, dhidden = (None if x is None else _from_chunks(x, T) for x in outputs)
   metrics = {"targets": mask.sum(), "correct": correct.sum()}

@@ -1,17 +1,30 @@
-"""The manifest of a dataset directory (see `lin_jax.data`): counts and checksums of every file."""
+"""The manifest of a dataset directory (see `lin_jax.data`): counts and checksums of every file.
+
+It needs the standard library alone, because unpacking a dataset must run where nothing else is installed.
+"""
 
 import hashlib
 import json
 import pathlib
-
-import numpy as np
+from collections.abc import Iterator
 
 from lin_jax import files
-from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE
+from lin_jax.tokenizer import MANIFEST_FILE, carried_files
 
 FORMAT = "lin_jax.tokens"
 VERSION = 1
-DTYPE = np.dtype("<u2")
+MASKED_VERSION = 2  # of datasets with masks: a reader of version 1 would ignore them, and train on every token
+DTYPES = "<u2", "<u4"  # of ids
+
+
+def dtype_for(vocab_size: int) -> str:
+  """The dtype of the shards' ids: uint16 if all ids of the vocabulary fit, and otherwise uint32.
+
+  Raises ValueError for a vocabulary whose ids do not fit the int32 of batches.
+  """
+  if vocab_size > 2**31:
+    raise ValueError(f"vocabulary of {vocab_size}: ids must be less than 2^31")
+  return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 def read_manifest(path: str | pathlib.Path) -> dict:
@@ -28,10 +41,20 @@ def read_manifest(path: str | pathlib.Path) -> dict:
     raise ValueError(f"{file}: not readable as JSON ({e})") from e
   if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
     raise ValueError(f"{file}: must be a manifest of format {FORMAT!r}")
-  for key, expected in (("version", VERSION), ("dtype", DTYPE.str)):
-    if manifest.get(key) != expected:
-      raise ValueError(f"{file}: {key} {manifest.get(key)!r}: this version of lin_jax reads {expected!r}")
+  for key, known in (("version", (VERSION, MASKED_VERSION)), ("dtype", DTYPES)):
+    if manifest.get(key) not in known:
+      raise ValueError(f"{file}: {key} {manifest.get(key)!r}: this version of lin_jax reads "
+                       f"{' and '.join(map(repr, known))}")
   return manifest
+
+
+def split_files(entry: dict) -> Iterator[dict]:
+  """The files of a split's manifest entry, each with `file` and `sha256`: the index, the shards and their masks."""
+  yield entry["index"]
+  for shard in entry["shards"]:
+    yield shard
+    if "answers" in entry:
+      yield shard["mask"]
 
 
 def describe(path: str | pathlib.Path) -> dict:
@@ -55,10 +78,9 @@ def verify(path: str | pathlib.Path) -> int:
   path, faults, size = pathlib.Path(path), [], 0
   manifest = read_manifest(path)
   try:
-    parts = [part for entry in manifest["splits"].values() for part in [entry["index"], *entry["shards"]]]
-    if manifest["tokenizer"]["sha256"]:
-      parts.append({"file": MODEL_FILE, "sha256": manifest["tokenizer"]["sha256"]})
+    parts = [part for entry in manifest["splits"].values() for part in split_files(entry)]
     expected = {path / part["file"]: part["sha256"] for part in parts}
+    expected |= {path / file: sha256 for file, sha256 in carried_files(manifest["tokenizer"]).items()}
   except (KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"{path / MANIFEST_FILE}: incomplete or malformed: {e!r}") from e
   for file, sha256 in expected.items():

@@ -22,15 +22,18 @@ class Reporter:
     self._tokens = config.data.batch_size * config.data.sequence_length
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     per_token = flops.training_flops_per_token(config.model, config.data.sequence_length)
-    self._peak_rate = peak * jax.device_count() / per_token if peak else None
+    # The arithmetic of a backward pass that leaves out frozen parameters depends on which they are.
+    whole = not config.optim.trainable and not config.lora.rank
+    self._peak_rate = peak * jax.device_count() / per_token if peak and whole else None
     self._writer = Writer(workdir, config.log, start) if jax.process_index() == 0 else None
 
-  def start(self, parameters: int, note: str = "") -> None:
-    """Prints the run that is about to start, and a `note` on it."""
+  def start(self, trainable: int, frozen: int, note: str = "") -> None:
+    """Prints the run that is about to start, with its numbers of parameters, and a `note` on it."""
     if self._writer:
-      device = jax.devices()[0]
-      print(f"{self._config.name}: {parameters:,} parameters on {jax.device_count()} x {device.device_kind}, "
-            f"from step {self._start} to {self._config.optim.steps}{note and '; '}{note}", flush=True)
+      device, parts = jax.devices()[0], f", of which {trainable:,} train," if frozen else ""
+      print(f"{self._config.name}: {trainable + frozen:,} parameters{parts} on {jax.device_count()} x "
+            f"{device.device_kind}, from step {self._start} to {self._config.optim.steps}"
+            f"{note and '; '}{note}", flush=True)
 
   def step(self, step: int, metrics: dict) -> None:
     """Counts a finished step, and reports it when it is due: the first, every `config.log.every`-th and the last.
@@ -53,10 +56,12 @@ class Reporter:
       self._save_seconds = None
     self._report(step, record if due else {}, progress(step, steps, scalars["loss"], rate, mfu, self._tokens))
 
-  def evaluation(self, step: int, loss: float, seconds: float | None = None) -> float:
-    """Reports the held-out loss in nats per token, with the seconds that it took, and returns the loss."""
+  def evaluation(self, step: int, loss: float, seconds: float | None = None, targets: int | None = None) -> float:
+    """Reports the held-out loss in nats per token, with the seconds that it took and the number of `targets` that
+    counted, and returns the loss."""
     bits = bits_per_byte(loss, self._bytes_per_token)
-    self._report(step, {"eval_loss": loss, "bits_per_byte": bits, "evaluation_seconds": seconds},
+    self._report(step, {"eval_loss": loss, "bits_per_byte": bits, "evaluation_seconds": seconds,
+                        "eval_targets": targets},
                  f"step {step}/{self._config.optim.steps}  held-out loss {loss:.3f}  {bits:.3f} bits per byte")
     return loss
 

@@ -24,7 +24,7 @@ from kernels.derivatives import RESIDUALS
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.decoding import Decoder, in_order, stacked
-from lin_jax.layers import NORMAL, SGLU, OffsetRMSNorm, RMSNorm, SimpleRMSNorm, SwiGLU, param
+from lin_jax.layers import NORMAL, SGLU, RMSNorm, SimpleRMSNorm, SwiGLU, param
 from lin_jax.sharding import shard_batch
 
 
@@ -54,7 +54,6 @@ REMAT = {
 
 
 MLPS = {"swiglu": SwiGLU, "sglu": SGLU}
-NORMS = {"rms": RMSNorm, "rms_offset": OffsetRMSNorm}  # with a scale; "simple_rms" has none
 
 
 class Block(nnx.Module):
@@ -243,7 +242,7 @@ def layer_numbers(runs: list[tuple[list, int]]) -> tuple[tuple[range, ...], ...]
 def _norm(config, rngs):
   if config.norm == "simple_rms":
     return SimpleRMSNorm(eps=config.norm_eps)
-  return NORMS[config.norm](config.width, eps=config.norm_eps, rngs=rngs)
+  return RMSNorm(config.width, eps=config.norm_eps, rngs=rngs, offset=int(config.norm == "rms_offset"))
 
 
 def _stack(config, mixer, depth, rngs):

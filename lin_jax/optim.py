@@ -1,6 +1,7 @@
-"""AdamW with clipping by global norm, linear warmup, cosine decay, and weight decay on matrices only."""
+"""AdamW and Muon with clipping by global norm, a schedule of the rate, and weight decay on matrices only."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,26 @@ from flax import nnx
 
 from lin_jax.config import OptimConfig
 
+_MOMENTUM = 0.95  # of Muon, as its authors and Liu et al. have it
+
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-  """Clips to `config.clip_norm` and applies AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with decoupled decay."""
-  optimizer = optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
-      optax.adamw(learning_rate(config), config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay,
-                  mask=matrices),
-  )
+  """Clips to `config.clip_norm`, applies the optimizer `config.name`, and decays matrices apart from the gradient.
+
+  "adamw" is Loshchilov & Hutter 2019 (arXiv:1711.05101). "muon" orthogonalizes the momentum of each product's kernel
+  (Jordan et al. 2024) and scales it to the size of AdamW's updates (Liu et al. 2025, arXiv:2502.16982), so that rates
+  and decays of AdamW serve it too. Embeddings, heads, convolutions and vectors are left to AdamW.
+  """
+  decay = dict(weight_decay=config.weight_decay, mask=matrices)
+  adam = dict(b1=config.beta1, b2=config.beta2, eps=config.eps)
+  if config.name == "adamw":
+    steps = [optax.adamw(learning_rate(config), **adam, **decay)]
+  else:
+    muon = optax.chain(optax.contrib.scale_by_muon(beta=_MOMENTUM, weight_dimension_numbers=_last_axes),
+                       optax.stateless(_like_adam))
+    steps = [optax.partition({"muon": muon, "adam": optax.scale_by_adam(**adam)}, _optimizers),
+             optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(learning_rate(config))]
+  optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), *steps)
 
   def update(grads, state, params):
     # Optax mixes integer counts and floats, which fails if the caller has turned implicit promotion off.
@@ -29,27 +42,61 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 def learning_rate(config: OptimConfig) -> optax.Schedule:
   """Maps the number of an update, from 0, to its learning rate. The first update already moves. The last update of the
   decay and all updates after it use `final_learning_rate`."""
-  decay_steps = config.decay_steps or config.steps
   warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
+  decay = _cosine if config.schedule == "cosine" else _stable_then_linear
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
-    progress = jnp.clip((count - warmup) / max(1, decay_steps - 1 - warmup), 0.0, 1.0)
-    cosine = final + (peak - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-    return jnp.where(count < warmup, peak * (count + 1.0) / (warmup + 1), cosine)
+    return jnp.where(count < warmup, peak * (count + 1.0) / (warmup + 1), final + (peak - final) * decay(config, count))
 
   return schedule
+
+
+def _cosine(config, count):
+  """The part of the decay that is still ahead."""
+  end = config.decay_steps or config.steps
+  progress = jnp.clip((count - config.warmup_steps) / max(1, end - 1 - config.warmup_steps), 0.0, 1.0)
+  return 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+
+def _stable_then_linear(config, count):
+  """The same for a rate that is constant at first (Hu et al. 2024, arXiv:2404.06395) and then falls linearly (Hägele et
+  al. 2024, arXiv:2405.18392)."""
+  ahead = (config.steps - 1.0 - count) / max(1, config.decay_steps)
+  return jnp.clip(ahead, 0.0, 1.0) if config.decay_steps else jnp.ones_like(count)
+
+
+def _optimizers(params):
+  """The optimizer's name for each parameter under "muon"."""
+
+  def name(path, param):
+    by_adam = re.search(r"^(embedding|head)$|convolution", parameter_name(path))
+    return "adam" if by_adam or axis_count(param) < 2 else "muon"
+
+  return jax.tree_util.tree_map_with_path(name, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _last_axes(updates):
+  """Every other axis is one of matrices that are orthogonalized each by itself."""
+  return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), updates)
+
+
+def _like_adam(updates, _):
+  return jax.tree.map(lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * x, updates)
 
 
 def lengthened(old: OptimConfig, new: OptimConfig) -> tuple[OptimConfig, str]:
   """`new` for a run that was begun with `old`, and a message about the change. `new` may differ by more steps.
 
-  Raises ValueError for fewer steps, for another end of the decay, and for more steps at a rate of zero.
+  Raises ValueError for fewer steps, for another end of the decay, and for more steps at a rate of zero. A run of the
+  schedule "wsd" may neither have begun its decay nor begin it within the steps that were planned.
   """
   end, constant = old.decay_steps or old.steps, new.final_learning_rate == new.learning_rate
   if new.steps < old.steps:
     raise ValueError(f"config.optim.steps={new.steps}: this run has {old.steps} steps, and a run is not shortened: "
                      f"give {old.steps}, more to lengthen it, or another workdir")
+  if new.schedule == "wsd":
+    return new, _lengthened_stable(old, new)
   if new.decay_steps not in (0, end) and not constant:
     raise ValueError(f"config.optim.decay_steps={new.decay_steps}: the learning rate of this run decays until step "
                      f"{end}: give that, or another workdir")
@@ -65,6 +112,19 @@ def lengthened(old: OptimConfig, new: OptimConfig) -> tuple[OptimConfig, str]:
       f"config.optim.decay_steps={end} records it")
 
 
+def _lengthened_stable(old, new):
+  if (new.steps, new.decay_steps) == (old.steps, old.decay_steps):
+    return ""
+  if old.decay_steps:
+    raise ValueError(f"config.optim.steps={new.steps}, config.optim.decay_steps={new.decay_steps}: this run of "
+                     f"{old.steps} steps ends with a decay of {old.decay_steps}: only a run without a decay is "
+                     "lengthened, so give these numbers, or another workdir")
+  if new.steps - new.decay_steps < old.steps:
+    raise ValueError(f"config.optim.decay_steps={new.decay_steps}: the decay would begin at step "
+                     f"{new.steps - new.decay_steps}: this run is planned at a constant rate until step {old.steps}")
+  return f"lengthened from {old.steps} to {new.steps} steps, of which the last {new.decay_steps} are the decay"
+
+
 def matrices(params) -> object:
   """Booleans in the structure of `params`: True for parameters with two or more axes of their own.
 
@@ -78,3 +138,8 @@ def axis_count(param) -> int:
   """Number of axes of one layer's parameter."""
   names = param.get_metadata().get("out_sharding") if isinstance(param, nnx.Variable) else None
   return len(names) if names is not None else param.ndim
+
+
+def parameter_name(path: tuple) -> str:
+  """The name of the parameter at a path of JAX's trees, as checkpoints have it."""
+  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

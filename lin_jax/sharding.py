@@ -99,6 +99,14 @@ def shard_batch(x: Array) -> Array:
   return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, time, *(None,) * (x.ndim - 2)))
 
 
+def rows_of(x: Array) -> Array:
+  """x with one axis before its last, because XLA on a CPU copies and transposes both operands of a gradient over two.
+
+  Where tokens are split over devices, x stays as it is: no device holds consecutive rows of it.
+  """
+  return x if context_shards() > 1 else x.reshape(-1, x.shape[-1])
+
+
 def map_over_heads(fn: Callable, layouts: str) -> Callable:
   """`fn` applied to each device's batch rows, tokens and heads, or plain `fn` if no mesh is in use.
 
@@ -118,27 +126,32 @@ def map_over_heads(fn: Callable, layouts: str) -> Callable:
       return fn(*args)
     sizes = [(name, size) for layout, arg in zip(inputs, args, strict=True) if arg is not None
              for name, size in zip(layout, arg.shape, strict=True)]
-    split = {"h": ("heads", "tensor"), "t": ("tokens", TIME_AXIS)}
-    if dict(sizes).get("t", 1) == 1:
-      del split["t"]
-    for name, size in sizes:
-      if name in split and size % mesh.shape[split[name][1]]:
-        things, axis = split[name]
-        raise ValueError(f"{size} {things}: not divisible by the mesh axis {axis}={mesh.shape[axis]}")
+    axes = _split_axes(mesh, sizes)
     args = [arg if arg is None else _repeat_key_heads(arg, layout, mesh.shape["tensor"])
             for layout, arg in zip(inputs, args, strict=True)]
-    axes = {"g": "tensor"} | {name: axis for name, (_, axis) in split.items()}
-    if dict(sizes)["b"] % _batch_shards(mesh) == 0:
-      axes["b"] = BATCH_AXES
     specs = {layout: P(*map(axes.get, layout)) for layout in (*inputs, *outputs)}
     in_specs = tuple(None if arg is None else specs[layout] for layout, arg in zip(inputs, args, strict=True))
     out_specs = tuple(specs[layout] for layout in outputs) if len(outputs) > 1 else specs[outputs[0]]
-    # Where time is whole, `time_parts` must not find the axis.
+    # Where tokens are not split, `time_parts` must not find their axis.
     manual = set(AXES) if "t" in axes or mesh.shape[TIME_AXIS] == 1 else set(AXES) - {TIME_AXIS}
     # The varying-axes check does not see through kernels and custom derivatives.
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)(*args)
 
   return call
+
+
+def _split_axes(mesh, sizes):
+  """The mesh axes over which `map_over_heads` splits each letter, given the size of each letter's dimensions."""
+  axes = {"h": "tensor", "g": "tensor"}
+  if dict(sizes).get("t", 1) > 1:
+    axes["t"] = TIME_AXIS
+  for name, size in sizes:
+    if name != "g" and name in axes and size % mesh.shape[axes[name]]:
+      things = "heads" if name == "h" else "tokens"
+      raise ValueError(f"{size} {things}: not divisible by the mesh axis {axes[name]}={mesh.shape[axes[name]]}")
+  if dict(sizes)["b"] % _batch_shards(mesh) == 0:
+    axes["b"] = BATCH_AXES
+  return axes
 
 
 def _repeat_key_heads(x, layout, shards):

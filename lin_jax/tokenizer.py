@@ -1,14 +1,16 @@
-"""Tokenizers: text to token ids and back, each with an end-of-document id and no beginning-of-document id.
+"""Tokenizers: text to token ids and back, each with an end-of-document id, which closes every document.
 
 `bytes` needs no file. `mistral` reads a SentencePiece model, such as Mistral-7B-v0.1's (32,000 pieces, the vocabulary
-of the GLA and DeltaNet papers). A prepared dataset carries its tokenizer, so `load_tokenizer("data/english")` is
-enough for decoding.
+of the GLA and DeltaNet papers). `fast` reads a `tokenizer.json` (`lin_jax.fast_tokenizer`). A prepared dataset carries
+its tokenizer, so `load_tokenizer("data/english")` is enough for decoding.
 
-Encoding keeps every text, except for U+2581, which SentencePiece takes for a space. That matters because bits per byte
-count the bytes of the text, and would be too low if some of it were dropped or became the unknown token.
+Encoding keeps every text, except for U+2581, which SentencePiece takes for a space, and for what `normalized` says.
+That matters because bits per byte count the bytes of the text, and would be too low if some of it were dropped or
+became the unknown token.
 """
 
 import codecs
+import hashlib
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -27,11 +29,12 @@ class Tokenizer(Protocol):
   name: str
   vocab_size: int
   eos_id: int
+  begin_ids: tuple[int, ...]  # every document begins with them, and encoding leaves them out
   prefix: str  # encoding puts it before a text, and decoding removes it
   decoding_errors: str  # the name of a handler of `codecs`, for bytes that are not UTF-8
 
   def encode(self, text: str) -> list[int]:
-    """Ids of `text`, without `eos_id`."""
+    """Ids of `text`, without `begin_ids` and `eos_id`."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of `ids`. Invalid UTF-8 becomes U+FFFD, and control ids give nothing. Raises ValueError as `token_bytes`."""
@@ -42,6 +45,12 @@ class Tokenizer(Protocol):
     Raises ValueError for an id that the tokenizer does not have.
     """
 
+  def normalized(self, text: str) -> str:
+    """The text that is encoded in the place of `text`. Its bytes are counted."""
+
+  def files(self) -> dict[str, bytes]:
+    """The files by name with which a dataset carries the tokenizer."""
+
 
 class ByteTokenizer:
   """Ids 0..255 are the bytes of UTF-8, and 256 ends a document, so `vocab_size` is 257."""
@@ -49,18 +58,25 @@ class ByteTokenizer:
   name = "bytes"
   vocab_size = 257
   eos_id = 256
+  begin_ids = ()
   prefix = ""
   decoding_errors = "replace"
 
   def encode(self, text: str) -> list[int]:
-    return list(_utf8(text))
+    return list(require_utf8(text))
 
   def decode(self, ids: Iterable[int]) -> str:
-    return _decode(self, ids)
+    return decode(self, ids)
 
   def token_bytes(self, token: int, *, first: bool = False) -> bytes:
-    _require_id(self, token)
+    require_id(self, token)
     return bytes((token,)) if token < self.eos_id else b""
+
+  def normalized(self, text: str) -> str:
+    return text
+
+  def files(self) -> dict[str, bytes]:
+    return {}
 
 
 class MistralTokenizer:
@@ -73,13 +89,14 @@ class MistralTokenizer:
   """
 
   name = "mistral"
+  begin_ids = ()  # although such models may have a begin id
   decoding_errors = "lin_jax.replace_each_byte"
   _WORD = re.compile("\n|[ \u2581]*[^ \u2581\n]+|[ \u2581]+")
   _LONGEST_CACHED = 40
   _CACHE_SIZE = 4_000_000
 
   def __init__(self, path: str | pathlib.Path):
-    self._model, options = _read_sentencepiece(pathlib.Path(path))
+    self._model, options, self._content = _read_sentencepiece(pathlib.Path(path))
     self.vocab_size = self._model.vocab_size()
     self.eos_id = self._model.eos_id()
     self.prefix = " " if options.normalizer_spec.add_dummy_prefix else ""
@@ -92,7 +109,7 @@ class MistralTokenizer:
     self._newline_ids = len(newline) if _splits_at_words(options, newline[-1]) else 0
 
   def encode(self, text: str) -> list[int]:
-    _utf8(text)
+    require_utf8(text)
     if not self._newline_ids:
       return self._model.encode(text)
     ids, cache = [], self._cache
@@ -108,11 +125,17 @@ class MistralTokenizer:
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    return _decode(self, ids)
+    return decode(self, ids)
 
   def token_bytes(self, token: int, *, first: bool = False) -> bytes:
-    _require_id(self, token)
+    require_id(self, token)
     return self._bytes[token][len(self.prefix):] if first and token in self._prefixed else self._bytes[token]
+
+  def normalized(self, text: str) -> str:
+    return text
+
+  def files(self) -> dict[str, bytes]:
+    return {MODEL_FILE: self._content}
 
   def _piece_bytes(self, token, piece, options):
     if self._model.is_control(token):
@@ -125,7 +148,7 @@ class MistralTokenizer:
 
 
 def _read_sentencepiece(path):
-  """The model in a file, and the message that describes it. Raises ValueError as `MistralTokenizer` does."""
+  """A file's model, the message that describes it, and its bytes. Raises ValueError as `MistralTokenizer` does."""
   import sentencepiece
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2
@@ -157,7 +180,7 @@ def _read_sentencepiece(path):
                        f"must be {' or '.join(map(str, served))}")
   if model.eos_id() < 0:
     raise ValueError(f"{path}: a SentencePiece model without an end id (eos_id={model.eos_id()}): documents need one")
-  return model, options
+  return model, options, content
 
 
 def _splits_at_words(options, newline):
@@ -167,14 +190,16 @@ def _splits_at_words(options, newline):
           and not any(p.type == piece.USER_DEFINED or re.search("\n|[^\u2581]\u2581", p.piece) for p in options.pieces))
 
 
-def _utf8(text):
+def require_utf8(text: str) -> bytes:
+  """`text` in UTF-8. Raises ValueError if it holds a surrogate."""
   try:
     return text.encode()
   except UnicodeEncodeError as e:
     raise ValueError(f"the text holds {text[e.start]!r} at position {e.start}: no UTF-8 text has surrogates") from e
 
 
-def _require_id(tokenizer, token):
+def require_id(tokenizer: Tokenizer, token: int) -> None:
+  """Raises ValueError for an id that the tokenizer does not have."""
   if not 0 <= token < tokenizer.vocab_size:
     raise ValueError(f"token id {token}: tokenizer {tokenizer.name!r} has ids from 0 to {tokenizer.vocab_size - 1}")
 
@@ -201,7 +226,8 @@ def stream_decode(tokenizer: Tokenizer, ids: Iterable[int], *, first: bool = Tru
     yield text
 
 
-def _decode(tokenizer, ids):
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+  """The text of `ids`, as `Tokenizer.decode` describes it."""
   return "".join(stream_decode(tokenizer, ids))
 
 
@@ -215,26 +241,58 @@ def require_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
                      "tokenizer that it was trained with")
 
 
-def load_tokenizer(name_or_path: str | pathlib.Path) -> Tokenizer:
-  """The tokenizer called `bytes`, or the one in a SentencePiece `.model` file or in a prepared dataset directory.
+def load_tokenizer(name_or_path: str | pathlib.Path, **settings: str) -> Tokenizer:
+  """The tokenizer called `bytes`, or the one in a file or a folder.
 
-  Raises ValueError for anything else, and if the dataset's file is not the one that its manifest describes.
+  A file is a SentencePiece model or a `tokenizer.json`. A folder holds a `tokenizer.json` or a prepared dataset. The
+  `settings` are keyword arguments of `FastTokenizer`, and go with a `tokenizer.json` only.
+
+  Raises ValueError for anything else, and if a dataset's files are not those that its manifest describes.
   """
-  if str(name_or_path) == ByteTokenizer.name:
-    return ByteTokenizer()
+  from lin_jax.fast_tokenizer import FastTokenizer
+
+  name, file, stored = _locate(name_or_path)
+  if name == FastTokenizer.name:
+    return FastTokenizer(file, **stored | settings)
+  for key, value in settings.items():
+    raise ValueError(f"{key}={value}: goes with a tokenizer.json, which {str(name_or_path)!r} is not")
+  return ByteTokenizer() if name == ByteTokenizer.name else MistralTokenizer(file)
+
+
+def _locate(name_or_path):
+  """A tokenizer's name, its file, and the settings that a dataset's manifest has for it."""
+  from lin_jax.fast_tokenizer import TOKENIZER_FILE, FastTokenizer
+
   path = pathlib.Path(name_or_path)
+  if str(name_or_path) == ByteTokenizer.name:
+    return ByteTokenizer.name, None, {}
   if path.is_file():
-    return MistralTokenizer(path)
+    return FastTokenizer.name if path.suffix == ".json" else MistralTokenizer.name, path, {}
+  if (path / TOKENIZER_FILE).is_file() and not (path / MANIFEST_FILE).exists():
+    return FastTokenizer.name, path / TOKENIZER_FILE, {}
   try:
     described = read_object(path / MANIFEST_FILE, "a readable manifest")["tokenizer"]
-    name, sha256 = described["name"], described.get("sha256")
+    name, checksums = described["name"], carried_files(described)
   except (ValueError, KeyError, TypeError, AttributeError) as e:
-    raise ValueError(f"tokenizer {str(name_or_path)!r}: must be 'bytes', a .model file, or a dataset directory written "
-                     f"by experiments/prepare_data.py ({e})") from e
-  if name == ByteTokenizer.name:
-    return ByteTokenizer()
-  if name == MistralTokenizer.name:
-    if sha256:
-      files.require_sha256(path / MODEL_FILE, sha256)
-    return MistralTokenizer(path / MODEL_FILE)
-  raise ValueError(f"{path / MANIFEST_FILE}: tokenizer {name!r}: known ones are 'bytes' and 'mistral'")
+    raise ValueError(f"tokenizer {str(name_or_path)!r}: must be 'bytes', a .model file, a tokenizer.json or its "
+                     f"folder, or a dataset directory written by experiments/prepare_data.py ({e})") from e
+  known = {ByteTokenizer.name: None, MistralTokenizer.name: MODEL_FILE, FastTokenizer.name: TOKENIZER_FILE}
+  if name not in known:
+    raise ValueError(f"{path / MANIFEST_FILE}: tokenizer {name!r}: known ones are {', '.join(map(repr, known))}")
+  for file, sha256 in checksums.items():
+    files.require_sha256(path / file, sha256)
+  stored = {key: described[key] for key in ("special_tokens",) if key in described}
+  return name, known[name] and path / known[name], stored
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict:
+  """What determines the ids of a tokenizer, for a dataset's manifest: its name, checksums of its files, settings."""
+  checksums = {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files().items()}
+  described = dict(name=tokenizer.name, sha256=checksums.pop(MODEL_FILE, None))
+  return described | (dict(files=checksums, special_tokens=tokenizer.special_tokens) if checksums else {})
+
+
+def carried_files(described: dict) -> dict[str, str]:
+  """The checksums, by name, of the files that `describe_tokenizer` names."""
+  model = {MODEL_FILE: described["sha256"]} if described.get("sha256") else {}
+  return model | described.get("files", {})

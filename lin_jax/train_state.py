@@ -15,38 +15,57 @@ from lin_jax import optim, sharding
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import DataConfig, TrainConfig
 from lin_jax.layer_stacks import apart, together
+from lin_jax.lora import add_adapters
 from lin_jax.model import LanguageModel
+from lin_jax.trainable import combined, in_used_dtypes, parameter_names, partition, trainable_names
 
 
 @functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["params", "opt_state", "step", "skipped", "carried"], meta_fields=[])
+                   data_fields=["params", "opt_state", "step", "skipped", "carried", "frozen"], meta_fields=[])
 @dataclasses.dataclass
 class TrainState:
   """The state that an optimizer step reads and writes."""
 
-  params: Any  # nnx.State of float32 parameters, with config.unroll = 0 `apart`
+  params: Any  # nnx.State of the float32 parameters that train, with config.unroll = 0 `apart`
   opt_state: Any
   step: jax.Array  # batches consumed
   skipped: jax.Array  # the part of `step` whose loss or gradient was not finite
   carried: Any = None  # with data.carried_windows above 1, the model's state from which each row continues
+  frozen: Any = None  # the other parameters in the dtypes in which they are used: see `lin_jax.trainable`
+
+  def parameters(self) -> Any:
+    """All parameters of the model."""
+    return self.params if self.frozen is None else combined(self.params, self.frozen)
 
 
 def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
   """Returns (graph, optimizer, abstract, create): the module's structure, the transformation, the `TrainState` as
-  shapes with their shardings, and a function that makes it, with every leaf created directly where it belongs."""
+  shapes with their shardings, and a function that makes it, with every leaf created directly where it belongs.
+
+  Raises ValueError for a pattern in `config.optim.trainable` or `config.lora.targets` that chooses nothing.
+  """
   optimizer = optim.make_optimizer(config.optim)
-  build = lambda seed: LanguageModel(config.model, rngs=nnx.Rngs(seed), remat=config.remat, unroll=config.unroll)
+
+  def build(seed):
+    rngs = nnx.Rngs(seed)
+    model = LanguageModel(config.model, rngs=rngs, remat=config.remat, unroll=config.unroll)
+    return add_adapters(model, config.lora, rngs=rngs)
+
+  model = jax.eval_shape(lambda: build(0))
+  names = trainable_names(config, nnx.state(model))
 
   def init():
     model = build(config.seed)
     params = nnx.state(model)
+    frozen = partition(in_used_dtypes(nnx.graphdef(model), params), names)[1]
+    params = partition(params, names)[0]
     if config.unroll == 0:
       # Without the barrier the compiler would draw a whole stack again for each of its layers, and take minutes to
       # compile that.
-      params = apart(jax.lax.optimization_barrier(params))
-    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), empty_carried(model, config.data))
+      params, frozen = apart(jax.lax.optimization_barrier((params, frozen)))
+    carried = empty_carried(model, config.data)
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), carried, frozen)
 
-  model = jax.eval_shape(lambda: build(0))
   shapes = jax.eval_shape(init)
   rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))  # states have a leading axis of layers
   shardings = dataclasses.replace(sharding.param_shardings(shapes, mesh),
@@ -73,8 +92,9 @@ def restore(checkpoints: Checkpoints, step: int, abstract: TrainState, batches: 
   """The state that a run saved at `step`, placed and laid out like `abstract`. Moves `batches` to its position then."""
   require_rows(checkpoints.processes(step), config.data)
   layout = _saved_layout(abstract)
-  params, rest = checkpoints.restore(step, layout.params, _rest(layout), batches)
-  state = TrainState(params, **rest)
+  params, rest = checkpoints.restore(step, layout.parameters(), _rest(layout), batches)
+  params, frozen = partition(params, parameter_names(layout.params))
+  state = TrainState(params, **rest, frozen=frozen)
   return state if layout is abstract else jax.jit(apart, out_shardings=placement(abstract))(state)
 
 
@@ -88,7 +108,7 @@ def saved_form(abstract: TrainState) -> Callable[[TrainState], tuple[Any, dict]]
 
   def split(state):
     state = stack(state)
-    return state.params, _rest(state)
+    return state.parameters(), _rest(state)
 
   return split
 

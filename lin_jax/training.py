@@ -19,6 +19,7 @@ from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
 from lin_jax.config import TrainConfig, validate
 from lin_jax.data import TokenDataset, eval_batches, train_iterator
+from lin_jax.initial import Initial
 from lin_jax.layer_stacks import together
 from lin_jax.layers import with_cast_kernels
 from lin_jax.loss import next_token_loss
@@ -26,6 +27,7 @@ from lin_jax.manifests import describe
 from lin_jax.model import keep_rows
 from lin_jax.preemption import stop_signals
 from lin_jax.train_state import TrainState, empty_carried, make_state, placement, restore, saved_form
+from lin_jax.trainable import combined
 
 # XLA joins the products of one input with small weights, such as queries and keys, and then copies the two apart.
 _COMPILER_OPTIONS = {"cuda": {"xla_gpu_dot_merger_threshold_mb": 0}}
@@ -61,7 +63,12 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
   bytes_per_token = {split: TokenDataset(config.data.path, split).bytes_per_token for split in ("train", "val")}
   with jax.set_mesh(mesh):
     # Ops refuse inputs that they cannot run only when they are traced.
-    jax.eval_shape(functools.partial(loss_sum, graph), abstract.params, held_out[0])
+    jax.eval_shape(functools.partial(loss_sum, graph), abstract.parameters(), held_out[0])
+  if not any(batch["mask"].any() for batch in held_out):
+    raise ValueError(f"config.eval.batches={config.eval.batches}: no target of these held-out batches counts")
+  initial = Initial(config, abstract) if config.init_from else None
+  if initial and not any(workdir.glob("checkpoints/*")):
+    initial.require_fit()
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(files.naming(workdir))
@@ -75,7 +82,9 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
       start, state = checkpoints.load(checkpoint, lambda step: restore(checkpoints, step, abstract, batches, config))
       if moved := checkpoints.resume_from(start):
         print(f"set aside: {', '.join(map(str, moved))}", flush=True)
-    state = state or create()
+    if state is None:
+      state = initial.fill(create()) if initial else create()
+      note = initial.note if initial else note
     report = stack.enter_context(contextlib.closing(reporting.Reporter(config, workdir, start, bytes_per_token["val"])))
     profile = stack.enter_context(contextlib.closing(reporting.Profile(workdir, config.log.profile_steps)))
     place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
@@ -85,9 +94,9 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
 
     def evaluate():
       begin = time.perf_counter()
-      sums = [eval_step(state.params, jax.tree.map(place, batch)) for batch in held_out]
+      sums = [eval_step(state.parameters(), jax.tree.map(place, batch)) for batch in held_out]
       loss, targets = (sum(map(float, x)) for x in zip(*jax.device_get(sums)))
-      return report.evaluation(step, loss / targets, time.perf_counter() - begin)
+      return report.evaluation(step, loss / targets, time.perf_counter() - begin, int(targets))
 
     def finish(step, metrics):
       metrics = jax.device_get(metrics)
@@ -98,7 +107,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
             "goes on from there and leaves such steps out")
       report.step(step, metrics)
 
-    report.start(sum(x.size for x in jax.tree.leaves(abstract.params)), note)
+    report.start(*(sum(x.size for x in jax.tree.leaves(tree)) for tree in (abstract.params, abstract.frozen)), note)
     step, under_way, preempted = start, None, ""
     if start == 0 and config.eval.every:
       evaluate()
@@ -147,10 +156,13 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
   """
   schedule = optim.learning_rate(config.optim)
   shardings = placement(abstract)
-  gradients = jax.value_and_grad(functools.partial(loss_sum, graph), has_aux=True)
+
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def gradients(params, frozen, batch, carried):
+    return loss_sum(graph, combined(params, frozen), batch, carried)
 
   def value_and_gradients(params, batch, carried):
-    (total, (counts, carried)), grads = gradients(params, batch, carried)
+    (total, (counts, carried)), grads = gradients(*params, batch, carried)
     return (total, counts, grads), carried
 
   def accumulate(params, batch, carried):
@@ -174,11 +186,12 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
       return None
     # The mask hides a window's last target if that target begins another document.
     goes_on = (batch["mask"][:, -1] > 0) & finite & ((state.step + 1) % config.data.carried_windows > 0)
-    empty = empty_carried(nnx.merge(graph, together(state.params)), config.data)
+    empty = empty_carried(nnx.merge(graph, together(state.parameters())), config.data)
     return keep_rows(goes_on, carried, empty)
 
   def train_step(state, batch):
-    (total, counts, grads), carried = accumulate(_cast(graph, state.params), batch, state.carried)
+    params = _cast(graph, state), state.frozen
+    (total, counts, grads), carried = accumulate(params, batch, state.carried)
     targets = jnp.maximum(counts["targets"], 1.0)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / targets, grads)
     grad_norm = optax.tree.norm(grads)
@@ -187,10 +200,11 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
     updated = optax.apply_updates(state.params, updates), opt_state
     params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), updated, (state.params, state.opt_state))
     skipped = state.skipped + jnp.where(finite, 0, 1)
-    metrics = {"loss": total / targets, "accuracy": counts["correct"] / targets, "grad_norm": grad_norm,
-               "learning_rate": schedule(state.step - state.skipped), "skipped": skipped, "finite": finite}
+    metrics = {"loss": total / targets, "accuracy": counts["correct"] / targets, "targets": counts["targets"],
+               "grad_norm": grad_norm, "learning_rate": schedule(state.step - state.skipped), "skipped": skipped,
+               "finite": finite}
     carried = next_carried(state, batch, carried, finite)
-    return TrainState(params, opt_state, state.step + 1, skipped, carried), metrics
+    return TrainState(params, opt_state, state.step + 1, skipped, carried, state.frozen), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None),
                  compiler_options=_COMPILER_OPTIONS.get(dispatch.platform()))
@@ -220,11 +234,11 @@ def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict, state: Any = N
   return total, ({name: counts[name] for name in ("targets", "correct")}, state)
 
 
-def _cast(graph, params):
-  """`with_cast_kernels` of parameters that may be `apart`."""
-  dtypes = jax.eval_shape(lambda: with_cast_kernels(graph, together(params)))
+def _cast(graph, state):
+  """`with_cast_kernels` of the parameters that train, which may be `apart`."""
+  dtypes = jax.eval_shape(lambda: with_cast_kernels(graph, together(state.parameters())))
   cast = lambda like, layers: jax.tree.map(lambda x: x.astype(like.dtype), layers)
-  return jax.tree.map(cast, dtypes, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+  return jax.tree.map(cast, dtypes, state.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _due(step, every):

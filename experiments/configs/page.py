@@ -21,7 +21,8 @@ SMOKE = "smoke_models.json"
 @dataclasses.dataclass(frozen=True)
 class Size:
   """A published size: the paper's, in the digits that it prints, and the parameters of flash-linear-attention's
-  configuration of that layout, whose head is not tied to the embedding (vocabulary 32,000)."""
+  configuration of that layout, whose head is not tied to the embedding (vocabulary 32,000). A released model has the
+  exact count of its language model in `transformers` 5.24."""
 
   family: str
   paper: str = ""
@@ -29,6 +30,7 @@ class Size:
   peer: float = 0.0
   vocabulary: int = 0  # the paper's, if it makes another size
   note: str = ""
+  released: int = 0
 
 
 _GLA, _DELTANET, _GATED, _TNL = (
@@ -64,6 +66,14 @@ SIZES = {
     "tnl_1b": Size("TransNormerLLM", "1B", _TNL),
     "tnl_3b": Size("TransNormerLLM", "3B", _TNL),
     "tnl_7b": Size("TransNormerLLM", "7B", _TNL),
+    "kda_340m": Size("KDA", note="no paper has this size"),
+    "kda_1b3": Size("KDA", note="no paper has this size"),
+    "kimi_linear_1b3": Size("Kimi Linear", note="no paper has this size; without experts"),
+    "qwen35_0b8": Size("Qwen3.5", source="Qwen/Qwen3.5-0.8B", released=752_393_024),
+    "qwen35_2b": Size("Qwen3.5", source="Qwen/Qwen3.5-2B", released=1_881_825_088),
+    "qwen35_4b": Size("Qwen3.5", source="Qwen/Qwen3.5-4B", released=4_205_751_296),
+    "qwen35_9b": Size("Qwen3.5", source="Qwen/Qwen3.5-9B", released=8_953_803_264),
+    "olmo_hybrid_7b": Size("Olmo Hybrid", source="allenai/Olmo-Hybrid-7B", released=7_430_870_688),
 }
 
 
@@ -135,7 +145,9 @@ def verdict(model: Model) -> str:
 def render(smoke: pathlib.Path | None = None) -> str:
   """Returns the page, with the table of `smoke_models.py`'s records if their file exists."""
   models = [measure(name) for name in CONFIGS]
-  parts = [_ABOUT, "## Sizes", _ABOUT_SIZES, _table(_SIZE_COLUMNS, map(_size_row, models)),
+  papers, released = ([m for m in models if bool(m.size.released) == wanted] for wanted in (False, True))
+  parts = [_ABOUT, "## Sizes", _ABOUT_SIZES, _table(_SIZE_COLUMNS, map(_size_row, papers)),
+           "## Released models", _ABOUT_RELEASED, _table(_RELEASED_COLUMNS, map(_released_row, released)),
            "## State and cost", _ABOUT_COST, _table(_COST_COLUMNS, map(_cost_row, models))]
   if smoke and smoke.exists():
     parts += ["## Training smoke", _ABOUT_SMOKE.format(file=smoke.name), *_smoke(load_smoke(smoke))]
@@ -166,6 +178,12 @@ digits (vocabulary 32,000)."""
 _SIZE_COLUMNS = ["config", "family", "layers", "width", "parameters", "paper", "difference", "verdict", "untied", "FLA",
                  "difference", "note"]
 
+_ABOUT_RELEASED = """\
+`released` is the number of parameters of the released model in `transformers` 5.24, without vision towers and
+multi-token heads. A tied head is counted once."""
+_RELEASED_COLUMNS = ["config", "family", "layers", "width", "vocabulary", "head", "parameters", "released",
+                     "difference", "source"]
+
 _ABOUT_COST = """\
 `state` is the number of bytes that decoding keeps for one sequence of the training length (`context`). A recurrent
 mixer keeps float32 memories and convolution inputs, which are the same for any length. Attention keeps keys, values and
@@ -186,11 +204,16 @@ _SMOKE_COLUMNS = ["family", "parameters", "loss", "tokens/s", "MFU", "ms per ste
 
 def _size_row(model):
   config, size = model.config, model.size
-  layers = itertools.groupby(sorted(map(_layer, layer_mixers(config.model))))
-  return [f"`{config.name}`", size.family, ", ".join(f"{len(list(group))} {name}" for name, group in layers),
-          str(config.model.width), f"{model.parameters:,}", _paper(model),
-          _percent(model.difference), verdict(model), f"{model.untied:,}" if size.peer else "",
+  return [f"`{config.name}`", size.family, _layers(config.model), str(config.model.width), f"{model.parameters:,}",
+          _paper(model), _percent(model.difference), verdict(model), f"{model.untied:,}" if size.peer else "",
           _count(size.peer) if size.peer else "", _percent(model.peer_difference), size.note]
+
+
+def _released_row(model):
+  config, size = model.config.model, model.size
+  return [f"`{model.config.name}`", size.family, _layers(config), str(config.width), f"{config.vocab_size:,}",
+          "tied" if config.tie_embeddings else "separate", f"{model.parameters:,}", f"{size.released:,}",
+          f"{model.parameters - size.released:,}", size.source]
 
 
 def _paper(model):
@@ -235,6 +258,12 @@ def _smoke_row(record):
 def _grows_on(model: LanguageModel) -> bool:
   long = 2**24  # beyond any window
   return state_bytes(model, 1, 2 * long) > state_bytes(model, 1, long)
+
+
+def _layers(model):
+  """How many layers of the model have each mixer."""
+  groups = itertools.groupby(sorted(map(_layer, layer_mixers(model))))
+  return ", ".join(f"{len(list(group))} {name}" for name, group in groups)
 
 
 def _layer(mixer):

@@ -13,8 +13,8 @@ import numpy as np
 
 from corpora.unpack import SUFFIX
 from lin_jax.files import sha256, write_json
-from lin_jax.manifests import DTYPE, FORMAT, VERSION
-from lin_jax.tokenizer import MANIFEST_FILE, MODEL_FILE, Tokenizer
+from lin_jax.manifests import FORMAT, MASKED_VERSION, VERSION, split_files
+from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer, carried_files, describe_tokenizer
 
 SHARD_TOKENS = 2**25
 _RECIPE = "recipe.json"
@@ -44,12 +44,18 @@ def begin(out: pathlib.Path, recipe: dict) -> pathlib.Path | None:
 
 def publish(work: pathlib.Path, out: pathlib.Path) -> None:
   """Renames `work` to `out`, without the files that its manifest does not name."""
-  splits = _read_json(work / MANIFEST_FILE)["splits"]
-  keep = {MANIFEST_FILE, MODEL_FILE} | {part["file"] for e in splits.values() for part in [e["index"], *e["shards"]]}
+  manifest = _read_json(work / MANIFEST_FILE)
+  keep = {MANIFEST_FILE, *carried_files(manifest["tokenizer"])}
+  keep |= {part["file"] for entry in manifest["splits"].values() for part in split_files(entry)}
   for path in work.iterdir():
     if path.name.removesuffix(SUFFIX) not in keep:
       shutil.rmtree(path) if path.is_dir() else path.unlink()
   os.rename(work, out)
+
+
+def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
+  """Returns the number of bytes that each id of a tokenizer spells."""
+  return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
 
 
 def _read_json(path):
@@ -61,47 +67,67 @@ def _read_json(path):
 
 
 class SplitWriter:
-  """Appends documents to the shards of one split. With its `state` and the files it can continue."""
+  """Appends documents to the shards of one split. With its `state` and the files it can continue.
 
-  def __init__(self, work: pathlib.Path, split: str, shard_tokens: int, state: dict | None = None):
+  Ids are stored as `dtype`, one of `lin_jax.manifests.DTYPES`. If `masked`, every shard has a mask beside it.
+  """
+
+  def __init__(self, work: pathlib.Path, split: str, shard_tokens: int, state: dict | None = None, *,
+               dtype: str = "<u2", masked: bool = False):
     self._work, self._split, self._shard_tokens = work, split, shard_tokens
-    self.state = state or dict(tokens=0, documents=0, bytes=0, max_ids=[])
-    self._file = None
+    self._columns = {"bin": dtype} | ({"mask": "u1"} if masked else {})
+    self.state = state or dict(tokens=0, documents=0, bytes=0, max_ids=[]) | (
+        dict(answers=dict(tokens=0, bytes=0)) if masked else {})
+    self._files = {}
     self._starts = open(self._path("starts"), "r+b" if state else "w+b")
     self._starts.truncate(8 * self.state["documents"])
     self._starts.seek(0, os.SEEK_END)
     if used := self.state["tokens"] % shard_tokens:
-      self._file = open(self._shard(self.state["tokens"] // shard_tokens), "r+b")
-      self._file.truncate(used * DTYPE.itemsize)
-      self._file.seek(0, os.SEEK_END)
+      self._open_shard("r+b")
+      for name, file in self._files.items():
+        file.truncate(used * np.dtype(self._columns[name]).itemsize)
+        file.seek(0, os.SEEK_END)
 
   def _path(self, suffix):
     return self._work / f"{self._split}.{suffix}"
 
-  def _shard(self, number):
-    return self._work / f"{self._split}-{number:05d}.bin"
+  def _shard(self, number, column):
+    return self._work / f"{self._split}-{number:05d}.{column}"
 
-  def add(self, ids: np.ndarray, size: int) -> None:
-    """Appends one document of `ids` (end id included), whose text has `size` bytes."""
-    state = self.state
+  def _open_shard(self, mode):
+    self._close_shard()
+    number = self.state["tokens"] // self._shard_tokens
+    self._files = {column: open(self._shard(number, column), mode) for column in self._columns}
+
+  def add(self, ids: np.ndarray, size: int, mask: np.ndarray | None = None, answer_size: int = 0) -> None:
+    """Appends one document of `ids` (end id included), whose text has `size` bytes.
+
+    In a masked split `mask` says which ids belong to answers, and these ids spell `answer_size` bytes.
+    """
+    state, columns = self.state, {"bin": ids, "mask": mask}
     self._starts.write(np.uint64(state["tokens"]).tobytes())
     state["documents"] += 1
     state["bytes"] += size
-    while len(ids):
+    if "mask" in self._columns:
+      state["answers"]["tokens"] += int(np.count_nonzero(mask))
+      state["answers"]["bytes"] += answer_size
+    start = 0
+    while start < len(ids):
       number, used = divmod(state["tokens"], self._shard_tokens)
       if not used:
-        self._close_shard()
-        self._file = open(self._shard(number), "wb")
+        self._open_shard("wb")
         state["max_ids"].append(0)
-      part, ids = np.split(ids, [self._shard_tokens - used])
-      self._file.write(part.astype(DTYPE).tobytes())
-      state["max_ids"][number] = max(state["max_ids"][number], int(part.max()))
-      state["tokens"] += len(part)
+      part = slice(start, min(len(ids), start + self._shard_tokens - used))
+      for column, file in self._files.items():
+        file.write(columns[column][part].astype(self._columns[column]).tobytes())
+      state["max_ids"][number] = max(state["max_ids"][number], int(ids[part].max()))
+      state["tokens"] += part.stop - start
+      start = part.stop
 
   def _close_shard(self):
-    if self._file:
-      self._file.close()
-    self._file = None
+    for file in self._files.values():
+      file.close()
+    self._files = {}
 
   def close(self) -> None:
     """Closes the files."""
@@ -110,10 +136,9 @@ class SplitWriter:
 
   def flush(self) -> dict:
     """Brings the files up to `state` on disk, and returns it."""
-    for file in (self._starts, self._file):
-      if file:
-        file.flush()
-        os.fsync(file.fileno())
+    for file in (self._starts, *self._files.values()):
+      file.flush()
+      os.fsync(file.fileno())
     return self.state
 
   def finish(self) -> dict:
@@ -125,24 +150,33 @@ class SplitWriter:
     state, shards = self.state, []
     for number, max_id in enumerate(state["max_ids"]):
       tokens = min(self._shard_tokens, state["tokens"] - number * self._shard_tokens)
-      file = self._shard(number)
-      shards.append(dict(file=file.name, tokens=tokens, max_id=max_id, sha256=sha256(file)))
-    return dict(documents=state["documents"], tokens=state["tokens"], bytes=state["bytes"],
-                index=dict(file=index.name, sha256=sha256(index)), shards=shards)
+      entries = {column: _described(self._shard(number, column)) for column in self._columns}
+      shards.append(dict(file=entries["bin"]["file"], tokens=tokens, max_id=max_id, sha256=entries["bin"]["sha256"]) |
+                    ({"mask": entries["mask"]} if "mask" in entries else {}))
+    answers = {"answers": state["answers"]} if "answers" in state else {}
+    return dict(documents=state["documents"], tokens=state["tokens"], bytes=state["bytes"], **answers,
+                index=_described(index), shards=shards)
+
+
+def _described(file):
+  return dict(file=file.name, sha256=sha256(file))
 
 
 class DatasetWriter:
   """The writers of all splits of one work directory, with a common checkpoint. As a context it closes the files.
 
   `done` counts the input documents on disk, which a resumed run has to skip. `notes` is the caller's own JSON state.
+  `dtype` and `masked` are as in `SplitWriter`.
   """
 
-  def __init__(self, work: pathlib.Path, splits: list[str], *, shard_tokens: int = SHARD_TOKENS):
-    self._work = work
+  def __init__(self, work: pathlib.Path, splits: list[str], *, shard_tokens: int = SHARD_TOKENS, dtype: str = "<u2",
+               masked: bool = False):
+    self._work, self._dtype, self._masked = work, dtype, masked
     progress = _read_json(work / _PROGRESS)
     self.done, self.notes = progress.get("done", 0), progress.get("notes", {})
     states = progress.get("splits", {})
-    self._writers = {split: SplitWriter(work, split, shard_tokens, states.get(split)) for split in splits}
+    self._writers = {split: SplitWriter(work, split, shard_tokens, states.get(split), dtype=dtype, masked=masked)
+                     for split in splits}
 
   def __enter__(self):
     return self
@@ -151,9 +185,9 @@ class DatasetWriter:
     for writer in self._writers.values():
       writer.close()
 
-  def add(self, split: str, ids: np.ndarray, size: int) -> None:
-    """Appends a document to `split`, given its ids with the end id and the bytes of its text."""
-    self._writers[split].add(ids, size)
+  def add(self, split: str, *document) -> None:
+    """Appends a document to `split`, given as in `SplitWriter.add`."""
+    self._writers[split].add(*document)
 
   def checkpoint(self, done: int, notes: dict) -> None:
     """Records that the first `done` input documents are on disk."""
@@ -165,16 +199,15 @@ class DatasetWriter:
     """Returns the present number of tokens of each split."""
     return {split: writer.state["tokens"] for split, writer in self._writers.items()}
 
-  def finish(self, out: pathlib.Path, *, tokenizer: Tokenizer, tokenizer_file: pathlib.Path | None, recipe: dict,
-             manifest: dict) -> dict:
+  def finish(self, out: pathlib.Path, *, tokenizer: Tokenizer, recipe: dict, manifest: dict) -> dict:
     """Completes the dataset, moves it to `out`, and returns the manifest. `manifest` adds entries to it."""
     splits = {split: writer.finish() for split, writer in self._writers.items()}
-    described = dict(name=tokenizer.name, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, sha256=None)
-    if tokenizer_file:
-      shutil.copyfile(tokenizer_file, self._work / MODEL_FILE)
-      described["sha256"] = sha256(tokenizer_file)
-    manifest = dict(format=FORMAT, version=VERSION, dtype=DTYPE.str, tokenizer=described, **manifest, splits=splits,
-                    recipe=recipe)
+    described = dict(name=tokenizer.name, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    described |= describe_tokenizer(tokenizer)
+    for name, content in tokenizer.files().items():
+      (self._work / name).write_bytes(content)
+    manifest = dict(format=FORMAT, version=MASKED_VERSION if self._masked else VERSION, dtype=self._dtype,
+                    tokenizer=described, **manifest, splits=splits, recipe=recipe)
     write_json(self._work / MANIFEST_FILE, manifest, indent=1)
     publish(self._work, out)
     return manifest

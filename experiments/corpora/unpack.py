@@ -1,4 +1,4 @@
-"""Turns a directory made by `pack` back into a dataset. It runs with Python's standard library alone."""
+"""Turns a directory made by `pack` back into a dataset. It needs no package beside this repository."""
 
 import hashlib
 import json
@@ -6,6 +6,8 @@ import lzma
 import os
 import pathlib
 import shutil
+
+from lin_jax.manifests import split_files
 
 SUFFIX = ".xz"
 _MANIFEST = "manifest.json"
@@ -29,7 +31,7 @@ def unpack(packed: pathlib.Path, out: pathlib.Path) -> bool:
   work = out.with_name(out.name + ".unpacking")
   shutil.rmtree(work, ignore_errors=True)
   work.mkdir(parents=True)
-  parts = [part for entry in splits.values() for part in [entry["index"], *entry["shards"]]]
+  parts = [part for entry in splits.values() for part in split_files(entry)]
   try:
     for part in parts:
       _decompress(packed / (part["file"] + SUFFIX), work / part["file"], part["sha256"])

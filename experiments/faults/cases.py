@@ -23,6 +23,8 @@ WRITERS = {
     "train": lambda i, out: i.train(out / "run"),
     "evaluate": lambda i, out: ["evaluate.py", f"--workdir={_copied(i.run, out / 'run')}", "--batches=1"],
     "generate": lambda i, out: [*_generate(i), f"--out={out}/sample.txt"],
+    "generate_requests": lambda i, out: [*_generate(i), f"--requests={i.requests}", "--rows=2",
+                                         f"--out={out}/answers.jsonl"],
     "prepare_data": lambda i, out: i.prepare(out / "data"),
     "pack": lambda i, out: ["prepare_data.py", f"--pack={i.data}", f"--out={out}/packed"],
     "unpack": lambda i, out: ["prepare_data.py", f"--unpack={i.packed}", f"--out={out}/data"],
@@ -230,16 +232,18 @@ def _content(folder):
 def _cases():
   training = lambda inputs, folder, data: inputs.train(folder / "run", data)
   yield from (full_disk(name, kib) for name, kib in (
-      ("train", 0), ("train", 8), ("train", 100), ("train", 300), ("evaluate", 0), ("generate", 0), ("prepare_data", 0),
-      ("prepare_data", 16), ("pack", 8), ("unpack", 8), ("convert_to", 0), ("convert_to", 40), ("convert_from", 20),
-      ("convert_from", 60), ("run_synthetic", 0), ("run_language", 0), ("run_language", 40), ("smoke_models", 0),
-      ("bench_kernels", 0), ("report_models", 0), ("report_kernels", 0)))
+      ("train", 0), ("train", 8), ("train", 100), ("train", 300), ("evaluate", 0), ("generate", 0),
+      ("generate_requests", 0), ("prepare_data", 0), ("prepare_data", 16), ("pack", 8), ("unpack", 8),
+      ("convert_to", 0), ("convert_to", 40), ("convert_from", 20), ("convert_from", 60), ("run_synthetic", 0),
+      ("run_language", 0), ("run_language", 40), ("smoke_models", 0), ("bench_kernels", 0), ("report_models", 0),
+      ("report_kernels", 0)))
   yield from (largest_file(name, size) for name, size in (
       ("train", 1000), ("train", 20000), ("prepare_data", 2000), ("pack", 1000), ("unpack", 2000), ("convert_to", 9000),
       ("convert_from", 9000), ("report_models", 500)))
   yield from map(read_only, WRITERS)
   yield from (file_for_folder(name) for name in WRITERS if name not in ("evaluate", "report_kernels"))
-  for name in ("train", "evaluate", "generate", "prepare_data", "convert_from", "run_synthetic", "report_models"):
+  for name in ("train", "evaluate", "generate", "generate_requests", "prepare_data", "convert_from", "run_synthetic",
+               "report_models"):
     yield output(name, "closed", "standard output was closed before the command had ended")
     yield output(name, "/dev/full", "standard output: No space left on device")
   for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):

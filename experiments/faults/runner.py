@@ -168,6 +168,11 @@ class Inputs:
     return ["train.py", *SIZE, f"--config.data.path={data or self.data}", f"--workdir={workdir}"]
 
   @functools.cached_property
+  def requests(self) -> pathlib.Path:
+    (path := self.folder / "requests.jsonl").write_text(3 * '{"prompt": "the cat"}\n')
+    return path
+
+  @functools.cached_property
   def packed(self) -> pathlib.Path:
     return self._made("packed", "prepare_data.py", f"--pack={self.data}", f"--out={self.folder}/packed")
 

@@ -7,8 +7,9 @@ from lin_jax import files
 from running import records
 from running.deadline import deadline
 
-from .runs import Run, finish, folder, setting
+from .runs import Run, key
 from .sweeps import Sweep, further
+from .training import finish
 
 
 def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
@@ -19,12 +20,12 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
   limit) are over, or at SIGTERM, the run under way is saved, and the next call resumes it.
   """
   found = records.load(out, "setting", "bits_per_byte", "diverged")
-  done = {records.key(record["setting"]): record for record in found}
+  done = {key(record["setting"]): record for record in found}
   failed, finished = {}, 0
 
   def left():
     def bits_per_byte(run):
-      record = done.get(records.key(setting(run.train_config(data))))
+      record = done.get(key(run.setting(data)))
       return record and (math.inf if record["diverged"] else record["bits_per_byte"])
 
     runs = sweep.runs + further(sweep, bits_per_byte)
@@ -32,10 +33,10 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
 
   with deadline(limit_seconds) as over:
     while (runs := left()) and not over():
-      run, config = runs[0], runs[0].train_config(data)
+      run = runs[0]
       print(f"[{len(runs)} left] {_title(run)}", flush=True)
       try:
-        record = finish(config, folder(workdir, config))
+        record = finish(run, data, workdir)
       except files.Unwritable:
         raise  # the next one could not be written either
       except Exception as e:  # one run that fails must not cost the others of the sweep their record
@@ -44,7 +45,7 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
       if record is None:  # stopped by SIGTERM, whoever sent it
         break
       records.append(out, record)
-      done[records.key(record["setting"])] = record
+      done[key(record["setting"])] = record
       finished += 1
   return finished, len(left()), list(failed.values())
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 
 from lin_jax.config import ModelConfig
+from lin_jax.linearize import linearized
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.delta_net import ACTIVATIONS, NORMS, DeltaNetConfig
 from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
@@ -62,6 +63,9 @@ MODELS |= {name: _model(mixer) for name, mixer in NORM_AND_ACTIVATION.items()}
 # These are the same layers, trained in another way.
 CARRIED = {"gla_carried": "gla", "retnet_carried": "retnet"}
 MODELS |= {name: MODELS[plain] for name, plain in CARRIED.items()}
+
+# SUPRA's layer from the start, and Transformers whose attention becomes that layer before they are trained further.
+MODELS |= dict.fromkeys(("supra", "linearized_5", "linearized_20"), lambda: linearized(MODELS["transformer"]()))
 
 
 def tiny(model: ModelConfig, vocab_size: int) -> ModelConfig:

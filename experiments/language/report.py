@@ -4,7 +4,8 @@ import math
 import statistics
 
 from lin_jax.metrics import perplexity
-from running import records
+
+from .runs import key
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -45,7 +46,7 @@ def _row(group):
 def _trained_alike(record):
   setting = {name: value for name, value in record["setting"].items() if name != "seed"}
   varying = "learning_rate", "final_learning_rate"
-  return records.key(setting | {"optim": {k: v for k, v in setting["optim"].items() if k not in varying}})
+  return key(setting | {"optim": {k: v for k, v in setting["optim"].items() if k not in varying}})
 
 
 def _groups(rows, key):

@@ -10,6 +10,8 @@ seconds to compile a program that is not in the cache.
   lengths  14 runs of 29.5M tokens, 1.1e17 FLOPs: 10 minutes, and 3
   convolutions  8 runs of 29.5M tokens, 6.2e16 FLOPs: 6 minutes, and 2; after main, with which it shares 12 more
   long     12 runs of 118M tokens, 3.7e17 FLOPs: 46 minutes, and 4
+  linearized  16 runs of 29.5M tokens, of which eight share two Transformers: 314M tokens, 8 minutes, and 4 for 13
+              programs; its records are in linearized.jsonl, with the loss on repeated pairs of tokens
 """
 
 import dataclasses
@@ -71,7 +73,21 @@ def long() -> Sweep:
                + [Run(model, RATES[2], steps=3600) for model in faster], further_seeds=0)
 
 
-SWEEPS = {function.__name__: function for function in (main, gates, norms, convolutions, lengths, long)}
+def linearized() -> Sweep:
+  """Transformers that SUPRA (2405.06640) makes linear, uptrained on 5 and 20% of their tokens; all for the same total.
+
+  Transformer++ and GLA have their best rates of `main`. The uptraining, which the paper gives the rate of its start,
+  has lower ones besides, and other seeds, with which it reads the text in another order.
+  """
+  scratch = [Run("transformer", 2e-3), Run("gla", 4e-3), *(Run("supra", rate) for rate in RATES)]
+  uptrained = [Run(f"linearized_{share}", rate, seed=1, steps=steps, start=Run("transformer", 2e-3, steps=900 - steps))
+               for rate in (2e-3, 1e-3, 5e-4) for share, steps in UPTRAINED.items()]
+  return Sweep(scratch + uptrained, further_seeds=1)
+
+
+UPTRAINED = {5: 43, 20: 150}  # steps by their percentage of the steps before, which are 900 without these
+
+SWEEPS = {function.__name__: function for function in (main, gates, norms, convolutions, lengths, long, linearized)}
 
 
 def further(sweep: Sweep, bits_per_byte: Callable[[Run], float | None]) -> list[Run]:

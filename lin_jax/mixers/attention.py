@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from kernels import dispatch
 from lin_jax.context import before
-from lin_jax.layers import Linear, OffsetRMSNorm, RMSNorm, rotary, segment_runs
+from lin_jax.layers import Linear, RMSNorm, rotary, segment_runs
 from lin_jax.mixers import packed_attention, register, require
 from lin_jax.sharding import context_shards, map_over_heads
 
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
     self.key = Linear(width, key_width, ("embed", "heads"), **linear)
     self.value = Linear(width, key_width, ("embed", "heads"), **linear)
     self.gate = Linear(width, query_width, ("embed", "heads"), **linear) if config.output_gate else None
-    norm = functools.partial(OffsetRMSNorm if config.qk_norm_offset else RMSNorm, eps=norm_eps, rngs=rngs)
+    norm = functools.partial(RMSNorm, eps=norm_eps, rngs=rngs, offset=int(config.qk_norm_offset))
     sizes = {"none": (), "head": (self.head_dim,) * 2, "heads": (query_width, key_width)}[config.qk_norm]
     self.query_norm, self.key_norm = map(norm, sizes) if sizes else (None, None)
     self.output = Linear(query_width, width, ("heads", "embed"), **linear)

@@ -85,8 +85,24 @@ def test_generate_repeats_with_its_seed(run, tmp_path):
   assert "tokens/s" in outputs[0][1] and "decoding state" in outputs[0][1]
 
 
+def test_generate_answers_requests_as_it_answers_each_alone(run, tmp_path):
+  lines = [{"prompt": "the cat", "seed": 1}, {"prompt": "a prompt of another length", "id": "x", "max_tokens": 3}]
+  (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  processes = [start("generate.py", f"--workdir={run}", "--tokens=20", f"--requests={tmp_path}/prompts.jsonl",
+                     "--rows=2", f"--out={tmp_path}/answers.jsonl"),
+               Command("generate.py", f"--workdir={run}", "--tokens=20", "--prompt=the cat", "--seed=1")]
+  (out, err), (alone, _) = (process.communicate() for process in processes)
+  assert [process.returncode for process in processes] == [0, 0], err
+  answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+  assert sorted(out.splitlines()) == sorted((tmp_path / "answers.jsonl").read_text().splitlines())
+  assert [answer["id"] for answer in answers] == [1, "x"] and answers[1]["tokens"] == 3
+  assert f"the cat{answers[0]['text']}\n" == alone
+  assert "tokens/s" in err and "bytes per row" in err and "0 in caches" in err
+
+
 def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
   train = ["train.py", f"--workdir={tmp_path}/new", "--config=gla_tiny", f"--config.data.path={data}", *SMALL]
+  requests = f"--requests={data}/manifest.json"
   cases = [
       ([*train, "--config.data.batch_size=0"], "config.data.batch_size=0: must be at least 1"),
       ([*train, "--config.optim.steps=7", f"--workdir={run}"], "holds a run of another config"),
@@ -95,6 +111,11 @@ def test_mistakes_exit_with_2_and_one_message(run, data, tmp_path):
       (["generate.py", f"--workdir={run}", "--top_p=0"], "top_p=0.0: must lie in (0, 1]"),
       (["generate.py", f"--workdir={run}", "--tokens=some"], "--tokens=some: invalid literal for int()"),
       (["generate.py", f"--workdir={run}", "--tokens=1", f"--out={tmp_path}/new/x"], "new/x: cannot be written: No"),
+      (["generate.py", f"--workdir={run}", requests, f"--out={tmp_path}/x"], "manifest.json: line 1: '{': not JSON"),
+      (["generate.py", f"--workdir={run}", requests, "--rows=0"], "rows=0: must be at least 1"),
+      (["generate.py", f"--workdir={run}", requests, "--interactive"], "only one of them can be given"),
+      (["generate.py", f"--workdir={run}", "--interactive", "--prompt=a"], "--prompt=a: prompts come from"),
+      (["generate.py", f"--workdir={run}", "--interactive", "--out=a"], "--out=a: --interactive writes to standard"),
       (["evaluate.py", f"--workdir={run}", "--checkpoint=5"], "no checkpoint of step 5; saved: "),
       (["evaluate.py", f"--workdir={run}", "--split=nope"], "no split 'nope': it has test, train, val"),
   ]

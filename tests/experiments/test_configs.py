@@ -8,7 +8,7 @@ import jax
 import pytest
 from flax import nnx
 
-from configs import CONFIGS, lookup
+from configs import CONFIGS, lookup, page
 from lin_jax import mixers, sharding
 from lin_jax.config import MeshConfig, from_dict, to_dict, validate
 from lin_jax.model import abstract_model, parameter_count
@@ -23,6 +23,8 @@ SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, 
          "delta_product_340m": 342.2e6,
          "mamba_340m": 371.5e6 - 1024 * (50280 - 32000), "mamba_1b3": 1.372e9 - 2048 * (50280 - 32000),
          "mamba2_340m": 349.2e6, "mamba2_1b3": 1.3065e9, "hgrn2_340m": 341.6e6, "hgrn2_1b3": 1.30e9,
+         "kda_340m": 340.1e6, "kda_1b3": 1.325e9, "kimi_linear_1b3": 1.319e9,
+         **{name: size.released for name, size in page.SIZES.items() if size.released},
          "tnl_385m": 385e6, "tnl_1b": 1.0e9, "tnl_3b": 2.88e9, "tnl_7b": 6.8e9,
          **{f"deltanet_{kind}340m": 341.6e6 for kind in ("", "swa_", "global_")},
          **{f"deltanet_{kind}1b3": 1.30e9 for kind in ("", "swa_", "global_")}}

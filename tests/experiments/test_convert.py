@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 from flax import nnx
 
@@ -15,7 +16,9 @@ import convert
 from lin_jax import files, hf
 from lin_jax.checkpoint import load_model, save_model
 from lin_jax.config import DataConfig, ModelConfig, TrainConfig
+from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.delta_net import DeltaNetConfig
+from lin_jax.mixers.supra import SupraConfig
 from lin_jax.model import LanguageModel
 from lin_jax.tokenizer import MODEL_FILE
 from tests.environment import ENVIRONMENT
@@ -92,6 +95,21 @@ def test_a_conversion_that_was_killed_is_repeated_as_it_was(run, tmp_path, monke
     convert.shutil.copyfile(json.loads((run / "config.json").read_text())["data"]["path"], target / MODEL_FILE)
 
 
+def test_attention_becomes_linear_once(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(convert, "_CHECKPOINT", types.SimpleNamespace(value="last"))
+  model = ModelConfig(mixer=AttentionConfig(heads=2), vocab_size=48, width=32, depth=1, mlp_width=32, dtype="float32")
+  config = TrainConfig(name="softmax", seed=5, model=model, data=DataConfig(path="bytes", sequence_length=32))
+  save_model(tmp_path / "softmax", config, jax.jit(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))())
+  for end in ("train it further with train.py --init_from=", "complete already, nothing to do"):
+    convert.make_linear(tmp_path / "softmax", tmp_path / "linear")
+    assert end in capsys.readouterr().out
+  made, linear = load_model(tmp_path / "linear")
+  assert (made.name, made.seed, made.model.mixer, made.data) == ("linear", 5, SupraConfig(heads=2), config.data)
+  parameters = dict(nnx.to_flat_state(nnx.state(linear, nnx.Param)))
+  old = dict(nnx.to_flat_state(nnx.state(load_model(tmp_path / "softmax")[1], nnx.Param)))
+  assert old and all((parameters[path][...] == value[...]).all() for path, value in old.items())
+
+
 @pytest.mark.parametrize("options, message", [
     (None, "has no tokenizer.model"),
     ({}, "the tokenizer is left out: tokenizer 'mistral' has 360 tokens, the model 48"),
@@ -121,8 +139,9 @@ def test_without_a_tokenizer_generation_asks_for_one(tmp_path):
 def test_mistakes_exit_with_2_and_write_nothing(run, tmp_path):
   (tmp_path / "foreign").mkdir()
   (tmp_path / "foreign" / hf.CONFIG).write_text('{"model_type": "llama"}')
-  cases = [([f"--workdir={tmp_path}/new"], "exactly one of --from and --to"),
-           ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new"], "model_type='llama'")]
+  cases = [([f"--workdir={tmp_path}/new"], "exactly one of --from, --to and --linearize"),
+           ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new"], "model_type='llama'"),
+           ([f"--linearize={run}", f"--workdir={tmp_path}/new"], "mixer is 'delta_net': only softmax attention")]
   processes = [Command("convert.py", *arguments) for arguments, _ in cases]
   for process, (_, message) in zip(processes, cases, strict=True):
     _, err = process.communicate()

@@ -9,6 +9,7 @@ import pytest
 
 from corpora import documents, tokenize
 from lin_jax.data import TokenDataset
+from lin_jax.files import sha256
 from lin_jax.manifests import read_manifest
 from tests.experiments.datasets import SPLITS, TEXTS, content, decoded, interrupt, prepare, tokens
 
@@ -29,9 +30,9 @@ def test_the_manifest_counts_what_is_there(tmp_path, text_file):
     assert entry["documents"] == len(texts)
     assert entry["bytes"] == sum(len(text.encode()) for text in texts) == entry["tokens"] - len(texts)
     for shard in entry["shards"]:
-      assert shard["sha256"] == tokenize.sha256(tmp_path / "out" / shard["file"])
+      assert shard["sha256"] == sha256(tmp_path / "out" / shard["file"])
   source, = manifest["sources"]
-  assert source["package"] == "all.txt" and source["sha256"] == tokenize.sha256(text_file)
+  assert source["package"] == "all.txt" and source["sha256"] == sha256(text_file)
   for key in ("documents", "bytes", "tokens"):
     assert source[key] == sum(manifest["splits"][split][key] for split in SPLITS)
   assert len(manifest["splits"]["train"]["shards"]) > 3

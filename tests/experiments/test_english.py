@@ -110,7 +110,7 @@ def english_options(tmp_path, monkeypatch):
   row = ["1.0", "text", r"\.txt$", "", "none", "0" * 64]
   monkeypatch.setattr(english, "sources", lambda _: [english.Source("prose", "deb", n, *row) for n in ("good", "gone")])
   monkeypatch.setattr(english.apt, "packages", lambda names, cache: {"good": package})
-  return dict(tier="prose", seed=0, cache=tmp_path, tokenizer=ByteTokenizer(), tokenizer_file=None)
+  return dict(tier="prose", seed=0, cache=tmp_path, tokenizer=ByteTokenizer())
 
 
 def test_the_english_recipe_skips_what_it_cannot_get(tmp_path, english_options, capfd):
@@ -150,6 +150,5 @@ def test_html_sources_ask_for_their_parser_before_anything_is_downloaded(tmp_pat
   monkeypatch.setattr(english, "download", interrupt)
   monkeypatch.setattr(english.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="--tier=prose has HTML sources, which need the package resiliparse"):
-    english.prepare(tmp_path / "out", tier="prose", seed=0, cache=tmp_path, tokenizer=ByteTokenizer(),
-                    tokenizer_file=None)
+    english.prepare(tmp_path / "out", tier="prose", seed=0, cache=tmp_path, tokenizer=ByteTokenizer())
   assert not list(tmp_path.iterdir())

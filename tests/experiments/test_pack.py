@@ -2,11 +2,14 @@
 
 import lzma
 
+import numpy as np
 import pytest
 
 from corpora import pack, unpack
 from lin_jax.data import TokenDataset
+from lin_jax.manifests import verify
 from tests.experiments.datasets import SPLITS, decoded, prepare, tokens
+from tests.lin_jax.byte_dataset import LENGTHS, make_documents, make_masks, write
 
 
 @pytest.mark.parametrize("limit", [0, 5000])
@@ -27,6 +30,21 @@ def test_unpacking_restores_a_packed_dataset(tmp_path, text_file, limit):
     assert restored == whole
   if not limit:
     assert tokens(tmp_path / "set") == tokens(tmp_path / "again")
+
+
+@pytest.mark.parametrize("limit", [0, 300])
+def test_masks_and_wide_ids_are_packed_too(tmp_path, limit):
+  documents = make_documents(LENGTHS)
+  write(tmp_path / "set", documents, vocab_size=257 if limit else 70_000, masks=make_masks(documents))
+  pack.pack(tmp_path / "set", tmp_path / "packed", limit)
+  unpack.unpack(tmp_path / "packed", tmp_path / "again")
+  verify(tmp_path / "again")
+  before, after = (TokenDataset(tmp_path / name, "train") for name in ("set", "again"))
+  assert after.masked and limit - 200 < after.tokens <= (limit or before.tokens)
+  for read in ("read", "read_mask"):
+    np.testing.assert_array_equal(getattr(after, read)(0, after.tokens), getattr(before, read)(0, after.tokens))
+  spelled = after.read(0, after.tokens)[after.read_mask(0, after.tokens)] < 256
+  assert after.bytes_per_token == spelled.mean()
 
 
 def test_a_damaged_pack_is_refused_and_nothing_appears(tmp_path, text_file):

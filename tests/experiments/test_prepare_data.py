@@ -1,5 +1,6 @@
 """The command that prepares data, and the packages, tokenizers and hub that it reads."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import types
 import pytest
 
 from corpora import documents, fetch, shakespeare, tokenize
+from lin_jax.data import TokenDataset
 from lin_jax.files import lock
-from lin_jax.manifests import read_manifest
+from lin_jax.manifests import read_manifest, verify
 from lin_jax.tokenizer import MistralTokenizer, load_tokenizer
 from tests.experiments.datasets import PROSE, TEXTS, decoded, prepare
 from tests.forked import ROOT, Command
+from tests.lin_jax.fast_tokenizers import beginning, byte_level, save
 
 
 def run(*arguments):
@@ -41,6 +44,34 @@ def test_a_second_preparation_of_the_same_directory_is_refused(tmp_path, text_fi
   assert not (tmp_path / "deep").exists()
 
 
+def test_a_dataset_carries_its_fast_tokenizer(tmp_path, text_file):
+  folder, out = save(tmp_path / "tokenizer", beginning(byte_level()), eos_token="<|endoftext|>"), tmp_path / "out"
+  options = (f"--input={text_file}", f"--tokenizer={folder}", "--val_fraction=0", "--test_fraction=0")
+  result = run(*options, f"--out={out}", "--special_tokens=text", "--pad_token=<think>")
+  assert result.returncode == 0, result.stderr
+  described, tokenizer = read_manifest(out)["tokenizer"], load_tokenizer(out)
+  assert (described["name"], described["special_tokens"], tokenizer.special_tokens) == ("fast", "text", "text")
+  assert (tokenizer.eos_id, tokenizer.pad_id) == (0, load_tokenizer(folder).encode("<think>")[0])
+  assert verify(out) == sum(file.stat().st_size for file in out.iterdir() if file.name != "manifest.json")
+  data = TokenDataset(out, "train")
+  assert data.read(0, 1) == tokenizer.begin_ids == (1,)
+  assert tokenizer.decode(data.read(0, data.tokens)).startswith("Document 0: caf\u00e9, end.\0Document 1: ")
+  (out / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+  with pytest.raises(ValueError, match="tokenizer_config.json: has SHA-256"):
+    load_tokenizer(out)
+
+
+def test_a_special_token_in_a_document_is_refused_if_so_asked(tmp_path):
+  (tmp_path / "in.txt").write_text("one\0two <|im_end|>")
+  folder = save(tmp_path / "tokenizer", byte_level(), eos_token="<|endoftext|>")
+  found = documents.find([str(tmp_path / "in.txt")])
+  with pytest.raises(ValueError, match=r"in.txt: document 1: the text holds the special token '<\|im_end\|>' at pos"):
+    tokenize.prepare(tmp_path / "out", functools.partial(documents.read, found, field="text", separator="\0"),
+                     lambda _: "train", splits=["train"], recipe=dict(sources=documents.describe(found)),
+                     tokenizer=tokenize.find_tokenizer(str(folder), tmp_path, special_tokens="refuse"))
+  assert not list(tmp_path.glob("out*"))
+
+
 def test_verify_names_what_was_changed(tmp_path, text_file):
   prepare(tmp_path / "out", [text_file])
   result = run(f"--verify={tmp_path}/out")
@@ -61,11 +92,11 @@ def test_an_input_that_matches_nothing_is_refused(tmp_path):
     tokenize.hash_split(0, 0.5, 0.5)
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-  (tmp_path / "x.model").write_bytes(b"")
-  monkeypatch.setattr(tokenize, "load_tokenizer", lambda _: types.SimpleNamespace(vocab_size=65537))
-  with pytest.raises(ValueError, match="vocabulary of 65537: ids must fit in uint16"):
-    tokenize.find_tokenizer(str(tmp_path / "x.model"), tmp_path)
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path):
+  tokenizer = types.SimpleNamespace(name="bytes", vocab_size=2**31 + 1)
+  with pytest.raises(ValueError, match="vocabulary of 2147483649: ids must be less than 2\\^31"):
+    tokenize.prepare(tmp_path / "out", iter, None, splits=[], recipe={}, tokenizer=tokenizer)
+  assert not list(tmp_path.iterdir())
   with pytest.raises(ValueError, match="--tokenizer=gpt: must be"):
     tokenize.find_tokenizer("gpt", tmp_path)
 

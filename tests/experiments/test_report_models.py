@@ -35,6 +35,14 @@ def test_sizes_are_those_of_the_papers(models):
   assert len(peers) >= 10 and {name for name, off in peers.items() if abs(off) > 0.003} == set()
 
 
+def test_released_models_have_every_parameter(models):
+  released = {name: model for name, model in models.items() if model.size.released}
+  assert sorted(released) == ["olmo_hybrid_7b", "qwen35_0b8", "qwen35_2b", "qwen35_4b", "qwen35_9b"]
+  for name, model in released.items():
+    assert model.parameters == model.size.released, name
+    assert model.config.model.hybrid_layers == tuple(range(3, model.config.model.depth, 4))
+
+
 def test_the_papers_vocabulary_counts(models):
   assert models["mamba_340m"].compared == models["mamba_340m"].parameters + (50280 - 32000) * 1024
   assert models["gla_340m"].compared == models["gla_340m"].parameters

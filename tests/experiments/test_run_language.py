@@ -9,14 +9,18 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from language import execution
 from language.models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, MODELS
+from language.repeats import repeated
 from language.report import summary
-from language.runs import Run, finish, setting
+from language.runs import Run, folder, key
 from language.sweeps import SWEEPS, Sweep, further
+from language.training import finish
 from lin_jax import metrics as reporting
 from lin_jax.checkpoint import load_model
 from lin_jax.config import validate
@@ -33,7 +37,8 @@ def data(tmp_path_factory):
 
 
 def test_sizes_are_matched():
-  counts = {name: parameter_count(MODELS[name]()) for name in (*COMPARED, *DECAYS, *CONVOLUTIONS, "deltanet_l1_elu1")}
+  counts = {name: parameter_count(MODELS[name]()) for name in (*COMPARED, *DECAYS, *CONVOLUTIONS, "deltanet_l1_elu1",
+                                                                 "supra")}
   assert max(counts.values()) / min(counts.values()) <= 1.02 and 38e6 < min(counts.values())
   assert {make().vocab_size * make().width for make in MODELS.values()} == {32000 * 512}
   # The state that a layer hands on is the same for those that the papers compare at one size.
@@ -44,7 +49,7 @@ def test_sizes_are_matched():
 
 
 def test_sweeps_hold_each_claims_runs(data):
-  main, gates, norms, convolutions, lengths, long = (sweep().runs for sweep in SWEEPS.values())
+  main, gates, norms, convolutions, lengths, long, linearized = (sweep().runs for sweep in SWEEPS.values())
   assert {run.model for run in main} == set(COMPARED) and len(main) == 27
   assert {run.model for run in gates} == {"no_decay", "constant_decay", "scalar_decay", "gla"} and len(gates) == 12
   assert {(c.qk_norm, c.qk_activation) for c in (MODELS[run.model]().mixer for run in norms)} == {
@@ -61,10 +66,14 @@ def test_sweeps_hold_each_claims_runs(data):
   for runs in (main, gates, norms, convolutions, lengths, long):
     sizes = {(c.optim.steps, c.data.batch_size * c.data.sequence_length) for c in (r.train_config(data) for r in runs)}
     assert len(sizes) == 1  # matched tokens
-    assert len({records.key(setting(validate(run.train_config(data)))) for run in runs}) == len(runs)
+    assert all(validate(run.train_config(data)) for run in runs)
+    assert len({key(run.setting(data)) for run in runs}) == len(runs)
   for runs, models in ((main, COMPARED), (gates, [*DECAYS, "gla"]), (convolutions, widths)):
     assert all(len({run.learning_rate for run in runs if run.model == model}) == 3 for model in models)
-  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 1, 0]
+  assert {run.steps + (run.start.steps if run.start else 0) for run in linearized} == {main[0].steps}
+  assert {(run.model, round(run.steps / run.start.steps, 3)) for run in linearized if run.start} == {
+      ("linearized_5", 0.05), ("linearized_20", 0.2)}
+  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 1, 0, 1]
 
 
 def test_gates_differ_in_the_decay_alone():
@@ -81,15 +90,29 @@ def _parameters(name):
 
 def test_setting_says_what_determines_a_run(data, tmp_path):
   run = Run("gla", 1e-3, tiny=True)
-  same, first = setting(run.train_config(data)), setting(run.train_config(data))
-  assert same == first == json.loads(json.dumps(first))
-  for field, value in (("seed", 1), ("learning_rate", 2e-3), ("steps", 5), ("model", "scalar_decay")):
-    assert setting(dataclasses.replace(run, **{field: value}).train_config(data)) != first, field
+  first = run.setting(data)
+  assert run.setting(data) == first == json.loads(json.dumps(first))
+  changes = dict(seed=1, learning_rate=2e-3, steps=5, model="scalar_decay", start=Run("transformer", 1e-3))
+  changed = [dataclasses.replace(run, **{field: value}) for field, value in changes.items()]
+  started = [dataclasses.replace(run, start=Run("transformer", 1e-3, seed=seed)) for seed in (1, 2)]
+  assert len({key(other.setting(data)) for other in (run, *changed, *started)}) == 8
   other = str(tiny.write_dataset(tmp_path / "data", train_tokens=3001))
-  assert setting(run.train_config(other)) != first
+  assert key(run.setting(other)) != key(first)
   moved = pathlib.Path(data).rename(tmp_path / "moved")
-  assert setting(run.train_config(str(moved))) == first
+  assert run.setting(str(moved)) == first
   moved.rename(data)
+
+
+def test_older_records_lack_fields_that_came_later(data):
+  run = Run("linearized_5", 1e-3, tiny=True, start=Run("transformer", 1e-3, tiny=True))
+  older = run.setting(data)
+  for part in (older, older["start"]):
+    for fields, name in ((part["optim"], "decay_steps"), (part["model"], "scale_embeddings"), (part, "unroll"),
+                         (part["model"]["mixer"], "rope_base")):
+      fields.pop(name, None)
+  assert key(older) == key(run.setting(data))
+  older["start"]["model"]["mixer"]["rope_base"] = 5.0
+  assert key(older) != key(run.setting(data))
 
 
 def test_further_seeds_are_of_the_best_rate():
@@ -102,22 +125,23 @@ def test_further_seeds_are_of_the_best_rate():
   assert found == [Run("gla", 4e-3, 1), Run("tnl", 1e-3, 1), Run("gla", 4e-3, 2), Run("tnl", 1e-3, 2)]
 
 
-@pytest.fixture
-def compilation_cache(tmp_path):
-  """All runs of the test compile the same functions."""
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+TRANSFORMER = Run("transformer", 4e-3, steps=6, tiny=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+  """Folder and records of a run. Other runs of the module compile the same functions and find them in a cache."""
+  paths = tmp_path_factory.mktemp("unbroken") / "runs", tmp_path_factory.mktemp("unbroken") / "out.jsonl"
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
   reset_cache()
-  yield
+  assert execution.execute(Sweep([TRANSFORMER], further_seeds=0), data, *paths) == (1, 0, [])
+  yield paths
   jax.config.update("jax_compilation_cache_dir", None)
   reset_cache()
 
 
-def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkeypatch, capsys,
-                                                          compilation_cache):
-  sweep = Sweep([Run("transformer", 4e-3, steps=6, tiny=True)], further_seeds=0)
-  paths = {name: (tmp_path / name, tmp_path / f"{name}.jsonl") for name in ("unbroken", "broken")}
-  assert execution.execute(sweep, data, *paths["unbroken"]) == (1, 0, [])
-
+def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkeypatch, capsys, unbroken):
+  sweep = Sweep([TRANSFORMER], further_seeds=0)
   report = reporting.Reporter.step
 
   def slow(self, step, metrics):
@@ -125,7 +149,7 @@ def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkey
     if step == 2:
       time.sleep(max(0, begin + limit + 0.5 - time.monotonic()))
 
-  workdir, out = paths["broken"]
+  workdir, out = tmp_path / "broken", tmp_path / "broken.jsonl"
   with monkeypatch.context() as patch:
     patch.setattr(reporting.Reporter, "step", slow)
     begin, limit = time.monotonic(), 1.0
@@ -136,19 +160,19 @@ def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkey
   assert execution.execute(sweep, data, workdir, out) == (1, 0, [])
   assert f"from step {step.name} to 6" in capsys.readouterr().out
 
-  (expected,), (record,) = (records.load(out) for _, out in paths.values())
+  (expected,), (record,) = (records.load(path) for path in (unbroken[1], out))
   assert record["held_out_loss"] == expected["held_out_loss"] and record["setting"] == expected["setting"]
   assert record["tokens"] == 6 * 8 * 64 and record["epochs"] == round(6 * 8 * 64 / 3000, 4)
   # Two bytes an id in this dataset.
   assert record["bits_per_byte"] == pytest.approx(record["held_out_loss"] / 0.6931472 / 2)
   assert record["device"] == "cpu" and record["versions"]["jax"] == jax.__version__ and record["command"]
   # One checkpoint stays, with what evaluation needs.
-  folder, = workdir.iterdir()
-  step, = folder.glob("checkpoints/*")
+  place, = workdir.iterdir()
+  step, = place.glob("checkpoints/*")
   assert step.name == "6" and not (step / "optimizer").exists()
-  assert load_model(folder)[0].model == sweep.runs[0].train_config(data).model
+  assert load_model(place)[0].model == sweep.runs[0].train_config(data).model
 
-  monkeypatch.setattr("language.runs.train", lambda *_: pytest.fail("a run that is done was made again"))
+  monkeypatch.setattr("language.training.train", lambda *_: pytest.fail("a run that is done was made again"))
   before = out.read_text()
   assert execution.execute(sweep, data, workdir, out) == (0, 0, [])
   assert out.read_text() == before
@@ -157,13 +181,43 @@ def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkey
   assert out.read_text() == before
 
 
+def test_a_transformer_is_linearized_and_trained_further(data, tmp_path, unbroken):
+  workdir, out = unbroken[0], tmp_path / "out.jsonl"
+  run = Run("linearized_20", 1e-6, seed=1, steps=2, tiny=True, start=TRANSFORMER)
+  assert execution.execute(Sweep([run], further_seeds=0), data, workdir, out) == (1, 0, [])
+  (record,), (start,) = records.load(out), records.load(unbroken[1])
+  assert record["start"] == {"model": "transformer", "tokens": 6 * 512, "bits_per_byte": start["bits_per_byte"]}
+  assert record["tokens"] == 8 * 512 and record["setting"]["model"]["mixer"]["type"] == "supra"
+  assert record["setting"]["start"] == start["setting"] and record["setting"]["optim"]["steps"] == 2
+  assert 0 < record["repeated"]["targets"] < 1200 and record["repeated"]["loss"] < record["held_out_loss"]
+  # The uptraining goes on from what the Transformer has learnt, and leaves nothing else behind.
+  made, source = ({path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(load_model(folder(
+      workdir, run, data))[1], nnx.Param))} for run in (run, TRANSFORMER))
+  assert all(abs(made[path] - value).max() < 1e-5 for path, value in source.items()) and len(made) == len(source) + 2
+  assert {path.name for path in workdir.iterdir()} == {folder(workdir, run, data).name for run in (run, TRANSFORMER)}
+
+
+def test_a_run_waits_for_the_one_that_it_starts_from(data, tmp_path, monkeypatch):
+  monkeypatch.setattr("language.training.train", lambda *_: {"preempted": "SIGTERM"})
+  run = Run("linearized_20", 1e-3, tiny=True, start=TRANSFORMER)
+  assert finish(run, data, tmp_path) is None and not any(tmp_path.iterdir())
+
+
+def test_repeated_pairs_are_those_of_their_segment():
+  batch = {"tokens": np.array([[1, 2, 3, 1, 2, 1, 2, 3], [1, 2, 3, 1, 2, 1, 2, 3]]),
+           "targets": np.array([[2, 3, 1, 2, 1, 2, 3, 4], [2, 3, 1, 2, 1, 2, 3, 4]]),
+           "segment_ids": np.array([[0] * 8, [0] * 5 + [1] * 3]), "mask": np.ones((2, 8), np.float32)}
+  marks = repeated(batch)
+  assert marks.tolist() == [[0, 0, 0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0]] and marks.dtype == np.float32
+
+
 def test_seeds_follow_from_the_records(data, tmp_path, monkeypatch):
   made, out = [], tmp_path / "out.jsonl"
 
-  def fake(config, workdir):
-    made.append((config.name, config.optim.learning_rate, config.seed))
-    bits = {1e-3: 1.2, 2e-3: 1.1, 4e-3: None}[config.optim.learning_rate]
-    return {"setting": setting(config), "bits_per_byte": bits, "diverged": bits is None}
+  def fake(run, data, workdir):
+    made.append((run.model, run.learning_rate, run.seed))
+    bits = {1e-3: 1.2, 2e-3: 1.1, 4e-3: None}[run.learning_rate]
+    return {"setting": run.setting(data), "bits_per_byte": bits, "diverged": bits is None}
 
   monkeypatch.setattr(execution, "finish", fake)
   sweep = Sweep([Run("gla", rate, tiny=True) for rate in (1e-3, 2e-3, 4e-3)], further_seeds=2)
@@ -176,10 +230,10 @@ def test_seeds_follow_from_the_records(data, tmp_path, monkeypatch):
 
 
 def test_failure_of_one_run_leaves_the_others(data, tmp_path, monkeypatch):
-  def fake(config, workdir):
-    if config.name == "gla":
+  def fake(run, data, workdir):
+    if run.model == "gla":
       raise RuntimeError("out of memory")
-    return {"setting": setting(config), "bits_per_byte": None, "diverged": True}
+    return {"setting": run.setting(data), "bits_per_byte": None, "diverged": True}
 
   monkeypatch.setattr(execution, "finish", fake)
   sweep = Sweep([Run(model, 1e-3, tiny=True) for model in ("gla", "tnl")], further_seeds=1)
@@ -189,20 +243,25 @@ def test_failure_of_one_run_leaves_the_others(data, tmp_path, monkeypatch):
 
 def test_diverged_run_has_a_record_too(data, tmp_path, monkeypatch):
   def train(config, workdir):
+    workdir.mkdir()
     raise FloatingPointError("step 2: loss nan")
 
-  monkeypatch.setattr("language.runs.train", train)
-  config = Run("gla", 1e-3, tiny=True).train_config(data)
-  record = finish(config, tmp_path)
+  monkeypatch.setattr("language.training.train", train)
+  run = Run("gla", 1e-3, tiny=True)
+  record = finish(run, data, tmp_path)
   assert record["diverged"] and record["held_out_loss"] is record["bits_per_byte"] is record["perplexity"] is None
-  assert record == json.loads((tmp_path / "record.json").read_text()) and record["setting"] == setting(config)
+  assert record["repeated"] is None and record["setting"] == run.setting(data)
+  assert record == json.loads((folder(tmp_path, run, data) / "record.json").read_text())
+  uptrained = Run("linearized_5", 1e-3, tiny=True, start=run)
+  with pytest.raises(ValueError, match="gla, from which it starts, has diverged"):
+    finish(uptrained, data, tmp_path)
 
 
 def test_a_run_that_sigterm_stopped_is_not_begun_again(data, tmp_path, monkeypatch):
   made = []
 
-  def fake(config, workdir):
-    made.append(config.name)
+  def fake(run, data, workdir):
+    made.append(run.model)
     assert len(made) == 1
     return None  # as after a signal that only the run has heard
 

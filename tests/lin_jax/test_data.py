@@ -8,7 +8,7 @@ import pytest
 from lin_jax import files
 from lin_jax.data import TokenDataset, Windows, eval_batches, train_iterator
 from lin_jax.manifests import describe
-from tests.lin_jax.byte_dataset import LENGTHS, config, make_documents, write
+from tests.lin_jax.byte_dataset import LENGTHS, config, make_documents, make_masks, write
 
 KEYS = ("tokens", "targets", "segment_ids", "mask")
 
@@ -24,9 +24,16 @@ def numbered(tmp_path_factory):
   return write(tmp_path_factory.mktemp("data") / "numbered", [np.arange(1000, 3001)], shard_tokens=333, vocab_size=4000)
 
 
-def naive_windows(documents, length, pad):
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+  documents = make_documents(LENGTHS)
+  return write(tmp_path_factory.mktemp("data") / "masked", documents, vocab_size=70_000, masks=make_masks(documents))
+
+
+def naive_windows(documents, length, pad, masks=None):
   """Windows position by position, from the definition."""
   stream = [(int(token), number) for number, ids in enumerate(documents) for token in [*ids, 256]]
+  answers = [True] * len(stream) if masks is None else np.concatenate(masks)
   windows = []
   for start in range(0, len(stream) - 1, length):
     if start + length + 1 > len(stream) and not pad:
@@ -38,7 +45,7 @@ def naive_windows(documents, length, pad):
       window["tokens"].append(here[0])
       window["targets"].append(after[0])
       window["segment_ids"].append(here[1] - first + 1)
-      window["mask"].append(float(here[1] == after[1]))
+      window["mask"].append(float(here[1] == after[1] and answers[i + 1]))
     windows.append(window)
   return windows
 
@@ -53,6 +60,41 @@ def test_windows_equal_the_definition(path, length, pad):
     for key in KEYS:
       np.testing.assert_array_equal(window[key], naive[key], err_msg=key)
     assert [window[key].dtype for key in KEYS] == [np.int32] * 3 + [np.float32]
+
+
+@pytest.mark.parametrize("length, pad", [(1, False), (7, True), (64, True), (390, False)])
+def test_a_mask_hides_all_but_the_answers(masked, length, pad):
+  documents = make_documents(LENGTHS)
+  windows = Windows(TokenDataset(masked, "train"), length, pad=pad)
+  expected = naive_windows(documents, length, pad, make_masks(documents))
+  for window, naive in zip(windows, expected, strict=True):
+    for key in KEYS:
+      np.testing.assert_array_equal(window[key], naive[key], err_msg=key)
+
+
+def test_a_masked_split_counts_the_bytes_of_answers(masked):
+  data, masks = TokenDataset(masked, "train"), make_masks(make_documents(LENGTHS))
+  assert data.masked and json.loads((masked / "manifest.json").read_text())["version"] == 2
+  assert data.bytes_per_token == sum(mask[:-1].sum() for mask in masks) / np.concatenate(masks).sum()
+  assert (masked / "train-00000.mask").stat().st_size == 100 == (masked / "train-00000.bin").stat().st_size / 4
+
+
+def test_a_mask_goes_with_windows_that_carry_no_state(masked):
+  with pytest.raises(ValueError, match="carried_windows=2: must be 1 with .*masked, which has a mask of answers"):
+    train_iterator(config(masked, carried_windows=2), 0)
+
+
+@pytest.mark.parametrize("vocab_size, name", [(65_536, "<u2"), (65_537, "<u4")])
+def test_the_vocabulary_decides_the_width_of_ids(tmp_path, vocab_size, name):
+  path = write(tmp_path / "set", [np.arange(vocab_size - 300, vocab_size)], vocab_size=vocab_size)
+  assert json.loads((path / "manifest.json").read_text())["dtype"] == name
+  np.testing.assert_array_equal(TokenDataset(path, "train").read(0, 300), np.arange(vocab_size - 300, vocab_size))
+
+
+def test_a_dataset_of_bytes_is_written_as_it_always_was(tmp_path):
+  """The digest covers the checksums of all files, and was computed before ids could have four bytes."""
+  path = write(tmp_path / "set", make_documents(LENGTHS))
+  assert describe(path)["sha256"] == "d83c5fdb6ed8bdfa1f1302acad6eab6419ca3c0232a950e80931d1bf36e93d32"
 
 
 def test_without_resets_a_window_is_one_segment_and_predicts_everything(path):

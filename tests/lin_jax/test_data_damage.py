@@ -9,7 +9,7 @@ import pytest
 
 from lin_jax.data import TokenDataset, Windows
 from lin_jax.manifests import verify
-from tests.lin_jax.byte_dataset import LENGTHS, make_documents, write
+from tests.lin_jax.byte_dataset import LENGTHS, make_documents, make_masks, write
 
 
 def edit(path, change):
@@ -42,8 +42,9 @@ DAMAGE = {
     "manifest is a chain": (lambda p: (p / "manifest.json").write_text("[" * 10**6), "not readable as JSON"),
     "manifest of something else": (lambda p: (p / "manifest.json").write_text("[]"), "must be a manifest of format"),
     "manifest without splits": (lambda p: edit(p, lambda m: m.pop("splits")), "incomplete or malformed: .*splits"),
-    "later version": (lambda p: edit(p, lambda m: m.update(version=2)), "version 2"),
-    "other dtype": (lambda p: edit(p, lambda m: m.update(dtype="<u4")), "dtype '<u4'"),
+    "later version": (lambda p: edit(p, lambda m: m.update(version=3)), "version 3"),
+    "other dtype": (lambda p: edit(p, lambda m: m.update(dtype="<i8")), "dtype '<i8': .* reads '<u2' and '<u4'"),
+    "dtype of others": (lambda p: edit(p, lambda m: m.update(dtype="<u4")), "200 bytes: the manifest says 400"),
     "shard truncated": (lambda p: (p / "train-00001.bin").write_bytes(b"\0" * 198), "198 bytes: .* says 200"),
     "shard missing": (lambda p: (p / "train-00001.bin").unlink(), "train-00001.bin: .*not readable"),
     "index missing": (lambda p: (p / "train.idx.npy").unlink(), "train.idx.npy: .*not readable"),
@@ -54,6 +55,27 @@ DAMAGE = {
     "index changed": (lambda p: set_id(p, "train.idx.npy", 128 + 8), "train.idx.npy: has SHA-256"),
     "checksum missing": (lambda p: edit(p, lambda m: m["splits"]["train"]["shards"][0].pop("sha256")), "incomplete"),
 }
+
+
+MASK_DAMAGE = {
+    "mask truncated": (lambda p: (p / "train-00001.mask").write_bytes(b"\1" * 99), "99 bytes: .* says 100"),
+    "mask missing": (lambda p: (p / "train-00001.mask").unlink(), "train-00001.mask: .*not readable"),
+    "mask changed": (lambda p: set_id(p, "train-00000.mask", value=1), "train-00000.mask: has SHA-256"),
+    "mask of one shard absent": (lambda p: edit(p, lambda m: m["splits"]["train"]["shards"][0].pop("mask")), "'mask'"),
+    "no answers": (lambda p: edit(p, lambda m: m["splits"]["train"]["answers"].update(tokens=0)), "no token of an ans"),
+}
+
+
+@pytest.mark.parametrize("damage, message", MASK_DAMAGE.values(), ids=MASK_DAMAGE)
+def test_a_damaged_mask_is_refused(tmp_path, damage, message):
+  documents = make_documents(LENGTHS)
+  path = write(tmp_path / "set", documents, masks=make_masks(documents))
+  damage(path)
+  with pytest.raises(ValueError, match=message):
+    Windows(TokenDataset(path, "train"), 16)[0]
+  if "mask" in message:
+    with pytest.raises(ValueError, match=r"train-0000\d.mask: |'mask'"):
+      verify(path)
 
 
 @pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE)

@@ -12,6 +12,7 @@ from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.decoding import Columns, Decoder, in_order, stacked
 from lin_jax.generate import Sampling, decode
+from lin_jax.layers import RMSNorm
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
 from lin_jax.model import LanguageModel
@@ -74,6 +75,29 @@ def test_projections_of_one_input_share_a_product():
 
   assert joint(gla.mixer) == {"query", "key", "value", "gate", "decay_in"}
   assert joint(attention.mixer) == {"query", "key", "value"} and joint(gla.mlp) == {"gate", "up"}
+
+
+def test_programs_hand_on_a_shared_matrix_once():
+  decoder = jax.eval_shape(Decoder, build(**HYBRID))
+  mixer = decoder.blocks[0].mixer
+  assert mixer.query.transposed is mixer.key.transposed is not mixer.output.transposed
+  arrays = jax.tree.leaves(decoder)
+  assert len(arrays) == len(set(map(id, arrays))) < len(jax.tree.leaves((decoder.model, decoder.blocks)))
+  assert not jax.tree.leaves(decoder.model.runs)
+
+
+def test_norms_of_one_plus_their_scale_become_plain_ones():
+  norms = lambda blocks: [m for block in blocks for _, m in nnx.iter_modules(block) if isinstance(m, RMSNorm)]
+  attention = AttentionConfig(heads=4, qk_norm="head", qk_norm_offset=True)
+
+  def prepared():
+    lm = build(mixer=attention, norm="rms_offset")
+    decoder = Decoder(lm)
+    return in_order(lm.runs), decoder.blocks, decoder.model.norm
+
+  plain, blocks, last = jax.eval_shape(prepared)
+  assert [norm.offset for norm in norms(plain)] == [1] * 8
+  assert [norm.offset for norm in norms(blocks)] == [0] * 8 and last.offset == 0
 
 
 def test_the_loop_reads_weights_of_the_compute_dtype_and_casts_none():

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from lin_jax.config import OptimConfig
+from lin_jax.layer_stacks import apart, together
 from lin_jax.model import LanguageModel
-from lin_jax.optim import learning_rate, lengthened, make_optimizer, matrices
+from lin_jax.optim import learning_rate, lengthened, make_optimizer, matrices, parameter_name
 from tests.lin_jax import tiny
 
 
@@ -90,3 +91,63 @@ def test_updates_equal_adamw_by_hand():
       params[name] = p - rate * (m / (np.sqrt(v) + config.eps) + decay)
   for name, p in params.items():
     np.testing.assert_allclose(actual[name], p, rtol=2e-5)
+
+
+def test_wsd_stays_at_the_peak_until_the_decay():
+  config = OptimConfig(schedule="wsd", steps=12, warmup_steps=3, decay_steps=4, learning_rate=1e-2,
+                       final_learning_rate=2e-3)
+  expected = [2.5e-3, 5e-3, 7.5e-3, *[1e-2] * 5, 8e-3, 6e-3, 4e-3, 2e-3]
+  np.testing.assert_allclose(rates(config), expected, rtol=1e-6)
+  np.testing.assert_allclose(learning_rate(config)(jnp.int32(30)), 2e-3, rtol=1e-6)
+  np.testing.assert_allclose(rates(dataclasses.replace(config, decay_steps=0))[3:], 1e-2, rtol=1e-6)
+
+
+def test_a_wsd_run_is_lengthened_before_its_decay_to_the_one_planned_so():
+  old = OptimConfig(schedule="wsd", steps=8, warmup_steps=2)
+  planned = dataclasses.replace(old, steps=12, decay_steps=4)
+  assert lengthened(old, planned) == (planned, "lengthened from 8 to 12 steps, of which the last 4 are the decay")
+  assert rates(planned)[:8] == rates(old)
+  assert lengthened(planned, planned) == (planned, "")
+  with pytest.raises(ValueError, match="decay_steps=5: the decay would begin at step 7: this run is planned at"):
+    lengthened(old, dataclasses.replace(old, steps=12, decay_steps=5))
+  with pytest.raises(ValueError, match="this run of 12 steps ends with a decay of 4: only a run without a decay"):
+    lengthened(planned, dataclasses.replace(planned, steps=14))
+
+
+def second_update(params, grads, **optim):
+  """The update of the second step, which depends on the momentum, and the state after it."""
+  optimizer = make_optimizer(OptimConfig(warmup_steps=0, learning_rate=0.1, weight_decay=0.01, **optim))
+
+  @jax.jit
+  def steps(params, grads):
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    return optimizer.update(jax.tree.map(lambda g: 2 * g, grads), state, params)
+
+  return steps(params, grads)
+
+
+def test_muon_treats_stacked_layers_as_separate_matrices_and_leaves_the_rest_to_adamw():
+  shapes = {"embedding": ((7, 4), 2), "kernel": ((3, 8, 4), 2), "wide": ((3, 4, 8), 2), "scale": ((3, 4), 1),
+            "convolution": ((3, 4, 8), 2)}
+  random, params, grads = np.random.default_rng(0), {}, {}
+  for name, (shape, axes) in shapes.items():
+    params[name], grads[name] = (
+        nnx.Param(jnp.asarray(random.normal(size=shape), jnp.float32), out_sharding=(None,) * axes,
+                  eager_sharding=False) for _ in range(2))
+  updates, state = second_update(params, grads, name="muon")
+  separate, _ = second_update(apart(params), apart(grads), name="muon")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), together(separate), updates)
+  for name in ("kernel", "wide"):
+    # Newton-Schulz brings every singular value near 1, and 0.2 sqrt(8) gives entries of AdamW's size.
+    moved = updates[name][...] + 0.1 * 0.01 * params[name][...]
+    values = np.linalg.svd(moved, compute_uv=False) / (0.1 * 0.2 * np.sqrt(8))
+    assert values.shape == (3, 4) and 0.3 < values.min() and values.max() < 1.5
+  moments = {name.split(".nu.")[1] for name in names(state) if ".nu." in name}
+  assert moments == {"embedding", "scale", "convolution"}
+  adamw, _ = second_update(params, grads, name="adamw")
+  for name in moments:
+    np.testing.assert_allclose(updates[name][...], adamw[name][...], rtol=1e-4)
+
+
+def names(tree):
+  return [parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -192,7 +192,7 @@ def test_a_dataset_directory_names_its_tokenizer(tmp_path, model):
     load_tokenizer(tmp_path)
   for content in ("", "[" * 100_000, "[1]", "{}", '{"tokenizer": 1}', '{"tokenizer": null}'):
     manifest.write_text(content)
-    with pytest.raises(ValueError, match="must be 'bytes', a .model file, or a dataset directory"):
+    with pytest.raises(ValueError, match="must be 'bytes', a .model file, a tokenizer.json or its folder, or"):
       load_tokenizer(tmp_path)
 
 

@@ -100,6 +100,22 @@ def test_accumulation_on_split_sequences_equals_one_big_batch(data, batches, one
   assert_states_close(state, one_device[0], 5e-5)
 
 
+def test_only_marked_targets_count_however_they_are_spread(data, batches):
+  """As for answers, whose targets are marked: rows without any, and microbatches and devices with unequal numbers."""
+  mask = np.zeros((8, 64), np.float32)
+  mask[1, 40:], mask[2, 3], mask[6, ::2] = 1, 1, 1
+  marked = [batches[0] | {"mask": mask * batches[0]["mask"]}, batches[1] | {"mask": np.zeros_like(mask)}]
+  expected = run_steps(marked, data)
+  metrics = expected[1]
+  assert [float(m["targets"]) for m in metrics] == [marked[0]["mask"].sum(), 0.0]
+  assert float(metrics[0]["loss"]) > 1 and float(metrics[1]["loss"]) == 0 and bool(metrics[1]["finite"])
+  for layout in ((4,), (1, (2, 2, 2))):
+    state, metrics = run_steps(marked, data, *layout)
+    for name in ("loss", "grad_norm", "accuracy", "targets"):
+      assert_close(name, [m[name] for m in metrics], [m[name] for m in expected[1]], 1e-5)
+    assert_states_close(state.params, expected[0].params, 5e-5)
+
+
 def test_eight_devices_equal_one_with_every_leaf_sharded(data, batches, one_device):
   state, metrics = run_steps(batches, data, 1, (2, 2, 2))
   for name in ("loss", "grad_norm", "accuracy"):

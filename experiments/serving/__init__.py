@@ -1,0 +1,1 @@
+"""Requests and answers of `generate.py` as texts."""

@@ -1,0 +1,110 @@
+"""The parameters with which a run starts if `config.init_from` names a run or a released checkpoint.
+
+The optimizer, the step and the order of the data start anew. The config of the run says from where the parameters came,
+so a resumed run neither reads them again nor takes others.
+"""
+
+import pathlib
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lin_jax import hf
+from lin_jax.checkpoint import load_model
+from lin_jax.config import ModelConfig, TrainConfig, to_dict
+from lin_jax.layer_stacks import Layers, together
+from lin_jax.model import LanguageModel
+from lin_jax.train_state import TrainState
+from lin_jax.trainable import is_parameter, parameter_name
+
+_SHOWN = 5  # parameters of other shapes that a message names
+_FREE = ("dtype", "implementation", "chunk_size")  # fields of a model's config that say how and not what it computes
+
+
+class Initial:
+  """The parameters of `config.init_from`, read on the first use of `require_fit`.
+
+  Attributes:
+    note: says which fields of the model's config differ from the source's.
+  """
+
+  def __init__(self, config: TrainConfig, abstract: TrainState):
+    self._path, self._config = pathlib.Path(config.init_from), config
+    wanted = _named(jax.eval_shape(together, abstract.parameters()))
+    self._wanted = {name: leaf.shape for name, leaf in wanted.items() if ".adapter." not in name}
+    self._arrays, self.note = None, ""
+
+  def require_fit(self) -> None:
+    """Reads the parameters. Raises ValueError if the source cannot be read, or names the parameters that differ."""
+    if self._arrays is not None:
+      return
+    where = f"config.init_from={str(self._path)!r}"
+    try:
+      source, model = _read(self._path)
+    except ValueError as e:
+      raise ValueError(f"{where}: {e}") from e
+    self._arrays = _named(nnx.state(model, nnx.Param))
+    found = {name: array.shape for name, array in self._arrays.items()}
+    differing = [f"{name} has shape {found.get(name) or 'none (missing)'} there, "
+                 f"{self._wanted.get(name) or 'none (missing)'} in this config"
+                 for name in sorted(found.keys() | self._wanted) if found.get(name) != self._wanted.get(name)]
+    if differing:
+      more = len(differing) - _SHOWN
+      raise ValueError(f"{where}: {'; '.join(differing[:_SHOWN])}{f'; and {more} more' if more > 0 else ''}")
+    self.note = f"parameters from {self._path}{_other_fields(source, self._config)}"
+
+  def fill(self, state: TrainState) -> TrainState:
+    """`state` with these parameters in the places, the layout and the dtypes of its own. Adapters stay as they are.
+
+    Each parameter is given up once it has been placed, so this can be done only once.
+    """
+    self.require_fit()
+
+    def place(path, leaf):
+      array = self._arrays.pop(parameter_name(path), None)
+      if array is None:
+        return leaf
+      if not isinstance(leaf, Layers):
+        return _placed(array, leaf)
+      one = leaf[0][...].sharding
+      stack = jax.device_put(array, NamedSharding(one.mesh, P(None, *one.spec)))
+      return Layers(_placed(stack[i], layer) for i, layer in enumerate(leaf))
+
+    state.params, state.frozen = (jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_parameter)
+                                  for tree in (state.params, state.frozen))
+    return state
+
+
+def _read(path: pathlib.Path) -> tuple[ModelConfig, LanguageModel]:
+  if (path / "checkpoints").is_dir():
+    config, model = load_model(path)
+    return config.model, model
+  return hf.load(path)
+
+
+def _named(params) -> dict:
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return {parameter_name(path): leaf for path, leaf in leaves}
+
+
+def _placed(array, parameter):
+  return parameter.replace(jax.device_put(array, parameter[...].sharding).astype(parameter.dtype))
+
+
+def _other_fields(source, config) -> str:
+  here, there = (_fields(to_dict(TrainConfig(model=model))["model"]) for model in (config.model, source))
+  changes = [f"{name} was {there.get(name)!r} there and is {here.get(name)!r}"
+             for name in sorted(here.keys() | there) if here.get(name) != there.get(name)]
+  return f"; config.model differs: {', '.join(changes)}" if changes else ""
+
+
+def _fields(values, prefix=""):
+  found = {}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      found |= _fields(value, f"{prefix}{name}.")
+    elif name not in _FREE:
+      found[prefix + name] = value
+  return found
