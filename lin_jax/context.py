@@ -11,6 +11,8 @@ that enters its own. In the backward pass, which JAX derives, a reduce-scatter s
 
 A part that begins with a new segment is entered by zeros, and a part in which a segment starts passes on U alone. Both
 are selections, so that a value that is not finite stays in its segment across parts too.
+
+Source: the one all-gather of states is LASP-2's for linear attention (Sun et al. 2025, arXiv:2502.07563, section 3).
 """
 
 from collections.abc import Callable

@@ -33,12 +33,12 @@ REFERENCE = dict(implementation="reference")
 MODELS = {
     "gla and mamba": (
         dict(mixer=GLAConfig(heads=2, gate_rank=4, conv_width=3, **REFERENCE),
-             hybrid_mixer=MambaConfig(state_size=3, **REFERENCE), mlp_width=0), dict(data=2, fsdp=2, context=2)),
+             hybrid_mixer=MambaConfig(state_size=3, **REFERENCE)), dict(data=2, fsdp=2, context=2)),
     "delta_net and windows": (
-        dict(mixer=DeltaNetConfig(heads=2, **REFERENCE), hybrid_mixer=AttentionConfig(heads=2, window=7), mlp_width=0),
+        dict(mixer=DeltaNetConfig(heads=2, **REFERENCE), hybrid_mixer=AttentionConfig(heads=2, window=7)),
         dict(data=1, context=2)),
     "tnl and gated_delta_net": (
-        dict(mixer=LightningAttentionConfig(heads=2, lrpe=True, **REFERENCE), norm="simple_rms", mlp="sglu",
+        dict(mixer=LightningAttentionConfig(heads=2, lrpe=True, **REFERENCE), norm="simple_rms",
              hybrid_mixer=GatedDeltaNetConfig(heads=2, value_heads=4, head_dim=8, **REFERENCE)),
         dict(data=1, fsdp=2, context=2, tensor=2))}
 
@@ -51,25 +51,24 @@ def batch():
 
 
 def value_and_gradients(fields):
-  """The parameters' initializer, and the function from them and a batch to the loss, its counts and the gradients."""
-  config = ModelConfig(**dict(vocab_size=VOCAB, width=32, depth=2, hybrid_layers=(1,), mlp_width=48,
+  """Random parameters, and the function from them and a batch to the loss, its counts and the gradients."""
+  config = ModelConfig(**dict(vocab_size=VOCAB, width=32, depth=2, hybrid_layers=(1,), mlp_width=0,
                               dtype="float32") | fields)
-  init = lambda: LanguageModel(config, rngs=nnx.Rngs(0))
-  graph = nnx.graphdef(jax.eval_shape(init))
-  return lambda: nnx.state(init()), jax.value_and_grad(functools.partial(loss_sum, graph), has_aux=True)
+  model, rng = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), np.random.default_rng(1)
+  params = jax.tree.map(lambda leaf: rng.uniform(-0.3, 0.3, leaf.shape).astype(np.float32), nnx.state(model))
+  return params, jit(jax.value_and_grad(functools.partial(loss_sum, nnx.graphdef(model)), has_aux=True))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_parts_equal_one_device(model):
   fields, axes = MODELS[model]
-  init, run = value_and_gradients(fields)
-  params = jit(init)()
-  expected = jit(run)(params, batch())
+  params, run = value_and_gradients(fields)
+  expected = run(params, batch())
   mesh = sharding.make_mesh(MeshConfig(**axes), jax.devices()[:math.prod(axes.values())])
   with jax.set_mesh(mesh):
     arrays = (jax.device_put(params, sharding.param_shardings(params, mesh)),
               jax.device_put(batch(), sharding.batch_sharding(mesh)))
-    program = jit(run).lower(*arrays).compile()
+    program = run.lower(*arrays).compile()
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(program(*arrays)), jax.tree.leaves(expected),
                           strict=True):
     assert_close(jax.tree_util.keystr(path), x, y, 1e-5)
