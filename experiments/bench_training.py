@@ -6,6 +6,7 @@
   python experiments/bench_training.py --set=step_340m --unroll=0 --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=step --peers=jla,fla --out=experiments/results/training.jsonl
   python experiments/bench_training.py --set=step --documents=one,packed --out=experiments/results/training.jsonl
+  python experiments/bench_training.py --set=finetune --models=gla_1b3 --lora_rank=0,16 --out=runs/finetune.jsonl
   python experiments/bench_training.py --set=tnl --tiny                                 # proves the command on a CPU
 
 gla_fig6 is figure 6 of arXiv:2312.06635: 1.3B parameters and 16,384 tokens per step. tnl is the training table of
@@ -13,6 +14,10 @@ arXiv:2405.17381: 385M parameters, here with 65,536 tokens per step, beside a Tr
 step is 16,384 tokens in 8 windows for each family at the size of its paper, to compare values of --unroll and --remat,
 and step_340m is 32,768 tokens in 16 windows for families at 340M parameters. Runs go through all models with the first
 values of --unroll and --remat before they take the next.
+
+finetune is any config by name, with 16,384 tokens in 4 windows. --lora_rank=0,16 takes full training and low-rank
+adapters of rank 16 beside all Linear layers, whose base is frozen and kept in the compute dtype. Their records have no
+MFU.
 
 With --documents=one each window is one document, so attention runs its causal kernel without a mask. With packed, the
 windows are cut from a row of documents of the English corpus's lengths (`speed/packing.py`), and the state restarts at
@@ -56,6 +61,8 @@ _UNROLL = flags.DEFINE_list("unroll", ["1"], "Repetitions of layers compiled in 
                             "or more numbers.")
 _DOCUMENTS = flags.DEFINE_list("documents", ["one"], "How windows hold documents: one or more of "
                                f"{', '.join(packing.DOCUMENTS)}.")
+_LORA_RANK = flags.DEFINE_list("lora_rank", ["0"], "Ranks of low-rank adapters to train in place of the parameters, 0 "
+                               "for full training: one or more numbers.")
 _GROUP = flags.DEFINE_integer("group", 4, "How many programs are compiled side by side before they are measured.",
                               lower_bound=1)
 _PEERS = flags.DEFINE_list("peers", [], f"Other libraries to train beside ours, of {', '.join(peers.VARIANTS)}.")
@@ -75,6 +82,8 @@ def main(_):
     raise ValueError(f"--timed_steps={_TIMED.value}: must be less than --steps={_STEPS.value}")
   if _PEERS.value and _SET.value != "step":
     raise ValueError(f"--peers={','.join(_PEERS.value)}: goes with --set=step, not with --set={_SET.value}")
+  if _SET.value == "finetune" and not _MODELS.value:
+    raise ValueError(f"--models is required with --set=finetune: one or more of {', '.join(SWEEPS['finetune'].models)}")
   path = pathlib.Path(_OUT.value) if _OUT.value else None
   failed = _train_peers(path, start) if _PEERS.value else []
   failed += _train_ours(path, start)
@@ -106,11 +115,11 @@ def _train_ours(path, start):
   sweep, common, every = SWEEPS[_SET.value], training.provenance(), []
   if unknown := set(_DOCUMENTS.value) - set(packing.DOCUMENTS):
     raise ValueError(f"--documents={','.join(unknown)}: unknown; known: {', '.join(packing.DOCUMENTS)}")
-  for unroll, remat, model, length, documents in itertools.product(
-      map(_number, _UNROLL.value), _REMAT.value, sweeps.chosen(_MODELS, list(sweep.models)),
+  for unroll, remat, rank, model, length, documents in itertools.product(
+      _numbers(_UNROLL), _REMAT.value, _numbers(_LORA_RANK), sweeps.chosen(_MODELS, list(sweep.models)),
       sweeps.chosen(_LENGTHS, sweep.lengths), _DOCUMENTS.value):
     config = sweep.models[model]()
-    config.remat, config.unroll = remat, unroll
+    config.remat, config.unroll, config.lora.rank = remat, unroll, rank
     config = _config(f"{model} at {length}", config, length, sweep.tokens)
     every.append(((config, documents == "packed"), common | {"setting": _setting(model, config, documents)}))
   runs = sweeps.missing(every, path)
@@ -122,10 +131,11 @@ def _train_ours(path, start):
   return sweeps.run(runs, measure, _line, _RESULTS, path, begun=start, limit=_LIMIT.value)
 
 
-def _number(text):
-  if not text.isdecimal():
-    raise ValueError(f"--unroll={text}: must be whole numbers that are not negative")
-  return int(text)
+def _numbers(flag):
+  for text in flag.value:
+    if not text.isdecimal():
+      raise ValueError(f"--{flag.name}={text}: must be whole numbers that are not negative")
+  return list(map(int, flag.value))
 
 
 def _config(name, config, length, tokens):
@@ -160,6 +170,7 @@ def _line(row):
   how = f"{setting['library']} {setting['variant']}" if "variant" in setting else (
       f"unroll {setting['unroll']:<2} {setting['remat']:<5}")
   mfu = "" if row.get("mfu") is None else f", MFU {100 * row['mfu']:.1f}%"
+  how += f" LoRA of rank {setting['lora']['rank']}" if "lora" in setting else ""
   how += "" if setting["documents"] == packing.DOCUMENTS["one"] else " packed"
   return (f"{setting['sequence_length']:>7,} x {setting['batch_size']:<3} {how} {row['tokens_per_s']:>9,.0f} tokens/s, "
           f"{row['step_ms']:.1f} ms per step, {row['memory_gib']:.2f} GiB{mfu}, compiled in {row['compile_s']:.1f} s, "

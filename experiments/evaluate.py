@@ -14,10 +14,11 @@ from lin_jax import files, strict_json
 from lin_jax.checkpoint import load_model
 from lin_jax.data import TokenDataset, eval_batches
 from lin_jax.evaluate import evaluate
-from running import commands, records
+from running import commands, meshes, records
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
+_MESH = meshes.define()
 _DATA = flags.DEFINE_string("data", "", "Dataset directory; by default the run's own.")
 _SPLIT = flags.DEFINE_string("split", "val", "Split of the dataset.")
 _BATCHES = flags.DEFINE_integer("batches", 0, "Batches to evaluate, spread evenly over the split; 0 is the whole "
@@ -37,9 +38,10 @@ def main(_):
   for text in _LENGTHS.value:
     if not text.isdecimal() or not int(text):
       raise ValueError(f"--sequence_length={text}: must be a positive number, or several: 512,1024")
-  config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value))
-  for length in map(int, _LENGTHS.value or [config.data.sequence_length]):
-    _evaluate(workdir, config, model, length)
+  with meshes.using(_MESH.value) as mesh:
+    config, model = load_model(workdir, commands.checkpoint_step(_CHECKPOINT.value), mesh)
+    for length in map(int, _LENGTHS.value or [config.data.sequence_length]):
+      _evaluate(workdir, config, model, length)
 
 
 def _evaluate(workdir, config, model, length):

@@ -29,11 +29,12 @@ from lin_jax.checkpoint import load_model
 from lin_jax.generate import Sampling, compile_generate, state_bytes
 from lin_jax.serving import Server
 from lin_jax.tokenizer import load_tokenizer, require_vocabulary, stream_decode
-from running import commands
+from running import commands, meshes
 from serving import answers, requests
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
+_MESH = meshes.define()
 _DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer, or a tokenizer's file; by default the "
                            "run's own.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; if empty, the model starts a document.")
@@ -54,6 +55,11 @@ _MAX_LENGTH = flags.DEFINE_integer("max_length", 4096, "Tokens of a prompt and i
 
 
 def main(_):
+  with meshes.using(_MESH.value) as mesh:
+    _generate(mesh)
+
+
+def _generate(mesh):
   sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
   if _TOKENS.value < 1:
     raise ValueError(f"--tokens={_TOKENS.value}: must be at least 1")
@@ -63,7 +69,7 @@ def main(_):
     raise ValueError(f"--prompt={commands.text(_PROMPT)}: prompts come from --requests or --interactive")
   if _OUT.value and _INTERACTIVE.value:
     raise ValueError(f"--out={_OUT.value}: --interactive writes to standard output only")
-  config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value))
+  config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value), mesh)
   tokenizer = load_tokenizer(_DATA.value or config.data.path)
   require_vocabulary(tokenizer, config.model.vocab_size)
   chat = ChatTemplate(tokenizer) if _CHAT.value else None

@@ -73,8 +73,8 @@ def main(_):
 
 def searched(path, empty, item, deadline, threads) -> bool:
   """Searches for one problem, lists what it finds, and returns whether it found anything."""
-  module, configs = (importlib.import_module(f"kernels.{item.op}.{name}")
-                     for name in ("pallas_triton", "pallas_triton_config"))
+  module, configs = importlib.import_module(f"kernels.{item.op}.pallas_triton"), search.configurations(
+      item.op, item.gates[0])
   found = search.tune(item, module, starts(load(path, empty), item, configs),
                       configs.candidates(item.K, item.V, jax.numpy.dtype(item.dtype)), deadline,
                       functools.partial(turns.turn, _TURNS.value), threads)

@@ -47,7 +47,7 @@ def decay_of(g, C):
     g = jnp.maximum(g * LOG2E, WEAKEST)
     sums = (index + 1).astype(jnp.float32) * g
     return Decay(jnp.exp2(sums), jnp.exp2((C - 1 - index).astype(jnp.float32) * g), jnp.exp2(C * g), sums)
-  sums = _inclusive_sums(g)
+  sums = inclusive_sums(g)
   return decay_of_sums(sums, jnp.min(sums))
 
 
@@ -58,7 +58,7 @@ def load_gate(ref, n, C):
   return ref[pl.ds(n * C, C)], ref[n * C + C - 1]
 
 
-def _inclusive_sums(g):
+def inclusive_sums(g):
   """Sums of gates over the first axis in UNITs."""
   g = jnp.maximum(g * LOG2E, WEAKEST) / UNIT
   whole = jnp.floor(g)
@@ -109,7 +109,7 @@ def chunk_sums(log_decay, C, op):
 
 
 def _sums_kernel(g_ref, sums_ref, *, dot):
-  sums_ref[...] = _inclusive_sums(g_ref[...])
+  sums_ref[...] = inclusive_sums(g_ref[...])
 
 
 def sums_block(sums, rows, chunked):

@@ -190,27 +190,30 @@ class Checkpoints:
     self._manager.close()
 
 
-def load_model(workdir: pathlib.Path | str, step: int | str | None = None):
-  """Returns (config, model) of a run, with the parameters on the first device and adapters merged into their layers.
+def load_model(workdir: pathlib.Path | str, step: int | str | None = None, mesh: jax.sharding.Mesh | None = None):
+  """Returns (config, model) of a run, with the parameters on the mesh, or on the first device, and adapters merged.
 
   Args:
     step: a saved step, "best" (lowest held-out loss), "previous" (the newest that loads before the last), or None for
       the last.
+    mesh: the devices over which every parameter is placed as in training. Four whole parameters are in the host's
+      memory at a time, because their checksums are verified.
   Raises:
     ValueError: the workdir holds no run or no such step, or the checkpoint is of another model.
     DamagedCheckpoint: the checkpoint cannot be read, or its parameters are not the ones that were saved.
   """
   from lin_jax.lora import add_adapters, merge_adapters
   from lin_jax.model import LanguageModel
+  from lin_jax.sharding import placements
 
   workdir = pathlib.Path(workdir)
   config = load_config(workdir / "config.json")
   if not (workdir / "checkpoints").is_dir():
     raise ValueError(f"{workdir}: no checkpoints; was this run stopped before its first save?")
   build = lambda rngs: add_adapters(LanguageModel(config.model, rngs=rngs), config.lora, rngs=rngs)
-  graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+  graph, abstract = nnx.split(jax.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+  shardings = placements(abstract, mesh)
+  abstract = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, shardings)
   with contextlib.closing(Checkpoints(workdir)) as checkpoints:
     _, params = checkpoints.load(step, lambda step: checkpoints.restore_params(step, abstract))
   return dataclasses.replace(config, lora=LoraConfig()), merge_adapters(nnx.merge(graph, params))

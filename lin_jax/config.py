@@ -170,8 +170,6 @@ def validate(config: TrainConfig) -> TrainConfig:
   for field in ("model.vocab_size", "model.width", "model.depth", "data.sequence_length", "data.batch_size",
                 "data.carried_windows", "optim.steps", "optim.accumulation", "log.every", "checkpoint.keep_last"):
     require(_get(config, field) >= 1, field, "must be at least 1")
-  for field, most in (("depth", 10_000), ("width", 2**24), ("mlp_width", 2**24), ("vocab_size", 2**24)):
-    require(_get(config.model, field) <= most, f"model.{field}", f"must be at most {most:,}")
   for field in ("model.mlp_width", "optim.warmup_steps", "optim.weight_decay", "eval.every", "eval.batches",
                 "checkpoint.every", "checkpoint.keep_best", "data.worker_threads", "seed", "unroll",
                 "optim.decay_steps", "lora.rank"):
@@ -180,20 +178,7 @@ def validate(config: TrainConfig) -> TrainConfig:
     require(_get(config, field) > 0, field, "must be positive")
   for field in ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"):
     require(_get(config, field) == -1 or _get(config, field) >= 1, field, "must be at least 1, or -1 for the rest")
-  require(dataclasses.is_dataclass(config.model.mixer), "model.mixer", "must be a mixer config")
-  hybrid, layers = config.model.hybrid_mixer, config.model.hybrid_layers
-  require(hybrid is None or dataclasses.is_dataclass(hybrid), "model.hybrid_mixer", "must be a mixer config or None")
-  require((hybrid is None) == (not layers), "model.hybrid_layers",
-          "must name layers if and only if config.model.hybrid_mixer is given")
-  last = config.model.depth - 1
-  require(len(set(layers)) == len(layers) and all(0 <= layer <= last for layer in layers), "model.hybrid_layers",
-          f"must be different numbers from 0 to config.model.depth - 1 = {last}")
-  for field, known in (("norm", NORMS), ("post_norm", POST_NORMS)):
-    require(_get(config.model, field) in known, f"model.{field}", f"must be one of {', '.join(known)}")
-  require(config.model.post_norm != "hybrid" or hybrid not in (None, config.model.mixer), "model.post_norm",
-          "needs a config.model.hybrid_mixer that differs from config.model.mixer")
-  require(config.model.mlp in MLPS, "model.mlp", f"must be one of {', '.join(MLPS)}")
-  require(config.model.dtype in DTYPES, "model.dtype", f"must be one of {', '.join(DTYPES)}")
+  _validate_model(config.model, require)
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")
   _validate_optim(config.optim, require)
   _require_patterns(config, require)
@@ -207,6 +192,22 @@ def validate(config: TrainConfig) -> TrainConfig:
       ok = False
     require(ok, "log.profile_steps", "must be 'start,stop' with 1 <= start < stop")
   return config
+
+
+def _validate_model(model, require):
+  for field, most in (("depth", 10_000), ("width", 2**24), ("mlp_width", 2**24), ("vocab_size", 2**24)):
+    require(getattr(model, field) <= most, f"model.{field}", f"must be at most {most:,}")
+  for field, known in (("norm", NORMS), ("post_norm", POST_NORMS), ("mlp", MLPS), ("dtype", DTYPES)):
+    require(getattr(model, field) in known, f"model.{field}", f"must be one of {', '.join(known)}")
+  require(dataclasses.is_dataclass(model.mixer), "model.mixer", "must be a mixer config")
+  hybrid, layers, last = model.hybrid_mixer, model.hybrid_layers, model.depth - 1
+  require(hybrid is None or dataclasses.is_dataclass(hybrid), "model.hybrid_mixer", "must be a mixer config or None")
+  require((hybrid is None) == (not layers), "model.hybrid_layers",
+          "must name layers if and only if config.model.hybrid_mixer is given")
+  require(len(set(layers)) == len(layers) and all(0 <= layer <= last for layer in layers), "model.hybrid_layers",
+          f"must be different numbers from 0 to config.model.depth - 1 = {last}")
+  require(model.post_norm != "hybrid" or hybrid not in (None, model.mixer), "model.post_norm",
+          "needs a config.model.hybrid_mixer that differs from config.model.mixer")
 
 
 def _validate_optim(optim, require):

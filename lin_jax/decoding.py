@@ -6,6 +6,7 @@ over, and writes all states anew. Projections of one input become one product, b
 however little it does.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -31,29 +32,43 @@ class Decoder:
   """
 
   def __init__(self, model: nnx.Module):
-    self.model = jax.tree.map(lambda leaf: leaf, model)
+    prepared = jax.tree.map(lambda leaf: leaf, model)
     for name in ("embedding", "head"):
       if (matrix := getattr(model, name)) is not None:
-        setattr(self.model, name, matrix.replace(matrix[...].astype(model.dtype)))
-    self.blocks = [_prepared(block) for block in in_order(model.placed_runs())]
-    for module in (self.model.norm, *self.blocks):
+        setattr(prepared, name, matrix.replace(matrix[...].astype(model.dtype)))
+    blocks = [_prepared(block) for block in in_order(model.placed_runs())]
+    for module in (prepared.norm, *blocks):
       _absorb_offsets(module)
-    self.model.runs = nnx.List([])  # the blocks stand for them
+    prepared.runs = nnx.List([])  # the blocks stand for them
+    leaves, structure = jax.tree.flatten((prepared, blocks))
     numbers = {}
-    self._numbers = [numbers.setdefault(id(leaf), len(numbers)) for leaf in jax.tree.leaves((self.model, self.blocks))]
+    places = tuple(numbers.setdefault(id(leaf), len(numbers)) for leaf in leaves)
+    # Each array once. Otherwise a program would return, and another one multiply by, copies of a shared matrix.
+    self._flat = list(dict(zip(places, leaves, strict=True)).values()), (structure, places)
 
   def tree_flatten(self) -> tuple[list, tuple]:
-    """Each array once. Otherwise a program would return, and another one multiply by, copies of a shared matrix."""
-    leaves, structure = jax.tree.flatten((self.model, self.blocks))
-    arrays = dict(zip(self._numbers, leaves, strict=True))  # in the order of the numbers
-    return list(arrays.values()), (structure, tuple(self._numbers))
+    return self._flat  # to flatten the modules anew takes milliseconds, in every call of a program
 
   @classmethod
   def tree_unflatten(cls, structure: tuple, arrays: list) -> "Decoder":
     decoder = cls.__new__(cls)
-    structure, decoder._numbers = structure
-    decoder.model, decoder.blocks = jax.tree.unflatten(structure, [arrays[number] for number in decoder._numbers])
+    decoder._flat = list(arrays), structure
     return decoder
+
+  @functools.cached_property
+  def _parts(self):
+    arrays, (structure, places) = self._flat
+    return jax.tree.unflatten(structure, [arrays[place] for place in places])
+
+  @property
+  def model(self) -> nnx.Module:
+    """The model without its layers."""
+    return self._parts[0]
+
+  @property
+  def blocks(self) -> list:
+    """The prepared layers, in the order of the model."""
+    return self._parts[1]
 
   def step(self, tokens: Int[Array, "B"], states: list) -> tuple[Float[Array, "B V"], list]:
     """Float32 logits after one more token per row, and the states of the layers in their order."""

@@ -8,10 +8,9 @@ import pathlib
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lin_jax import hf
 from lin_jax.checkpoint import load_model
 from lin_jax.config import ModelConfig, TrainConfig, to_dict
 from lin_jax.layer_stacks import Layers, together
@@ -24,14 +23,14 @@ _FREE = ("dtype", "implementation", "chunk_size")  # fields of a model's config 
 
 
 class Initial:
-  """The parameters of `config.init_from`, read on the first use of `require_fit`.
+  """The parameters of `config.init_from`, read onto the run's mesh on the first use of `require_fit`.
 
   Attributes:
     note: says which fields of the model's config differ from the source's.
   """
 
-  def __init__(self, config: TrainConfig, abstract: TrainState):
-    self._path, self._config = pathlib.Path(config.init_from), config
+  def __init__(self, config: TrainConfig, abstract: TrainState, mesh: Mesh):
+    self._path, self._config, self._mesh = pathlib.Path(config.init_from), config, mesh
     wanted = _named(jax.eval_shape(together, abstract.parameters()))
     self._wanted = {name: leaf.shape for name, leaf in wanted.items() if ".adapter." not in name}
     self._arrays, self.note = None, ""
@@ -42,7 +41,7 @@ class Initial:
       return
     where = f"config.init_from={str(self._path)!r}"
     try:
-      source, model = _read(self._path)
+      source, model = _read(self._path, self._mesh)
     except ValueError as e:
       raise ValueError(f"{where}: {e}") from e
     self._arrays = _named(nnx.state(model, nnx.Param))
@@ -77,11 +76,13 @@ class Initial:
     return state
 
 
-def _read(path: pathlib.Path) -> tuple[ModelConfig, LanguageModel]:
+def _read(path: pathlib.Path, mesh: Mesh) -> tuple[ModelConfig, LanguageModel]:
   if (path / "checkpoints").is_dir():
-    config, model = load_model(path)
+    config, model = load_model(path, mesh=mesh)
     return config.model, model
-  return hf.load(path)
+  from lin_jax import hf  # here, because training does without safetensors otherwise
+
+  return hf.load(path, mesh)
 
 
 def _named(params) -> dict:

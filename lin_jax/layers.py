@@ -77,12 +77,9 @@ product.defjvp(_product_derivative, symbolic_zeros=True)
 
 
 class Linear(nnx.Module):
-  """y = x W (+ b), with products in `dtype` and float32 accumulation. y is in `output_dtype` (`dtype` if None).
+  """y = x W (+ b), with products in `dtype` and float32 accumulation. y is in `output_dtype` (`dtype` if None)."""
 
-  With an `adapter`, as `lin_jax.lora` gives it, its result is added.
-  """
-
-  adapter: nnx.Module | None = None
+  adapter: nnx.Module | None = None  # of `lin_jax.lora`, whose result is added
 
   def __init__(self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, dtype, rngs: nnx.Rngs,
                init: Callable = NORMAL, bias: bool = False, output_dtype=None):

@@ -11,6 +11,7 @@ import jax
 
 from lin_jax import files, flops, strict_json
 from lin_jax.config import LogConfig, TrainConfig
+from lin_jax.trainable import trains_all
 
 
 class Reporter:
@@ -23,8 +24,7 @@ class Reporter:
     peak = flops.peak_flops(jax.devices()[0].device_kind)
     per_token = flops.training_flops_per_token(config.model, config.data.sequence_length)
     # The arithmetic of a backward pass that leaves out frozen parameters depends on which they are.
-    whole = not config.optim.trainable and not config.lora.rank
-    self._peak_rate = peak * jax.device_count() / per_token if peak and whole else None
+    self._peak_rate = peak * jax.device_count() / per_token if peak and trains_all(config) else None
     self._writer = Writer(workdir, config.log, start) if jax.process_index() == 0 else None
 
   def start(self, trainable: int, frozen: int, note: str = "") -> None:

@@ -52,7 +52,8 @@ class Server:
   Args:
     max_length: tokens of prompt and answer for which a row's cache has room, at least 2. It is the bound of models that
       have attention without a window. Other models read and write texts of any length and do not use it.
-    piece: tokens of prompts that are read between two calls of the decoding program, at most.
+    piece: tokens of a prompt that are read at once, at most. About as many are read for each free row between two calls
+      of the decoding program, so that the rows in use never wait for long, and few rows are free while prompts wait.
     stride: tokens that one call of the decoding program draws per row. An answer that ends within them leaves the rest
       of its row unused, and a new request waits for the end of the call.
   Raises:
@@ -127,8 +128,9 @@ class Server:
     self._answers = {row: answer for row, answer in self._answers.items() if answer.id != number}
 
   def step(self) -> list[Progress]:
-    """Reads up to about a piece of the waiting prompts, draws `stride` tokens in each row, and returns what is new."""
-    unread = self.piece
+    """Reads about a piece of the waiting prompts per free row, draws `stride` tokens in each row, and returns the news.
+    """
+    unread = self.piece * (self.rows - len(self._answers))
     # Without an answer under way, nothing waits for the end of the reading.
     while (self._queue or self._reading) and len(self._answers) < self.rows and (unread > 0 or not self._answers):
       unread -= self._read_piece()

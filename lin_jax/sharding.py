@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from lin_jax.config import MeshConfig, TrainConfig
@@ -82,6 +82,14 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     return leaf.replace(NamedSharding(mesh, P(*(axis if fit else None for axis, fit in zip(axes, fits, strict=True)))))
 
   return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def placements(tree: Any, mesh: Mesh | None) -> Any:
+  """`param_shardings` on the mesh, or the first device for every leaf if there is none."""
+  if mesh is not None:
+    return param_shardings(tree, mesh)
+  first = SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda _: first, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

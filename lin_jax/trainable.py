@@ -31,16 +31,22 @@ def chosen(patterns: str, names: Iterable[str], field: str) -> set[str]:
   return found
 
 
+def trains_all(config: TrainConfig) -> bool:
+  """Whether the run freezes no parameter."""
+  return not config.optim.trainable and not config.lora.rank
+
+
 def trainable_names(config: TrainConfig, params: Any) -> set[str]:
   """The names of the parameters that train: all of them, or the adapters and those that `optim.trainable` chooses.
 
   Raises ValueError as `chosen` does.
   """
   names = parameter_names(params)
+  if trains_all(config):
+    return set(names)
   adapters = {name for name in names if ".adapter." in name}
-  if not config.optim.trainable:
-    return adapters or set(names)
-  return adapters | chosen(config.optim.trainable, names, "optim.trainable")
+  patterns = config.optim.trainable
+  return adapters | chosen(patterns, names, "optim.trainable") if patterns else adapters
 
 
 def parameter_names(params: Any) -> list[str]:

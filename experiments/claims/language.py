@@ -9,22 +9,24 @@ from lin_jax.mixers.delta_net import ACTIVATIONS
 
 from .claim import Claim, Finding, Results
 
-FILE = "language.jsonl"
+FILE, FILES = "language.jsonl", {"linearized": "linearized.jsonl"}  # of all sweeps but these
 NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormerLLM", "gla": "GLA", "mamba": "Mamba",
          "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "deltanet_swa": "DeltaNet with sliding windows",
          "deltanet_global": "DeltaNet with two attention layers", "gla_conv": "GLA with convolutions",
          "deltanet_no_conv": "DeltaNet without convolutions",
          "gla_carried": "GLA with carried state", "retnet_carried": "RetNet with carried state", "no_decay": "no decay",
-         "constant_decay": "constant decay", "scalar_decay": "decay per token"}
+         "constant_decay": "constant decay", "scalar_decay": "decay per token",
+         "supra": "SUPRA's layer", "linearized_5": "Transformer++ linearized, 5% more tokens",
+         "linearized_20": "Transformer++ linearized, 20% more tokens"}
 _GLA, _TNL, _DELTA, _GATED = "2312.06635", "2405.17381", "2406.06484", "2412.06464"
-_LEVEL = 1.01
+LEVEL = 1.01
 
 
 def rows(results: Results, sweep: str) -> dict[str, dict]:
   """Returns the sweep's models by name as in `language.report.summary`, each with its best rate and its seeds."""
   planned = {(run.model, run.steps, run.sequence_length, 32768 // run.sequence_length)
              for run in sweeps.SWEEPS[sweep]().runs}
-  records = [record for record in results.lines(FILE) if _kind(record) in planned]
+  records = [record for record in results.lines(FILES.get(sweep, FILE)) if _kind(record) in planned]
   return {row["model"]: row for row in summary(records) if row["bits_per_byte"] is not None}
 
 
@@ -40,7 +42,7 @@ def name(model: str) -> str:
   return f"{norm.upper()} and {activation}"
 
 
-def _below(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
+def fewer_bits(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
   """Has a point per pair of models, which holds if the first has fewer bits per byte than the second times `factor`.
 
   Pairs that are closer than their seeds are named. A model with one seed is taken to vary as in `main`.
@@ -78,17 +80,17 @@ def claims() -> list[Claim]:
       f"python experiments/run_language.py --sweep={sweep} --out=experiments/results/{FILE}", judge)
   # A claim of a main table is tried at both numbers of tokens.
   both = lambda *words, judge: [claim(sweep, *words, judge(sweep)) for sweep in ("main", "long")]
-  below = lambda pairs, factor=1.0: lambda sweep: _below(sweep, pairs, factor)
+  below = lambda pairs, factor=1.0: lambda sweep: fewer_bits(sweep, pairs, factor)
   l2_l1 = [(_normed("l2", activation), _normed("l1", activation)) for activation in ACTIVATIONS]
   return [
       *both(_GLA, "main table", "GLA models text better than RetNet.", "28.65 and 32.33 (340M, WikiText perplexity)",
             judge=below([("gla", "retnet")])),
       *both(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
-            "28.65, 28.39, 28.39", judge=below([("gla", "transformer"), ("gla", "mamba")], _LEVEL)),
+            "28.65, 28.39, 28.39", judge=below([("gla", "transformer"), ("gla", "mamba")], LEVEL)),
       claim("gates", _GLA, "ablation of the gate",
             "The finer the decay the better: none, constant, one per token, one per channel.",
             "23.21, 16.55, 15.56, 14.77 (340M, training perplexity)",
-            _below("gates", [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay"),
+            fewer_bits("gates", [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay"),
                              ("gla", "scalar_decay")])),
       *both(_TNL, "table of baselines", "TransNormerLLM models text better than the Transformer.",
             "2.248 and 2.362 (385M, loss in bits)", judge=below([("tnl", "transformer")])),
@@ -100,13 +102,13 @@ def claims() -> list[Claim]:
             judge=below([(hybrid, other) for hybrid in ("deltanet_swa", "deltanet_global")
                          for other in ("deltanet", "transformer")])),
       claim("norms", _DELTA, "ablation", "Keys of L2 norm are better than keys of L1 norm, whatever the activation.",
-            "28.03 and 31.12 (340M, 1+elu)", _below("norms", l2_l1)),
+            "28.03 and 31.12 (340M, 1+elu)", fewer_bits("norms", l2_l1)),
       claim("convolutions", _DELTA, "main table", "Short convolutions make DeltaNet better.", "28.24 and 29.08 (340M)",
-            _below("convolutions", [("deltanet", "deltanet_no_conv")])),
+            fewer_bits("convolutions", [("deltanet", "deltanet_no_conv")])),
       claim("convolutions", _DELTA, "main table", "Without short convolutions, too, DeltaNet is better than RetNet.",
-            "29.08 and 32.33 (340M)", _below("convolutions", [("deltanet_no_conv", "retnet")])),
+            "29.08 and 32.33 (340M)", fewer_bits("convolutions", [("deltanet_no_conv", "retnet")])),
       claim("convolutions", _DELTA, "main table", "Short convolutions do not make GLA better.",
-            "28.65 and 29.47 (340M)", _below("convolutions", [("gla", "gla_conv")])),
+            "28.65 and 29.47 (340M)", fewer_bits("convolutions", [("gla", "gla_conv")])),
       *both(_GATED, "main table", "Gated DeltaNet models text better than DeltaNet.", "16.42 and 17.71 (1.3B)",
             judge=below([("gated_deltanet", "deltanet")]))]
 
@@ -116,7 +118,7 @@ def _normed(norm, activation):
 
 
 def _deltanet(sweep, results):
-  better = _below(sweep, [("deltanet", "retnet"), ("deltanet", "gla")])(results)
-  level = _below(sweep, [("deltanet", "mamba"), ("deltanet", "transformer")], _LEVEL)(results)
+  better = fewer_bits(sweep, [("deltanet", "retnet"), ("deltanet", "gla")])(results)
+  level = fewer_bits(sweep, [("deltanet", "mamba"), ("deltanet", "transformer")], LEVEL)(results)
   texts = dict.fromkeys(text for finding in (better, level) for text in finding.text.split("; ") if text)
   return Finding("; ".join(texts), better.points + level.points, better.close + level.close)

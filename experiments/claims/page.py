@@ -6,7 +6,7 @@ from .measured import RESULTS
 from .plots import PLOTS
 
 PAPERS = {"2312.06635": "Gated Linear Attention", "2405.17381": "Lightning Attention, TransNormerLLM",
-          "2406.06484": "DeltaNet", "2412.06464": "Gated DeltaNet"}
+          "2406.06484": "DeltaNet", "2412.06464": "Gated DeltaNet", "2405.06640": "SUPRA"}
 _HEAD = """# Claims of the papers
 
 Generated from the records beside it by `python experiments/report_claims.py`; do not edit.

@@ -74,6 +74,8 @@ SIZES = {
     "qwen35_4b": Size("Qwen3.5", source="Qwen/Qwen3.5-4B", released=4_205_751_296),
     "qwen35_9b": Size("Qwen3.5", source="Qwen/Qwen3.5-9B", released=8_953_803_264),
     "olmo_hybrid_7b": Size("Olmo Hybrid", source="allenai/Olmo-Hybrid-7B", released=7_430_870_688),
+    "supra_tiny": Size("SUPRA", note="for a CPU"),
+    "supra_340m": Size("SUPRA", note="no paper has this size"),
 }
 
 

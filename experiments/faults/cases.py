@@ -121,6 +121,17 @@ def other_data():
   return Case("train: resumed on other data", inject, 2, r"holds a run on other data \(it was .* it is now .*\)")
 
 
+def damaged_start():
+  """A run is to start from parameters whose files were cut short."""
+  def inject(inputs, folder):
+    source = _copied(inputs.run, folder / "source")
+    for file in source.glob("checkpoints/*/params/d/*"):
+      os.truncate(file, file.stat().st_size // 2)
+    return finish([*inputs.train(folder / "run"), f"--init_from={source}"])
+
+  return Case("train: started from a damaged run", inject, 2, r"config.init_from='.*source': checkpoint .* is damaged")
+
+
 def cut_while_training():
   def inject(inputs, folder):
     data = _copied(inputs.data, folder / "data")
@@ -261,7 +272,7 @@ def _cases():
       "prepare_data.py", f"--pack={data}", f"--out={folder}/packed"], f"train-00000.bin: {differs}")
   yield changed("prepare_data", "tokenizer.model", lambda i, folder, data: ["prepare_data.py", f"--verify={data}"],
                 f"tokenizer.model: {differs}")
-  yield from (other_data(), cut_while_training())
+  yield from (other_data(), damaged_start(), cut_while_training())
   yield from (in_use(name, lock) for name, lock in (
       ("train", "run/lock"), ("prepare_data", "data.lock"), ("pack", "packed.lock"), ("unpack", "data.lock"),
       ("convert_to", "hub.lock"), ("convert_from", "run.lock")))
@@ -271,6 +282,9 @@ def _cases():
   yield interrupted("run_synthetic", lambda i, folder: [
       word.replace("--steps=2", "--steps=1000000") for word in WRITERS["run_synthetic"](i, folder)], "mqar",
       "run_synthetic.py: interrupted")
+  yield interrupted("generate_requests", lambda i, folder: [
+      *(word.replace("--tokens=4", "--tokens=100000000") for word in WRITERS["generate_requests"](i, folder)),
+      "--temperature=0"], '"id": 1', "generate.py: interrupted")
   yield from (killed(name, part) for name in ("prepare_data", "pack", "unpack", "convert_to", "convert_from")
               for part in range(1, KILLS + 1))
 

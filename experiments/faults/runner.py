@@ -169,7 +169,9 @@ class Inputs:
 
   @functools.cached_property
   def requests(self) -> pathlib.Path:
-    (path := self.folder / "requests.jsonl").write_text(3 * '{"prompt": "the cat"}\n')
+    """The first request ends soon, and the others with the command's --tokens."""
+    lines = '{"prompt": "the cat", "max_tokens": 4}\n', *2 * ['{"prompt": "the dog sat"}\n']
+    (path := self.folder / "requests.jsonl").write_text("".join(lines))
     return path
 
   @functools.cached_property

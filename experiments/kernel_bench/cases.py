@@ -25,6 +25,7 @@ _SCORES = 4096  # tokens whose scores attention in float32 can hold
 class Case:
   """One call: op, gate ("none", "constant" [H], "token" [B,T,H] or "channel" [B,T,G,K], float32), shape, dtype.
 
+  In the delta rule a gate per channel has value heads, [B,T,H,K].
   `G` is the number of key heads, 0 for one per head.
   """
 
@@ -55,8 +56,8 @@ def _named_sets():
   have the same number of tokens. `figures` has the papers' own plots against length: GLA's figure 2 and the table of
   TransNormerLLM's code at a fixed number of sequences, and DeltaNet's speed-up over its token scan at a fixed number of
   tokens. `widths` has the other widths of heads that people use, with as many heads as `retune.py` takes. `grouped` has
-  heads that share key heads: Mamba-2 1.3B's, and 16 key heads for 32 and for 48 heads of gated delta rules. `cpu` is
-  for a CPU.
+  heads that share key heads: Mamba-2 1.3B's, and 16 key heads for 32 and for 48 heads of gated delta rules. `kda`
+  has the delta rule with a decay per key channel at the sizes that are published for it. `cpu` is for a CPU.
   """
   paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
@@ -73,10 +74,13 @@ def _named_sets():
             for V in (64, 96, 128, 192, 256, 512) if (K, V) not in ((64, 64), (128, 128), (256, 512)) for op in TIMED]
   grouped = [("linear_attention", "token", 8, 2048, 64, 128, 64, 1)]
   grouped += [("delta_rule", "token", 8, 2048, H, 128, 128, 16) for H in (32, 48)]
+  kda = [("delta_rule", "channel", 1, 8192, H, 128, 128) for H in (64, 96)]
+  kda += [("delta_rule", "channel", 16, 2048, 16, 128, 128), ("delta_rule", "channel", 8, 2048, 32, 64, 64),
+          ("delta_rule", "channel", 8, 2048, 16, 128, 256)]
   cpu = [(op, None, 1, 2048, 4, 64, 64) for op in TIMED]
   return {"paper": ("bfloat16", paper), "grid": ("bfloat16", grid), "length": ("bfloat16", length),
           "figures": ("bfloat16", figures), "widths": ("bfloat16", widths), "grouped": ("bfloat16", grouped),
-          "cpu": ("float32", cpu)}
+          "kda": ("bfloat16", kda), "cpu": ("float32", cpu)}
 
 
 SETS = _named_sets()
@@ -126,7 +130,7 @@ def inputs(case: Case, seed: int) -> tuple[dict, jax.Array]:
   if case.gate == "constant":
     arguments["log_decay"] = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(case.H, dtype=jnp.float32)))
   elif case.gate != "none":
-    shape = heads if case.gate == "token" else q.shape
+    shape = heads if case.gate == "token" else (*heads, case.K) if case.op == "delta_rule" else q.shape
     arguments["log_decay"] = jax.nn.log_sigmoid(jax.random.normal(keys[4], shape)) / 16
   return arguments, doutput
 

@@ -81,7 +81,8 @@ def _jla(case):
     if case.op == "gla":
       return linear_attention("gla", q, k, v, g=gate, impl=implementation)[0]
     if case.op == "delta_rule":
-      kind, gates = ("deltanet", {}) if case.gate == "none" else ("gated_deltanet", {"g": gate})
+      kind = {"none": "deltanet", "token": "gated_deltanet", "channel": "kda"}[case.gate]
+      gates = {} if case.gate == "none" else {"g": gate}
       return linear_attention(kind, q, k, v, beta=arguments["beta"], **gates, impl=implementation)[0]
     return linear_attention("simple_gla", q, k, v, g=jnp.broadcast_to(gate, v.shape[:3]), impl=implementation)[0]
 
@@ -127,8 +128,9 @@ def _fla_function(case):
   if case.op == "delta_rule":
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.kda import chunk_kda
 
-    run = chunk_delta_rule if case.gate == "none" else chunk_gated_delta_rule
+    run = {"none": chunk_delta_rule, "token": chunk_gated_delta_rule, "channel": chunk_kda}[case.gate]
     gates = {"beta": "beta"} if case.gate == "none" else {"beta": "beta", "g": "log_decay"}
     # Its kernels take a beta of the keys' dtype.
     return lambda arguments: run(

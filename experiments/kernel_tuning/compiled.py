@@ -35,6 +35,9 @@ SHORT_GPUS = ("sm_90a",)
 # Widths that are not listed, and take a measured configuration of wider heads where there is one.
 BORROWING_WIDTHS = (33, 96), (96, 160), (96, 192), (192, 192)
 # Widths of heads that no tile divides, compiled for the same GPUs.
+CHANNEL_WIDTHS = (("bfloat16", 64, 64), ("bfloat16", 128, 128), ("bfloat16", 128, 256), ("float32", 64, 64),
+                  ("float32", 128, 128))
+"""Widths of the delta rule with a decay per key channel that are compiled: those of published models."""
 ODD_WIDTHS = (1, 7), (3, 1), (7, 33), (33, 96), (96, 160), (160, 3)
 
 
@@ -75,18 +78,19 @@ def programs(ops=OPS, gpus=tuple(GPUS)) -> Iterator[Program]:
 
 
 def _of_heads(op, gpu):
-  configs = importlib.import_module(f"kernels.{op}.pallas_triton_config")
   widths = [*itertools.product(WIDTHS, (*WIDTHS, 512)), *(ODD_WIDTHS if gpu in SHORT_GPUS else ())]
   for dtype, (K, V) in itertools.product(DTYPES, widths):
-    with use_abstract_mesh(GPUS[gpu].abstract):
-      config = configs.heuristic(K, V, jnp.dtype(dtype), None)
     for gate in itertools.chain(*search.GATE_GROUPS[op]):
+      if (op, gate) == ("delta_rule", "channel") and (dtype, K, V) not in CHANNEL_WIDTHS:
+        continue
+      with use_abstract_mesh(GPUS[gpu].abstract):
+        config = search.configurations(op, gate).heuristic(K, V, jnp.dtype(dtype), None)
       yield Program(op, gpu, K, V, dtype, gate, "heuristic", config)
   listed = tuned.listed(op, GPUS[gpu].device)
   borrowing = itertools.product(dict.fromkeys((gate, dtype) for gate, _, _, dtype in listed), BORROWING_WIDTHS)
   for gate, K, V, dtype in [*listed, *((gate, *width, dtype) for (gate, dtype), width in borrowing)]:
     with use_abstract_mesh(GPUS[gpu].abstract):
-      config = tuned.lookup(op, configs.Config, gate=gate, K=K, V=V, dtype=dtype)
+      config = tuned.lookup(op, search.configurations(op, gate).Config, gate=gate, K=K, V=V, dtype=dtype)
     if config:
       yield Program(op, gpu, K, V, dtype, gate, "tuned", config)
 

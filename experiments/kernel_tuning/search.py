@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import importlib
 import time
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from . import assembler
 
 # Forms of log_decay that an op takes, in groups that share a configuration: all are checked, the first is timed.
 GATE_GROUPS = {"gla": [("channel",)], "linear_attention": [("token",), ("constant", "none")],
-               "delta_rule": [("none",), ("token",)]}
+               "delta_rule": [("none",), ("token",), ("channel",)]}
 CHECKED = 1100  # tokens in the check
 BATCHES = 10  # of timed calls
 
@@ -42,6 +43,12 @@ class Problem:
 
 class Rejected(Exception):
   """A configuration must not ship; the message says why."""
+
+
+def configurations(op: str, gate: str):
+  """Returns the module with the configurations of an op's kernels for one form of log_decay."""
+  of_gate = "pallas_triton_channels_config" if (op, gate) == ("delta_rule", "channel") else "pallas_triton_config"
+  return importlib.import_module(f"kernels.{op}.{of_gate}")
 
 
 def tune(problem: Problem, module, starts: list, candidates: dict[str, list], deadline: float,

@@ -14,27 +14,25 @@ from lin_jax.data import eval_batches
 from lin_jax.evaluate import evaluate
 
 
-def repeated_loss(workdir: pathlib.Path, data: DataConfig) -> dict:
-  """Evaluates the run in `workdir` on the whole validation split, in its windows.
+def pair_losses(workdir: pathlib.Path, data: DataConfig) -> dict:
+  """Mean losses, in nats per token, of the run in `workdir` on the whole validation split, in its windows.
 
-  Returns `targets`, the number of targets that complete a repeated pair, and their mean `loss` in nats, None if there
-  are none.
+  Returns the losses of `repeated` and of all `other` pairs of a token and its target, and the `repeated_share`.
   """
   config, model = load_model(workdir)
-  batches = [dict(batch, mask=batch["mask"] * repeated(batch))
-             for batch in eval_batches(data, "val", 0, vocab_size=config.model.vocab_size)]
-  if not any(batch["mask"].any() for batch in batches):
-    return {"targets": 0, "loss": None}
-  found = evaluate(model, batches)
-  return {name: found[name] for name in ("targets", "loss")}
+  batches = list(eval_batches(data, "val", 0, vocab_size=config.model.vocab_size))
+  marks = [repeated(batch) for batch in batches]
+  found = {kind: evaluate(model, [dict(batch, mask=batch["mask"] * (mark == wanted))
+                                  for batch, mark in zip(batches, marks, strict=True)])
+           for kind, wanted in (("repeated", True), ("other", False))}
+  share = found["repeated"]["targets"] / sum(part["targets"] for part in found.values())
+  return {**{kind: part["loss"] for kind, part in found.items()}, "repeated_share": round(share, 4)}
 
 
 def repeated(batch: dict) -> np.ndarray:
   """Returns, for each token of the batch [B, T], whether it and its target follow each other earlier in its segment.
   """
-  marks = np.zeros(batch["tokens"].shape, batch["mask"].dtype)
+  marks = np.ones(batch["tokens"].shape, bool)
   for row, *columns in zip(marks, batch["segment_ids"], batch["tokens"], batch["targets"], strict=True):
-    _, first = np.unique(np.stack(columns), axis=1, return_index=True)
-    row[:] = 1
-    row[first] = 0
+    row[np.unique(np.stack(columns), axis=1, return_index=True)[1]] = False
   return marks

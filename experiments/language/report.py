@@ -15,7 +15,7 @@ def summary(rows: list[dict]) -> list[dict]:
   `model`, `sequence_length`, `parameters`, `tokens`, `epochs`, `learning_rate`, `learning_rates` (all that were tried),
   `seeds` (how many), `bits_per_byte` (mean), `spread` (sample standard deviation over seeds, None for one), `range`
   (lowest, highest), `perplexity` (of the mean loss), `tokens_per_second` (median), `diverged` (number of runs),
-  `device`. Losses are None if every rate diverged.
+  `device`, `pair_losses` (means, None if a run lacks them). Losses are None if every rate diverged.
   """
   return [_row(group) for group in _groups(rows, _trained_alike)]
 
@@ -39,8 +39,15 @@ def _row(group):
       "spread": statistics.stdev(bits) if len(bits) > 1 else None, "range": [min(bits), max(bits)] if bits else None,
       "perplexity": perplexity(statistics.mean(record["held_out_loss"] for record in runs)) if bits else None,
       "tokens_per_second": statistics.median(speeds) if speeds else None,
+      "pair_losses": _mean_losses([record.get("pair_losses") for record in runs]),
       "diverged": sum(record["diverged"] for record in group),
       "device": ", ".join(sorted({record["device"] for record in group}))}
+
+
+def _mean_losses(losses):
+  if not losses or None in losses:
+    return None
+  return {kind: statistics.mean(loss[kind] for loss in losses) for kind in ("repeated", "other")}
 
 
 def _trained_alike(record):

@@ -8,7 +8,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -40,7 +40,7 @@ class Decoding:
   results: ClassVar[tuple[str, ...]] = "ms_per_token", "tokens_per_s", "state_mib", "memory_gib"
 
   def measure(self) -> dict:
-    model, batch = _model(self.name, self.tiny), self.batch_size
+    model, batch = untrained_model(self.name, self.tiny), self.batch_size
     prompt, length = _prompt(model, batch, self.context), self.context + self.tokens
     logits, state = _read_in_pieces(_read, model, prompt, min(self.context, scaled(_PIECE, self.tiny)), length)
     arguments = model, logits, state, jax.random.key(0)
@@ -67,7 +67,7 @@ class Prefill:
   results: ClassVar[tuple[str, ...]] = "first_token_ms", "tokens_per_s", "memory_gib"
 
   def measure(self) -> dict:
-    model = _model(self.name, self.tiny)
+    model = untrained_model(self.name, self.tiny)
     prompt = jax.device_put(_prompt(model, 1, self.prompt))
     if self.piece:
       program = _read.lower(model, prompt[:, :self.piece], _empty(model, 1, self.prompt)).compile()
@@ -80,7 +80,7 @@ class Prefill:
             "memory_gib": _gib(program)}
 
 
-def setting(run: Decoding | Prefill) -> dict:
+def setting(run: Any) -> dict:
   """Returns the fields of a run and of its model that determine the result."""
   config = _config(run.name, run.tiny)
   return dataclasses.asdict(run) | {"parameters": parameter_count(config.model), "dtype": config.model.dtype,
@@ -108,7 +108,8 @@ def scaled(tokens: int, tiny: bool) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _model(name, tiny):
+def untrained_model(name: str, tiny: bool) -> LanguageModel:
+  """Returns the model of a config, with the weights of an initialization."""
   config = _config(name, tiny).model
   return jax.jit(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))()
 

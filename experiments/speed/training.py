@@ -21,6 +21,7 @@ from lin_jax import flops, mixers, sharding
 from lin_jax.config import TrainConfig, to_dict
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.linear_attention import LinearAttentionConfig
+from lin_jax.trainable import trains_all
 from lin_jax.training import make_state, make_train_step
 from running import records
 from speed import packing
@@ -61,7 +62,8 @@ SWEEPS = {
         (2048,), 2**14),
     "step_340m": Sweep("One training step at 340M parameters", {
         **{name: CONFIGS[name] for name in ("gla_340m", "transformer_340m", "mamba2_340m", "mamba_340m")},
-        "linear_attention_340m": linear_attention_340m}, (2048,), 2**15)}
+        "linear_attention_340m": linear_attention_340m}, (2048,), 2**15),
+    "finetune": Sweep("Fine-tuning on 4,096 tokens per document", CONFIGS, (4096,), 2**14)}
 CURVES = {name: sweep for name, sweep in SWEEPS.items() if len(sweep.lengths) > 1}
 
 
@@ -89,7 +91,10 @@ def shrunk(config: TrainConfig) -> TrainConfig:
 def description(config: TrainConfig) -> dict:
   """Returns the fields of a record that describe the model and its training."""
   _, _, abstract, _ = make_state(config, mesh_of(config))
-  return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
+  parameters, trainable = (sum(leaf.size for leaf in jax.tree.leaves(tree))
+                           for tree in (abstract.parameters(), abstract.params))
+  adapters = {"lora": dataclasses.asdict(config.lora), "trainable": trainable} if config.lora.rank else {}
+  return {"parameters": parameters, **adapters,
           "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length,
           "dtype": config.model.dtype, "remat": config.remat, "unroll": config.unroll, "steps": config.optim.steps,
           "model": to_dict(config)["model"]}
@@ -143,9 +148,9 @@ def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
   """Takes a step per batch, and measures the speed of the last `timed` steps.
 
   Returns:
-    `losses`, `tokens_per_s`, `step_ms`, `mfu` (None for a device of unknown peak), `memory_gib` (of the compiled step,
-    with parameters and optimizer), `compile_s`, and `first_step_s`, which is the time from the start of compiling to
-    the end of the first step.
+    `losses`, `tokens_per_s`, `step_ms`, `mfu` (None for a device of unknown peak, or if parameters are frozen),
+    `memory_gib` (of the compiled step, with parameters and optimizer), `compile_s`, and `first_step_s`, which is the
+    time from the start of compiling to the end of the first step.
   """
   config, step = program.config, program.step
   placed = sharding.batch_sharding(mesh_of(config))
@@ -164,7 +169,7 @@ def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
   jax.block_until_ready(state)
   setting = {"batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length, "timed_steps": timed}
   found = speed(setting, time.perf_counter() - start, losses)
-  peak = flops.peak_flops(jax.devices()[0].device_kind)
+  peak = flops.peak_flops(jax.devices()[0].device_kind) if trains_all(config) else None
   work = flops.training_flops_per_token(config.model, config.data.sequence_length)
   return found | {"mfu": found["tokens_per_s"] * work / peak if peak else None, "memory_gib": gibibytes(step),
                   "compile_s": round(program.seconds, 1), "first_step_s": round(first, 1)}

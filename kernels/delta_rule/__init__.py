@@ -41,9 +41,9 @@ def delta_rule(
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
       number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
-    implementation: "xla_chunked", "pallas_triton" (K up to 256, no decay per key channel), "mosaic_gpu" (as that, on
-      Hopper GPUs, bfloat16, no segments, chunks of 64 tokens) or "reference"; None takes the first that supports the
-      inputs and the default backend (`kernels.explain` says which).
+    implementation: "xla_chunked", "pallas_triton" (K up to 256), "mosaic_gpu" (as that, on Hopper GPUs,
+      bfloat16, no segments, no decay per key channel, chunks of 64 tokens) or "reference"; None takes the first that
+      supports the inputs and the default backend (`kernels.explain` says which).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:
@@ -59,7 +59,8 @@ def delta_rule(
   Memory: the backward pass keeps the inputs, which take for 16-bit inputs 4 K bytes per token and key head, and per
     token and value head 2 V, 4 for beta, and 4 for a decay or 4 K for decays per channel. "xla_chunked" keeps q and k
     for each value head. In the place of v, "pallas_triton" keeps the error that each token corrects. For bfloat16 it
-    also keeps 4 C bytes of inverses in chunks of C tokens (C = 32) and 2 K V / 64 bytes of states.
+    also keeps 4 C bytes of inverses in chunks of C tokens (C = 32) and 2 K V / 64 bytes of states, or 2 K V / 32 with
+    decays per key channel.
   Derivatives: "xla_chunked" has first derivatives in reverse mode, and second derivatives in either mode over them:
     jax.grad and jax.jvp of jax.grad, jax.hessian. "pallas_triton" has first derivatives in reverse mode only.
     "reference" has all derivatives, and it alone supports jax.jvp of the op itself.

@@ -1,8 +1,9 @@
-"""The kernel that finds Y, the triangular inverse of a chunk of the delta rule. Letters as in `README.md`.
+"""The kernels that find Y, the triangular inverse of a chunk of the delta rule. Letters as in `README.md`.
 
 Y solves (I + X b) Y = X, so that (I + b X)^-1 = I - b Y. It is strictly lower, finite and free of divisions for every
 beta. For keys of norm 1 and beta up to 2, no entry is larger than 1 without decay, because then Y_ij = k_i^T (product
-of I - beta k k^T) k_j. The kernel finds Y without decay and multiplies it by D at the end.
+of I - beta k k^T) k_j. From keys, a kernel finds Y without decay and multiplies it by D at the end. With a decay per
+key channel, X is given.
 
 A program holds one chunk of one head, in float32, in blocks of 16 rows. Forward substitution finds all diagonal blocks
 at once with one lane per column, and the others follow from them: Z = X_ij - sum over j <= m < i of X_im b_m Y_mj,
@@ -63,6 +64,30 @@ def inverse(q, k, beta, log_decay, normalize_qk, chunk, by_head=False):
   return y, sums, *(others[:2] if normalize_qk else (None, None)), *given(by_head, others[-1] if by_head else None)
 
 
+def inverse_of_overlaps(overlaps, beta, dtype):
+  """Y `[B, H, N, parts, C, C]` as `inverse` gives it for inputs of `dtype`, from X `[B, H, N, C, C]` in float32."""
+  B, H, N, C, _ = overlaps.shape
+  parts = 1 if operand(dtype) == jnp.float32 else 2
+  return triton_blocks.launch(
+      _inverse_of_overlaps_kernel, name="delta_rule_channel_inverse", grid=(N, H, B),
+      in_specs=[chunk_square(C), pl.BlockSpec((None, C, None), lambda n, h, b: (b, n, h))],
+      out_specs=chunk_square(C, parts),
+      out_shape=jax.ShapeDtypeStruct((B, H, N, parts, C, C), operand(dtype)), num_warps=WARPS, num_stages=1)(
+          overlaps, beta)
+
+
+def chunk_square(C, *lead):
+  """Block of one chunk of an array `[B, H, N, *lead, C, C]`."""
+  return pl.BlockSpec((None, None, None, *lead, C, C), lambda n, h, b: (b, h, n, *(0 for _ in lead), 0, 0))
+
+
+def _inverse_of_overlaps_kernel(overlaps_ref, beta_ref, y_ref, *, dot):
+  overlaps = overlaps_ref[...]
+  for i, found in enumerate(_rows_of_blocks(overlaps, *_diagonal_inverse(overlaps, beta_ref), dot)):
+    for j, y in enumerate(found):
+      _store(y_ref, i, j, y)
+
+
 def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, by_head, depth, dot):
   refs = list(refs)
   g_ref = refs.pop(0) if gated else None
@@ -72,7 +97,6 @@ def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, by_head, depth, d
   vectors_ref = refs.pop() if by_head else None
   norm_refs = refs
   C, dtype = k_ref.shape[0], operand(k_ref.dtype)
-  blocks = range(C // SIZE)
   row, column = rows_and_columns(C)
   norm = lambda x, axis: jax.lax.rsqrt(jnp.sum(jnp.where(row == column, x, 0.0), axis=axis) + EPSILON)
   if normalized:
@@ -87,29 +111,42 @@ def _inverse_kernel(k_ref, beta_ref, *refs, gated, normalized, by_head, depth, d
     for i, vector in enumerate((beta_ref[...], of_rows, of_queries) if normalized else (beta_ref[...],)):
       vectors_ref[i, :] = vector
   overlaps = jnp.where(row > column, overlaps, 0.0)
-  multiples = overlaps * -beta_ref[...][None]
-  own = _substitute(_diagonal(overlaps), _diagonal(multiples))
-  own_multiples = own * -jnp.broadcast_to(beta_ref[...].reshape(-1, SIZE), own.shape[1:])[None]
+  multiples, own, own_multiples = _diagonal_inverse(overlaps, beta_ref)
   if gated:
-    rows = [pl.ds(i * SIZE, SIZE) for i in blocks]
+    rows = [pl.ds(i * SIZE, SIZE) for i in range(C // SIZE)]
     sums = _sums([g_ref[r] for r in rows])
     for r, x in zip(rows, sums):
       sums_ref[r] = x
+  for i, found in enumerate(_rows_of_blocks(overlaps, multiples, own, own_multiples, dot)):
+    for j, y in enumerate(found):
+      _store(y_ref, i, j, y * _decay(sums, i, j) if gated else y)
+    for j in range(i + 1, C // SIZE) if by_head else ():
+      for part in range(y_ref.shape[0]):
+        y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = jnp.zeros((SIZE, SIZE), y_ref.dtype)
+
+
+def _diagonal_inverse(overlaps, beta_ref):
+  """The multiples -X b, Y of all diagonal blocks, and -Y b of these."""
+  multiples = overlaps * -beta_ref[...][None]
+  own = _substitute(_diagonal(overlaps), _diagonal(multiples))
+  return multiples, own, own * -jnp.broadcast_to(beta_ref[...].reshape(-1, SIZE), own.shape[1:])[None]
+
+
+def _rows_of_blocks(overlaps, multiples, own, own_multiples, dot):
+  """Yields the blocks of Y up to the diagonal, row by row."""
   overlaps, multiples = _blocks(overlaps), _blocks(multiples)
+  blocks = range(overlaps.shape[0])
   y = {(i, i): _entry(own, 1, i) for i in blocks}
   for i in blocks:
     for j in reversed(range(i)):
       z = _block(overlaps, i, j) + sum(_product(_block(multiples, i, m), y[m, j], dot) for m in range(j, i))
       y[i, j] = z + _product(_entry(own_multiples, 1, i), z, dot)
-    for j in range(i + 1):
-      found = y[i, j]
-      if gated:
-        found *= _decay(sums, i, j)
-      for part, x in enumerate([found] if dtype == jnp.float32 else halves(found)):
-        y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = x
-    for j in blocks[i + 1:] if by_head else ():
-      for part in range(y_ref.shape[0]):
-        y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = jnp.zeros((SIZE, SIZE), y_ref.dtype)
+    yield [y[i, j] for j in range(i + 1)]
+
+
+def _store(y_ref, i, j, y):
+  for part, x in enumerate([y] if y_ref.dtype == jnp.float32 else halves(y)):
+    y_ref[part, pl.ds(i * SIZE, SIZE), pl.ds(j * SIZE, SIZE)] = x
 
 
 def _overlaps(ref, depth, dtype, dot):

@@ -32,7 +32,7 @@ def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None
   if segment_ids is not None:
     return "it takes no segments"
   if log_decay is not None and log_decay.ndim == 4:
-    return "a decay per key channel has no kernels"
+    return "it takes no decay per key channel"
   return triton_blocks.declines(q, None)
 
 

@@ -1,7 +1,8 @@
 """The delta rule, gated or not, as Pallas kernels for the Triton backend: the op and its `custom_vjp`.
 
 `README.md` of this folder derives the chunk form and its backward pass, and lists each kernel with what it reads and
-writes. The kernels are `inverse.py`, `pallas_triton_scan.py` and `pallas_triton_gradients.py`.
+writes. The kernels are `inverse.py`, `pallas_triton_scan.py` and `pallas_triton_gradients.py`. A decay per key channel
+has kernels of its own in `pallas_triton_channels.py`.
 
 bfloat16 inputs use bfloat16 operands and states; float32 inputs keep float32. Similar keys make products with Y nearly
 cancel, so these products, P^T dO and terms of a new state take 16 significant bits of their operands. float16
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import chunks, pieces, triton_blocks, tuned
-from kernels.delta_rule.pallas_triton_config import Config, heuristic
+from kernels.delta_rule import pallas_triton_channels, pallas_triton_channels_config, pallas_triton_config
 from kernels.delta_rule.pallas_triton_gradients import gradients
 from kernels.delta_rule.pallas_triton_operands import prepare
 from kernels.delta_rule.pallas_triton_scan import scan
@@ -27,8 +28,6 @@ ENOUGH = 128
 
 def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None) -> str | None:
   """Why these inputs cannot run here, or None."""
-  if log_decay is not None and log_decay.ndim == 4:
-    return "a decay per key channel has no kernels"
   return triton_blocks.declines(q, chunk_size)
 
 
@@ -39,15 +38,25 @@ def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, 
                       normalize_qk=normalize_qk, starts=starts, chunk_size=chunk_size)
     return wide[0].astype(v.dtype), wide[1]
   K, V = q.shape[3], v.shape[3]
-  gate = tuned.gate_key(log_decay) if starts is None else "token"
-  config = None if chunk_size else tuned.lookup("delta_rule", Config, gate=gate, K=K, V=V, dtype=q.dtype)
-  config = config or heuristic(K, V, q.dtype, chunk_size)
+  gate = tuned.gate_key(log_decay)
+  gate = "token" if starts is not None and gate == "none" else gate  # resets are gates
+  configs = configurations(gate)
+  config = None if chunk_size else tuned.lookup("delta_rule", configs.Config, gate=gate, K=K, V=V, dtype=q.dtype)
+  config = config or configs.heuristic(K, V, q.dtype, chunk_size)
   return configured(q, k, v, beta, log_decay, initial_state, scale=scale, normalize_qk=normalize_qk, config=config,
                     starts=starts)
 
 
+def configurations(gate: str):
+  """The module with the configurations for a form of decay, named as in `tuned.gate_key`."""
+  return pallas_triton_channels_config if gate == "channel" else pallas_triton_config
+
+
 def configured(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk=False, config, starts=None):
-  """The op under an explicit configuration."""
+  """The op under an explicit configuration, one of `configurations` for this form of decay."""
+  if log_decay is not None and log_decay.ndim == 4:
+    return pallas_triton_channels.configured(q, k, v, beta, log_decay, initial_state, scale=scale,
+                                             normalize_qk=normalize_qk, config=config, starts=starts)
   (B, T, H, V), K = v.shape, q.shape[3]
   dK, dV = tile_width(K) - K, -V % max(config.scan.block, config.reverse_scan.block, min(config.width, tile_width(V)))
   count = pieces.count(B * H * (V + dV) // config.scan.block, T, config.span, enough=ENOUGH)

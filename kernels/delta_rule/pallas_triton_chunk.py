@@ -135,7 +135,7 @@ def read_chunk(scan, n, first):
   rows = pl.ds(n * C, C)
   decay = _decay(scan, n, rows)
   beta, q_norm, k_norm = row_weights(scan.per_token, rows)
-  y = [_load_lower(scan.y.at[n, jnp.int32(i)]) for i in range(scan.y.shape[1])]
+  y = [load_lower(scan.y.at[n, jnp.int32(i)]) for i in range(scan.y.shape[1])]
   v, y = scan.v[rows, :].T, y if scan.reverse else [part.T for part in y]
   if first is not None:
     v = jnp.where(first < 0, v, jnp.zeros_like(v))
@@ -202,7 +202,7 @@ def _add_product(total, a, b, dot, dtype):
   return total
 
 
-def _load_lower(ref):
+def load_lower(ref):
   """One part of Y, whose blocks above the diagonal are neither written nor read."""
   row, column = rows_and_columns(ref.shape[0])
   return plt.load(ref, mask=jax.lax.div(row, SIZE) >= jax.lax.div(column, SIZE), other=0.0)

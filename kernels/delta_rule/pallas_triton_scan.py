@@ -30,7 +30,7 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
     initial = tuple(initial_ref[tile, :].T for tile in tiles)
   else:
     o_ref = None
-    initial = tuple(jnp.zeros((block, depth), jnp.float32) if reverse else _identity(first, i * depth, (block, depth))
+    initial = tuple(jnp.zeros((block, depth), jnp.float32) if reverse else identity(first, i * depth, (block, depth))
                     for i in range(K // depth))
   *saved_refs, final_ref = refs
   scan = Scan(q_ref, k_ref, v_ref, y_ref, sums_ref, per_token, o_ref, saved_refs, reverse, scale, chunk, span, depth,
@@ -46,7 +46,7 @@ def _scan_kernel(q_ref, k_ref, v_ref, y_ref, *refs, vectors, gated, values, save
     final_ref[tile, :] = s.T
 
 
-def _identity(row, column, shape):
+def identity(row, column, shape):
   """A block of the identity matrix; zeros above it."""
   rows, columns = (jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in range(2))
   return jnp.where(rows + row == columns + column, 1.0, 0.0)
@@ -67,12 +67,12 @@ def scan(operands, v, initial_state, scale, config, *, save=True, reverse=False,
   if v.shape[0] > B:
     (final,) = run(None, save=False)
     update, kept = final[..., :V], jnp.swapaxes(kept, -1, -2) if reverse else final[..., V:V + initial_state.shape[2]]
-    initial_state = _entry_states(initial_state, kept, update, reverse)
+    initial_state = entry_states(initial_state, kept, update, reverse)
   *found, final = run(initial_state, save=save)
   return *found, pieces.exit_state(final, B, reverse), kept
 
 
-def _entry_states(initial_state, kept, update, reverse):
+def entry_states(initial_state, kept, update, reverse):
   """The state that enters each piece, when a piece turns S into `kept` S + `update`."""
   B = initial_state.shape[0]
   kept, update = (x.reshape(B, -1, *x.shape[1:]) for x in (kept, update))

@@ -1,13 +1,19 @@
 """The files of a checkpoint directory: `config.json`, and one safetensors file or several with an index."""
 
+import logging
 import math
 import pathlib
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lin_jax.hf.layout import Layout
 from lin_jax.typed_json import read_object, shown
+
+_log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,23 +70,47 @@ class Tensors:
         raise ValueError(f"{self._path / name}: {shown(tensor)} is in {self._where[tensor][0]} as well")
       self._where[tensor] = name, file
 
-  def require(self, shapes: dict[str, tuple[int, ...]], optional: set[str]) -> None:
-    """Raises ValueError unless the tensors are exactly the ones in `shapes`, and perhaps `optional` ones."""
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor."""
+    return {name: tuple(file.get_slice(name).get_shape()) for name, (_, file) in self._where.items()}
+
+  def require(self, shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> None:
+    """Raises ValueError unless the tensors are exactly the ones in `shapes`, apart from optional and skipped ones.
+
+    One line of the log says which tensors are skipped.
+    """
+    skipped = [name for name in self._where if any(re.search(pattern, name) for pattern in layout.skipped)]
     found = {name: self._where[name][1].get_slice(name) for name in shapes if name in self._where}
     sizes = {name: tuple(part.get_shape()) for name, part in found.items()}
     problems = {
-        "missing": sorted(set(shapes) - set(found)), "left over": sorted(set(self._where) - set(shapes) - optional),
-        "of another shape": [f"{name} {sizes[name]} in place of {shapes[name]}" for name in sorted(found)
-                             if sizes[name] != shapes[name]],
+        "missing": sorted(set(shapes) - set(found)),
+        "left over": sorted(set(self._where) - set(shapes) - set(layout.optional) - set(skipped)),
+        "of another shape": [f"{name} {sizes[name]} in place of {shapes[name]}{_mended(name, layout)}"
+                             for name in sorted(found) if sizes[name] != shapes[name]],
         f"of another dtype than {', '.join(_DTYPES)}": [
             f"{name} {part.get_dtype()} in {self._where[name][0]}" for name, part in sorted(found.items())
             if part.get_dtype() not in _DTYPES]}
     if any(problems.values()):
       raise ValueError(f"{self._path} is not a checkpoint of the model that its {CONFIG} describes: " + "; ".join(
           f"{kind}: {_listed(names)}" for kind, names in problems.items() if names))
+    if skipped:
+      _log.warning("%s: %d tensors are no part of the model and are not read: %s", self._path, len(skipped),
+                   _listed(sorted(skipped), most=3))
 
-  def read(self, name: str) -> np.ndarray:
+  def read(self, name: str, rows: slice, others: Sequence[slice]) -> np.ndarray:
+    """The slices of a tensor's first axis and of its last axes. Only they are read from the file."""
+    part = self._where[name][1].get_slice(name)
+    between = (slice(None),) * (len(part.get_shape()) - 1 - len(others))
+    return part[(rows, *between, *others)]
+
+  def whole(self, name: str) -> np.ndarray:
     return self._where[name][1].get_tensor(name)
+
+
+def _mended(name, layout):
+  """Names the options of the config that set the tensor's shape."""
+  option = layout.sizes.get(name.removesuffix(".weight").rsplit(".", 1)[-1])
+  return f" (set by {option})" if option else ""
 
 
 def _weight_map(path) -> dict[str, str]:
@@ -104,9 +134,9 @@ def _weight_map(path) -> dict[str, str]:
   return names
 
 
-def _listed(names):
-  more = len(names) - _LISTED
-  return ", ".join(map(_plain, names[:_LISTED])) + (f" and {more} more" if more > 0 else "")
+def _listed(names, most=_LISTED):
+  more = len(names) - most
+  return ", ".join(map(_plain, names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def _plain(text):

@@ -11,6 +11,7 @@ from flax import nnx
 from configs import CONFIGS, lookup, page
 from lin_jax import mixers, sharding
 from lin_jax.config import MeshConfig, from_dict, to_dict, validate
+from lin_jax.hf import olmo_hybrid, qwen3_5
 from lin_jax.model import abstract_model, parameter_count
 
 # Parameters with tied embeddings. 341.6M and 1.30B are the GLA paper's (its Transformer++ has the same budget); those
@@ -26,6 +27,7 @@ SIZES = {"gla_tiny": 0.903e6, "transformer_tiny": 0.886e6, "gla_small": 42.1e6, 
          "kda_340m": 340.1e6, "kda_1b3": 1.325e9, "kimi_linear_1b3": 1.319e9,
          **{name: size.released for name, size in page.SIZES.items() if size.released},
          "tnl_385m": 385e6, "tnl_1b": 1.0e9, "tnl_3b": 2.88e9, "tnl_7b": 6.8e9,
+         "supra_tiny": 0.903e6, "supra_340m": 343.2e6,
          **{f"deltanet_{kind}340m": 341.6e6 for kind in ("", "swa_", "global_")},
          **{f"deltanet_{kind}1b3": 1.30e9 for kind in ("", "swa_", "global_")}}
 
@@ -40,6 +42,13 @@ def test_config_is_valid_and_has_its_size(name):
   assert config.name == name
   assert parameter_count(config.model) == pytest.approx(SIZES[name], rel=0.01)
   assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", [name for name, size in page.SIZES.items() if size.released])
+def test_released_models_are_described_by_their_files(name):
+  family = qwen3_5 if name.startswith("qwen35") else olmo_hybrid
+  model = lookup(name).model
+  assert dataclasses.replace(family.from_hf(family.to_hf(model)), dtype=model.dtype) == model
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -106,6 +115,14 @@ def test_tnl_has_the_papers_layout(name):
   assert (model.mlp, model.norm, model.scale_embeddings, model.tie_embeddings) == ("sglu", "simple_rms", True, True)
   assert model.width == 128 * model.mixer.heads and not model.mixer.lrpe
   assert model.hybrid_layers == (0,) and model.hybrid_mixer == dataclasses.replace(model.mixer, lrpe=True)
+
+
+@pytest.mark.parametrize("size", ["tiny", "340m"])
+def test_supra_is_uptrained_on_a_twentieth_of_the_transformers_steps(size):
+  supra, transformer = lookup(f"supra_{size}"), lookup(f"transformer_{size}")
+  assert supra.optim.steps / transformer.optim.steps == pytest.approx(0.05, rel=1e-3)
+  supra.model.mixer = transformer.model.mixer
+  assert (supra.model, supra.data) == (transformer.model, transformer.data)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import convert
 from lin_jax import files, hf
@@ -20,10 +22,10 @@ from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.delta_net import DeltaNetConfig
 from lin_jax.mixers.supra import SupraConfig
 from lin_jax.model import LanguageModel
-from lin_jax.tokenizer import MODEL_FILE
+from lin_jax.tokenizer import MODEL_FILE, load_tokenizer
 from tests.environment import ENVIRONMENT
 from tests.forked import ROOT, Command
-from tests.lin_jax import tiny
+from tests.lin_jax import fast_tokenizers, tiny
 from tests.lin_jax.test_tokenizer import train_model
 
 FIXTURES = ROOT / "tests" / "fixtures" / "hf"
@@ -110,8 +112,27 @@ def test_attention_becomes_linear_once(tmp_path, monkeypatch, capsys):
   assert old and all((parameters[path][...] == value[...]).all() for path, value in old.items())
 
 
+def test_a_tokenizer_json_goes_both_ways_with_its_settings(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(convert, "_CHECKPOINT", types.SimpleNamespace(value="last"))
+  shutil.copytree(FIXTURES / "llama", tmp_path / "hub")
+  change = {"vocab_size": 331}
+  (tmp_path / "hub" / hf.CONFIG).write_text(json.dumps(json.loads((tmp_path / "hub" / hf.CONFIG).read_text()) | change))
+  tensors = load_file(tmp_path / "hub" / hf.WEIGHTS)
+  tensors["model.embed_tokens.weight"] = np.zeros((331, 12), np.float32)
+  save_file(tensors, tmp_path / "hub" / hf.WEIGHTS)
+  fast_tokenizers.save(tmp_path / "hub", fast_tokenizers.byte_level(), eos_token="<|im_end|>", chat_template="{{ 1 }}")
+  for _ in range(2):
+    convert.read(tmp_path / "hub", tmp_path / "run")
+    convert.write(tmp_path / "back", tmp_path / "run", "llama")
+  assert capsys.readouterr().out.count("complete already") == 2
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hub" / name).read_bytes()
+  tokenizer = load_tokenizer(load_model(tmp_path / "run")[0].data.path)
+  assert (tokenizer.name, tokenizer.chat_template) == ("fast", "{{ 1 }}")
+
+
 @pytest.mark.parametrize("options, message", [
-    (None, "has no tokenizer.model"),
+    (None, "has no tokenizer.model and no tokenizer.json"),
     ({}, "the tokenizer is left out: tokenizer 'mistral' has 360 tokens, the model 48"),
     ({"eos_id": -1}, "the tokenizer is left out: .* without an end id"),
 ])
@@ -138,9 +159,11 @@ def test_without_a_tokenizer_generation_asks_for_one(tmp_path):
 
 def test_mistakes_exit_with_2_and_write_nothing(run, tmp_path):
   (tmp_path / "foreign").mkdir()
-  (tmp_path / "foreign" / hf.CONFIG).write_text('{"model_type": "llama"}')
+  (tmp_path / "foreign" / hf.CONFIG).write_text('{"model_type": "gpt2"}')
   cases = [([f"--workdir={tmp_path}/new"], "exactly one of --from, --to and --linearize"),
-           ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new"], "model_type='llama'"),
+           ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new"], "model_type='gpt2'"),
+           ([f"--from={tmp_path}/foreign", f"--workdir={tmp_path}/new", "--model_type=gla"], "--model_type=gla: only"),
+           ([f"--to={tmp_path}/new", f"--workdir={run}", "--model_type=gla"], "a gla checkpoint has 'gla'"),
            ([f"--linearize={run}", f"--workdir={tmp_path}/new"], "mixer is 'delta_net': only softmax attention")]
   processes = [Command("convert.py", *arguments) for arguments, _ in cases]
   for process, (_, message) in zip(processes, cases, strict=True):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from claims import CLAIMS, Claim, Finding, Results, language, lengths, speed, synthetic
+from claims import CLAIMS, Claim, Finding, Results, language, lengths, linearized, speed, synthetic
 from claims.page import by_class, classified, render
 from claims.plots import PLOTS
 from kernel_bench.cases import PASSES, named
@@ -168,6 +168,25 @@ def test_models_with_one_seed_are_taken_to_vary_as_in_the_main_sweep(tmp_path):
   assert found.points == (True,) and "GLA and RetNet are closer than their seeds" in found.text
   page = render(Results(tmp_path))
   assert "One seed per model. The seeds of sweep `main` are up to 0.040 bits per byte apart" in page
+
+
+def test_linearized_models_are_read_from_their_own_records(tmp_path):
+  runs = {run.model: run for run in language_sweeps.linearized().runs}
+  bits = {"transformer": 1.49, "gla": 1.55, "linearized_5": 1.56, "linearized_20": 1.58}
+  losses = {"transformer": (1.0, 4.0), "linearized_5": (1.3, 4.1), "linearized_20": (1.05, 4.2)}
+  rows = [modelled(runs[model], value) for model, value in bits.items()]
+  for row in rows:
+    if row["model"] in losses:
+      row["pair_losses"] = dict(zip(("repeated", "other"), losses[row["model"]], strict=True))
+  write(tmp_path, language.FILE, rows)
+  texts = [claim.text for claim in linearized.claims()]
+  assert {finding(Results(tmp_path), text).verdict for text in texts} == {"not run"}
+  write(tmp_path, language.FILES["linearized"], rows)
+  level, scratch, behind, recall = (finding(Results(tmp_path), text) for text in texts)
+  assert (level.points, scratch.points, behind.points) == ((True, False), (None, None), (None, True, True))
+  assert recall.points == (True, False) and recall.text == (
+      "Transformer++ linearized, 5% more tokens: +0.300 nats on repeated pairs, +0.100 on others; "
+      "Transformer++ linearized, 20% more tokens: +0.050 nats on repeated pairs, +0.200 on others")
 
 
 def test_claims_name_runs_of_the_sweeps():

@@ -143,7 +143,7 @@ def test_every_gate_is_checked_and_drawn(op):
             for gates in search.GATE_GROUPS[op] for gate in gates}
   assert shapes == {"gla": {"channel": [(2, 40, 3, 16)]},
                     "linear_attention": {"token": [(2, 40, 3)], "constant": [(3,)], "none": []},
-                    "delta_rule": {"none": [], "token": [(2, 40, 3)]}}[op]
+                    "delta_rule": {"none": [], "token": [(2, 40, 3)], "channel": [(2, 40, 3, 16)]}}[op]
 
 
 def test_milliseconds_times_calls_until_they_are_long_enough(monkeypatch):

@@ -189,7 +189,10 @@ def test_a_transformer_is_linearized_and_trained_further(data, tmp_path, unbroke
   assert record["start"] == {"model": "transformer", "tokens": 6 * 512, "bits_per_byte": start["bits_per_byte"]}
   assert record["tokens"] == 8 * 512 and record["setting"]["model"]["mixer"]["type"] == "supra"
   assert record["setting"]["start"] == start["setting"] and record["setting"]["optim"]["steps"] == 2
-  assert 0 < record["repeated"]["targets"] < 1200 and record["repeated"]["loss"] < record["held_out_loss"]
+  losses = record["pair_losses"]
+  assert losses["repeated"] < record["held_out_loss"] < losses["other"]
+  assert record["held_out_loss"] == pytest.approx(
+      np.interp(losses["repeated_share"], (0, 1), (losses["other"], losses["repeated"])), rel=1e-3)
   # The uptraining goes on from what the Transformer has learnt, and leaves nothing else behind.
   made, source = ({path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(load_model(folder(
       workdir, run, data))[1], nnx.Param))} for run in (run, TRANSFORMER))
@@ -206,9 +209,8 @@ def test_a_run_waits_for_the_one_that_it_starts_from(data, tmp_path, monkeypatch
 def test_repeated_pairs_are_those_of_their_segment():
   batch = {"tokens": np.array([[1, 2, 3, 1, 2, 1, 2, 3], [1, 2, 3, 1, 2, 1, 2, 3]]),
            "targets": np.array([[2, 3, 1, 2, 1, 2, 3, 4], [2, 3, 1, 2, 1, 2, 3, 4]]),
-           "segment_ids": np.array([[0] * 8, [0] * 5 + [1] * 3]), "mask": np.ones((2, 8), np.float32)}
-  marks = repeated(batch)
-  assert marks.tolist() == [[0, 0, 0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0]] and marks.dtype == np.float32
+           "segment_ids": np.array([[0] * 8, [0] * 5 + [1] * 3])}
+  assert repeated(batch).tolist() == [[0, 0, 0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0]]
 
 
 def test_seeds_follow_from_the_records(data, tmp_path, monkeypatch):
@@ -250,7 +252,7 @@ def test_diverged_run_has_a_record_too(data, tmp_path, monkeypatch):
   run = Run("gla", 1e-3, tiny=True)
   record = finish(run, data, tmp_path)
   assert record["diverged"] and record["held_out_loss"] is record["bits_per_byte"] is record["perplexity"] is None
-  assert record["repeated"] is None and record["setting"] == run.setting(data)
+  assert record["pair_losses"] is None and record["setting"] == run.setting(data)
   assert record == json.loads((folder(tmp_path, run, data) / "record.json").read_text())
   uptrained = Run("linearized_5", 1e-3, tiny=True, start=run)
   with pytest.raises(ValueError, match="gla, from which it starts, has diverged"):

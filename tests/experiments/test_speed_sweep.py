@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lin_jax.model import parameter_count
-from speed import packing, sweeps, training
+from speed import packing, serving, sweeps, training
 from tests.environment import ENVIRONMENT
 from tests.forked import ROOT, Command
 
@@ -94,6 +94,14 @@ def test_training_speed_against_length(tmp_path):
     assert r["losses"] == pytest.approx(rows[0]["losses"], rel=1e-4) and len(r["losses"]) == 3
 
 
+def test_fine_tuning_with_adapters(tmp_path):
+  row, = records_of(Command, "bench_training.py", tmp_path, "--set=finetune", "--models=transformer_340m",
+                    "--lora_rank=2", "--steps=3", "--timed_steps=2")
+  assert row["setting"]["lora"] == {"rank": 2, "alpha": 16.0, "targets": ""} and row["mfu"] is None
+  assert (row["setting"]["batch_size"], row["setting"]["sequence_length"]) == (4, 16)
+  assert 0 < row["setting"]["trainable"] < row["setting"]["parameters"] / 4 and len(row["losses"]) == 3
+
+
 def test_packed_documents_beside_windows_of_one(tmp_path):
   rows = records_of(start, "bench_training.py", tmp_path, "--set=step", "--models=retnet_1b3,transformer_1b3",
                     "--steps=3", "--timed_steps=2", "--documents=one,packed")
@@ -146,3 +154,18 @@ def test_batches_and_prompts(tmp_path):
   assert [(r["setting"]["prompt"], r["setting"]["piece"]) for r in rows[2:]] == [(32, 16), (32, 0)]
   for r in rows[2:]:
     assert r["tokens_per_s"] == pytest.approx(32000 / r["first_token_ms"], rel=1e-2) and r["memory_gib"] > 0
+
+
+def test_servers_with_mixed_lengths(tmp_path):
+  rows = records_of(Command, "bench_decoding.py", tmp_path, "--models=gla_340m", "--servers=1,4", "--requests=12",
+                    "--repeats=1")
+  assert [r["setting"]["rows"] for r in rows] == [1, 4]
+  drawn = serving.Serving("", True, 1, 12, 64, 16, 32, 8, 1).drawn(50)
+  assert max(len(r.prompt) for r in drawn) <= 64 and max(r.max_tokens for r in drawn) <= 16
+  assert len({len(r.prompt) for r in drawn}) > 6
+  for r in rows:
+    assert r["tokens_per_s"] == pytest.approx(sum(r.max_tokens for r in drawn) / r["seconds"], rel=1e-2)
+    assert r["prompt_tokens_per_s"] == pytest.approx(sum(len(r.prompt) for r in drawn) / r["seconds"], rel=1e-2)
+    assert 0 < r["rows_in_use"] <= 1 and r["cache_mib_per_row"] == 0
+    # One more row for the prompt that is being read; a memory of 2 layers, 2 heads of 8 x 16 floats.
+    assert r["state_mib"] * 2**20 == pytest.approx(2048 * (r["setting"]["rows"] + 1), rel=0.03)

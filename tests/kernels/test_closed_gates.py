@@ -39,7 +39,7 @@ def test_gates_of_minus_infinity_forget(op, decay):
     assert not np.any(actual["dlog_decay"][np.isneginf(x.arrays["log_decay"])]), where
 
 
-@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "constant")])
+@pytest.mark.parametrize("op, decay", [("gla", "channel"), ("linear_attention", "constant"), ("delta_rule", "channel")])
 def test_gates_of_minus_infinity_forget_in_kernels(op, decay):
   x = inputs(op, decay, B=1, T=20, H=1, V=8)
   for row in ([0, 5, 6, 19], range(20)):

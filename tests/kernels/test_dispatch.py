@@ -40,14 +40,14 @@ def test_on_a_gpu_the_reasons_of_an_implementation_count(monkeypatch):
   assert "pallas_triton: chunk_size=128 is not one of" in kernels.explain("gla", X, X, X, X, chunk_size=128)
 
 
-def test_a_decay_per_key_channel_of_the_delta_rule_has_no_kernels(monkeypatch):
+def test_a_decay_per_key_channel_of_the_delta_rule_runs_on_a_gpu(monkeypatch):
   monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
   arrays = X, X, X, jax.ShapeDtypeStruct(X.shape[:3], jnp.float32), X
   assert kernels.explain("delta_rule", *arrays).splitlines() == [
-      "delta_rule runs as xla_chunked on cuda",
-      "  pallas_triton: a decay per key channel has no kernels",
+      "delta_rule runs as pallas_triton on cuda",
       "  mosaic_gpu: the GPU has compute capability unknown, it needs 9.0",
-      "  reference: can run, xla_chunked comes first",
+      "  xla_chunked: can run, pallas_triton comes first",
+      "  reference: can run, pallas_triton comes first",
   ]
 
 

@@ -64,6 +64,14 @@ def test_every_width_lowers(K, V, dtype, op):
   assert kernel_counts(gradient, op, K, V, dtype) == collections.Counter(FORWARD[op] + BACKWARD[op] + scores)
 
 
+def test_a_decay_per_key_channel_has_kernels_of_its_own():
+  """With float32 keys in several tiles, and few long sequences, which are cut into pieces."""
+  forward = ["sums", "factors", "inverse", "scan"]
+  backward = ["factors", "reverse", "gradients"]
+  counts = kernel_counts(gradient, "delta_rule", 100, 64, "float32", gate="channel", B=1, T=4096)
+  assert counts == collections.Counter(f"delta_rule_channel_{name}" for name in [*forward, *backward, "piece", "piece"])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_forward_alone(op):
   assert kernel_counts(loss, op) == collections.Counter(FORWARD[op])
@@ -79,7 +87,7 @@ def test_few_long_sequences_are_split(K, V, op):
 @pytest.mark.parametrize("op, gate, dtype", [
     ("gla", "channel", "bfloat16"), ("gla", "channel", "float32"), ("linear_attention", "token", "float32"),
     ("linear_attention", "constant", "bfloat16"), ("delta_rule", "token", "bfloat16"),
-    ("delta_rule", "none", "float32"), ("selective_scan", "token", "bfloat16")])
+    ("delta_rule", "none", "float32"), ("delta_rule", "channel", "bfloat16"), ("selective_scan", "token", "bfloat16")])
 def test_kernels_are_the_same_under_x64(op, gate, dtype):
   """Forward and backward of one long sequence, which is cut into pieces: that launches every kernel."""
   array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, dtype)

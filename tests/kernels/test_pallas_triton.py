@@ -25,7 +25,8 @@ from tests.kernels.cases import Case
 # The ops over heads of queries, keys and values, which `cases` describes; selective_scan has tests of its own.
 OPS = ["delta_rule", "gla", "linear_attention"]
 PALLAS = {op: functools.partial(getattr(kernels, op), implementation="pallas_triton") for op in OPS}
-DECAYS = {"gla": ("channel",), "linear_attention": ("token", "constant", "none"), "delta_rule": ("token", "none")}
+DECAYS = {"gla": ("channel",), "linear_attention": ("token", "constant", "none"),
+          "delta_rule": ("token", "none", "channel")}
 BETA = {"delta_rule": "double"}
 
 
@@ -95,6 +96,12 @@ INTERPRETED = {
         Case(T=50, H=4, K=32, V=32, decay="none", beta="2", key_heads=2, chunk_size=16, initial_state=False),
         *(Case(T=256, B=1, H=1, K=32, V=32, decay="token", beta=beta, gate="near_zero", chunk_size=16)
           for beta in ("0", "double")),
+        Case(T=50, H=4, K=32, V=32, beta="2", key_heads=2, chunk_size=16, initial_state=False),
+        *(Case(T=70, H=1, K=32, V=32, dtype="bfloat16", beta="double", gate=gate, keys=keys, normalize_qk=True)
+          for gate, keys in (("near_zero", "near_parallel"), ("-30", "normal"), ("mixed", "correlated"))),
+        Case(T=60, H=1, K=100, V=40, dtype="bfloat16", beta="unit", gate="logit_-20", normalize_qk=True,
+             segments=(1, 15, 30, 1, 13)),
+        Case(T=256, B=1, H=1, K=32, V=32, beta="double", gate="near_zero", chunk_size=16),
     ],
 }
 
@@ -211,12 +218,12 @@ def tuned_grid(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("op, case", tuned_grid(tuned.device_kind()), ids=str)
 def test_every_tuned_configuration_matches_the_scan(op, case, record_property, monkeypatch):
-  module = importlib.import_module(f"kernels.{op}.pallas_triton")
   ran = check(op, case, record_property, monkeypatch)
   gate = "token" if case.segments and case.decay != "channel" else case.decay  # resets are gates
-  listed = tuned.lookup(op, module.Config, gate=gate, K=case.K, V=case.V, dtype=case.dtype)
+  configs = search.configurations(op, gate)
+  listed = tuned.lookup(op, configs.Config, gate=gate, K=case.K, V=case.V, dtype=case.dtype)
   # A width may be listed for its own gate alone.
-  assert ran == (listed or module.heuristic(case.K, case.V, jnp.dtype(case.dtype)))
+  assert ran == (listed or configs.heuristic(case.K, case.V, jnp.dtype(case.dtype)))
 
 
 def test_a_document_that_starts_in_a_chunk_leaves_it_to_the_factors():

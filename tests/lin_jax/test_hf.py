@@ -1,7 +1,7 @@
-"""Checkpoints of flash-linear-attention: what they compute, the way back, and what is refused.
+"""Checkpoints of flash-linear-attention: what they compute, the way back of all families, and what is refused.
 
 Each fixture is a random model that the library made, saved and ran, with its logits and greedy continuation
-(`experiments/compare_fla.py --fixtures`).
+(`experiments/compare_fla.py --fixtures`, and for other libraries `experiments/make_hf_fixtures.py`).
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ from safetensors.numpy import load_file, save_file
 from lin_jax import hf, mixers
 from lin_jax.config import ModelConfig
 from lin_jax.generate import generate
-from lin_jax.hf.configs import from_hf, to_hf
+from lin_jax.hf import families, fla
+from lin_jax.hf.families import writing
+from lin_jax.hf.fla.configs import from_hf
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.hgrn2 import lower_bounds
 from lin_jax.model import abstract_model, parameter_count
@@ -30,12 +32,17 @@ FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "hf"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
 
 
+def kind(name):
+  """The family of a fixture."""
+  return families.of(json.loads((FIXTURES / name / "config.json").read_text()))
+
+
 def test_every_family_has_a_fixture():
-  kinds = {json.loads((FIXTURES / name / "config.json").read_text())["model_type"] for name in NAMES}
-  assert kinds == set(hf.FAMILIES)
+  assert set(map(kind, NAMES)) == set(hf.FAMILIES) - {"mamba_ssm"}  # whose library does not run without a GPU
+  assert sum(path.stat().st_size for path in FIXTURES.glob("*/*")) <= 1_000_000
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if kind(name) in fla.FAMILIES])
 def test_logits_and_generation_are_the_librarys(name):
   config, model = hf.load(FIXTURES / name)
   known = np.load(FIXTURES / name / "logits.npz")
@@ -49,9 +56,12 @@ def test_logits_and_generation_are_the_librarys(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_way_back_is_exact(name, tmp_path):
   config, model = hf.load(FIXTURES / name)
-  hf.save(tmp_path / "back", config, model)
+  written = "qwen3_5_text" if name == "qwen3_5" else kind(name)  # without the images' model
+  hf.save(tmp_path / "back", config, model, written)
   assert hf.load_config(tmp_path / "back") == config
   back, original = load_file(tmp_path / "back" / hf.WEIGHTS), load_file(FIXTURES / name / hf.WEIGHTS)
+  if name == "qwen3_5":
+    original = {key.replace(".language_model", ""): value for key, value in original.items() if "visual" not in key}
   if name == "gla_convolution":  # made with `fuse_norm` false; written with its default
     original = {key.replace("g_norm", "g_norm_swish_gate"): value for key, value in original.items()}
   assert back.keys() == original.keys()
@@ -59,7 +69,7 @@ def test_the_way_back_is_exact(name, tmp_path):
     old, new = (np.asarray(lower_bounds(tensors.pop("model.lower_bounds"))) for tensors in (original, back))
     np.testing.assert_allclose(new[[0, 2]], old[[0, 2]], rtol=1e-5)
   for key, value in original.items():
-    np.testing.assert_array_equal(back[key], value, err_msg=key)
+    np.testing.assert_array_equal(back[key], value.astype(np.float32), err_msg=key)
 
 
 def edited(name, path, tensors=None, options=None):
@@ -154,7 +164,7 @@ def small(mixer, **options):
 ])
 def test_models_without_equivalent_are_not_written(config, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    to_hf(config)
+    writing(config)
 
 
 @pytest.mark.parametrize("mixer", [

@@ -194,7 +194,7 @@ def test_a_run_with_adapters_starts_from_another_and_goes_on_in_another_layout_w
 
 def initial(config, path):
   config.init_from = str(path)
-  found = Initial(config, shapes(config))
+  found = Initial(config, shapes(config), sharding.make_mesh(config.mesh))
   found.require_fit()
   return found
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lin_jax import metrics as reporting
-from lin_jax import sharding
+from lin_jax import sharding, training
 from lin_jax.checkpoint import load_model
 from lin_jax.config import MeshConfig
 from lin_jax.config import load as load_config
@@ -114,6 +114,15 @@ def test_only_marked_targets_count_however_they_are_spread(data, batches):
     for name in ("loss", "grad_norm", "accuracy", "targets"):
       assert_close(name, [m[name] for m in metrics], [m[name] for m in expected[1]], 1e-5)
     assert_states_close(state.params, expected[0].params, 5e-5)
+
+
+def test_held_out_batches_without_a_target_are_refused_before_anything_is_written(data, tmp_path, monkeypatch):
+  held_out = eval_batches(tiny.config(data).data, "val", 2)
+  unmarked = [batch | {"mask": np.zeros_like(batch["mask"])} for batch in held_out]
+  monkeypatch.setattr(training, "eval_batches", lambda *_, **__: unmarked)
+  with pytest.raises(ValueError, match="config.eval.batches=2: no target of these held-out batches counts"):
+    train(tiny.config(data), tmp_path / "run")
+  assert not list(tmp_path.iterdir())
 
 
 def test_eight_devices_equal_one_with_every_leaf_sharded(data, batches, one_device):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lin_jax.hf.names import COMMON, Family
+from lin_jax.hf.fla.names import COMMON, Family
 from lin_jax.typed_json import require_type, shown
 
 _TYPES = {option: kind for kind, options in {

@@ -7,8 +7,8 @@ from typing import Any
 
 from lin_jax import mixers
 from lin_jax.config import DTYPES, ModelConfig
-from lin_jax.hf import options
-from lin_jax.hf.names import ATTENTION_OPTIONS, COMMON, COMMON_OPTIONS, FAMILIES, IGNORED, Family
+from lin_jax.hf.fla import options
+from lin_jax.hf.fla.names import ATTENTION_OPTIONS, COMMON, COMMON_OPTIONS, FAMILIES, IGNORED, Family
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.typed_json import shown
 
@@ -18,18 +18,16 @@ _log = logging.getLogger(__name__)
 
 
 def from_hf(values: dict) -> ModelConfig:
-  """The model that a `config.json` describes.
+  """The model that a `config.json` describes, whose model type is one of `FAMILIES`.
 
   Flash-linear-attention ignores options that it does not know. They are ignored here too, and logged.
 
   Raises:
-    ValueError: the model type is another, a value is not of its option's type or range, or no mixer here has some of
-      the options. The message names each with its value.
+    ValueError: a value is not of its option's type or range, or no mixer here has some of the options. The message
+      names each with its value.
   """
-  kind = values.get("model_type")
-  if not isinstance(kind, str) or kind not in FAMILIES:
-    raise ValueError(f"model_type={shown(kind)}: must be one of {', '.join(FAMILIES)}")
-  family, refused = FAMILIES[kind], []
+  kind, refused = values["model_type"], []
+  family = FAMILIES[kind]
   known = options.known(kind, family)
   options.require(values, known, optional=frozenset(o for o, default in family.fields.values() if default is None))
   values = _derived(kind, values, refused)
@@ -51,16 +49,13 @@ def from_hf(values: dict) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict:
-  """The `config.json` of a model. Its dtype is float32, because tensors are written in float32.
+  """The `config.json` of a model of one of `FAMILIES`. Its dtype is float32, because tensors are written in float32.
 
   Raises:
     ValueError: the model has no equivalent there. The message names every field in the way.
   """
   name, refused = mixers.name_of(config.mixer), []
-  kind = next((kind for kind, family in FAMILIES.items() if family.mixer == name), None)
-  if kind is None:
-    raise ValueError(f"mixer {name!r}: must be one of {', '.join(f.mixer for f in FAMILIES.values())}")
-  family = FAMILIES[kind]
+  kind, family = next((kind, family) for kind, family in FAMILIES.items() if family.mixer == name)
   values = {option: getattr(config, field) for field, (option, _) in COMMON.items()}
   mixer = config.mixer
   if kind == "hgrn2":
