@@ -9,7 +9,8 @@ The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's fl
 for 16-bit dtypes, head sizes that are multiples of 8 up to 128 (from Hopper on up to 256) and, with a mask, even
 lengths. In all other cases XLA's form runs, which stores scores [B,H,T,T]. Packed documents take cuDNN's own layout for
 them (`packed_attention.py`) on GPUs from Hopper on. With a window and elsewhere they pass a boolean mask [B,1,T,T]
-shared by all heads, which cuDNN reads as a bias, for all pairs of tokens.
+shared by all heads, which cuDNN reads as a bias, for all pairs of tokens. So do sequences that are split over devices,
+for the tokens of a part and the keys of two parts or of all.
 """
 
 import dataclasses
