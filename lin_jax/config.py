@@ -101,11 +101,13 @@ class LoraConfig:
 @dataclasses.dataclass
 class MeshConfig:
   """Devices per mesh axis, where -1 takes the devices that the other axes leave. `data` replicates parameters, `fsdp`
-  shards them over the batch, and `tensor` over heads, MLP width and vocabulary."""
+  shards them over the batch, and `tensor` over heads, MLP width and vocabulary. `context` splits the tokens of each
+  sequence (`lin_jax.context`)."""
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  context: int = 1
 
 
 @dataclasses.dataclass
@@ -174,7 +176,7 @@ def validate(config: TrainConfig) -> TrainConfig:
     require(_get(config, field) >= 0, field, "must not be negative")
   for field in ("optim.learning_rate", "optim.clip_norm", "optim.eps", "model.norm_eps", "lora.alpha"):
     require(_get(config, field) > 0, field, "must be positive")
-  for field in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+  for field in ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context"):
     require(_get(config, field) == -1 or _get(config, field) >= 1, field, "must be at least 1, or -1 for the rest")
   _validate_model(config.model, require)
   require(config.remat in REMAT_POLICIES, "remat", f"must be one of {', '.join(REMAT_POLICIES)}")

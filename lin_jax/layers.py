@@ -19,10 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float, Int
 
-from kernels import rms_norm, short_convolution, swiglu
+from kernels import rms_norm, swiglu
 from kernels.derivatives import RESIDUALS
 from kernels.residual_norm import add_and_norm
-from lin_jax.sharding import map_over_heads, tensor_shards
+from lin_jax.context import short_convolution
+from lin_jax.sharding import map_over_heads, rows_of, tensor_shards
 
 NORMAL = nnx.initializers.normal(0.02)
 
@@ -56,8 +57,8 @@ def _softplus_derivative(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def product(x: Float[Array, "rows inputs"], kernel: Float[Array, "inputs outputs"], dtype,
-            ) -> Float[Array, "rows outputs"]:
+def product(x: Float[Array, "*rows inputs"], kernel: Float[Array, "inputs outputs"], dtype,
+            ) -> Float[Array, "*rows outputs"]:
   """x @ kernel in `dtype`, accumulated in float32. The products of its gradients have operands in the dtype of x."""
   return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
@@ -88,8 +89,7 @@ class Linear(nnx.Module):
     self.output_dtype = jnp.dtype(dtype if output_dtype is None else output_dtype)
 
   def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-    # Flattened to one axis, because XLA on a CPU copies and transposes both operands of a kernel's gradient over two.
-    rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+    rows = rows_of(x).astype(self.dtype)
     y = product(rows, self.kernel[...].astype(self.dtype), self.output_dtype)
     if self.adapter is not None:
       # The sum has a name, so that remat keeps it and not both of its terms.
@@ -114,8 +114,7 @@ def joint_products(linears: Sequence[nnx.Module], x: Float[Array, "*batch inputs
     return [linear(x) for linear in linears]
   kernels = [linear.kernel[...].astype(linear.dtype) for linear in linears]
   widest = max((linear.output_dtype for linear in linears), key=lambda dtype: dtype.itemsize)
-  rows = x.reshape(-1, x.shape[-1]).astype(linears[0].dtype)
-  y = product(rows, jnp.concatenate(kernels, axis=1), widest).reshape(*x.shape[:-1], -1)
+  y = product(rows_of(x).astype(linears[0].dtype), jnp.concatenate(kernels, axis=1), widest).reshape(*x.shape[:-1], -1)
   ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1]))
   parts = jnp.split(y, ends, axis=-1)
   return [part.astype(linear.output_dtype) for part, linear in zip(parts, linears, strict=True)]

@@ -29,7 +29,7 @@ class Adapter(nnx.Module):
     self.b = param(rngs, nnx.initializers.zeros, (*layers, config.rank, outputs), (None, axes[1]))
     self.scale = config.alpha / config.rank
 
-  def __call__(self, x: Float[Array, "rows inputs"], dtype: jnp.dtype) -> Float[Array, "rows outputs"]:
+  def __call__(self, x: Float[Array, "*rows inputs"], dtype: jnp.dtype) -> Float[Array, "*rows outputs"]:
     """The result in `dtype`, from products with operands in the dtype of x."""
     low = jnp.matmul(x, self.a[...].astype(x.dtype))
     return jnp.matmul(low, self.b[...].astype(x.dtype), preferred_element_type=dtype) * self.scale

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 _BATCH_AXES = ("data", "fsdp")
+_TIME_AXIS = "context"
 _VOCAB_AXIS = "tensor"
 
 
@@ -21,9 +22,9 @@ def next_token_loss(hidden: Float[Array, "B T D"], unembedding: Float[Array, "D 
                     mask: Float[Array, "B T"], *, chunk_tokens: int = 4096) -> tuple[Float[Array, ""], dict]:
   """Sum over tokens of mask * -log softmax(hidden @ unembedding)[target], in nats.
 
-  Under a mesh (`jax.set_mesh`) the batch is split over ("data", "fsdp") and the vocabulary over "tensor" where it
-  divides evenly. Gradients of `unembedding` are summed over the batch axes once, after the last chunk. They are not
-  computed where `unembedding` is constant.
+  Under a mesh (`jax.set_mesh`) the batch is split over ("data", "fsdp"), the tokens of each sequence over "context"
+  and the vocabulary over "tensor" where they divide evenly. Gradients of `unembedding` are summed over the first three
+  axes once, after the last chunk. They are not computed where `unembedding` is constant.
 
   Args:
     mask: weight of each target; 0 leaves the target out.
@@ -64,27 +65,32 @@ _loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
 
 
 def _sharded(hidden, unembedding, targets, mask, chunk_tokens, gradients=False, frozen=True):
-  """Runs `_chunked` on each device's part of the batch and vocabulary. `frozen` leaves out dunembedding."""
+  """Runs `_chunked` on each device's part of the batch, the tokens and the vocabulary. `frozen` leaves out
+  dunembedding."""
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   batch_axes = tuple(axis for axis in _BATCH_AXES if sizes.get(axis, 1) > 1)
+  time_axis = _TIME_AXIS if sizes.get(_TIME_AXIS, 1) > 1 else None
   vocab_axis = _VOCAB_AXIS if sizes.get(_VOCAB_AXIS, 1) > 1 else None
   # A dimension that an axis does not divide is computed whole on each of the axis's devices.
   if hidden.shape[0] % math.prod(sizes[axis] for axis in batch_axes):
     batch_axes = ()
+  if time_axis and hidden.shape[1] % sizes[time_axis]:
+    time_axis = None
   if vocab_axis and unembedding.shape[1] % sizes[vocab_axis]:
     vocab_axis = None
+  token_axes = (*batch_axes, time_axis) if time_axis else batch_axes
   local = functools.partial(_chunked, chunk_tokens=chunk_tokens, gradients=gradients, frozen=frozen,
-                            batch_axes=batch_axes, vocab_axis=vocab_axis)
-  if not batch_axes and not vocab_axis:
+                            token_axes=token_axes, vocab_axis=vocab_axis)
+  if not token_axes and not vocab_axis:
     return local(hidden, unembedding, targets, mask)
-  batch, vocab = P(batch_axes), P(None, vocab_axis)
+  batch, vocab = P(batch_axes, time_axis), P(None, vocab_axis)
   metrics = {"targets": P(), "correct": P(), "token_loss": batch}
   return jax.shard_map(local, in_specs=(batch, vocab, batch, batch),
                        out_specs=(P(), metrics, batch if gradients else P(), P() if frozen else vocab),
                        check_vma=False)(hidden, unembedding, targets, mask)
 
 
-def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, frozen, batch_axes, vocab_axis):
+def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, frozen, token_axes, vocab_axis):
   """Returns (loss sum, metrics, dhidden, dunembedding), where the gradients are None unless they are asked for, and the
   last one is None if the unembedding is `frozen`."""
   B, T, _ = hidden.shape
@@ -116,7 +122,7 @@ def _chunked(hidden, unembedding, targets, mask, *, chunk_tokens, gradients, fro
   dweights, outputs = jax.lax.scan(chunk, dweights, tuple(_to_chunks(x, N) for x in (hidden, targets, mask)))
   token_loss, correct, dhidden = (None if x is None else _from_chunks(x, T) for x in outputs)
   metrics = {"targets": mask.sum(), "correct": correct.sum()}
-  total, metrics, dweights = jax.lax.psum((token_loss.sum(), metrics, dweights), batch_axes)
+  total, metrics, dweights = jax.lax.psum((token_loss.sum(), metrics, dweights), token_axes)
   return total, metrics | {"token_loss": token_loss}, dhidden, dweights
 
 

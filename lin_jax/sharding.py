@@ -1,9 +1,9 @@
-"""Placement of parameters and activations on a mesh with axes ("data", "fsdp", "tensor").
+"""Placement of parameters and activations on a mesh with axes ("data", "fsdp", "context", "tensor").
 
-`data` and `fsdp` split the batch. `fsdp` also splits every matrix along the model width, and `tensor` splits heads, MLP
-width and vocabulary. Parameters are placed by jit's `out_shardings`, activations by `shard_batch`, and ops whose
-kernels the compiler cannot partition run on local blocks through `map_over_heads`. The last two act only under
-`jax.set_mesh`.
+`data` and `fsdp` split the batch. `fsdp` also splits every matrix along the model width, `context` splits the tokens of
+each sequence (`lin_jax.context`), and `tensor` splits heads, MLP width and vocabulary. Parameters are placed by jit's
+`out_shardings`, activations by `shard_batch`, and ops whose kernels the compiler cannot partition run on local blocks
+through `map_over_heads`. The last two act only under `jax.set_mesh`.
 """
 
 import math
@@ -19,12 +19,13 @@ from jax.sharding import PartitionSpec as P
 
 from lin_jax.config import MeshConfig, TrainConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+TIME_AXIS = "context"
 LOGICAL_AXES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
 
 
-def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
+def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int, int]:
   """Sizes of `AXES`, with -1 resolved. Raises ValueError if their product is not `device_count`."""
   sizes = [getattr(config, axis) for axis in AXES]
   text = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -43,13 +44,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def validate_mesh(config: TrainConfig, device_count: int) -> None:
-  """Raises ValueError if the mesh does not fit the devices, or if the batch or the heads do not fit the mesh."""
-  data, fsdp, tensor = mesh_shape(config.mesh, device_count)
+  """Raises ValueError if the mesh does not fit the devices, or the batch, its sequences or the heads not the mesh."""
+  data, fsdp, context, tensor = mesh_shape(config.mesh, device_count)
   rows = config.data.batch_size // config.optim.accumulation
   if rows % (data * fsdp):
     raise ValueError(f"config.data.batch_size={config.data.batch_size} over config.optim.accumulation="
                      f"{config.optim.accumulation} leaves {rows} sequences a microbatch: not divisible by "
                      f"data * fsdp = {data} * {fsdp}")
+  if config.data.sequence_length % context:
+    raise ValueError(f"config.data.sequence_length={config.data.sequence_length}: not divisible by "
+                     f"config.mesh.context={context}")
+  if context > 1 and data * fsdp % jax.process_count():
+    raise ValueError(f"config.mesh.context={context}: data * fsdp = {data} * {fsdp} must be divisible by the "
+                     f"{jax.process_count()} processes, because each reads its own rows whole")
   for name in ("mixer", "hybrid_mixer"):
     mixer = getattr(config.model, name)
     # Where there are more value heads than key heads, `map_over_heads` repeats key heads as the mesh needs it.
@@ -91,22 +98,33 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(x: Array) -> Array:
-  """Constrains the leading axis of `x` to the batch axes of the mesh in use, and every other axis to be whole."""
+  """Constrains the leading axis of `x` to the batch axes of the mesh in use, the time axis of `x` `[B, T, D]` to
+  `context`, and every other axis to be whole."""
   mesh = jax.sharding.get_abstract_mesh()
   if not is_partitioned(mesh) or x.shape[0] % _batch_shards(mesh):
     return x
-  return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *(None,) * (x.ndim - 1)))
+  time = TIME_AXIS if x.ndim == 3 and x.shape[1] % mesh.shape[TIME_AXIS] == 0 else None
+  return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, time, *(None,) * (x.ndim - 2)))
+
+
+def rows_of(x: Array) -> Array:
+  """x with one axis before its last, because XLA on a CPU copies and transposes both operands of a gradient over two.
+
+  Where tokens are split over devices, x stays as it is: no device holds consecutive rows of it.
+  """
+  return x if context_shards() > 1 else x.reshape(-1, x.shape[-1])
 
 
 def map_over_heads(fn: Callable, layouts: str) -> Callable:
-  """`fn` applied to each device's batch rows and heads, or plain `fn` if no mesh is in use.
+  """`fn` applied to each device's batch rows, tokens and heads, or plain `fn` if no mesh is in use.
 
   `layouts` names the dimensions of every argument and result, as in "btgk,bthv->bthv". `b` is split over the batch
-  axes, `h` over "tensor", and dimensions with other letters stay whole. `g` is key heads of arguments, each for a group
-  of consecutive heads `h`. They are split over "tensor" too. Where the mesh does not divide them, each is repeated as
-  often as it takes to divide them, so that every device has the key heads of its heads and few others. An argument may
-  be None. A batch that the mesh does not divide (a single prompt, say) is computed by every device. Heads that it does
-  not divide raise ValueError.
+  axes, `t` over "context", `h` over "tensor", and dimensions with other letters stay whole. `g` is key heads of
+  arguments, each for a group of consecutive heads `h`. They are split over "tensor" too. Where the mesh does not divide
+  them, each is repeated as often as it takes to divide them, so that every device has the key heads of its heads and
+  few others. An argument may be None. A batch that the mesh does not divide (a single prompt, say) and a single token
+  are computed by every device. Tokens or heads that it does not divide raise ValueError. A function in which tokens
+  meet learns from `time_parts` whether it holds a part of each sequence.
   """
   inputs, outputs = (side.split(",") for side in layouts.replace(" ", "").split("->"))
 
@@ -116,21 +134,32 @@ def map_over_heads(fn: Callable, layouts: str) -> Callable:
       return fn(*args)
     sizes = [(name, size) for layout, arg in zip(inputs, args, strict=True) if arg is not None
              for name, size in zip(layout, arg.shape, strict=True)]
-    for name, size in sizes:
-      if name == "h" and size % mesh.shape["tensor"]:
-        raise ValueError(f"{size} heads: not divisible by the mesh axis tensor={mesh.shape['tensor']}")
+    axes = _split_axes(mesh, sizes)
     args = [arg if arg is None else _repeat_key_heads(arg, layout, mesh.shape["tensor"])
             for layout, arg in zip(inputs, args, strict=True)]
-    axes = {"h": "tensor", "g": "tensor"}
-    if dict(sizes)["b"] % _batch_shards(mesh) == 0:
-      axes["b"] = BATCH_AXES
     specs = {layout: P(*map(axes.get, layout)) for layout in (*inputs, *outputs)}
     in_specs = tuple(None if arg is None else specs[layout] for layout, arg in zip(inputs, args, strict=True))
     out_specs = tuple(specs[layout] for layout in outputs) if len(outputs) > 1 else specs[outputs[0]]
+    # Where tokens are not split, `time_parts` must not find their axis.
+    manual = set(AXES) if "t" in axes or mesh.shape[TIME_AXIS] == 1 else set(AXES) - {TIME_AXIS}
     # The varying-axes check does not see through kernels and custom derivatives.
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)(*args)
 
   return call
+
+
+def _split_axes(mesh, sizes):
+  """The mesh axes over which `map_over_heads` splits each letter, given the size of each letter's dimensions."""
+  axes = {"h": "tensor", "g": "tensor"}
+  if dict(sizes).get("t", 1) > 1:
+    axes["t"] = TIME_AXIS
+  for name, size in sizes:
+    if name != "g" and name in axes and size % mesh.shape[axes[name]]:
+      things = "heads" if name == "h" else "tokens"
+      raise ValueError(f"{size} {things}: not divisible by the mesh axis {axes[name]}={mesh.shape[axes[name]]}")
+  if dict(sizes)["b"] % _batch_shards(mesh) == 0:
+    axes["b"] = BATCH_AXES
+  return axes
 
 
 def _repeat_key_heads(x, layout, shards):
@@ -142,6 +171,18 @@ def _repeat_key_heads(x, layout, shards):
     return x
   axis = layout.index("g")
   return jnp.repeat(x, math.lcm(x.shape[axis], shards) // x.shape[axis], axis=axis)
+
+
+def time_parts() -> int:
+  """Number of parts of each sequence, of which a function under `map_over_heads` or another shard_map holds one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape[TIME_AXIS] if TIME_AXIS in mesh.manual_axes else 1
+
+
+def context_shards() -> int:
+  """Number of devices over which the mesh in use splits the tokens of a sequence."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape[TIME_AXIS] if is_partitioned(mesh) else 1
 
 
 def tensor_shards() -> int:

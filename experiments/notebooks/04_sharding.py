@@ -49,9 +49,10 @@ assert jax.device_count() == 8
 # %% [markdown]
 # ## 1. The mesh and the rules
 #
-# A mesh has three axes. `data` copies the parameters and splits the batch. `fsdp` splits the batch too, and
-# every matrix along the model width. `tensor` splits heads, MLP width and vocabulary. A parameter names its
-# dimensions by meaning, and one table turns meanings into mesh axes:
+# Three axes of a mesh split the batch and the parameters. `data` copies the parameters and splits the batch. `fsdp`
+# splits the batch too, and every matrix along the model width. `tensor` splits heads, MLP width and vocabulary. The
+# fourth axis, `context`, splits the tokens of each sequence and is 1 here. A parameter names its dimensions by
+# meaning, and one table turns meanings into mesh axes:
 
 # %%
 print("\n".join(f"{name!s:6} -> {axis}" for name, axis in sharding.LOGICAL_AXES.items()))

@@ -9,7 +9,8 @@ The parallel form is `jax.nn.dot_product_attention`. On a GPU it runs cuDNN's fl
 for 16-bit dtypes, head sizes that are multiples of 8 up to 128 (from Hopper on up to 256) and, with a mask, even
 lengths. In all other cases XLA's form runs, which stores scores [B,H,T,T]. Packed documents take cuDNN's own layout for
 them (`packed_attention.py`) on GPUs from Hopper on. With a window and elsewhere they pass a boolean mask [B,1,T,T]
-shared by all heads, which cuDNN reads as a bias, for all pairs of tokens.
+shared by all heads, which cuDNN reads as a bias, for all pairs of tokens. So do sequences that are split over devices,
+for the tokens of a part and the keys of two parts or of all.
 """
 
 import dataclasses
@@ -23,9 +24,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from kernels import dispatch
+from lin_jax.context import before
 from lin_jax.layers import Linear, RMSNorm, rotary, segment_runs
 from lin_jax.mixers import packed_attention, register, require
-from lin_jax.sharding import map_over_heads
+from lin_jax.sharding import context_shards, map_over_heads
 
 QK_NORMS = ("none", "head", "heads")
 
@@ -79,7 +81,9 @@ class Attention(nnx.Module):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     q, k, v = self._project(x, positions)
 
-    if segment_ids is None:
+    if context_shards() > 1 and x.shape[1] > 1:
+      o = self._over_parts(q, k, v, positions, None if segment_ids is None else segment_runs(segment_ids))
+    elif segment_ids is None:
       window = (self.window - 1, 0) if self.window else None
       attend = functools.partial(_attention, mask=None, is_causal=True, local_window_size=window)
       o = map_over_heads(attend, "bthk,bshk,bshk->bthk")(q, k, v)
@@ -97,6 +101,25 @@ class Attention(nnx.Module):
     positions = jnp.broadcast_to(jnp.arange(q.shape[1])[None], runs.shape)
     mask = self._visible(positions, positions) & (runs[:, :, None] == runs[:, None, :])
     return _attention(q, k, v, mask[:, None], is_causal=True)
+
+  def _over_parts(self, q, k, v, positions, runs):
+    """Attention where each device has the queries of one part: to keys of all parts, or of two if a window allows."""
+    runs = jnp.zeros_like(positions) if runs is None else runs
+    past = self.window - self.window % 2  # all that a window sees before a part: cuDNN wants even numbers
+
+    def attend(q, k, v, positions, key_positions, runs, key_runs):
+      mask = self._visible(positions, key_positions) & (runs[:, :, None] == key_runs[:, None, :])
+      return _attention(q, k, v, mask[:, None])
+
+    def attend_near(q, k, v, positions, runs):
+      extended = lambda x: jnp.concatenate([before(x, past), x], axis=1)
+      key_positions = extended(positions + 1) - 1  # -1 where no part comes before
+      return attend(q, extended(k), extended(v), positions, key_positions, runs, extended(runs))
+
+    if 0 < past * context_shards() <= q.shape[1]:
+      return map_over_heads(attend_near, "bthk,bthk,bthk,bt,bt->bthk")(q, k, v, positions, runs)
+    attend = map_over_heads(attend, "bthk,bshk,bshk,bt,bs,bt,bs->bthk")
+    return attend(q, k, v, positions, positions, runs, runs)
 
   def _extend(self, x, state, segment_ids):
     """Attends to the cache and to `x`. The new state keeps the last keys and values of the last token's segment."""

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import delta_rule
 from kernels.delta_rule import step as delta_step
+from lin_jax.context import delta_rule
 from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions

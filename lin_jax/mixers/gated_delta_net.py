@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from kernels import delta_rule
 from kernels.delta_rule import step as delta_step
+from lin_jax.context import delta_rule
 from lin_jax.layers import Linear, RMSNorm, align, param, time_step_biases
 from lin_jax.mixers import register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions

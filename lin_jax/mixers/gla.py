@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import gla
 from kernels.derivatives import RESIDUALS
 from kernels.gla import step as gla_step
+from lin_jax.context import gla
 from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions

@@ -27,8 +27,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from kernels import gla
 from kernels.gla import step as gla_step
+from lin_jax.context import gla
 from lin_jax.layers import Linear, RMSNorm, ShortConvolution, param
 from lin_jax.mixers import register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads

@@ -19,8 +19,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
+from lin_jax.context import linear_attention
 from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import OpConfig

@@ -20,8 +20,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from kernels import selective_scan
 from kernels.selective_scan import step as selective_scan_step
+from lin_jax.context import selective_scan
 from lin_jax.layers import Linear, align, joint_products, param, softplus, time_step_biases
 from lin_jax.mixers import register, require
 from lin_jax.mixers.mamba2 import BiasedConvolution

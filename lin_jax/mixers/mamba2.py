@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import linear_attention, skip_gate_norm
+from kernels import skip_gate_norm
 from kernels.linear_attention import step as linear_attention_step
+from lin_jax.context import linear_attention
 from lin_jax.layers import Linear, ShortConvolution, align, convolve, joint_products, param, softplus, time_step_biases
 from lin_jax.mixers import register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads

@@ -18,8 +18,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
+from lin_jax.context import linear_attention
 from lin_jax.layers import Linear, RMSNorm, rotary
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions

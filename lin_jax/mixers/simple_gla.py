@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
+from lin_jax.context import linear_attention
 from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.gla import SMALL_XAVIER

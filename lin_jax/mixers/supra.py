@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels import linear_attention
 from kernels.linear_attention import step as linear_attention_step
+from lin_jax.context import linear_attention
 from lin_jax.layers import Linear, SimpleRMSNorm, param, rotary
 from lin_jax.mixers import register, require
 from lin_jax.mixers.lightning_attention import alibi_slopes

@@ -189,29 +189,46 @@ def test_heads_must_divide(mesh):
     sharding.map_over_heads(lambda x: x, "bthk->bthk")(jnp.ones((8, 1, 3, 1)))
 
 
+def test_tokens_must_divide():
+  mesh = sharding.make_mesh(MeshConfig(data=2, context=4))
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match="6 tokens: not divisible by the mesh axis context=4"):
+    sharding.map_over_heads(lambda x: x, "bt->bt")(jnp.ones((8, 6)))
+
+
+def test_a_single_token_is_no_part():
+  seen = []
+  op = sharding.map_over_heads(lambda x: seen.append((x.shape, sharding.time_parts())) or x, "bt->bt")
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, context=4))):
+    for time in (1, 8):
+      jax.eval_shape(op, jnp.ones((8, time)))
+  assert seen == [((4, 1), 1), ((4, 2), 4)]
+
+
 @pytest.mark.parametrize("axes, devices, shape", [
-    ((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 1, 1), 1, (1, 1, 1)), ((2, 4, -1), 8, (2, 4, 1))])
+    ((-1, 1, 1), 8, (8, 1, 1, 1)), ((2, -1, 2), 8, (2, 2, 1, 2)), ((1, 1, 1), 1, (1, 1, 1, 1)),
+    ((2, 4, -1), 8, (2, 4, 1, 1)), ((1, 1, 2, -1), 8, (1, 1, 4, 2))])
 def test_mesh_shape(axes, devices, shape):
   assert sharding.mesh_shape(MeshConfig(*axes), devices) == shape
 
 
 def test_make_mesh_takes_the_given_devices():
   mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:4])
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
-  assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 3
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 1}
+  assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 4
 
 
 @pytest.mark.parametrize("mesh_axes, mixer, batch_size, accumulation, message", [
-    ((2, 2, 1), GLAConfig(), 8, 1, "data=2 x fsdp=2 x tensor=1 does not fit 8 devices"),
-    ((3, -1, 1), GLAConfig(), 8, 1, "data=3 x fsdp=-1 x tensor=1 does not fit 8 devices"),
+    ((2, 2, 1), GLAConfig(), 8, 1, "data=2 x fsdp=2 x context=1 x tensor=1 does not fit 8 devices"),
+    ((3, -1, 1), GLAConfig(), 8, 1, "data=3 x fsdp=-1 x context=1 x tensor=1 does not fit 8 devices"),
     ((-1, -1, 1), GLAConfig(), 8, 1, "at most one axis may be -1"),
     ((4, 2, 1), GLAConfig(), 12, 1, r"batch_size=12 .* not divisible by data \* fsdp = 4 \* 2"),
     ((4, 2, 1), GLAConfig(), 16, 4, r"batch_size=16 .*accumulation=4 leaves 4 sequences"),
     ((1, 1, 8), GLAConfig(heads=4), 8, 1, "heads=4: not divisible by config.mesh.tensor=8"),
+    ((1, 1, 1, 8), GLAConfig(), 8, 1, "sequence_length=2052: not divisible by config.mesh.context=8"),
     ((1, 2, 4), AttentionConfig(heads=8, kv_heads=2), 8, 1, "kv_heads=2: not divisible by config.mesh.tensor=4"),
 ])
 def test_validate_mesh(mesh_axes, mixer, batch_size, accumulation, message):
-  config = TrainConfig(model=ModelConfig(mixer=mixer), data=DataConfig(batch_size=batch_size),
+  config = TrainConfig(model=ModelConfig(mixer=mixer), data=DataConfig(batch_size=batch_size, sequence_length=2052),
                        optim=OptimConfig(accumulation=accumulation), mesh=MeshConfig(*mesh_axes))
   with pytest.raises(ValueError, match=message):
     sharding.validate_mesh(config, 8)
@@ -227,4 +244,4 @@ def test_validate_mesh_accepts():
   config = TrainConfig(model=ModelConfig(mixer=AttentionConfig(heads=8)), data=DataConfig(batch_size=8),
                        mesh=MeshConfig(2, 2, 2))
   sharding.validate_mesh(config, 8)
-  np.testing.assert_equal(sharding.mesh_shape(config.mesh, 8), (2, 2, 2))
+  np.testing.assert_equal(sharding.mesh_shape(config.mesh, 8), (2, 2, 1, 2))

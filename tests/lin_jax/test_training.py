@@ -91,10 +91,10 @@ def test_step_equals_plain_optimization(data, batches, one_device):
   assert_states_close(one_device[0].params, params, 2e-5)
 
 
-def test_accumulation_equals_one_big_batch(data, batches, one_device):
+def test_accumulation_on_split_sequences_equals_one_big_batch(data, batches, one_device):
   # Microbatches with different numbers of targets: a mean of their means would be another loss.
   assert len({float(batches[0]["mask"][i::4].sum()) for i in range(4)}) > 1
-  state, metrics = run_steps(batches, data, 4)
+  state, metrics = run_steps(batches, data, 4, (1, 1, 1, 2))
   for name in ("loss", "grad_norm", "accuracy", "learning_rate"):
     assert_close(name, [m[name] for m in metrics], [m[name] for m in one_device[1]], 1e-5)
   assert_states_close(state, one_device[0], 5e-5)
