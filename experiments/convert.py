@@ -1,12 +1,12 @@
-"""Converts released checkpoints in Hugging Face's format to workdirs, and back; linearizes attention.
+"""Converts released checkpoints in Hugging Face's format to workdirs, and back, and attention to linear attention.
 
   python experiments/convert.py --from=hub/gla-1.3B-100B --workdir=runs/gla_1b3_100b
   python experiments/generate.py --workdir=runs/gla_1b3_100b --prompt="The capital of France is" --temperature=0
   python experiments/evaluate.py --workdir=runs/gla_1b3_100b --data=data/english
   python experiments/convert.py --to=hub/gla_tiny --workdir=runs/gla_tiny
+  python experiments/convert.py --to=hub/mine --workdir=runs/mine --model_type=llama
   python experiments/convert.py --linearize=runs/transformer_tiny --workdir=runs/transformer_tiny_linear
   python experiments/train.py --config=supra_tiny --init_from=runs/transformer_tiny_linear
-  python experiments/convert.py --to=hub/mine --workdir=runs/mine --model_type=llama
 
 `hub/...` is a directory with config.json and model.safetensors, or several files with an index, downloaded beforehand.
 `lin_jax/hf/families.py` lists the families: Qwen3.5 (text), Olmo Hybrid, Llama, Mistral, Qwen3, Mamba-2 and the ones
@@ -14,8 +14,8 @@ of flash-linear-attention. The parameters are spread over all devices. The token
 tokenizer.json with the settings beside it, is copied if `lin_jax.tokenizer` can read it. Without one, generate.py needs
 --data with a dataset of the same tokenizer.
 
---linearize makes a recurrent model of a run with softmax attention, which is to be trained further, with a config whose
-layers are those of the new workdir: `lin_jax.linearize` says how, and for how long.
+--linearize makes a recurrent model of a run with softmax attention. It is to be trained further with a config of the
+same layers: `lin_jax.linearize` says how, and for how long.
 
 The workdir or the directory appears only when it is complete, so a command that was killed can simply be repeated.
 """
@@ -114,10 +114,11 @@ def write(target: pathlib.Path, workdir: pathlib.Path, kind: str = "") -> None:
 
 def make_linear(source: pathlib.Path, workdir: pathlib.Path) -> None:
   """Makes `workdir` a run whose model is the one of the run `source` with recurrent layers in place of attention."""
-  config, model = load_model(source, commands.checkpoint_step(_CHECKPOINT.value))
+  mesh = _mesh()
+  config, model = load_model(source, commands.checkpoint_step(_CHECKPOINT.value), mesh)
   model_config, model = linearize(config.model, model, config.seed)
-  config = dataclasses.replace(config, name=workdir.resolve().name, model=model_config)
-  if _complete(workdir, load_model, (config, model), {}):
+  config = dataclasses.replace(config, name=workdir.resolve().name, init_from="", model=model_config)
+  if _complete(workdir, functools.partial(load_model, mesh=mesh), (config, model), {}):
     print(f"{workdir}: complete already, nothing to do")
     return
   with files.whole_folder(workdir) as work:

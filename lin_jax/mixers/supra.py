@@ -4,8 +4,8 @@ Per head h = 1 .. H, with rows q_t, k_t, v_t in R^K as in attention, and R_t the
   phi(x) = relu(x W + b),   W in R^(K x K), b in R^K, shared by queries and keys
   S_t = exp(-2^(-8h/H)) S_{t-1} + R_t(phi(k_t))^T v_t,   o_t = R_t(phi(q_t)) S_t / sqrt(K)
   y_t = GroupNorm(o_t) W_o,   GroupNorm(o) = (o - mean(o)) / sqrt(var(o) + eps) over the K channels of a head
-The query, key, value and output projections are those of `lin_jax.mixers.attention`, so that `lin_jax.linearize` can
-copy them. Query heads that share a key-value head share its feature map too.
+The query, key, value and output projections have the names and shapes of `lin_jax.mixers.attention`, so that
+`lin_jax.linearize` can keep them. Query heads that share a key-value head share its feature map too.
 
 The paper takes the decay from RetNet in its formula, and from TransNormerLLM (Press et al.'s slopes, as here) in its
 runs. The norm without parameters, its eps of 1e-5, and the start of W and b, uniform within 1 / sqrt(inputs), are the
@@ -36,7 +36,7 @@ EPSILON = 1e-5  # of the GroupNorm
 
 @dataclasses.dataclass
 class SupraConfig(OpConfig):
-  """The defaults are those of the attention that is converted: the GLA paper's 340M Transformer++."""
+  """The defaults are the GLA paper's 340M Transformer++, as in `AttentionConfig`."""
 
   heads: int = 16
   kv_heads: int = 0  # 0 means one per head
