@@ -78,7 +78,8 @@ def compile_missing(record, wanted, over):
   made_by = {"versions": versions(), "assemblers": [assembler.version(x) for x in (None, *_ASSEMBLERS.value)]}
   builds = {op: {"sources": compiled.sources(op)} | made_by for op in compiled.OPS}
   wanted = [program for program in wanted if _MATCH.value or record.build(program) != builds[program.op]]
-  wanted.sort(key=lambda program: (program.source != "tuned", (program.K, program.V) not in compiled.ODD_WIDTHS))
+  wanted.sort(key=lambda program: (record.build(program) is not None, program.source != "tuned",
+                                   (program.K, program.V) not in compiled.ODD_WIDTHS))
   # Gates of one width share kernels, and tracing takes as long as compiling, so one process does both for a width.
   key = lambda p: (p.op, p.gpu, p.K, p.V, p.dtype, p.source, p.tokens)
   groups = (list(group) for _, group in itertools.groupby(wanted, key))
