@@ -193,6 +193,15 @@ def test_models_without_equivalent_are_not_written(kind, config, message):
     families.writing(config, kind)
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
+def test_the_part_of_the_channels_that_is_rotated_is_written(fraction):
+  attention = AttentionConfig(heads=2, kv_heads=1, head_dim=8, rope_fraction=fraction, qk_norm="head",
+                              qk_norm_offset=True, output_gate=True)
+  config = ModelConfig(mixer=DELTA, hybrid_mixer=attention, hybrid_layers=(1,), norm="rms_offset", **PLAIN)
+  kind, values = families.writing(config)
+  assert families.FAMILIES[kind].from_hf(values).hybrid_mixer == attention
+
+
 def test_a_model_is_written_as_the_first_family_that_has_it():
   kinds = {name: families.writing(hf.load_config(FIXTURES / name))[0] for name in RELEASED}
   assert kinds == {name: name for name in RELEASED} | {"qwen3_5": "qwen3_5_text", "mamba2_transformers": "mamba2",
