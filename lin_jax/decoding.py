@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from lin_jax.layers import Linear, RMSNorm, align
+from lin_jax.lora import merge_adapters
 from lin_jax.sharding import is_partitioned
 
 # Joint products have a multiple of this many columns, as the tensor cores want their rows.
@@ -27,8 +28,8 @@ class Decoder:
   """A language model prepared for `step`. It is made under jit, outside the loop over tokens, and one program may hand
   it to others.
 
-  The weights are copied in the compute dtype, and a program takes about as many times longer to compile as the scan
-  over layers has repetitions.
+  The weights are copied in the compute dtype, with adapters merged. A program takes about as many times longer to
+  compile as the scan over layers has repetitions.
   """
 
   def __init__(self, model: nnx.Module):
@@ -143,6 +144,7 @@ def _multiply(rows, transposed):
 
 
 def _prepared(block):
+  merge_adapters(block)
   for _, module in list(nnx.iter_modules(block)):
     linears = {name: linear for name, linear in vars(module).items() if isinstance(linear, Linear)}
     for group in _shared_inputs(linears):

@@ -3,7 +3,8 @@
 Rows of a batch are padded to a few lengths, so that few programs are compiled. A model whose state has a fixed size
 reads texts of any length. It reads long texts piece by piece with its state carried over, and nothing is cut. A model
 with a growing cache reads at most `context` tokens: prompts lose their beginning, and documents are scored in windows
-of that many tokens, where each new token is scored once. A text without a context follows the end-of-document token.
+of that many tokens, where each new token is scored once. Prompts begin with the tokenizer's `begin_ids`. A text
+without a context follows the last of these, or the end-of-document token if there are none.
 """
 
 import functools
@@ -56,14 +57,20 @@ class HarnessModel(TemplateLM):
   def eot_token_id(self) -> int:
     return self.text.eos_id
 
+  @property
+  def prefix_token_id(self) -> int:
+    return (self.eot_token_id, *self.text.begin_ids)[-1]
+
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-    return self.text.encode(string)
+    """Ids of a text. They start with the tokenizer's `begin_ids`, unless the caller or the text has these already."""
+    begin, ids = list(self.text.begin_ids), self.text.encode(string)
+    return ids if add_special_tokens is False or ids[:len(begin)] == begin else begin + ids
 
   def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-    """The log-probability of each whole text after the end-of-document token."""
+    """The log-probability of each whole text after `prefix_token_id`."""
     owners, rows = [], []
     for i, request in enumerate(requests):
-      ids = self.tok_encode(request.args[0])
+      ids = self.tok_encode(request.args[0], add_special_tokens=False)
       windows = get_rolling_token_windows(ids, self.prefix_token_id, self.context or len(ids) or 1, context_len=1)
       for before, new in map(make_disjoint_window, windows):
         owners.append(i)

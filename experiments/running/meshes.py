@@ -7,7 +7,9 @@ import jax
 from absl import flags
 
 from lin_jax.config import MeshConfig
-from lin_jax.sharding import AXES, make_mesh
+from lin_jax.sharding import make_mesh
+
+_AXES = ("data", "fsdp", "tensor")
 
 
 def define() -> flags.FlagHolder[str]:
@@ -23,8 +25,8 @@ def using(value: str) -> Iterator[jax.sharding.Mesh | None]:
     yield None
     return
   sizes = value.split(",")
-  if len(sizes) != len(AXES) or not all(size.isdecimal() and int(size) for size in sizes):
-    raise ValueError(f"--mesh={value}: must be the numbers of devices on the axes {', '.join(AXES)}, as in 1,8,1")
-  mesh = make_mesh(MeshConfig(*map(int, sizes)))
+  if len(sizes) != len(_AXES) or not all(size.isdecimal() and int(size) for size in sizes):
+    raise ValueError(f"--mesh={value}: must be the numbers of devices on the axes {', '.join(_AXES)}, as in 1,8,1")
+  mesh = make_mesh(MeshConfig(**dict(zip(_AXES, map(int, sizes), strict=True))))
   with jax.set_mesh(mesh):
     yield mesh

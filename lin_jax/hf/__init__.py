@@ -67,7 +67,8 @@ def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel, ki
   Without a `kind` it is of the first family that has such a model. Checkpoints beyond `FILE_BYTES` become several files
   with an index.
 
-  Raises ValueError if the family has no such model, or if `path` holds a checkpoint or cannot be written.
+  Raises ValueError if the family has no such model, if the model has parameters that its config does not give it, such
+  as adapters that are not merged, or if `path` holds a checkpoint or cannot be written.
   """
   path = pathlib.Path(path)
   kind, values = families.writing(config, kind)
@@ -77,8 +78,12 @@ def save(path: pathlib.Path | str, config: ModelConfig, model: LanguageModel, ki
   shapes = {name: array.shape for name, array in arrays.items()}
   layout = FAMILIES[kind].layout(config, values)
   where = plan(layout, config, shapes)
+  bounded = _bounded(config, shapes)
+  placed = {piece.parameter for piece in where.pieces} | {part for part, _ in bounded.values()}
+  if left := sorted(shapes.keys() - placed):
+    raise ValueError(f"a {kind} checkpoint has no tensors for {', '.join(left)}")
   extra = {}
-  if bounded := _bounded(config, shapes):
+  if bounded:
     logits = np.stack([arrays[part][repetition] for part, repetition in bounded.values()])
     extra = {layout.bounds: bounds.spread(logits, list(bounded), config.depth)}
   try:

@@ -45,10 +45,13 @@ def read_or_none(values: dict) -> dict[str, float]:
   return {"rope_base": 0.0, "rope_fraction": 1.0} if given[0] is None else read(values)
 
 
-def write(base: float, fraction: float = 1.0) -> dict[str, Any]:
-  """The options, with the base also where older readers look for it."""
+def write(base: float, fraction: float | None = None) -> dict[str, Any]:
+  """The options, with the base also where older readers look for it. Without a `fraction` no option gives it.
+
+  Where models may rotate a part of the channels, readers disagree on the part that no option gives.
+  """
   parameters = {"rope_type": "default", "rope_theta": base or None}
-  part = {} if fraction == 1 else {"partial_rotary_factor": fraction}
+  part = {} if fraction is None else {"partial_rotary_factor": fraction}
   return {"rope_parameters": parameters | part, "rope_theta": base or None} | part
 
 

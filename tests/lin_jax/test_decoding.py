@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from lin_jax import mixers
-from lin_jax.config import ModelConfig
+from lin_jax.config import LoraConfig, ModelConfig
 from lin_jax.decoding import Columns, Decoder, in_order, stacked
 from lin_jax.generate import Sampling, decode
 from lin_jax.layers import RMSNorm
+from lin_jax.lora import add_adapters
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
 from lin_jax.model import LanguageModel
@@ -54,6 +55,14 @@ def test_prepared_weights_give_the_same_logits(mixer, batch, dtype):
     expected_logits, expected = plain(lm, token, expected)
     assert_close("logits", logits, expected_logits, BOUNDS[dtype])
   assert jax.tree.map(jnp.shape, states) == jax.tree.map(jnp.shape, expected)
+
+
+def test_adapters_count():
+  lm = add_adapters(build(mixer=AttentionConfig(heads=2), dtype="float32"), LoraConfig(rank=2), rngs=nnx.Rngs(1))
+  lm = jax.tree.map(lambda x: x + 0.1, lm)  # an adapter starts with a B of zeros
+  tokens, states = np.array([3, 7]), in_order(lm.init_state(BATCH, STEPS))
+  logits = jit(lambda lm, tokens, states: Decoder(lm).step(tokens, states)[0])(lm, tokens, states)
+  assert_close("logits", logits, jit(plain_step)(lm, tokens, states)[0], 1e-5)
 
 
 def test_layers_are_taken_apart_and_stacked_again():

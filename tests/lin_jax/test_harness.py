@@ -86,6 +86,18 @@ def test_loglikelihood_is_the_sum_of_log_softmax(adapter, model):
     assert best == wanted_best
 
 
+def test_texts_begin_as_documents_do(model):
+  tokenizer = NumberTokenizer()
+  tokenizer.begin_ids = (255,)
+  adapter = HarnessModel(model, tokenizer, context=CONTEXT, batch_size=3)
+  pairs = [("The cat sat on", " the mat"), ("", "start")]
+  found = [logprob for logprob, _ in adapter.loglikelihood(requests(*pairs), disable_tqdm=True)]
+  found += adapter.loglikelihood_rolling(requests(("jumps",)), disable_tqdm=True)
+  wanted = [expected(model, [255, *before.encode()], list(new.encode()))[0] for before, new in [*pairs, ("", "jumps")]]
+  assert found == pytest.approx(wanted, rel=1e-5)
+  assert adapter._prompt("ab", 5) == [255, *b"ab"] and adapter._prompt("", 5) == [255]
+
+
 def test_greedy_continuation_is_recognised(adapter, model):
   prompt = list(b"Once")
   ids = greedy(model, prompt, 3)

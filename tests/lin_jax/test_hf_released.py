@@ -10,9 +10,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from lin_jax import hf
-from lin_jax.config import ModelConfig
+from lin_jax.config import LoraConfig, ModelConfig
 from lin_jax.generate import generate
 from lin_jax.hf import families, fla
+from lin_jax.lora import add_adapters
 from lin_jax.mixers import config_class
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.model import parameter_count
@@ -191,6 +192,22 @@ PLAIN = dict(vocab_size=16, width=16, depth=2, mlp_width=8)
 def test_models_without_equivalent_are_not_written(kind, config, message):
   with pytest.raises(ValueError, match=message):
     families.writing(config, kind)
+
+
+def test_adapters_are_not_left_out(tmp_path):
+  config, model = hf.load(FIXTURES / "llama")
+  add_adapters(model, LoraConfig(rank=1, targets="query"), rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="a llama checkpoint has no tensors for runs.0.0.mixer.query.adapter.a, "):
+    hf.save(tmp_path / "copy", config, model)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
+def test_the_part_of_the_channels_that_is_rotated_is_written(fraction):
+  attention = AttentionConfig(heads=2, kv_heads=1, head_dim=8, rope_fraction=fraction, qk_norm="head",
+                              qk_norm_offset=True, output_gate=True)
+  config = ModelConfig(mixer=DELTA, hybrid_mixer=attention, hybrid_layers=(1,), norm="rms_offset", **PLAIN)
+  kind, values = families.writing(config)
+  assert families.FAMILIES[kind].from_hf(values).hybrid_mixer == attention
 
 
 def test_a_model_is_written_as_the_first_family_that_has_it():
