@@ -69,9 +69,9 @@ class Lengths:
 
 def check(op, decay, K, V, dtype, counts, record_property, monkeypatch, compare):
   """Asserts the errors of each length, uncut, and that the assembler without optimisation gives the same, if asked."""
-  module = importlib.import_module(f"kernels.{op}.pallas_triton")
-  config = tuned.lookup(op, module.Config, gate=decay, K=K, V=V, dtype=dtype) if compare else None
-  config = config or module.heuristic(K, V, jnp.dtype(dtype))
+  configs = search.configurations(op, decay)
+  config = tuned.lookup(op, configs.Config, gate=decay, K=K, V=V, dtype=dtype) if compare else None
+  config = config or configs.heuristic(K, V, jnp.dtype(dtype))
   record_property("config", search.describe(config))
   monkeypatch.setattr(pieces, "count", lambda *_, **__: 1)
   lengths, worst, changed = Lengths(op, decay, K, V, dtype, config.chunk, max(counts)), {}, {}
