@@ -29,12 +29,15 @@ def linearize(config: ModelConfig, model: LanguageModel, seed: int = 0) -> tuple
     model: of that config. Its parameters are shared with the result, not copied.
     seed: of the new feature maps.
   Raises:
-    ValueError: no layer is softmax attention, or one has an option that the recurrent layer does not have.
+    ValueError: no layer is softmax attention, one has an option that the recurrent layer does not have, or the model
+      has parameters, such as adapters, that the linear one would lose.
   """
   linear = linearized(config)
   graph, abstract = nnx.split(nnx.eval_shape(lambda: LanguageModel(linear, rngs=nnx.Rngs(0))), nnx.Param)
   old, wanted = dict(nnx.to_flat_state(nnx.state(model, nnx.Param))), nnx.to_flat_state(abstract)
   new = [path for path, _ in wanted if path not in old]
+  if lost := sorted(".".join(map(str, path)) for path in old.keys() - {path for path, _ in wanted}):
+    raise ValueError(f"the linear model has no place for {', '.join(lost)}: merge adapters first")
 
   @jax.jit
   def start(key):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.config import ModelConfig
+from lin_jax.config import LoraConfig, ModelConfig
 from lin_jax.linearize import linearize, linearized
+from lin_jax.lora import add_adapters
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
 from lin_jax.mixers.supra import SupraConfig
@@ -81,3 +82,10 @@ def test_options_that_cannot_be_converted_are_named(mixer, message):
 def test_without_softmax_attention_there_is_nothing_to_convert():
   with pytest.raises(ValueError, match="config.model.mixer is 'gla': only softmax attention"):
     linearized(dataclasses.replace(TRANSFORMER, mixer=GLA))
+
+
+def test_adapters_are_not_lost():
+  model = jax.jit(lambda: LanguageModel(TRANSFORMER, rngs=nnx.Rngs(1)))()
+  model = add_adapters(model, LoraConfig(rank=2, targets="query"), rngs=nnx.Rngs(1))
+  with pytest.raises(ValueError, match=r"no place for runs\.0\.0\.mixer\.query\.adapter\.a, .*: merge adapters first"):
+    linearize(TRANSFORMER, model)
