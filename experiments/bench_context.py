@@ -10,10 +10,8 @@ against the chunked form in jnp on float32 copies of the inputs on one device. T
 its bound in `kernels.accuracy`.
 """
 
-import json
+import functools
 import pathlib
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +20,10 @@ from absl import flags
 
 from kernel_bench import fused
 from kernels.accuracy import relative_error, tolerance
-from lin_jax import context, files, sharding
+from lin_jax import context, sharding
 from lin_jax.config import MeshConfig
 from running import commands
-from speed import training
+from speed import sweeps
 
 # For each op on parts, the names of its arrays and their axes in the letters of `map_over_heads`.
 OPS = {
@@ -57,28 +55,13 @@ def main(_):
   if unknown := [parts for parts in _PARTS.value if parts not in known]:
     raise ValueError(f"--parts={','.join(unknown)}: must divide --length={_LENGTH.value} and not exceed the "
                      f"{jax.local_device_count()} devices")
-  over = time.monotonic() + (_LIMIT.value or float("inf"))
-  wrong, left = 0, 0
-  for op in _OPS.value:
-    expected = None
-    for parts in map(int, _PARTS.value):
-      if time.monotonic() > over:
-        left += 1
-        continue
-      expected = expected or _run(op, 1, "xla_chunked", "float32")[0]
-      row = _row(op, parts, expected)
-      wrong += not row["within_bounds"]
-      print(json.dumps(row), flush=True)
-      if _OUT.value:
-        files.append(pathlib.Path(_OUT.value), json.dumps(training.provenance() | row) + "\n")
-  if left:
-    print(f"stopped after {_LIMIT.value:g} s with {left} measurements left")
-  if wrong:
-    print(f"{wrong} results are not exact", file=sys.stderr)
-    sys.exit(1)
+  path = pathlib.Path(_OUT.value) if _OUT.value else None
+  sweeps.check([functools.partial(_row, op, int(parts)) for op in _OPS.value for parts in _PARTS.value], path,
+               _LIMIT.value)
 
 
-def _row(op, parts, expected):
+def _row(op, parts):
+  expected = _expected(op)
   found, seconds = _run(op, parts, None, _DTYPE.value)
   errors = {name: relative_error(x, expected[name]) for name, x in found.items()}
   shape = dict(batch=_BATCH.value, length=_LENGTH.value, heads=_HEADS.value, key=_KEY.value, value=_VALUE.value)
@@ -86,6 +69,11 @@ def _row(op, parts, expected):
       "op": op, "parts": parts, "dtype": _DTYPE.value, "ms": round(1e3 * seconds, 4),
       "errors": {name: float(f"{error:.1e}") for name, error in errors.items()},
       "within_bounds": all(error <= tolerance(name, _DTYPE.value, multi_pass=True) for name, error in errors.items())}
+
+
+@functools.cache
+def _expected(op):
+  return _run(op, 1, "xla_chunked", "float32")[0]
 
 
 def _run(op, parts, implementation, dtype):

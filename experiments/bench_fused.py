@@ -9,10 +9,8 @@ A training step is that of a named config at --batch sequences of --length token
 and timed with the kernels, and with each op of --without computed by its definition.
 """
 
-import json
+import functools
 import pathlib
-import sys
-import time
 
 import jax
 from absl import flags
@@ -20,10 +18,9 @@ from absl import flags
 from configs import CONFIGS
 from kernel_bench import fused
 from kernels import dispatch
-from lin_jax import files
 from lin_jax.config import MeshConfig
 from running import commands
-from speed import training
+from speed import sweeps, training
 
 _OPS = flags.DEFINE_list("ops", list(dispatch.FUSED), "Ops to time.")
 _MODELS = flags.DEFINE_list("models", [], "Named configs whose training step is timed.")
@@ -45,25 +42,11 @@ def main(_):
   for flag, known in (("ops", dispatch.FUSED), ("without", dispatch.FUSED), ("models", CONFIGS)):
     if unknown := [name for name in flags.FLAGS[flag].value if name not in known]:
       raise ValueError(f"--{flag}={','.join(unknown)}: unknown; known: {', '.join(known)}")
-  over = time.monotonic() + (_LIMIT.value or float("inf"))
   work = [(_timed, case, label) for case in fused.cases(_BATCH.value, _LENGTH.value, _NARROW.value)
           if case.op in _OPS.value for label in fused.PASSES]
   work += [(_trained, name, without) for name in _MODELS.value for without in ([], _WITHOUT.value)]
-  wrong, left = 0, 0
-  for function, *what in work:
-    if time.monotonic() > over:
-      left += 1
-      continue
-    row = function(*what)
-    wrong += not row.get("within_bounds", True)
-    print(json.dumps(row), flush=True)
-    if _OUT.value:
-      files.append(pathlib.Path(_OUT.value), json.dumps(training.provenance() | row) + "\n")
-  if left:
-    print(f"stopped after {_LIMIT.value:g} s with {left} measurements left")
-  if wrong:
-    print(f"{wrong} calls are not exact", file=sys.stderr)
-    sys.exit(1)
+  path = pathlib.Path(_OUT.value) if _OUT.value else None
+  sweeps.check([functools.partial(*measurement) for measurement in work], path, _LIMIT.value)
 
 
 def _timed(case, label):

@@ -5,7 +5,9 @@ determines the number), `reason` (why it could not run, or "") and the results, 
 """
 
 import gc
+import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from absl import flags
 
 from lin_jax import files
 from running import records
+from speed import training
 
 _IDENTITY = ("device", "versions", "setting")
 
@@ -63,6 +66,29 @@ def run(runs: Sequence[tuple[Any, dict]], measure: Callable[[Any], dict], line: 
   if left:
     print(f"stopped after {limit:g} s with {left} left: the same command goes on")
   return failed
+
+
+def check(measurements: Sequence[Callable[[], dict]], path: pathlib.Path | None, limit: float) -> None:
+  """Prints the row of every measurement, and appends it to `path` with where it was made.
+
+  No measurement begins after `limit` seconds, if that is not 0. The process exits with 1 if a row has a
+  `within_bounds` that is false.
+  """
+  begun, wrong, left = time.monotonic(), 0, 0
+  for measure in measurements:
+    if limit and time.monotonic() - begun > limit:
+      left += 1
+      continue
+    row = measure()
+    wrong += not row.get("within_bounds", True)
+    print(json.dumps(row), flush=True)
+    if path:
+      files.append(path, json.dumps(training.provenance() | row) + "\n")
+  if left:
+    print(f"stopped after {limit:g} s with {left} measurements left")
+  if wrong:
+    print(f"{wrong} measurements are not exact", file=sys.stderr)
+    sys.exit(1)
 
 
 def missing(runs: Sequence[tuple[Any, dict]], path: pathlib.Path | None) -> list[tuple[Any, dict]]:
