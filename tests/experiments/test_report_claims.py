@@ -11,7 +11,6 @@ import pytest
 from claims import CLAIMS, Claim, Finding, Results, language, lengths, linearized, speed, synthetic
 from claims.page import by_class, classified, render
 from claims.plots import PLOTS
-from kernel_bench.cases import PASSES, named
 from language import sweeps as language_sweeps
 from lin_jax.mixers.delta_net import ACTIVATIONS
 from synthetic import sweeps
@@ -33,6 +32,10 @@ def swept(run, accuracy):
   """Records of `run` at all the rates of its sweep."""
   kind = lambda run: (run.task, run.task_fields, run.mixer, run.width)
   return [trained(other, accuracy) for other in sweeps.SWEEPS.get(run.task, sweeps.mad)() if kind(other) == kind(run)]
+
+
+def measured(name, at, **fields):
+  return {"device": "NVIDIA X", "reason": "", "setting": {"tiny": False, "name": name, "batch_size": 1, **at}, **fields}
 
 
 def finding(results, text, sweep=""):
@@ -195,67 +198,6 @@ def test_claims_name_runs_of_the_sweeps():
   assert language.name("deltanet_l1_elu1") == "L1 and elu1"
   planned = {run.model for run in language_sweeps.norms().runs}
   assert planned == {language._normed(norm, f) for norm in ("l1", "l2") for f in ACTIVATIONS}
-
-
-def timed(case, name, label, ms, device="NVIDIA X"):
-  return {"device": device, "platform": "gpu", "implementation": name, "pass": label, **dataclasses.asdict(case),
-          "ms": ms, "within_bounds": True, "errors": {}, "run": "", "command": "", "versions": {}}
-
-
-def test_kernels_are_compared_where_the_claim_says(tmp_path):
-  rows = []
-  for case in named("length", ["gla"]):
-    attention = dataclasses.replace(case, op="attention", gate="none")
-    for label in PASSES:
-      ours = 3.0 if case.T == 8192 and label == "forward" else 1.0
-      rows += [timed(case, "pallas_triton", label, ours), timed(attention, "cudnn", label, case.T / 4096 + 0.5)]
-  rows.append(timed(case, "pallas_triton", "forward", 9.0, device="NVIDIA Y"))
-  write(tmp_path, "kernels.jsonl", rows)
-  _, found = (claim.judge(Results(tmp_path)) for claim in CLAIMS if claim.text.startswith("GLA's kernel is faster"))
-  # Below 4,096 tokens nothing is claimed; of the devices the one with most of the points counts.
-  assert found.points == (True, False, *[True] * 10)
-  assert found.text.startswith("NVIDIA X: speed over attention: fwd 1K x0.75, 2K x1.00, 4K x1.50, 8K x0.83")
-
-
-def test_a_token_costs_the_same_at_every_length(tmp_path):
-  cases = [case for case in named("length", ["linear_attention"]) if case.gate == "constant"]
-  rows = [timed(case, "pallas_triton", label, {2048: 1.09, 16384: 1.11}.get(case.T, 1.0))
-          for case in cases for label in PASSES]
-  write(tmp_path, "kernels.jsonl", rows)
-  _, found = (claim.judge(Results(tmp_path)) for claim in CLAIMS if "same time per token" in claim.text)
-  assert found.points == (True, True, True, False, True, True, True) * 2
-
-
-def measured(name, at, **fields):
-  return {"device": "NVIDIA X", "reason": "", "setting": {"tiny": False, "name": name, "batch_size": 1, **at}, **fields}
-
-
-def test_training_is_compared_length_by_length(tmp_path):
-  speeds = {("gla_1b3", 2048): 5.0, ("mamba_1b3", 2048): 4.0, ("gla_1b3", 4096): 3.0, ("mamba_1b3", 4096): 4.0}
-  rows = [measured(name, {"set": "gla_fig6", "sequence_length": length}, tokens_per_s=1e3 * value)
-          for (name, length), value in speeds.items()]
-  refused = measured("mamba_1b3", {"set": "gla_fig6", "sequence_length": 8192}, tokens_per_s=None)
-  write(tmp_path, speed.TRAINING, [*rows, refused | {"reason": "out of memory"}])
-  found = finding(Results(tmp_path), "GLA trains faster than Mamba at every length.")
-  assert found.points == (True, False, None, None)
-  assert found.text == "NVIDIA X, tokens/s: gla_1b3 2K 5,000, 4K 3,000; mamba_1b3 2K 4,000, 4K 4,000"
-
-
-def test_training_speed_is_flat_within_a_twentieth(tmp_path):
-  speeds = {1024: 960.0, 2048: 1000.0, 4096: 1040.0, 8192: 1060.0, 16384: 940.0}
-  write(tmp_path, speed.TRAINING, [measured("tnl_385m", {"set": "tnl", "sequence_length": at}, tokens_per_s=value)
-                                   for at, value in speeds.items()])
-  found = finding(Results(tmp_path), "TransNormerLLM trains as fast at every length.")
-  assert found.points == (True, True, False, False, None, None)
-
-
-def test_decoding_is_flat_or_grows(tmp_path):
-  values = {("tnl_385m", 1024): (2.0, 50), ("tnl_385m", 2048): (2.1, 50), ("tnl_385m", 4096): (2.3, 50),
-            ("transformer_340m", 1024): (2.0, 100), ("transformer_340m", 2048): (2.0, 200)}
-  write(tmp_path, speed.DECODING, [measured(name, {"context": at}, ms_per_token=ms, state_mib=mib)
-                                   for (name, at), (ms, mib) in values.items()])
-  text, = (claim.text for claim in CLAIMS if "decodes in the same time" in claim.text)
-  assert finding(Results(tmp_path), text).points[:6] == (True, True, True, False, True, None)
 
 
 def test_long_texts_are_compared_with_the_trained_length(tmp_path):

@@ -16,7 +16,6 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from language import execution
 from language.models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, MODELS
-from language.repeats import repeated
 from language.report import summary
 from language.runs import Run, folder, key
 from language.sweeps import SWEEPS, Sweep, further
@@ -204,13 +203,6 @@ def test_a_run_waits_for_the_one_that_it_starts_from(data, tmp_path, monkeypatch
   monkeypatch.setattr("language.training.train", lambda *_: {"preempted": "SIGTERM"})
   run = Run("linearized_20", 1e-3, tiny=True, start=TRANSFORMER)
   assert finish(run, data, tmp_path) is None and not any(tmp_path.iterdir())
-
-
-def test_repeated_pairs_are_those_of_their_segment():
-  batch = {"tokens": np.array([[1, 2, 3, 1, 2, 1, 2, 3], [1, 2, 3, 1, 2, 1, 2, 3]]),
-           "targets": np.array([[2, 3, 1, 2, 1, 2, 3, 4], [2, 3, 1, 2, 1, 2, 3, 4]]),
-           "segment_ids": np.array([[0] * 8, [0] * 5 + [1] * 3])}
-  assert repeated(batch).tolist() == [[0, 0, 0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0]]
 
 
 def test_seeds_follow_from_the_records(data, tmp_path, monkeypatch):
