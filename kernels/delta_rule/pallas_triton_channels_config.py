@@ -25,8 +25,7 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer where nothing is listed: tiles for the smallest supported GPU, which are slow on larger ones."""
   wide = dtype == jnp.float32
   scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4, 1 if K > 128 else 2)
-  # With 32 key channels per program the products of a chunk spill, with any number of warps.
-  keys = Tile(tile_width(K, 16), 4, 1) if wide else Tile(tile_width(K, 64), 8, 1)
+  keys = Tile(tile_width(K, 32), 4, 1) if wide else Tile(tile_width(K, 64), 8, 1)
   depth = (32 if K > 64 else 64) if wide else tile_width(K, 128)
   return Config(chunk_size or (16 if wide else 32), depth, 16 if wide else 32,
                 Tile(tile_width(K, 32 if wide else 64), 4, 1), scan, scan, keys)
@@ -39,8 +38,8 @@ def candidates(K: int, V: int, dtype) -> dict[str, list]:
   if wide:
     scan, keys = tiles(V, (16, 4, 2), (32, 4, 2), (32, 8, 2)), tiles(K, (16, 4, 1), (32, 4, 1), (32, 8, 1))
   else:
-    scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 8, 2), (32, 4, 2), (32, 4, 3))
-    keys = tiles(K, (64, 8, 1), (128, 8, 1), (64, 4, 1), (64, 8, 2))
+    scan = tiles(V, (64, 4, 2), (64, 4, 1), (64, 4, 3), (64, 8, 2), (128, 8, 1), (32, 4, 2), (32, 4, 3))
+    keys = tiles(K, (64, 4, 1), (64, 8, 1), (128, 8, 1), (16, 4, 1))
   return {"scan": scan, "reverse_scan": scan, "gradients": keys, "width": [16] if wide else [32, 64, 128],
-          "factors": tiles(K, (32, 4, 1), (64, 4, 1), (128, 4, 1), (64, 2, 1)),
+          "factors": tiles(K, (32, 4, 1), (64, 4, 1), (32, 2, 1), (128, 8, 1)),
           "depth": sorted({32 if wide else 64, tile_width(K)}), "chunk": [16] if wide else [32]}

@@ -67,7 +67,7 @@ def test_every_width_lowers(K, V, dtype, op):
 def test_a_decay_per_key_channel_has_kernels_of_its_own():
   """With float32 keys in several tiles, and few long sequences, which are cut into pieces."""
   forward = ["sums", "factors", "inverse", "scan"]
-  backward = ["factors", "reverse", "gradients"]
+  backward = ["factors", "reverse", "pairs", "gradients"]
   counts = kernel_counts(gradient, "delta_rule", 100, 64, "float32", gate="channel", B=1, T=4096)
   assert counts == collections.Counter(f"delta_rule_channel_{name}" for name in [*forward, *backward, "piece", "piece"])
 
