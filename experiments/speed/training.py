@@ -1,4 +1,4 @@
-"""Training speed of a config on the first device: compiles its step, feeds it tokens, and measures time and memory.
+"""Training speed of a config on its mesh: compiles its step, feeds it tokens, and measures time and memory.
 
 `SWEEPS` are the papers' curves against sequence length, and one step of every family at two sizes.
 """
@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
+import math
 import os
 import pathlib
 import time
@@ -18,7 +19,7 @@ import numpy as np
 from configs import CONFIGS
 from configs.gla_paper import at_340m
 from lin_jax import flops, mixers, sharding
-from lin_jax.config import TrainConfig, to_dict
+from lin_jax.config import MeshConfig, TrainConfig, to_dict
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.linear_attention import LinearAttentionConfig
 from lin_jax.trainable import trains_all
@@ -90,7 +91,7 @@ def shrunk(config: TrainConfig) -> TrainConfig:
 
 def description(config: TrainConfig) -> dict:
   """Returns the fields of a record that describe the model and its training."""
-  _, _, abstract, _ = make_state(config, mesh_of(config))
+  _, _, abstract, _ = make_state(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
   parameters, trainable = (sum(leaf.size for leaf in jax.tree.leaves(tree))
                            for tree in (abstract.parameters(), abstract.params))
   adapters = {"lora": dataclasses.asdict(config.lora), "trainable": trainable} if config.lora.rank else {}
@@ -133,15 +134,25 @@ def compiled_in_groups(runs: Sequence[TrainConfig], count: int, documents: Seque
 def compile_step(config: TrainConfig, *, documents: bool = True) -> Program:
   """Compiles a step for batches with segment ids, or without `documents` for windows of one document each."""
   start = time.monotonic()
-  mesh = mesh_of(config)
-  graph, optimizer, abstract, create = make_state(config, mesh)
+  create, step = lower(config, mesh_of(config), documents=documents)
+  return Program(config, create.compile(), step.compile(), time.monotonic() - start)
+
+
+def lower(config: TrainConfig, mesh: jax.sharding.Mesh, *, documents: bool = True,
+          ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+  """Traces initialisation and step of `config` on `mesh`, whose devices need not exist."""
+  with jax.set_mesh(mesh):
+    graph, optimizer, abstract, create = make_state(config, mesh)
+    return create.lower(), make_train_step(config, graph, optimizer, abstract).lower(
+        abstract, abstract_batch(config, mesh, documents=documents))
+
+
+def abstract_batch(config: TrainConfig, mesh: jax.sharding.Mesh, *, documents: bool) -> dict:
+  """Returns the shapes of a batch on `mesh`, with segment ids if `documents`."""
   shape, placed = (config.data.batch_size, config.data.sequence_length), sharding.batch_sharding(mesh)
   batch = {name: jax.ShapeDtypeStruct(shape, np.float32 if name == "mask" else np.int32, sharding=placed)
            for name in ("tokens", "targets", "segment_ids", "mask")}
-  if not documents:
-    batch["segment_ids"] = None
-  step = make_train_step(config, graph, optimizer, abstract).lower(abstract, batch).compile()
-  return Program(config, create.lower().compile(), step, time.monotonic() - start)
+  return batch if documents else batch | {"segment_ids": None}
 
 
 def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
@@ -149,11 +160,12 @@ def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
 
   Returns:
     `losses`, `tokens_per_s`, `step_ms`, `mfu` (None for a device of unknown peak, or if parameters are frozen),
-    `memory_gib` (of the compiled step, with parameters and optimizer), `compile_s`, and `first_step_s`, which is the
-    time from the start of compiling to the end of the first step.
+    `memory_gib` (of the compiled step on each device, with parameters and optimizer), `compile_s`, and `first_step_s`,
+    which is the time from the start of compiling to the end of the first step.
   """
   config, step = program.config, program.step
-  placed = sharding.batch_sharding(mesh_of(config))
+  mesh = mesh_of(config)
+  placed = sharding.batch_sharding(mesh)
   batches = jax.block_until_ready([jax.device_put(batch, placed) for batch in batches])
   begin = time.monotonic()
   state, losses = program.create(), []
@@ -171,19 +183,20 @@ def measure(program: Program, batches: Sequence[dict], timed: int) -> dict:
   found = speed(setting, time.perf_counter() - start, losses)
   peak = flops.peak_flops(jax.devices()[0].device_kind) if trains_all(config) else None
   work = flops.training_flops_per_token(config.model, config.data.sequence_length)
-  return found | {"mfu": found["tokens_per_s"] * work / peak if peak else None, "memory_gib": gibibytes(step),
-                  "compile_s": round(program.seconds, 1), "first_step_s": round(first, 1)}
+  return found | {"mfu": found["tokens_per_s"] * work / peak / mesh.size if peak else None,
+                  "memory_gib": gibibytes(step), "compile_s": round(program.seconds, 1),
+                  "first_step_s": round(first, 1)}
 
 
 def speed(setting: dict, seconds: float, losses: Sequence) -> dict:
   """Returns `tokens_per_s` and `step_ms` of the timed steps, which took `seconds` in all, and all losses as floats."""
   tokens = setting["batch_size"] * setting["sequence_length"] * setting["timed_steps"]
   return {"tokens_per_s": round(tokens / seconds, 1), "step_ms": round(1000 * seconds / setting["timed_steps"], 2),
-          "losses": [round(float(loss), 4) for loss in losses]}
+          "losses": [round(float(loss), 6) for loss in losses]}
 
 
 def gibibytes(step: jax.stages.Compiled) -> float:
-  """Returns the memory that a compiled step needs, with parameters and optimizer, in GiB."""
+  """Returns the memory that a compiled step needs on each device, with parameters and optimizer, in GiB."""
   memory = step.memory_analysis()
   needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes)
@@ -215,5 +228,6 @@ def drawn_batches(config: TrainConfig, count: int, *, documents: bool = True, pa
 
 
 def mesh_of(config: TrainConfig) -> jax.sharding.Mesh:
-  """Returns the mesh of `config` on the first device."""
-  return sharding.make_mesh(config.mesh, jax.devices()[:1])
+  """Returns the mesh of `config` on the first devices, as many as its axes take, where -1 stands for 1."""
+  count = math.prod(max(size, 1) for size in dataclasses.astuple(config.mesh))
+  return sharding.make_mesh(config.mesh, jax.devices()[:count])
