@@ -18,8 +18,7 @@ from kernels import cpu_compiler
 
 Implementation = Literal["pallas_triton", "mosaic_gpu", "xla_chunked", "reference"]
 RECURRENT = {
-    # Faster on Hopper where sequences and heads are many, "mosaic_gpu" stays behind until its tests have run on a GPU.
-    "delta_rule": ("pallas_triton", "mosaic_gpu", "xla_chunked", "reference"),
+    "delta_rule": ("mosaic_gpu", "pallas_triton", "xla_chunked", "reference"),
     "gla": ("pallas_triton", "xla_chunked", "reference"),
     "linear_attention": ("pallas_triton", "xla_chunked", "reference"),
     "selective_scan": ("pallas_triton", "xla_chunked", "reference"),
@@ -92,7 +91,7 @@ def capability() -> str:
 
 def reasons(op: str, arrays, chunk_size: int | None = None) -> dict[str, str | None]:
   """For each implementation the reason why it would not run unnamed, or None. `reference` never declines."""
-  return {name: _elsewhere(name) or _declined(op, name, arrays, chunk_size) for name in TABLE[op]}
+  return {name: _elsewhere(name) or declined(op, name, arrays, chunk_size) for name in TABLE[op]}
 
 
 def _elsewhere(name):
@@ -106,7 +105,8 @@ def _elsewhere(name):
   return None
 
 
-def _declined(op, name, arrays, chunk_size):
+def declined(op: str, name: str, arrays, chunk_size: int | None = None) -> str | None:
+  """Why the implementation would not run unnamed on a device that it is for, or None."""
   try:
     module = _module(op, name)
   except ImportError as e:  # a backend of Pallas that this JAX does not have, or no longer has under these names

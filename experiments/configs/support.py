@@ -14,12 +14,13 @@ name the largest config of the family that ran on a GPU, by the records of `trai
 of `decoding.jsonl`; the tests run all families on a CPU, at tiny sizes. `python experiments/convert.py` reads and
 writes models in Hugging Face's format. The fifth column has the `model_type` as which the family's largest config is
 written, and nothing where that format has no such model. Llama, Mistral and Qwen3 models are read and written too. On a
-GPU each op runs the kernels of `pallas_triton`, except where it is said."""
+GPU each op runs the kernels of `pallas_triton`, except where it is said, and delta_rule on Hopper those of
+`mosaic_gpu`."""
 
 _OPS = {"gla": "gla", "hgrn2": "gla", "simple_gla": "linear_attention", "linear_attention": "linear_attention",
         "retention": "linear_attention", "lightning_attention": "linear_attention", "mamba2": "linear_attention",
         "supra": "linear_attention", "delta_net": "delta_rule", "gated_delta_net": "delta_rule",
-        "delta_product": "delta_rule", "kda": "delta_rule (xla_chunked; its kernels run by name)",
+        "delta_product": "delta_rule", "kda": "delta_rule",
         "mamba": "selective_scan", "attention": "softmax attention (cuDNN)"}
 
 

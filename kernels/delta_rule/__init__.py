@@ -41,10 +41,9 @@ def delta_rule(
     scale: K**-0.5 if None. A number is static; an array of no dimensions may be traced and has a gradient.
     chunk_size: tokens per chunk, a power of two in [16, 128]; T need not be a multiple. On a GPU leave it None: a
       number skips the configuration that was measured for the device, and "pallas_triton" does not take 128.
-    implementation: "xla_chunked", "pallas_triton" (K up to 256), "mosaic_gpu" (as that, on Hopper GPUs,
-      bfloat16, no segments, no decay per key channel, chunks of 64 tokens) or "reference"; None takes the first that
-      supports the inputs and the default backend (`kernels.explain` says which). For a decay per key channel
-      "pallas_triton" runs only if it is named, until a GPU has tested these kernels.
+    implementation: "mosaic_gpu" (Hopper GPUs, bfloat16, K up to 256, no decay per key channel, chunks of 64 tokens),
+      "pallas_triton" (K up to 256), "xla_chunked" or "reference"; None takes the first that suits the inputs and the
+      default backend (`kernels.explain` says which, and why not the others).
   Returns:
     The output in v's dtype, and S_T in float32.
   Raises:

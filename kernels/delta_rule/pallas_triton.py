@@ -31,13 +31,6 @@ def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None
   return triton_blocks.declines(q, chunk_size)
 
 
-def avoids(q, k, v, beta, log_decay=None, segment_ids=None) -> str | None:
-  """Why these inputs run here only if the implementation is named, or None."""
-  if log_decay is not None and log_decay.ndim == 4:
-    return "no GPU has tested its kernels for a decay per channel yet, so they run only if named"
-  return None
-
-
 def delta_rule(q, k, v, beta, log_decay, initial_state, *, scale, normalize_qk, starts=None, chunk_size=None):
   """See `kernels.delta_rule`. The state is given; `starts` `[B, T]` says where segments start, if any do."""
   if q.dtype == jnp.float16:

@@ -40,19 +40,6 @@ def test_on_a_gpu_the_reasons_of_an_implementation_count(monkeypatch):
   assert "pallas_triton: chunk_size=128 is not one of" in kernels.explain("gla", X, X, X, X, chunk_size=128)
 
 
-def test_an_implementation_that_avoids_inputs_runs_if_it_is_named(monkeypatch):
-  monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
-  arrays = X, X, X, jax.ShapeDtypeStruct(X.shape[:3], jnp.float32), X
-  assert kernels.explain("delta_rule", *arrays).splitlines() == [
-      "delta_rule runs as xla_chunked on cuda",
-      "  pallas_triton: no GPU has tested its kernels for a decay per channel yet, so they run only if named",
-      "  mosaic_gpu: the GPU has compute capability unknown, it needs 9.0",
-      "  reference: can run, xla_chunked comes first",
-  ]
-  named = dispatch.choose("delta_rule", "pallas_triton", *arrays)
-  assert named.__module__ == "kernels.delta_rule.pallas_triton"
-
-
 @pytest.mark.parametrize("version, name", [("PJRT C API\ncuda 13000", "cuda"), ("PJRT C API\nrocm 60300", "rocm"),
                                            ("something new", "gpu")])
 def test_only_a_gpu_of_cuda_takes_the_triton_kernels(monkeypatch, version, name):

@@ -31,7 +31,8 @@ def check(case, record_property):
 
 @pytest.mark.parametrize("case", [
     BF16(B=1, T=70, H=2, K=64, V=128, decay="token", key_heads=1, normalize_qk=True),
-    BF16(B=1, T=65, H=1, K=192, V=40, decay="none")  # padded to 256 and 64,
+    BF16(B=1, T=65, H=1, K=192, V=40, decay="none"),  # padded to 256 and 64
+    BF16(B=1, T=150, H=1, K=64, V=64, decay="none", segments=(1, 62, 2, 85)),
 ], ids=str)
 def test_interpreted_kernels_match_the_scan(case, record_property):
   check(case, record_property)
@@ -44,6 +45,8 @@ def grid():
       yield BF16(T=200, K=K, V=V, decay=decay, normalize_qk=True)
       yield BF16(T=64 * 9, K=K, V=V, decay=decay, gate="near_zero", initial_state=False)
   for decay in "token", "none":
+    for K, V in (128, 128), (256, 256):
+      yield BF16(T=500, K=K, V=V, decay=decay, segments=(1, 62, 100, 1, 336), normalize_qk=True)
     for gate in ("-30", "logit_-20", "mixed") if decay == "token" else ("mixed",):
       yield BF16(T=1000, H=4, K=128, V=128, decay=decay, gate=gate, key_heads=2, normalize_qk=True)
     for keys, beta in ("near_parallel", "double"), ("repeated", "1"):  # as in `cases.delta_rules`
@@ -58,13 +61,17 @@ def test_compiled_kernels_match_the_scan(case, record_property):
   check(case, record_property)
 
 
+PARTS = 6  # of the numbers of chunks, for several processes
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("K, V", [(128, 128), (256, 512)])
 @pytest.mark.parametrize("decay", ["token", "none"])
-def test_every_number_of_chunks(decay, K, V, record_property):
+def test_every_number_of_chunks(decay, K, V, part, record_property):
   """From 1 to 24 chunks, each three times with equal results: a race between warpgroups would show."""
   worst = {}
-  for count in range(1, 25):
+  for count in range(1 + part, 25, PARTS):
     inputs = cases.make_inputs(BF16(B=1, T=count * BLOCK, K=K, V=V, decay=decay, gate="near_zero"))
     run = functools.partial(cases.results, MOSAIC, inputs.arrays, None, inputs.cotangents, None, False)
     found, *again = (run() for _ in range(3))
@@ -72,6 +79,18 @@ def test_every_number_of_chunks(decay, K, V, record_property):
     for name, x in cases.expected(inputs).items():
       worst[name] = max(worst.get(name, 0.0), relative_error(found[name], x))
   assert_bounds(f"delta_rule {decay} {K}x{V} 1 to 24 chunks", "bfloat16", worst, record_property)
+
+
+@pytest.mark.gpu
+def test_models_side_by_side_equal_one_alone():
+  models = [cases.make_inputs(BF16(T=200, K=128, V=128, decay="token"), seed) for seed in range(3)]
+  run = lambda arrays, cotangents: cases.results.__wrapped__(MOSAIC, arrays, None, cotangents, None)
+  stacked = [jax.tree.map(lambda *x: jnp.stack(x), *values)
+             for values in zip(*((inputs.arrays, inputs.cotangents) for inputs in models))]
+  together = jax.jit(jax.vmap(run))(*stacked)
+  for i, inputs in enumerate(models):
+    for name, x in jax.jit(run)(inputs.arrays, inputs.cotangents).items():
+      assert (together[name][i] == x).all(), name
 
 
 def shapes(B=8, T=2048, H=16, K=128, V=128, dtype=jnp.bfloat16):
@@ -85,21 +104,32 @@ def hopper(monkeypatch):
   monkeypatch.setattr(dispatch, "capability", lambda: "9.0")
 
 
-def test_hopper_runs_them_when_they_are_named(hopper):
-  text = kernels.explain("delta_rule", *shapes())
-  assert text.startswith("delta_rule runs as pallas_triton on cuda")
-  assert "  mosaic_gpu: can run, pallas_triton comes first" in text
-  assert dispatch.choose("delta_rule", "mosaic_gpu", *shapes()) is mosaic_gpu.delta_rule
-
-
 ids = jax.ShapeDtypeStruct((8, 2048), jnp.int32)
+
+
+def test_hopper_runs_them_first(hopper):
+  for arrays in shapes(), shapes(V=96), (*shapes(), None, ids):
+    text = kernels.explain("delta_rule", *arrays)
+    assert text.startswith("delta_rule runs as mosaic_gpu on cuda")
+    assert "  pallas_triton: can run, mosaic_gpu comes first" in text
+    assert dispatch.choose("delta_rule", None, *arrays) is mosaic_gpu.delta_rule
+
+
+@pytest.mark.parametrize("arrays, reason", [
+    (shapes(K=64), "pallas_triton is as fast for 64 key and 128 value channels"),
+    (shapes(B=1), "pallas_triton cuts long sequences into pieces, and 16 programs leave most of a GPU idle")])
+def test_runs_only_if_named(hopper, arrays, reason):
+  text = kernels.explain("delta_rule", *arrays)
+  assert text.startswith("delta_rule runs as pallas_triton on cuda") and f"  mosaic_gpu: {reason}" in text
+  assert dispatch.choose("delta_rule", "mosaic_gpu", *arrays) is mosaic_gpu.delta_rule
+
+
 channels = jax.ShapeDtypeStruct((8, 2048, 16, 128), jnp.float32)
 
 
 @pytest.mark.parametrize("arrays, reason", [
     (shapes(dtype=jnp.float32), "its kernels take bfloat16, not float32"),
     (shapes(K=257), "257 key channels are more than 256"),
-    ((*shapes(), None, ids), "it takes no segments"),
     ((*shapes(), channels), "it takes no decay per key channel")])
 def test_declines(hopper, arrays, reason):
   assert f"  mosaic_gpu: {reason}" in kernels.explain("delta_rule", *arrays)
