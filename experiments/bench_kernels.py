@@ -138,9 +138,7 @@ def _implementations(case):
     return [name for name in _IMPLEMENTATIONS.value if name in known]
   if case.op not in dispatch.TABLE:
     return []
-  arguments, _ = jax.eval_shape(lambda: cases.inputs(case, 0))
-  arrays = [arguments[name] for name in ("q", "k", "v", "beta", "log_decay") if name in arguments]
-  reasons = dispatch.reasons(case.op, arrays)
+  reasons = dispatch.reasons(case.op, cases.arrays(case))
   return [name for name in known if reasons.get(name) is None and (name != "reference" or platform == "cpu")]
 
 

@@ -56,8 +56,9 @@ def _named_sets():
   have the same number of tokens. `figures` has the papers' own plots against length: GLA's figure 2 and the table of
   TransNormerLLM's code at a fixed number of sequences, and DeltaNet's speed-up over its token scan at a fixed number of
   tokens. `widths` has the other widths of heads that people use, with as many heads as `retune.py` takes. `grouped` has
-  heads that share key heads: Mamba-2 1.3B's, and 16 key heads for 32 and for 48 heads of gated delta rules. `kda`
-  has the delta rule with a decay per key channel at the sizes that are published for it. `cpu` is for a CPU.
+  heads that share key heads: Mamba-2 1.3B's, and 16 key heads for 32 and for 48 heads of gated delta rules. `hopper`
+  has the delta rule at widths and numbers of heads where its two implementations for Hopper GPUs differ. `kda` has the
+  delta rule with a decay per key channel at the sizes that are published for it. `cpu` is for a CPU.
   """
   paper = [("gla", "channel", 16, 2048, 4, 128, 256), ("gla", "channel", 16, 2048, 4, 256, 512),
            ("linear_attention", "constant", 16, 2048, 8, 256, 512)]
@@ -74,13 +75,17 @@ def _named_sets():
             for V in (64, 96, 128, 192, 256, 512) if (K, V) not in ((64, 64), (128, 128), (256, 512)) for op in TIMED]
   grouped = [("linear_attention", "token", 8, 2048, 64, 128, 64, 1)]
   grouped += [("delta_rule", "token", 8, 2048, H, 128, 128, 16) for H in (32, 48)]
+  hopper = [("delta_rule", None, 16, 2048, 16, 128, 128), ("delta_rule", "token", 4, 4096, 64, 128, 128),
+            ("delta_rule", "token", 8, 2048, 6, 256, 512), ("delta_rule", "none", 8, 2048, 32, 256, 256),
+            ("delta_rule", "token", 1, 32768, 16, 128, 128), ("delta_rule", "token", 4, 8192, 16, 128, 128),
+            ("delta_rule", "token", 16, 2048, 16, 64, 128), ("delta_rule", "token", 16, 2048, 16, 128, 64)]
   kda = [("delta_rule", "channel", 1, 8192, H, 128, 128) for H in (64, 96)]
   kda += [("delta_rule", "channel", 16, 2048, 16, 128, 128), ("delta_rule", "channel", 8, 2048, 32, 64, 64),
           ("delta_rule", "channel", 8, 2048, 16, 128, 256)]
   cpu = [(op, None, 1, 2048, 4, 64, 64) for op in TIMED]
   return {"paper": ("bfloat16", paper), "grid": ("bfloat16", grid), "length": ("bfloat16", length),
           "figures": ("bfloat16", figures), "widths": ("bfloat16", widths), "grouped": ("bfloat16", grouped),
-          "kda": ("bfloat16", kda), "cpu": ("float32", cpu)}
+          "hopper": ("bfloat16", hopper), "kda": ("bfloat16", kda), "cpu": ("float32", cpu)}
 
 
 SETS = _named_sets()
@@ -153,6 +158,12 @@ def floor_bytes(case: Case, label: str) -> int:
   if label == "forward":
     return forward
   return forward + read + size(output) + sum(size(arguments[name]) for name in differentiated(case))
+
+
+def arrays(case: Case) -> list[jax.ShapeDtypeStruct]:
+  """Returns shapes and dtypes of the op's arrays, in the op's order."""
+  arguments, _ = jax.eval_shape(lambda: inputs(case, 0))
+  return [arguments[name] for name in ("q", "k", "v", "beta", "log_decay") if name in arguments]
 
 
 def corners(case: Case, x):

@@ -1,13 +1,14 @@
 """Reads the benchmark's records, and compares them with the project's aims for the kernels."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
 
 from kernels import dispatch
 
-from . import peers
+from . import cases, peers
 from .cases import PASSES, Case, named
 
 _FIELDS = [field.name for field in dataclasses.fields(Case)]
@@ -53,7 +54,7 @@ class Records:
 
   def ours(self, device: str, case: Case, label: str) -> dict | None:
     """Returns the record of the implementation that runs when none is named."""
-    found = (self.counted(device, case, name, label) for name in dispatch.TABLE.get(case.op, ()))
+    found = (self.counted(device, case, name, label) for name in _first(case))
     return next((row for row in found if row), None)
 
   def rivals(self, device: str, case: Case, label: str) -> dict[str, dict]:
@@ -61,6 +62,13 @@ class Records:
     attention = dataclasses.replace(case, op="attention", gate="none")
     found = {name: self.counted(device, attention if name == "cudnn" else case, name, label) for name in peers.OPS}
     return {name: row for name, row in found.items() if row}
+
+
+@functools.cache
+def _first(case):
+  """The implementations of the case's op, first those that do not decline its shapes."""
+  names = dispatch.TABLE.get(case.op, ())
+  return sorted(names, key=lambda name: bool(dispatch.declined(case.op, name, cases.arrays(case))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,8 +84,8 @@ def test_a_limit_leaves_the_rest_for_later(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--shapes=paper,nope"], "--shapes=nope: unknown; known: paper, grid, length, figures, widths, grouped, kda, "
-                            "cpu, all"),
+    (["--shapes=paper,nope"], "--shapes=nope: unknown; known: paper, grid, length, figures, widths, grouped, hopper, "
+                              "kda, cpu, all"),
     (["--ops=nope"], "--ops=nope: unknown; known: gla, linear_attention, delta_rule, attention"),
     (["--implementations=nope"], "--implementations=nope: unknown"),
     (["--peers=nope"], "--peers=nope: unknown"),
