@@ -118,8 +118,8 @@ def test_the_implementation_that_dispatch_chooses_runs_on_parts(form, parts):
 def test_kernels_of_a_part_are_those_of_a_row_as_long_as_it(form):
   """Lowered for CUDA on a mesh of GPUs, with one all-gather forward and one reduce-scatter backward.
 
-  The launches equal an op's without a mesh, so parts bring no program of their own to compile. The delta rule has K more
-  value channels, and the selective scan launches each kernel twice.
+  The launches equal an op's without a mesh, so parts bring no program of their own to compile. The delta rule has K
+  more value channels, and the selective scan launches each kernel twice.
   """
   gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
   part = dict(SIZES, b=64, t=T // 2, v=V + K * form.startswith("delta"))

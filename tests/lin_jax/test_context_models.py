@@ -91,7 +91,8 @@ def assert_no_tokens_are_gathered(text, parts):
 
 @pytest.mark.parametrize("window", [0, 61])  # 61 tokens lie on three of the parts of 40
 def test_queries_of_a_part_attend_to_all_parts(window):
-  mixer = build(AttentionConfig(heads=4, kv_heads=2, window=window), width=16, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  mixer = build(AttentionConfig(heads=4, kv_heads=2, window=window), width=16, norm_eps=1e-6, dtype=jnp.float32,
+                rngs=nnx.Rngs(0))
   x, do = np.random.default_rng(0).standard_normal((2, B, T, 16), np.float32)
 
   def run(mixer, x, ids):
