@@ -103,7 +103,10 @@ def selective_scan(
     c: Float[Array, "B T N"], *, initial_state: Float[Array, "B D N"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None, **options,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-  """`kernels.selective_scan` on a part. The op runs twice, first for U alone: no product of matrices forms U."""
+  """`kernels.selective_scan` on a part. The op runs twice, first for U alone, because no product of matrices forms U.
+
+  To correct the output of one run would move more bytes (`kernels/README.md`).
+  """
 
   def run(initial_state):
     return kernels.selective_scan(x, step_size, a, b, c, initial_state=initial_state, segment_ids=segment_ids,
