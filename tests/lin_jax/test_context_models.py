@@ -12,6 +12,7 @@ from flax import nnx
 
 from lin_jax import sharding
 from lin_jax.config import MeshConfig, ModelConfig
+from lin_jax.generate import Sampling, generate
 from lin_jax.mixers import build
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.delta_net import DeltaNetConfig
@@ -21,6 +22,7 @@ from lin_jax.mixers.kda import KDAConfig
 from lin_jax.mixers.lightning_attention import LightningAttentionConfig
 from lin_jax.mixers.mamba import MambaConfig
 from lin_jax.model import LanguageModel
+from lin_jax.serving import Request, Server
 from lin_jax.training import loss_sum
 from tests.close import assert_close
 
@@ -104,3 +106,19 @@ def test_queries_of_a_part_attend_to_all_parts(window):
     actual = jit(run)(mixer, x, batch()["segment_ids"])
   for found, one in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     assert_close("result", found, one, 1e-5)
+
+
+def test_a_prompt_is_read_in_parts_and_continued():
+  """Its 37 tokens divide by nothing: `generate` and the server pad them. The steps that follow run on every device."""
+  config = ModelConfig(mixer=GLAConfig(heads=2, gate_rank=4, conv_width=3, **REFERENCE), hybrid_layers=(1,), depth=2,
+                       hybrid_mixer=AttentionConfig(heads=2), vocab_size=VOCAB, width=32, mlp_width=0, dtype="float32")
+  # Larger weights than at initialization, so that no two tokens are nearly as likely.
+  model = jax.tree.map(lambda x: 3 * x, LanguageModel(config, rngs=nnx.Rngs(0)))
+  prompt = np.random.default_rng(0).integers(0, VOCAB, (1, 37))
+  expected = generate(model, prompt, 6, temperature=0.0)
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, context=8))):
+    np.testing.assert_array_equal(generate(model, prompt, 6, temperature=0.0), expected)
+    server = Server(model, rows=1, max_length=64)
+    server.submit(Request(prompt[0], 6, Sampling(temperature=0.0)))
+    tokens = [token for progress in server.finish() for token in progress.tokens]
+  np.testing.assert_array_equal(tokens, expected[0])
