@@ -16,10 +16,11 @@ from lin_jax import files, strict_json
 from lin_jax.checkpoint import load_model
 from lin_jax.tokenizer import load_tokenizer
 from lin_jax.workdir import environment
-from running import commands
+from running import commands, meshes
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.", required=True)
 _CHECKPOINT = commands.define_checkpoint()
+_MESH = meshes.define()
 _TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, comma-separated.", required=True)
 _INCLUDE = flags.DEFINE_string("include_path", "", "Directory with your own task files (YAML).")
 _DATA = flags.DEFINE_string("data", "", "Dataset directory with the tokenizer; by default the run's own.")
@@ -39,33 +40,39 @@ def main(_):
     raise ValueError(f"--include_path={_INCLUDE.value}: no such directory")
   _hide_commands()
   try:
-    import lm_eval
+    from lm_eval import __version__ as version
     from lm_eval.utils import handle_non_serializable, make_table
 
     from lin_jax.harness import HarnessModel
   except ImportError as e:
     raise ValueError(f"this command needs lm-eval: pip install '.[evaluation]' ({e})") from e
   manager, tasks = _tasks()
-  config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value))
-  tokenizer = load_tokenizer(_DATA.value or config.data.path)
-  adapter = HarnessModel(model, tokenizer, context=_CONTEXT.value or config.data.sequence_length,
-                         batch_size=_BATCH.value)
-  # The package estimates some standard errors in forked processes, where JAX's threads may hold locks forever.
-  os.environ["DISABLE_MULTIPROC"] = "1"
-  try:
-    results = lm_eval.simple_evaluate(adapter, tasks=tasks, num_fewshot=_SHOTS.value, limit=_LIMIT.value,
-                                      batch_size=_BATCH.value, task_manager=manager, log_samples=False,
-                                      bootstrap_iters=_RESAMPLES)
-  except OSError as e:  # the task's data is missing, or cannot be downloaded
-    raise ValueError(f"--tasks={','.join(_TASKS.value)}: {e}") from e
+  with meshes.using(_MESH.value) as mesh:
+    config, model = load_model(pathlib.Path(_WORKDIR.value), commands.checkpoint_step(_CHECKPOINT.value), mesh)
+    tokenizer = load_tokenizer(_DATA.value or config.data.path)
+    adapter = HarnessModel(model, tokenizer, context=_CONTEXT.value or config.data.sequence_length,
+                           batch_size=_BATCH.value)
+    results = _evaluate(adapter, manager, tasks)
   print(make_table(results))
   if "groups" in results:
     print(make_table(results, "groups"))
   if _OUT.value:
     record = {"workdir": _WORKDIR.value, "checkpoint": _CHECKPOINT.value, "context": adapter.context,
-              "dtype": config.model.dtype, "environment": environment() | {"lm_eval": lm_eval.__version__}, **results}
+              "dtype": config.model.dtype, "environment": environment() | {"lm_eval": version}, **results}
     files.write(_OUT.value, strict_json.dumps(record, indent=2, default=handle_non_serializable) + "\n")
     print(f"written to {_OUT.value}")
+
+
+def _evaluate(adapter, manager, tasks):
+  from lm_eval import simple_evaluate
+
+  # The package estimates some standard errors in forked processes, where JAX's threads may hold locks forever.
+  os.environ["DISABLE_MULTIPROC"] = "1"
+  try:
+    return simple_evaluate(adapter, tasks=tasks, num_fewshot=_SHOTS.value, limit=_LIMIT.value, batch_size=_BATCH.value,
+                           task_manager=manager, log_samples=False, bootstrap_iters=_RESAMPLES)
+  except OSError as e:  # the task's data is missing, or cannot be downloaded
+    raise ValueError(f"--tasks={','.join(_TASKS.value)}: {e}") from e
 
 
 def _hide_commands():

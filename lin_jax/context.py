@@ -5,9 +5,10 @@ shard_map over `context`, as `lin_jax.sharding.map_over_heads` makes it, an arra
 initial and final states belong to the whole row and are equal on all devices. Implementations are chosen as elsewhere.
 
 A part maps the state S that enters it to D S + U. Each device finds U, the part's update from a zero state, and D, its
-decay. One all-gather brings them to all devices, each of which follows the state from part to part and takes the one
-that enters its own. In the backward pass, which JAX derives, a reduce-scatter stands in the place of the all-gather.
-`kernels/README.md` counts the bytes, and the work that is done twice.
+decay. One all-gather brings them to all devices, in bytes that do not depend on the length: K (V + 1) numbers per row,
+head and part for `gla` and `linear_attention`, K (V + K) for `delta_rule`, 2 N per channel for `selective_scan`. Each
+device then follows the state from part to part and takes the one that enters its own. In the backward pass, which JAX
+derives, a reduce-scatter stands in the place of the all-gather. `kernels/README.md` counts the work that is done twice.
 
 A part that begins with a new segment is entered by zeros, and a part in which a segment starts passes on U alone. Both
 are selections, so that a value that is not finite stays in its segment across parts too.
@@ -103,7 +104,10 @@ def selective_scan(
     c: Float[Array, "B T N"], *, initial_state: Float[Array, "B D N"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None, **options,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-  """`kernels.selective_scan` on a part. The op runs twice, first for U alone: no product of matrices forms U."""
+  """`kernels.selective_scan` on a part. The op runs twice, first for U alone, because no product of matrices forms U.
+
+  To correct the output of one run would move more bytes (`kernels/README.md`).
+  """
 
   def run(initial_state):
     return kernels.selective_scan(x, step_size, a, b, c, initial_state=initial_state, segment_ids=segment_ids,

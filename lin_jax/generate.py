@@ -20,8 +20,10 @@ from jaxtyping import Float, Int
 
 from lin_jax.decoding import Decoder, in_order, stacked
 from lin_jax.model import LanguageModel
+from lin_jax.sharding import context_shards
 
 SHORTEST = 32  # tokens; prompts are padded to this times a power of two
+_PART = 8  # the tokens of a device's part of a prompt are a multiple of this, and enough for a short convolution
 ENDLESS = 2**24  # as the length of a state, it lets attention keep all of its window
 _SHORTER = "shorten the prompt or generate less"
 
@@ -105,9 +107,20 @@ def require_ids(model: LanguageModel, ids: np.ndarray, name: str = "prompt") -> 
 
 @functools.partial(jax.jit, static_argnames=("steps", "sampling"))
 def _generate(model, prompt, key, steps, sampling):
+  prompt, segment_ids = _in_parts(prompt)
   batch, length = prompt.shape
-  logits, state = read(model, prompt, model.init_state(batch, length + steps))
+  logits, state = read(model, prompt, model.init_state(batch, length + steps), segment_ids)
   return decode(model, logits, state, key, steps, sampling)[0]
+
+
+def _in_parts(prompt):
+  """The prompt and its segment ids, with padding on the left where the mesh in use could not split it into parts."""
+  shards = context_shards()
+  padding = -prompt.shape[1] % (shards * _PART) if shards > 1 else 0
+  if not padding:
+    return prompt, None
+  segment_ids = jnp.pad(jnp.ones_like(prompt), ((0, 0), (padding, 0)))
+  return jnp.pad(prompt, ((0, 0), (padding, 0))), segment_ids
 
 
 def read(model: LanguageModel, tokens: Int[Array, "B T"], state: Any, segment_ids: Int[Array, "B T"] | None = None,

@@ -22,8 +22,8 @@
 
 # %%
 import math
-import re
-from collections import Counter
+import pathlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -34,10 +34,14 @@ import numpy as np
 # %%
 from flax import nnx
 
+import kernels
 from kernels import cpu_compiler
 from lin_jax import sharding, training
 from lin_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from lin_jax.mixers.gla import GLAConfig
+
+sys.path.append(str(pathlib.Path(kernels.__file__).parents[1] / "experiments"))
+from speed.collectives import collectives
 
 # %%
 cpu_compiler.switch_off()  # of a fault in jaxlib: it has to come before JAX starts a device
@@ -51,8 +55,8 @@ assert jax.device_count() == 8
 #
 # Three axes of a mesh split the batch and the parameters. `data` copies the parameters and splits the batch. `fsdp`
 # splits the batch too, and every matrix along the model width. `tensor` splits heads, MLP width and vocabulary. The
-# fourth axis, `context`, splits the tokens of each sequence and is 1 here. A parameter names its dimensions by
-# meaning, and one table turns meanings into mesh axes:
+# fourth axis, `context`, copies the parameters and splits the tokens of each sequence. A parameter names its
+# dimensions by meaning, and one table turns meanings into mesh axes:
 
 # %%
 print("\n".join(f"{name!s:6} -> {axis}" for name, axis in sharding.LOGICAL_AXES.items()))
@@ -68,7 +72,8 @@ def run_config(**axes):
 
 # %%
 MESHES = {"one device": dict(data=1), "data 8": dict(data=8), "fsdp 8": dict(data=1, fsdp=8),
-          "tensor 8": dict(data=1, tensor=8), "2 x 2 x 2": dict(data=2, fsdp=2, tensor=2)}
+          "tensor 8": dict(data=1, tensor=8), "context 8": dict(data=1, context=8),
+          "2 x 2 x 2": dict(data=2, fsdp=2, tensor=2)}
 configs = {name: run_config(**axes) for name, axes in MESHES.items()}
 meshes = {name: sharding.make_mesh(config.mesh, jax.devices()[:math.prod(MESHES[name].values())])
           for name, config in configs.items()}
@@ -142,7 +147,8 @@ def held(abstract):
 N = sum(leaf.size for leaf in params.values())
 share = {name: held(abstract) / (3 * 4 * N) for name, (_, _, abstract, _) in states.items()}
 print(f"of {N:,} parameters and their moments: " + ", ".join(f"{name} {x:.3f}" for name, x in share.items()))
-assert 1 <= share["data 8"] < 1.001 and 1 / 4 < share["2 x 2 x 2"] < 1 / 3.8
+assert all(1 <= share[name] < 1.001 for name in ("data 8", "context 8"))
+assert 1 / 4 < share["2 x 2 x 2"] < 1 / 3.8
 assert all(1 / 8 < share[name] < 1 / 7 for name in ("fsdp 8", "tensor 8"))
 
 
@@ -151,8 +157,8 @@ assert all(1 / 8 < share[name] < 1 / 7 for name in ("fsdp 8", "tensor 8"))
 #
 # The loss sums over devices explicitly. The compiler derives all other communication from the shardings, so the
 # compiled program is the place to look. Its text names every collective with the shape of its result on one
-# device. Collectives in the body of the loop over layers run once per layer. Meshes of one axis show it best. Every
-# element has 4 bytes, and single numbers (loss, counts, norms) are left out.
+# device. Collectives in the body of the loop over layers run once per layer. `experiments/speed/collectives.py`
+# counts them and their bytes, and leaves single numbers (loss, counts, norms) out. Meshes of one axis show it best.
 
 # %%
 def compile_step(name):
@@ -167,31 +173,15 @@ def compile_step(name):
 
 # %%
 with ThreadPoolExecutor(2) as pool:
-  compiled = list(MESHES)[:4]
+  compiled = list(MESHES)[:5]
   steps = dict(zip(compiled, pool.map(compile_step, compiled), strict=True))
 
-COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
-HEADER = re.compile(r"(?:ENTRY )?%([\w.-]+) \(")
-LOOP = re.compile(r"body=%([\w.-]+).*?known_trip_count\D+(\d+)")
-
-
 # %%
-def collectives(text):
-  trips, times = dict(LOOP.findall(text)), 1  # yields kind, shapes of the results, and how often it runs
-  for line in text.splitlines():
-    times = int(trips.get(header[1], 1)) if (header := HEADER.match(line)) else times
-    if found := COLLECTIVE.search(line):
-      shapes = re.findall(r"[fs]32\[([\d,]*)\]", found[1])
-      yield found[2], [tuple(map(int, filter(None, shape.split(",")))) for shape in shapes], times
-
-
-# %%
-KINDS = "all-reduce", "all-gather", "all-to-all"
-moved = {name: Counter() for name in steps}
-for name, step in steps.items():
-  for kind, shapes, times in collectives(step.as_text()):
-    moved[name][kind] += times * sum(4 * math.prod(shape) for shape in shapes if shape)
-  print(f"{name:12}" + "".join(f"{kind} {moved[name][kind]:9,} B   " for kind in KINDS))
+KINDS = "all-reduce", "all-gather", "all-to-all", "reduce-scatter"
+found = {name: collectives(step.as_text()) for name, step in steps.items()}
+moved = {name: {kind: size for kind, (_, size) in kinds.items()} for name, kinds in found.items()}
+for name, kinds in found.items():
+  print(f"{name:12}" + "".join(f"{kind} {n} of {size:,} B   " for kind, (n, size) in sorted(kinds.items())))
 assert not moved["one device"] and set().union(*moved.values()) == set(KINDS)
 
 # %% [markdown]
@@ -212,6 +202,12 @@ assert not moved["one device"] and set().union(*moved.values()) == set(KINDS)
 # after the look-up, and in the backward pass at every product that reads the residual stream. No gradient of a
 # matrix moves. The loss needs three numbers per token (largest logit, sum of exponentials, logit of the target),
 # and the sum of the gradients of the hidden states.
+#
+# **context.** Each device has 4 tokens of every row, and all parameters, whose gradients it sums as `data` does. The
+# recurrence needs the state that enters those tokens. In each layer, one all-gather brings to every device how each
+# part changes a state: the update of K x V numbers per row and head, and the K decays. In the backward pass, one
+# reduce-scatter of their gradients takes its place. The integers are the segment ids at the ends of each part, and
+# whether a document starts inside of it. They cross once in a step, for all layers.
 
 # %%
 def size(*keys):
@@ -220,6 +216,7 @@ def size(*keys):
 
 split = "query", "key", "value", "mixer.gate", "decay_in", "output", "mlp."  # have a dimension "embed"
 stream = 4 * B * T * D  # bytes of the residual stream, all rows
+summary = 4 * B * H * (D // 2 // H) * (D // H + 1)  # K (V + 1) numbers per row and head of each layer, whatever T is
 forward, backward = 2, 2 + 4  # sums of a layer: mixer, MLP; MLP gate and up; query, key, value and gate
 
 # %%
@@ -228,32 +225,40 @@ by_hand = {
     "fsdp 8": {"all-reduce": 4 * N - size("embedding"), "all-gather": 2 * size(*split) + size("head") + 4 * B * T,
                "all-to-all": 2 * stream // 8},
     "tensor 8": {"all-reduce": L * (forward + backward) * stream + L * 4 * B * T * R + size("mixer.norm.scale")
-                 + 2 * stream + 3 * 4 * B * T}}
+                 + 2 * stream + 3 * 4 * B * T},
+    "context 8": {"all-reduce": 4 * N, "all-gather": L * 8 * summary + 8 * 3 * 4 * B, "reduce-scatter": L * summary}}
 
 # %% [markdown]
-# In the last line, `4 * B * T * R` is the gradient that enters the bottleneck of the low-rank gate, and the
+# For `tensor`, `4 * B * T * R` is the gradient that enters the bottleneck of the low-rank gate, and the
 # norm scale is shared by heads on different devices. Every byte is accounted for:
 
 # %%
 for name, expected in by_hand.items():
   for kind, value in expected.items():
-    print(f"{name:10}{kind:12}by hand {value:12,}   compiled {moved[name][kind]:12,}")
+    print(f"{name:10}{kind:15}by hand {value:12,}   compiled {moved[name][kind]:12,}")
   assert moved[name] == expected
 
 
 # %% [markdown]
-# GLA's recurrence does not appear, because it works on whole heads and whole rows, so neither its forward nor
-# its backward pass communicates. The formulas say which axis suits which run. The traffic of `data` and `fsdp`
-# grows with the parameters and hardly with the batch. The traffic of `tensor` grows with the tokens, and not with
-# the vocabulary or the MLP.
+# GLA's recurrence appears under `context` alone. Elsewhere it works on whole heads and whole rows, so neither its
+# forward nor its backward pass communicates. The formulas say which axis suits which run. The traffic of `data` and
+# `fsdp` grows with the parameters and hardly with the batch. The traffic of `tensor` grows with the tokens, and not
+# with the vocabulary or the MLP. The traffic of `context` has no T in it: rows of a million tokens exchange as many
+# bytes as rows of 32. Two collectives per layer carry it. Other ops have states of other sizes (`kernels/README.md`):
+#
+# | op | numbers that a part sends per row and head |
+# |---|---|
+# | GLA, linear attention | K (V + 1) |
+# | delta rule | K (V + K), because a part changes a state by a K x K matrix |
+# | selective scan | 2 N per channel |
 #
 # **Picture 2.** Bytes of the results of one step's collectives, on each device. Crosses are counted by hand.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained", subplot_kw={"ylabel": "MB a device and step"})
 many, bottom = list(by_hand), np.zeros(len(by_hand))
-for kind, grey, hatch in zip(KINDS, ("0.4", "0.7", "1.0"), ("", "//", "xxx"), strict=True):
-  height = np.array([moved[name][kind] for name in many]) / 1e6
+for kind, grey, hatch in zip(KINDS, ("0.4", "0.7", "1.0", "0.9"), ("", "//", "xxx", ".."), strict=True):
+  height = np.array([moved[name].get(kind, 0) for name in many]) / 1e6
   axis.bar(many, height, bottom=bottom, color=grey, hatch=hatch, edgecolor="black", label=kind, width=0.6)
   bottom += height
 axis.plot(many, [sum(by_hand[name].values()) / 1e6 for name in many], "kX", markeredgecolor="white", markersize=14)

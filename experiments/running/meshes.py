@@ -9,13 +9,14 @@ from absl import flags
 from lin_jax.config import MeshConfig
 from lin_jax.sharding import make_mesh
 
-_AXES = ("data", "fsdp", "tensor")
+_AXES = ("data", "fsdp", "tensor", "context")
 
 
 def define() -> flags.FlagHolder[str]:
   """Defines the flag --mesh, whose value `using` reads."""
   return flags.DEFINE_string("mesh", "", "Devices on the axes data, fsdp and tensor, as in 1,8,1, for a model that is "
-                             "too large for one device; by default the first device alone.")
+                             "too large for one device. A fourth number, as in 1,1,1,8, splits the tokens of each text "
+                             "over the axis context. By default the first device alone.")
 
 
 @contextlib.contextmanager
@@ -25,8 +26,9 @@ def using(value: str) -> Iterator[jax.sharding.Mesh | None]:
     yield None
     return
   sizes = value.split(",")
-  if len(sizes) != len(_AXES) or not all(size.isdecimal() and int(size) for size in sizes):
-    raise ValueError(f"--mesh={value}: must be the numbers of devices on the axes {', '.join(_AXES)}, as in 1,8,1")
-  mesh = make_mesh(MeshConfig(**dict(zip(_AXES, map(int, sizes), strict=True))))
+  if len(sizes) not in (3, 4) or not all(size.isdecimal() and int(size) for size in sizes):
+    raise ValueError(f"--mesh={value}: must be the numbers of devices on the axes {', '.join(_AXES)}, as in 1,8,1 or "
+                     "1,1,1,8")
+  mesh = make_mesh(MeshConfig(**dict(zip(_AXES, map(int, sizes), strict=False))))
   with jax.set_mesh(mesh):
     yield mesh

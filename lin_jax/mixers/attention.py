@@ -103,7 +103,11 @@ class Attention(nnx.Module):
     return _attention(q, k, v, mask[:, None], is_causal=True)
 
   def _over_parts(self, q, k, v, positions, runs):
-    """Attention where each device has the queries of one part: to keys of all parts, or of two if a window allows."""
+    """Attention where each device has the queries of one part: to keys of all parts, or of two if a window allows.
+
+    All pairs of queries and keys are computed. With keys of all parts this is equal work on all devices, and twice the
+    work of the pairs that causality leaves. `kernels/README.md` counts it against a zig-zag order.
+    """
     runs = jnp.zeros_like(positions) if runs is None else runs
     past = self.window - self.window % 2  # all that a window sees before a part: cuDNN wants even numbers
 

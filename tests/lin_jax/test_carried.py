@@ -39,10 +39,10 @@ def config(data, windows=3, mixer=None, hybrid=None, **optim):
 
 @pytest.fixture(scope="module")
 def compiled(data):
-  """(state, step, loss): three windows a run, microbatches and two devices; the library's loss, differentiated, as a
-  function of parameters, batch and state that gives ((sum, _), gradients)."""
+  """(state, step, loss): three windows per run, microbatches, and rows and windows over two devices each; the library's
+  loss, differentiated, as a function of parameters, batch and state that gives ((sum, _), gradients)."""
   settings = config(data, 3, GLA, learning_rate=1e-30, final_learning_rate=1e-30, accumulation=2)
-  mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+  mesh = sharding.make_mesh(MeshConfig(data=2, context=2), jax.devices()[:4])
   with jax.set_mesh(mesh):
     graph, optimizer, abstract, create = make_state(settings, mesh)
     step, state = make_train_step(settings, graph, optimizer, abstract), create()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax import mixers
-from lin_jax.config import ModelConfig
+from lin_jax import mixers, sharding
+from lin_jax.config import MeshConfig, ModelConfig
 from lin_jax.evaluate import evaluate
 from lin_jax.model import LanguageModel
 
@@ -53,10 +53,12 @@ def naive(model, batches):
   return np.array([p for p, _ in losses]), np.array([loss for _, loss in losses], np.float64)
 
 
-@pytest.mark.parametrize("width, piece", [(0, 0), (7, 0), (7, 5)])
-def test_equals_the_token_by_token_computation(model, batches, naive, width, piece):
+@pytest.mark.parametrize("width, piece, devices", [(0, 0, 1), (7, 0, 1), (7, 5, 1), (7, 10, 5)])
+def test_equals_the_token_by_token_computation(model, batches, naive, width, piece, devices):
+  """Also with the tokens of each piece split over devices."""
   position, loss = naive
-  result = evaluate(model, batches, bytes_per_token=1.7, bucket_width=width, piece=piece)
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, context=devices), jax.devices()[:devices])):
+    result = evaluate(model, batches, bytes_per_token=1.7, bucket_width=width, piece=piece)
   assert result["targets"] == len(loss) < 2 * BATCH * TIME
   np.testing.assert_allclose(result["loss"], loss.mean(), rtol=2e-6)
   np.testing.assert_allclose(result["perplexity"], math.exp(loss.mean()), rtol=1e-5)

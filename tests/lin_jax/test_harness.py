@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 from lm_eval.tasks import TaskManager
 
-from lin_jax import harness, mixers
-from lin_jax.config import ModelConfig
+from lin_jax import harness, mixers, sharding
+from lin_jax.config import MeshConfig, ModelConfig
 from lin_jax.harness import HarnessModel
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
@@ -84,6 +84,15 @@ def test_loglikelihood_is_the_sum_of_log_softmax(adapter, model):
     wanted, wanted_best = expected(model, list(context.encode()) or [256], list(continuation.encode()))
     assert logprob == pytest.approx(wanted, rel=1e-5)
     assert best == wanted_best
+
+
+def test_tokens_of_texts_are_split_over_devices(adapter):
+  pairs = [("The cat sat on", " the mat"), ("0123456789" * 2, "x" * 15)]
+  expected = adapter.loglikelihood(requests(*pairs), disable_tqdm=True)
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, context=8))):
+    found = adapter.loglikelihood(requests(*pairs), disable_tqdm=True)
+  for (logprob, best), (wanted, wanted_best) in zip(found, expected, strict=True):
+    assert logprob == pytest.approx(wanted, rel=1e-5) and best == wanted_best
 
 
 def test_texts_begin_as_documents_do(model):

@@ -116,18 +116,21 @@ def test_a_run_is_evaluated_and_generates_on_a_mesh(tmp_path):
   prompt = np.random.default_rng(1).integers(0, 16, (1, 8))
   batch = {"tokens": prompt, "targets": prompt, "mask": np.ones(prompt.shape, np.float32),
            "segment_ids": np.zeros(prompt.shape, np.int32)}
-  results = []
-  for value in ("", "1,4,2"):
+  results, shapes = [], []
+  for value in ("", "1,4,2", "1,2,1,4"):
     with meshes.using(value) as mesh:
       model = load_model(tmp_path / "run", mesh=mesh)[1]
       results.append((evaluate(model, [batch])["loss"], generate(model, prompt, 6, temperature=0.0)))
-  assert model.embedding[...].sharding.shard_shape((16, 16)) == (8, 4)
-  (loss, tokens), (mesh_loss, mesh_tokens) = results
-  np.testing.assert_array_equal(tokens, mesh_tokens)
-  assert abs(loss - mesh_loss) < 1e-5
+      shapes.append(model.embedding[...].sharding.shard_shape((16, 16)))
+  assert shapes == [(16, 16), (8, 4), (16, 8)]
+  (loss, tokens), *on_meshes = results
+  for mesh_loss, mesh_tokens in on_meshes:
+    np.testing.assert_array_equal(tokens, mesh_tokens)
+    assert abs(loss - mesh_loss) < 1e-5
 
 
 @pytest.mark.parametrize("value, message", [("1,8", "must be the numbers"), ("1,0,8", "must be the numbers"),
+                                            ("1,1,1,8,1", "must be the numbers"),
                                             ("1,3,1", "does not fit 8 devices")])
 def test_wrong_meshes_are_refused(value, message):
   with pytest.raises(ValueError, match=message), meshes.using(value):
