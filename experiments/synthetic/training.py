@@ -22,49 +22,13 @@ import optax
 from flax import nnx
 
 from lin_jax import files, optim
-from lin_jax.config import ModelConfig
-from lin_jax.layers import Linear
 from lin_jax.loss import next_token_loss
 from lin_jax.metrics import Throughput, progress
-from lin_jax.model import LanguageModel
 
-from .batch import Batch
+from .answerer import Answerer
 from .examples import batches, compact
-from .runs import STARTS, Run, without_rate
-
-
-class Answerer(nnx.Module):
-  """A language model that answers at given positions from its output there.
-
-  With `decodes_last` its last output answers for all positions: sines of the position are added, and a two-layer GELU
-  MLP of the same width decodes the sum (MAD, arXiv:2403.17844, compression). `start` is one of `runs.STARTS`. With a
-  key, each entry of the embeddings becomes zero with probability `dropout`, and the other entries grow to keep the
-  mean.
-  """
-
-  def __init__(self, config: ModelConfig, decodes_last: bool, start: str, dropout: float = 0.0, *, rngs: nnx.Rngs):
-    self.dropout = dropout
-    self.model = LanguageModel(config, rngs=rngs, unroll=0)
-    linear = lambda: Linear(config.width, config.width, ("embed", None), dtype=config.dtype, rngs=rngs, bias=True)
-    self.decoder = nnx.List([linear(), linear()]) if decodes_last else None
-    deviation = STARTS[start]
-    for _, layer in nnx.iter_modules(self):
-      if deviation and isinstance(layer, Linear):
-        shape = layer.kernel[...].shape  # the layers of a stack have one kernel
-        layer.kernel[...] = deviation(shape[-2]) * jax.random.normal(rngs.params(), shape)
-
-  def __call__(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Returns the activations before the head [B, M, D] for tokens [B, T] and positions [B, M]."""
-    embedded = self.model.embed(tokens)
-    if key is not None and self.dropout:
-      kept = jax.random.bernoulli(key, 1 - self.dropout, embedded.shape)
-      embedded = jnp.where(kept, embedded / (1 - self.dropout), 0)
-    hidden, _ = self.model.hidden_from_embeddings(embedded)
-    if self.decoder is None:
-      return jnp.take_along_axis(hidden, positions[..., None], axis=1)
-    encoding = _sines(positions, hidden.shape[-1]).astype(hidden.dtype)
-    first, second = self.decoder
-    return second(jax.nn.gelu(first(jnp.broadcast_to(hidden[:, -1:], encoding.shape) + encoding)))
+from .runs import Run, without_rate
+from .scores import class_accuracy, score, total_variation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,27 +129,6 @@ def _judge(course, run, step, loss, said, distance, test):
       "total_variation": None if test.allowed is None else [round(course.distances[i], 5) for i in kept]}
 
 
-def score(said: np.ndarray, batch: Batch) -> float:
-  """Returns the share of the masked positions at which `said` [count, T] is right."""
-  if batch.allowed is None:
-    right = said == batch.targets
-  else:
-    right = np.take_along_axis(batch.allowed, said[..., None], axis=-1)[..., 0]
-  return float((right * batch.mask).sum() / batch.mask.sum())
-
-
-def class_accuracy(said: np.ndarray, batch: Batch) -> float:
-  """Returns MAD's measure, the share of right answers for each target token, averaged over these tokens.
-
-  As its authors compute it, a token that was said but is never a target counts with 0.
-  """
-  counted = batch.mask > 0
-  said, targets = said[counted], batch.targets[counted]
-  tokens = np.union1d(said, targets)
-  return float(np.mean([(said[targets == token] == token).mean() if (targets == token).any() else 0.0
-                        for token in tokens]))
-
-
 @functools.lru_cache(maxsize=4)
 def _programs(shared: str) -> Programs:
   run = Run(**json.loads(shared))
@@ -222,7 +165,7 @@ def _programs(shared: str) -> Programs:
       x = answerer(batch["tokens"], batch["positions"])
       logits = jnp.einsum("bmd,dv->bmv", x, answerer.model.unembedding().astype(x.dtype),
                           preferred_element_type=jnp.float32)
-      distance = _total_variation(logits, batch["allowed"]) if "allowed" in batch else None
+      distance = total_variation(logits, batch["allowed"]) if "allowed" in batch else None
       return jnp.argmax(logits, axis=-1).astype(jnp.int32), distance
 
     found = jax.lax.map(lambda batch_rows: jax.vmap(say, in_axes=(0, None))(
@@ -239,13 +182,6 @@ def _optimizer(config, peak, end):
 def _shared(run):
   """Returns the run as JSON, with fixed values for the fields that do not change its compiled program."""
   return json.dumps(dataclasses.asdict(run) | dict(seed=0, learning_rate=1e-3, final_fraction=0.0))
-
-
-def _total_variation(logits, allowed):
-  """Returns half the sum of differences between softmax(logits) [B, M, V] and equal shares of `allowed`: [B, M]."""
-  allowed = allowed.astype(jnp.float32)
-  shares = allowed / jnp.maximum(allowed.sum(axis=-1, keepdims=True), 1)
-  return 0.5 * jnp.abs(jax.nn.softmax(logits) - shares).sum(axis=-1)
 
 
 def _answers(programs, state, held_out, shape, batch_size):
@@ -275,10 +211,3 @@ def _restore(path, like):
     leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(file.files) - 1)]
     courses, step, seconds = json.loads(str(file["progress"]))
   return jax.tree.unflatten(jax.tree.structure(like), leaves), [Course(**course) for course in courses], step, seconds
-
-
-def _sines(positions, width):
-  """Returns sines and cosines [B, M, width] of positions [B, M] (Vaswani et al. 2017, section 3.5)."""
-  frequencies = 10000.0 ** (-jnp.arange((width + 1) // 2, dtype=jnp.float32) / (width / 2))
-  angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]

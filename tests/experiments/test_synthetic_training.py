@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 
 from synthetic import TASKS, examples
+from synthetic.answerer import Answerer
 from synthetic.batch import Batch
 from synthetic.mqar import MQAR
 from synthetic.runs import HEADS, Run, parse_fields, whole, without_rate
+from synthetic.scores import class_accuracy, score, total_variation
 from synthetic.sweeps import MIXERS, SWEEPS
-from synthetic.training import Answerer, _total_variation, class_accuracy, score, train
+from synthetic.training import train
 
 RECALL = {"sequence_length": 32, "pairs": 4, "vocab_size": 32}
 SMALL = {"in_context_recall": {"sequence_length": 16}, "noisy_recall": {"sequence_length": 16},
@@ -128,7 +130,7 @@ def test_total_variation():
   allowed = np.array([[[True, True, False, False], [True, False, False, False]]])
   share = lambda *p: np.log(np.array(p, np.float32))
   logits = np.stack([share(0.5, 0.25, 0.125, 0.125), share(0.1, 0.2, 0.3, 0.4)])[None]
-  assert np.asarray(_total_variation(logits, allowed)) == pytest.approx(np.array([[0.25, 0.9]]))
+  assert np.asarray(total_variation(logits, allowed)) == pytest.approx(np.array([[0.25, 0.9]]))
 
 
 def test_dropout():
