@@ -28,6 +28,14 @@ def class_accuracy(said: np.ndarray, batch: Batch) -> float:
                         for token in tokens]))
 
 
+def batch_class_accuracy(said: np.ndarray, batch: Batch, size: int) -> float:
+  """Returns `class_accuracy` as MAD's authors log it: of each `size` examples, then averaged over the examples."""
+  parts = [slice(first, first + size) for first in range(0, len(said), size)]
+  scores = [class_accuracy(said[part], Batch(batch.tokens[part], batch.targets[part], batch.mask[part]))
+            for part in parts]
+  return float(np.average(scores, weights=[len(said[part]) for part in parts]))
+
+
 def total_variation(logits: jax.Array, allowed: jax.Array) -> jax.Array:
   """Returns half the sum of differences between softmax(logits) [B, M, V] and equal shares of `allowed`: [B, M]."""
   allowed = allowed.astype(jnp.float32)
