@@ -26,7 +26,7 @@ from running import commands, records
 from running.deadline import deadline
 from synthetic import TASKS
 from synthetic.runs import Run, parse_fields, whole, without_rates
-from synthetic.sweeps import SWEEPS
+from synthetic.sweeps import SWEEPS, select
 from synthetic.training import train
 
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -117,19 +117,12 @@ def _sweep(path):
   if _MIXER_SET.value:
     raise ValueError(f"--mixer_set={_MIXER_SET.value}: not with --sweep, whose runs name their fields")
   given = {name: flag.value for name, flag in _OPTIONS.items() if flag.present}
-  task, mixer = given.pop("task", None), given.pop("mixer", None)
-  runs = [dataclasses.replace(run, **given) for run in SWEEPS[_SWEEP.value]()
-          if task in (None, run.task) and mixer in (None, run.mixer) and _selects(run)]
+  task, mixer = given.pop("task", ""), given.pop("mixer", "")
+  runs = [dataclasses.replace(run, **given) for run in select(SWEEPS[_SWEEP.value](), task, mixer, _SET.value)]
   if not runs:
     raise ValueError(f"--sweep={_SWEEP.value}: has no run of task {task or 'any'} and mixer {mixer or 'any'}"
                      + (f" with {_SET.value}" if _SET.value else ""))
   return list({records.key(run.setting()): run for run in runs}.values())
-
-
-def _selects(run):
-  """Whether the run's task has the fields of --set."""
-  built = run.build_task()
-  return all(getattr(built, name) == value for name, value in parse_fields(type(built), _SET.value).items())
 
 
 def _unfinished(path, runs):

@@ -102,7 +102,9 @@ class Run:
     return dataclasses.asdict(self) | resolved
 
   def _mixer_config(self):
-    fields = {"heads": HEADS[self.mixer]} if self.mixer in HEADS else {}
+    # The papers' small models, and all records, have what a mixer's config had before it was given its newest fields.
+    fields = dict(getattr(mixers.config_class(self.mixer), "EARLIER", {}))
+    fields |= {"heads": HEADS[self.mixer]} if self.mixer in HEADS else {}
     if self.mixer == "gated_delta_net":  # its heads have their own size; other mixers' heads divide the width
       fields |= {"head_dim": self.width // int(self.mixer_fields.get("heads", 2)), "expand_v": 1.0}
     return _build(mixers.config_class(self.mixer), self.mixer, fields | self.mixer_fields)

@@ -1,5 +1,6 @@
 """The protocols of MQAR's, MAD's and RegBench's authors: how kernels start, heads and decoders, measures, selection."""
 
+import dataclasses
 import math
 
 import jax
@@ -14,7 +15,7 @@ from synthetic.answerer import Answerer
 from synthetic.batch import Batch
 from synthetic.runs import Run
 from synthetic.scores import batch_class_accuracy
-from synthetic.training import _selected
+from synthetic.training import _selected, train
 
 INPUTS, OUTPUTS, DEPTH = 128, 64, 2
 FAN_IN, XAVIER = (3 * INPUTS) ** -0.5, 2**-2.5 * (2 / (INPUTS + OUTPUTS)) ** 0.5
@@ -99,6 +100,16 @@ def test_mads_decoder_reads_the_last_output_and_the_position_through_three_norms
   losses = np.log(np.exp(logits).sum(axis=-1)) - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   loss = model.loss(*map(jnp.asarray, (found, targets, weights)))
   assert float(loss) == pytest.approx((losses * weights).sum() / 3, abs=1e-5)
+
+
+def test_mads_protocol_trains_its_weight_decays_side_by_side():
+  run = Run("compression", "attention", {"sequence_length": 8}, {"heads": 2}, width=32, depth=1, mlp_width=88,
+            start="mad", output="mad", norm_eps=1e-5, learning_rate=1e-2, batch_size=64, steps=90, evaluate_every=30,
+            test_examples=128, examples=256)
+  plain, decayed = train([run, dataclasses.replace(run, weight_decay=0.9)])
+  for result in (plain, decayed):
+    assert result["curve"][-1][1] < 0.95 * result["curve"][0][1] and 0 < result["batch_class_accuracy"] < 1
+  assert plain["curve"] != decayed["curve"] and plain["side_by_side"] == 2
 
 
 def test_mads_measure_is_the_mean_over_batches_of_the_mean_over_classes():

@@ -1,6 +1,5 @@
 """Training on synthetic tasks: a tiny recall that is learnt, every task at a small size, measures and batches."""
 
-import collections
 import dataclasses
 import json
 import math
@@ -14,9 +13,9 @@ from synthetic import TASKS, examples
 from synthetic.answerer import Answerer
 from synthetic.batch import Batch
 from synthetic.mqar import MQAR
-from synthetic.runs import HEADS, Run, parse_fields, whole, without_rates
+from synthetic.reduced import MIXERS
+from synthetic.runs import HEADS, Run, parse_fields, whole
 from synthetic.scores import class_accuracy, score, total_variation
-from synthetic.sweeps import MIXERS, SWEEPS
 from synthetic.training import train
 
 RECALL = {"sequence_length": 32, "pairs": 4, "vocab_size": 32}
@@ -114,12 +113,6 @@ def test_every_task_trains(task):
     assert 0 <= result["batch_class_accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("name", "rates"), [("mqar", 3), ("mad", 3), ("regbench", 3)])
-def test_a_sweep_tries_its_rates_for_one_setting(name, rates):
-  settings = [json.dumps(without_rates(run.setting()), sort_keys=True) for run in SWEEPS[name]()]
-  assert set(collections.Counter(settings).values()) == {rates}
-
-
 def test_scores():
   batch = Batch(np.zeros((2, 3), np.int32), np.array([[1, 1, 2], [1, 0, 0]], np.int32),
                 np.array([[1, 1, 1], [1, 0, 0]], np.float32))
@@ -215,10 +208,3 @@ def test_settings():
                         ("random_filler=2", "must be of type bool"), ("pairs", "must be of type int")):
     with pytest.raises(ValueError, match=message):
       parse_fields(MQAR, text)
-
-
-def test_mqar_sweep_is_the_papers_grid():
-  runs = SWEEPS["mqar"]()
-  assert len({json.dumps(run.setting()) for run in runs}) == len(runs) == 2 * 3 * len(MIXERS) * 3
-  for run in runs:
-    run.train_config()
