@@ -2,7 +2,7 @@
 
   python experiments/run_synthetic.py --task=mqar --mixer=delta_net --width=64 --learning_rate=1e-3 --steps=5000 \
       --set=sequence_length=512,pairs=64 --mixer_set=conv_width=0 --out=experiments/results/synthetic.jsonl
-  python experiments/run_synthetic.py --sweep=mqar --until_solved --limit_seconds=540 \
+  python experiments/run_synthetic.py --sweep=queue --until_solved --limit_seconds=540 \
       --out=experiments/results/synthetic.jsonl
 
 Each run appends one JSON line to --out when it has ended. The learning rates and weight decays of one setting are

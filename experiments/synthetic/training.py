@@ -65,11 +65,8 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
     keys = jax.random.split(jax.random.fold_in(jax.random.key(run.seed), step), len(rows))
     state, losses = programs.advance(state, data, rows, keys, rates)
     step += len(rows)
-    answers = test.answers(programs, state, run.batch_size)
-    validated = validation.answers(programs, state, run.batch_size) if validation else [None] * len(runs)
-    for course, loss, *answered in zip(courses, map(float, losses), answers, validated, strict=True):
-      if course.result is None:
-        _judge(course, run, step, loss, *answered)
+    _test(courses, run, step, losses, [held and held.answers(programs, state, run.batch_size)
+                                       for held in (test, validation)])
     throughput.count(tokens * len(rows))
     report(f"{progress(step, run.steps, float(min(losses)), throughput.read(), None, tokens)}  "
            f"accuracy {' '.join(f'{course.tests[-1]["accuracy"]:.3f}' for course in courses)}")
@@ -128,6 +125,15 @@ def held_out(run: Run, stream: int, count: int) -> HeldOut | None:
     return None
   batch = run.build_task().draw(np.random.default_rng([run.seed, stream]), count)
   return HeldOut(batch, compact(batch))
+
+
+def _test(courses, run, step, losses, answers):
+  """Adds a test to the courses that have not ended, from all models' answers to the test and validation examples."""
+  tested, validated = answers
+  for course, loss, *answered in zip(courses, map(float, losses), tested, validated or [None] * len(courses),
+                                     strict=True):
+    if course.result is None:
+      _judge(course, run, step, loss, *answered)
 
 
 def _judge(course, run, step, loss, test, validation):
