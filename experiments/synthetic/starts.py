@@ -1,4 +1,4 @@
-"""The rules by which the kernels of a synthetic task's model start: `draw("mad", rngs, model)` redraws them.
+"""The rules by which the kernels of a synthetic task's model start, and `draw`, which draws a model's kernels by one.
 
   layers    the library's own rule of each layer
   normal    N(0, 0.02^2) for all kernels
@@ -11,7 +11,7 @@
             the encoder, which is not done here.
 
 PyTorch's rule for a Linear layer is uniform with variance 1 / (3 inputs). Under it, the projection to Mamba's time step
-keeps Mamba's own rule. Embeddings and convolutions start alike under all rules, and biases start at 0.
+keeps Mamba's own rule. Embeddings and convolutions start alike under all rules, and biases of Linear layers at 0.
 """
 
 import dataclasses
