@@ -2,14 +2,14 @@
 
   python experiments/run_synthetic.py --task=mqar --mixer=delta_net --width=64 --learning_rate=1e-3 --steps=5000 \
       --set=sequence_length=512,pairs=64 --mixer_set=conv_width=0 --out=experiments/results/synthetic.jsonl
-  python experiments/run_synthetic.py --sweep=mqar --until_solved --limit_seconds=540 \
+  python experiments/run_synthetic.py --sweep=queue --until_solved --limit_seconds=540 \
       --out=experiments/results/synthetic.jsonl
 
-Each run appends one JSON line to --out when it has ended. The learning rates of a sweep are trained side by side. A
-sweep skips the runs that have a line in --out. With --sweep, the flags --task, --mixer and --set select among its runs,
---mixer_set does not apply, and every other option of a run replaces the sweep's value. When --limit_seconds are over,
-or at SIGTERM, the runs under way are saved in a folder beside --out, and the same command goes on with them. Exit
-codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
+Each run appends one JSON line to --out when it has ended. The learning rates and weight decays of one setting are
+trained side by side. A sweep skips the runs that have a line in --out. With --sweep, the flags --task, --mixer and
+--set select among its runs, --mixer_set does not apply, and every other option of a run replaces the sweep's value.
+When --limit_seconds are over, or at SIGTERM, the runs under way are saved in a folder beside --out, and the same
+command goes on with them. Exit codes: 0 done, or the time is over; 1 a run failed; 2 a user's error.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from lin_jax.model import abstract_model
 from running import commands, records
 from running.deadline import deadline
 from synthetic import TASKS
-from synthetic.runs import Run, parse_fields, whole, without_rate
-from synthetic.sweeps import SWEEPS
+from synthetic.runs import Run, parse_fields, whole, without_rates
+from synthetic.sweeps import SWEEPS, select
 from synthetic.training import train
 
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -61,10 +61,10 @@ def _execute(runs, path):
   """Makes the runs. Returns how many were made, skipped as done or needless, and left, and why others have failed."""
   found = records.load(path, "setting", "solved") if path else []
   done = {records.key(whole(record["setting"])) for record in found} if _SWEEP.value else set()
-  solved = {records.key(without_rate(whole(record["setting"]))) for record in found if record["solved"]}
+  solved = {records.key(without_rates(whole(record["setting"]))) for record in found if record["solved"]}
   groups, common, failed = {}, records.provenance(), []
   for run in runs:
-    groups.setdefault(records.key(without_rate(run.setting())), []).append(run)
+    groups.setdefault(records.key(without_rates(run.setting())), []).append(run)
   counts = {"run": 0, "skipped": 0, "left": 0}
   with deadline(_LIMIT.value) as over:
     for number, (key, group) in enumerate(groups.items(), 1):
@@ -117,19 +117,12 @@ def _sweep(path):
   if _MIXER_SET.value:
     raise ValueError(f"--mixer_set={_MIXER_SET.value}: not with --sweep, whose runs name their fields")
   given = {name: flag.value for name, flag in _OPTIONS.items() if flag.present}
-  task, mixer = given.pop("task", None), given.pop("mixer", None)
-  runs = [dataclasses.replace(run, **given) for run in SWEEPS[_SWEEP.value]()
-          if task in (None, run.task) and mixer in (None, run.mixer) and _selects(run)]
+  task, mixer = given.pop("task", ""), given.pop("mixer", "")
+  runs = [dataclasses.replace(run, **given) for run in select(SWEEPS[_SWEEP.value](), task, mixer, _SET.value)]
   if not runs:
     raise ValueError(f"--sweep={_SWEEP.value}: has no run of task {task or 'any'} and mixer {mixer or 'any'}"
                      + (f" with {_SET.value}" if _SET.value else ""))
   return list({records.key(run.setting()): run for run in runs}.values())
-
-
-def _selects(run):
-  """Whether the run's task has the fields of --set."""
-  built = run.build_task()
-  return all(getattr(built, name) == value for name, value in parse_fields(type(built), _SET.value).items())
 
 
 def _unfinished(path, runs):
@@ -139,9 +132,12 @@ def _unfinished(path, runs):
 
 
 def _title(runs):
-  run, rates = runs[0], " ".join(f"{run.learning_rate:g}" for run in runs)
+  run = runs[0]
+  rates, decays = (" ".join(f"{value:g}" for value in dict.fromkeys(getattr(run, field) for run in runs))
+                   for field in ("learning_rate", "weight_decay"))
   fields = "".join(f" {name}={value}" for name, value in run.task_fields.items())
-  return f"{run.task}{fields}, {run.mixer}, width {run.width}, learning rate {rates}, seed {run.seed}"
+  return (f"{run.task}{fields}, {run.mixer}, width {run.width}, learning rate {rates}, weight decay {decays}, "
+          f"seed {run.seed}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The page of claims as markdown: the answer, the measured results, a row per claim, and the tables behind them."""
 
-from . import CLAIMS, KINDS, language, synthetic
-from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, Results, percent
+from . import CLAIMS, KINDS, language, synthetic_tables
+from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, Results
 from .measured import RESULTS
 from .plots import PLOTS
 
@@ -115,30 +115,9 @@ def _tables(results):
     elif rows and (apart := _apart(language.rows(results, "main"))):
       parts.append(f"One seed per model. The seeds of sweep `main` are up to {apart:.3f} bits per byte apart. A "
                    "smaller difference says little.")
-  points = [(setting, width) for setting in synthetic.MQAR_SETTINGS for width in synthetic.WIDTHS]
-  rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mqar(results, mixer, *point)) for point in points)]
-          for mixer in synthetic.NAMES]
-  parts += _section("MQAR, tokens/pairs and width: accuracy, in percent",
-                    ["", *(f"{length}/{pairs} d{width}" for (length, pairs), width in points)], rows)
-  not_begun, tried = synthetic.mqar_not_begun(results)
-  if not_begun:
-    length, pairs = synthetic.MQAR_SETTINGS[-1]
-    parts.append(f"{not_begun} of {tried} models recall less than 2% of {pairs} pairs in {length} tokens: a quarter of "
-                 "the papers' epochs ends before they begin to learn. The order of such models says nothing.")
-  tasks = list(dict.fromkeys(run.task for run in synthetic.sweeps.mad()))
-  rows = [[synthetic.NAMES[mixer], *(_cell(synthetic.mad(results, mixer, task)) for task in tasks),
-           _cell(synthetic.mad_average(results, mixer))] for mixer in synthetic.NAMES]
-  parts += _section("MAD: mean of baseline and hardest change, in percent",
-                    ["", *(task.replace("_", " ") for task in tasks), "average"], rows)
-  sizes = [f"{examples:,}" for examples in synthetic.EXAMPLES]
-  for title, score, form in (
-      ("RegBench: legal next symbols at the best test of a run, in percent, by training sequences",
-       synthetic.regbench, percent),
-      ("RegBench: least total variation from the true distribution of the next symbol, by training sequences",
-       synthetic.regbench_distance, "{:.3f}".format)):
-    rows = [[synthetic.NAMES[mixer], *(_cell(score(results, mixer, examples), form) for examples in synthetic.EXAMPLES)]
-            for mixer in synthetic.NAMES]
-    parts += _section(title, ["", *sizes], rows)
+  for table in synthetic_tables.tables(results):
+    if section := _section(table.title, table.head, table.rows):
+      parts += [*section, *table.notes]
   return parts
 
 
@@ -151,10 +130,6 @@ def _section(title, head, rows):
   """Returns a table of the rows that have any value, or nothing if there are none."""
   known = [row for row in rows if any(row[1:])]
   return [f"### {title}", _table(head, known)] if known else []
-
-
-def _cell(share, form=percent):
-  return "" if share is None else form(share)
 
 
 def _table(head, rows):

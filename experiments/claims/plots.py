@@ -9,7 +9,7 @@ from collections.abc import Callable
 from lin_jax import files
 from speed.training import CURVES
 
-from . import kernels, language, lengths, speed, synthetic
+from . import kernels, language, lengths, speed, synthetic_scores
 from .claim import Results
 
 _TRAINED = tuple(name for sweep in CURVES.values() for name in sweep.models)
@@ -26,7 +26,7 @@ class Plot:
   title: str
   axis: str
   panels: Callable[[Results], dict[str, dict[str, list[tuple[int, float]]]]]
-  names: dict[str, str] = dataclasses.field(default_factory=lambda: synthetic.NAMES)
+  names: dict[str, str] = dataclasses.field(default_factory=lambda: synthetic_scores.NAMES)
   label: str = "accuracy (%)"
   limits: tuple[float | None, float | None] = (-3, 103)
   logarithmic: bool = False  # the vertical axis; the horizontal one always is
@@ -70,15 +70,17 @@ def _lines(values):
 
 
 def _mqar(results):
-  return {f"{length} tokens, {pairs} pairs": _lines(
-      {mixer: {width: synthetic.mqar(results, mixer, (length, pairs), width) for width in synthetic.WIDTHS}
-       for mixer in synthetic.NAMES}) for length, pairs in synthetic.MQAR_SETTINGS}
+  return {f"{length} tokens, {pairs} pairs, {protocol} protocol": _lines(
+      {mixer: {width: synthetic_scores.mqar(results, protocol, mixer, (length, pairs), width)
+               for width in synthetic_scores.WIDTHS} for mixer in synthetic_scores.NAMES})
+          for protocol in synthetic_scores.PROTOCOLS for length, pairs in synthetic_scores.MQAR_SETTINGS}
 
 
 def _regbench(results):
-  return {"legal next symbols at the best test": _lines(
-      {mixer: {examples: synthetic.regbench(results, mixer, examples) for examples in synthetic.EXAMPLES}
-       for mixer in synthetic.NAMES})}
+  return {f"legal next symbols, {protocol} protocol": _lines(
+      {mixer: {examples: synthetic_scores.regbench(results, protocol, mixer, examples)
+               for examples in synthetic_scores.EXAMPLES} for mixer in synthetic_scores.NAMES})
+          for protocol in synthetic_scores.PROTOCOLS}
 
 
 def _lengths(results):

@@ -8,13 +8,15 @@ from lin_jax import mixers
 from lin_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, validate
 
 from . import TASKS
+from .starts import STARTS
 
 # The papers' models on MQAR: matrix memories of two heads, one head of attention.
 HEADS = {"attention": 1, "linear_attention": 2, "retention": 2, "gla": 2, "delta_net": 2, "gated_delta_net": 2}
 
+OUTPUTS = ("tied", "mad")
 
-# The standard deviation at which kernels start: the layers' own (None), or one function of the number of inputs.
-STARTS = {"layers": None, "normal": lambda inputs: 0.02, "fan_in": lambda inputs: (3 * inputs) ** -0.5}
+# In these fields the runs of one setting may differ: its best run counts, and all are trained side by side.
+RATES = "learning_rate", "final_fraction", "weight_decay"
 
 
 def _option(default, text):
@@ -33,8 +35,13 @@ class Run:
   depth: int = _option(2, "Blocks.")
   mlp_width: int = _option(0, "Width of each block's SwiGLU; 0 for blocks of the mixer alone.")
   dtype: str = _option("float32", "Dtype of activations.")
-  start: str = _option("layers", "Start of kernels: layers is each layer's own, normal is N(0, 0.02^2) for all, and "
-                                 "fan_in is N(0, 1 / (3 inputs)) for all, which suits narrow models.")
+  norm_eps: float = _option(1e-6, "Number under the square roots of norms, relative to a mean square of 1.")
+  start: str = _option("layers", "Start of kernels: layers is each layer's own, normal is N(0, 0.02^2) for all, fan_in "
+                                 "is N(0, 1 / (3 inputs)) for all, zoology and mad are the rules of MQAR's and MAD's "
+                                 "authors.")
+  output: str = _option("tied", "What turns outputs into logits: tied is the transposed embedding, and in compression "
+                                "two linear layers before it; mad is a matrix of its own with a bias, and in "
+                                "compression MAD's decoder before it.")
   embedding_dropout: float = _option(0.0, "Fraction of the entries of embeddings that a training step drops.")
   learning_rate: float = _option(1e-3, "Peak learning rate of AdamW, which falls as a cosine.")
   final_fraction: float = _option(0.0, "Fraction of the learning rate that is left at the last step.")
@@ -46,6 +53,7 @@ class Run:
   examples: int = _option(0, "Training examples; 0 is the task's own number, or new examples in every batch if it has "
                              "none.")
   test_examples: int = _option(1280, "Held-out examples.")
+  validation_examples: int = _option(0, "Further held-out examples, whose loss selects one of a run's tests.")
   evaluate_every: int = _option(100, "Steps between tests.")
   stop_accuracy: float = _option(0.99, "Held-out accuracy at which the task counts as solved and the run ends.")
   seed: int = _option(0, "Seed of parameters and data.")
@@ -66,7 +74,7 @@ class Run:
 
   def train_config(self) -> TrainConfig:
     """Returns model, data and optimizer, checked. Raises ValueError for values that break a rule."""
-    for field, least in (("evaluate_every", 1), ("test_examples", 1), ("examples", 0)):
+    for field, least in (("evaluate_every", 1), ("test_examples", 1), ("validation_examples", 0), ("examples", 0)):
       if getattr(self, field) < least:
         raise ValueError(f"{field}={getattr(self, field)}: must be at least {least}")
     if 0 < self.training_examples() < self.batch_size:
@@ -75,11 +83,12 @@ class Run:
       raise ValueError(f"final_fraction={self.final_fraction}: must lie in [0, 1]")
     if not 0 <= self.embedding_dropout < 1:
       raise ValueError(f"embedding_dropout={self.embedding_dropout}: must lie in [0, 1)")
-    if self.start not in STARTS:
-      raise ValueError(f"start={self.start!r}: must be one of {', '.join(STARTS)}")
+    for field, known in (("start", STARTS), ("output", OUTPUTS)):
+      if getattr(self, field) not in known:
+        raise ValueError(f"{field}={getattr(self, field)!r}: must be one of {', '.join(known)}")
     task = self.build_task()
     model = ModelConfig(mixer=self._mixer_config(), vocab_size=task.vocab_size, width=self.width, depth=self.depth,
-                        mlp_width=self.mlp_width, dtype=self.dtype)
+                        mlp_width=self.mlp_width, norm_eps=self.norm_eps, dtype=self.dtype)
     data = DataConfig(sequence_length=task.sequence_length, batch_size=self.batch_size)
     optim = OptimConfig(steps=self.steps, warmup_steps=self.warmup_steps, learning_rate=self.learning_rate,
                         final_learning_rate=self.final_fraction * self.learning_rate, beta2=self.beta2,
@@ -93,7 +102,9 @@ class Run:
     return dataclasses.asdict(self) | resolved
 
   def _mixer_config(self):
-    fields = {"heads": HEADS[self.mixer]} if self.mixer in HEADS else {}
+    # The papers' small models, and all records, have what a mixer's config had before it was given its newest fields.
+    fields = dict(getattr(mixers.config_class(self.mixer), "EARLIER", {}))
+    fields |= {"heads": HEADS[self.mixer]} if self.mixer in HEADS else {}
     if self.mixer == "gated_delta_net":  # its heads have their own size; other mixers' heads divide the width
       fields |= {"head_dim": self.width // int(self.mixer_fields.get("heads", 2)), "expand_v": 1.0}
     return _build(mixers.config_class(self.mixer), self.mixer, fields | self.mixer_fields)
@@ -110,9 +121,9 @@ def whole(setting: dict) -> dict:
     raise ValueError(f"not the setting of a run on a synthetic task: {e}") from e
 
 
-def without_rate(setting: dict) -> dict:
-  """Returns the setting without the learning rate and the end of its decay, so that rates of one setting are equal."""
-  return {name: value for name, value in setting.items() if name not in ("learning_rate", "final_fraction")}
+def without_rates(setting: dict) -> dict:
+  """Returns the setting without `RATES`, so that the runs of one setting are equal."""
+  return {name: value for name, value in setting.items() if name not in RATES}
 
 
 def parse_fields(cls: type, text: str) -> dict[str, Any]:

@@ -1,50 +1,140 @@
-"""Sweeps by name, as lists of runs. Runs that differ in the learning rate alone follow each other.
+"""Sweeps by name, and the parts of them in the order in which a GPU should make them.
 
-They are the papers' grids, reduced so that one GPU takes hours: three learning rates each, and a quarter of the epochs.
-MQAR has all seven mixers and 16 epochs. MAD has the baselines and the hardest change of each task, one weight decay and
-50 epochs. RegBench has training sets of 1,000 to 10,000 sequences, 50 epochs and one size of model, and drops a tenth
-of the embeddings. Activations are bfloat16, because MAD's protocol says so and the delta rule's published kernel takes
-nothing wider.
+`mqar`, `mad`, `mad_rest` and `regbench` follow the authors' protocols (`grids.py`), and `queue` has their runs in the
+order of `PARTS`. The others are older and shorter (`reduced.py`).
 """
 
-from .runs import Run
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
 
-MIXERS = "attention", "linear_attention", "retention", "gla", "mamba", "delta_net", "gated_delta_net"
+from lin_jax import metrics
+from running import records
 
+from .costs import costs, minutes
+from .grids import mad, mad_rest, mqar, regbench
+from .reduced import mad_reduced, mqar_reduced, regbench_reduced
+from .runs import Run, parse_fields, whole, without_rates
 
-def mqar() -> list[Run]:
-  """GLA's figure 4 and DeltaNet's MQAR figure: blocks without MLP, 100,000 examples, DeltaNet without convolutions."""
-  # The papers' grid is 1e-4, 4.6e-4, 2.2e-3, 1e-2. At width 64 GLA recalls less than a twelfth of 16 pairs at
-  # both ends, and so does RetNet at the lower end. In their place stands the rate between the other two.
-  rates = 4.6e-4, 1e-3, 2.2e-3
-  return [Run("mqar", mixer, {"sequence_length": length, "pairs": pairs},
-              {"conv_width": 0} if mixer == "delta_net" else {}, width=width, dtype="bfloat16", learning_rate=rate,
-              batch_size=batch, steps=16 * 100_000 // batch, examples=100_000, test_examples=3000, evaluate_every=250)
-          for length, pairs, batch in ((256, 16, 256), (512, 64, 128)) for width in (64, 128, 256) for mixer in MIXERS
-          for rate in rates]
-
-
-def mad() -> list[Run]:
-  """MAD's tasks at their baselines and at the hardest value of one field, with width 128 and two blocks with an MLP."""
-  fields = {mixer: {"heads": 8} for mixer in MIXERS} | {"attention": {"heads": 16}, "linear_attention": {"heads": 16},
-                                                        "mamba": {"state_size": 4}}
-  hardest = {"in_context_recall": {"vocab_size": 128}, "noisy_recall": {"noise_fraction": 0.8},
-             "fuzzy_recall": {"vocab_size": 128}, "selective_copying": {"copies": 96},
-             "compression": {"sequence_length": 256}, "memorization": {"vocab_size": 8192}}
-  return [Run(task, mixer, change, fields[mixer], width=128, mlp_width=256, dtype="bfloat16", learning_rate=rate,
-              batch_size=128, steps=400 if task == "memorization" else 5000, final_fraction=1e-6 / rate,
-              evaluate_every=100, stop_accuracy=0.999)
-          for task, harder in hardest.items() for change in ({}, harder) for mixer in MIXERS
-          for rate in (1e-3, 5e-4, 1e-4)]
+_GRIDS = {function.__name__: function
+          for function in (mqar, mad, mad_rest, regbench, mqar_reduced, mad_reduced, regbench_reduced)}
 
 
-def regbench() -> list[Run]:
-  """RegBench against the number of training sequences, with width 128, four blocks with an MLP and two heads."""
-  return [Run("regbench", mixer, {"train_examples": examples}, {} if mixer == "mamba" else {"heads": 2}, width=128,
-              depth=4, mlp_width=344, dtype="bfloat16", learning_rate=rate, warmup_steps=examples // 32 * 5,
-              final_fraction=0.1, batch_size=32, steps=examples // 32 * 50, test_examples=500,
-              evaluate_every=examples // 32, stop_accuracy=1.0, embedding_dropout=0.1)
-          for examples in (1000, 2500, 5000, 10_000) for mixer in MIXERS for rate in (5e-4, 2.5e-4, 1e-3)]
+def select(runs: Sequence[Run], task: str = "", mixer: str = "", fields: str = "") -> list[Run]:
+  """Returns the runs of a task and a mixer ("" for any) whose task has the fields "name=value,...".
+
+  Raises ValueError for a field that such a task does not have.
+  """
+  return [run for run in runs if task in ("", run.task) and mixer in ("", run.mixer) and _has(run, fields)]
 
 
-SWEEPS = {function.__name__: function for function in (mqar, mad, regbench)}
+def _has(run, fields):
+  built = run.build_task()
+  return all(getattr(built, name) == value for name, value in parse_fields(type(built), fields).items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Runs of a sweep that one command makes, and the claim that they decide."""
+
+  sweep: str
+  decides: str
+  mixer: str = ""
+  task: str = ""
+  fields: str = ""
+  seed: int = 0
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """The options of run_synthetic.py that select the runs."""
+    listed = {"sweep": self.sweep, "task": self.task, "mixer": self.mixer, "set": self.fields, "seed": self.seed}
+    return {name: value for name, value in listed.items() if value}
+
+  def runs(self) -> dict[str, Run]:
+    """Returns the runs by the text that stands for their setting."""
+    return _runs(self)
+
+
+@functools.cache
+def _runs(part):
+  chosen = select(_GRIDS[part.sweep](), part.task, part.mixer, part.fields)
+  return {records.key(run.setting()): run for run in (dataclasses.replace(run, seed=part.seed) for run in chosen)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """A part of a sweep that is not done: its name and command, its runs that are left, their minutes on one GPU, and the
+  claim that it decides."""
+
+  name: str
+  command: str
+  runs_left: int
+  minutes: float
+  decides: str
+
+
+_SOLVES = "DeltaNet without convolutions solves 64 pairs in 512 tokens at every width."
+_ABOVE = "GLA recalls at least as much as RetNet at every width."
+_FUZZY, _FACTS = "DeltaNet is the best at fuzzy recall.", "DeltaNet memorizes less than the others."
+_RECALLS = "DeltaNet recalls in context, with and without noise, and copies without error."
+_AVERAGE = "Average over the tasks: Transformer, then DeltaNet, then Mamba, then GLA."
+_LANGUAGES = "DeltaNet learns regular languages in context as well as Transformer++, GLA and Mamba."
+_RECALL_TASKS = "in_context_recall", "noisy_recall", "selective_copying"
+PARTS = [
+    Part("mqar", _SOLVES, "delta_net"),
+    Part("mad", _FACTS, task="memorization"), Part("mad", _FUZZY, task="fuzzy_recall"),
+    *(Part("mad", _RECALLS, "delta_net", task) for task in _RECALL_TASKS),
+    *(Part("mqar", _ABOVE, mixer, fields="pairs=16") for mixer in ("gla", "retention")),
+    *(Part("regbench", _LANGUAGES, fields=f"train_examples={examples}") for examples in (1000, 2500, 5000)),
+    *(Part("mad", _AVERAGE, task=task) for task in (*_RECALL_TASKS, "compression")),
+    Part("mqar", "DeltaNet recalls more than Mamba at small widths.", "mamba"),
+    Part("mqar", "Softmax attention solves MQAR at every setting.", "attention"),
+    *(Part("mqar", _ABOVE, mixer, fields="pairs=64") for mixer in ("gla", "retention")),
+    Part("regbench", _LANGUAGES, fields="train_examples=10000"),
+    *(Part("mqar", _ABOVE, mixer, fields="pairs=16", seed=seed) for seed in (1, 2, 3)
+      for mixer in ("gla", "retention")),
+    Part("mad_rest", _FACTS, task="memorization"), Part("mad_rest", _FUZZY, task="fuzzy_recall"),
+    *(Part("mad_rest", _AVERAGE, task=task) for task in (*_RECALL_TASKS, "compression")),
+]
+
+
+def ordered() -> list[Run]:
+  """Returns the runs of all parts in their order, each once."""
+  return list({key: run for part in PARTS for key, run in part.runs().items()}.values())
+
+
+def queue(path: pathlib.Path | str) -> list[Item]:
+  """Returns the parts that the records in the file `path` leave to be done, the most valuable per minute first.
+
+  The minutes are estimates for a GPU that does nothing else, and are too high where a model solves its task early. A
+  run that belongs to several parts counts for the first one.
+  """
+  path, items = pathlib.Path(path), []
+  found = metrics.read(path) if path.exists() else []
+  settings = [whole(record["setting"]) for record in found]
+  done = set(map(records.key, settings))
+  solved = {records.key(without_rates(setting)) for setting, record in zip(settings, found) if record["solved"]}
+  for part in PARTS:
+    groups = {}
+    for key, run in part.runs().items():
+      if key not in done and (shared := records.key(without_rates(run.setting()))) not in solved:
+        groups.setdefault(shared, []).append(run)
+    done |= part.runs().keys()
+    if groups:
+      options = " ".join(f"--{name}={value}" for name, value in part.options.items())
+      items.append(Item(", ".join(f"seed {value}" if name == "seed" else value for name, value in part.options.items()),
+                        f"python experiments/run_synthetic.py {options} --until_solved --out={path}",
+                        sum(map(len, groups.values())), sum(minutes(runs, _measured()) for runs in groups.values()),
+                        part.decides))
+  return items
+
+
+@functools.cache
+def _measured():
+  path = pathlib.Path(__file__).parents[1] / "results" / "synthetic.jsonl"
+  return costs(metrics.read(path), [run for sweep in (mqar_reduced, mad_reduced, regbench_reduced) for run in sweep()])
+
+
+SWEEPS = _GRIDS | {"queue": ordered}

@@ -1,14 +1,13 @@
-"""Trains a `Run`, or several that differ in the learning rate alone, and scores them on held-out sequences.
+"""Trains a `Run`, or several that differ in their rates alone, and scores them on held-out sequences.
 
 The papers' loop is reduced to the needs of a task: AdamW with a cosine and without clipping, a set of examples in a new
 order every epoch (or new examples at every step), regular tests, and an end when the task is solved. Only the positions
-that count reach the head. One model this small does not fill a GPU, so the learning rates of a sweep are trained side
-by side, as one program over a leading axis of models that all read the same batches. One call of it takes all steps
-between two tests, over examples that lie on the device.
+that count reach the head. One model this small does not fill a GPU, so the learning rates and weight decays of a sweep
+are trained side by side, as one program over a leading axis of models that all read the same batches. One call of it
+takes all steps between two tests, over examples that lie on the device.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -18,118 +17,59 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 
-from lin_jax import files, optim
-from lin_jax.config import ModelConfig
-from lin_jax.layers import Linear
-from lin_jax.loss import next_token_loss
+from lin_jax import files
 from lin_jax.metrics import Throughput, progress
-from lin_jax.model import LanguageModel
 
 from .batch import Batch
 from .examples import batches, compact
-from .runs import STARTS, Run, without_rate
-
-
-class Answerer(nnx.Module):
-  """A language model that answers at given positions from its output there.
-
-  With `decodes_last` its last output answers for all positions: sines of the position are added, and a two-layer GELU
-  MLP of the same width decodes the sum (MAD, arXiv:2403.17844, compression). `start` is one of `runs.STARTS`. With a
-  key, each entry of the embeddings becomes zero with probability `dropout`, and the other entries grow to keep the
-  mean.
-  """
-
-  def __init__(self, config: ModelConfig, decodes_last: bool, start: str, dropout: float = 0.0, *, rngs: nnx.Rngs):
-    self.dropout = dropout
-    self.model = LanguageModel(config, rngs=rngs, unroll=0)
-    linear = lambda: Linear(config.width, config.width, ("embed", None), dtype=config.dtype, rngs=rngs, bias=True)
-    self.decoder = nnx.List([linear(), linear()]) if decodes_last else None
-    deviation = STARTS[start]
-    for _, layer in nnx.iter_modules(self):
-      if deviation and isinstance(layer, Linear):
-        shape = layer.kernel[...].shape  # the layers of a stack have one kernel
-        layer.kernel[...] = deviation(shape[-2]) * jax.random.normal(rngs.params(), shape)
-
-  def __call__(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Returns the activations before the head [B, M, D] for tokens [B, T] and positions [B, M]."""
-    embedded = self.model.embed(tokens)
-    if key is not None and self.dropout:
-      kept = jax.random.bernoulli(key, 1 - self.dropout, embedded.shape)
-      embedded = jnp.where(kept, embedded / (1 - self.dropout), 0)
-    hidden, _ = self.model.hidden_from_embeddings(embedded)
-    if self.decoder is None:
-      return jnp.take_along_axis(hidden, positions[..., None], axis=1)
-    encoding = _sines(positions, hidden.shape[-1]).astype(hidden.dtype)
-    first, second = self.decoder
-    return second(jax.nn.gelu(first(jnp.broadcast_to(hidden[:, -1:], encoding.shape) + encoding)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-  """Jitted functions over R models, which are stacked on the leading axis of every state.
-
-  `peaks` and `ends` [R] are the learning rates at their peak and at their end.
-
-  Attributes:
-    create: (seed, peaks, ends) to a state.
-    advance: (state, data, rows, keys, peaks, ends) to the state after a step for each of `rows` [steps, batch_size] and
-      `keys` [steps], and the mean losses [R].
-    answer: (state, data, rows) to the models' answers [R, *rows.shape, M] and the distance of their distribution from
-      the true one, which is None for tasks with one right answer per position.
-  """
-
-  create: Callable
-  advance: Callable
-  answer: Callable
+from .programs import Programs, programs_of, rates_of
+from .runs import Run
+from .scores import batch_class_accuracy, class_accuracy, score
 
 
 @dataclasses.dataclass
 class Course:
-  """The progress of a run: its curve of [step, loss, accuracy], its distance from the true distribution at each test,
-  and its result once it has ended."""
+  """The progress of a run: its tests as {measure: value}, and its result once it has ended."""
 
-  curve: list[list] = dataclasses.field(default_factory=list)
-  distances: list[float | None] = dataclasses.field(default_factory=list)
+  tests: list[dict] = dataclasses.field(default_factory=list)
   result: dict | None = None
 
 
 def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None,
           over: Callable[[], bool] = lambda: False, unfinished: pathlib.Path | None = None, *,
           until_solved: bool = False) -> list[dict | None] | None:
-  """Trains runs that differ in the learning rate alone. A run scores the same whichever runs are beside it.
+  """Trains runs that differ in their rates alone. A run scores the same whichever runs are beside it.
 
-  Returns a record per run: `accuracy` and `class_accuracy` of its last test, `solved`, `curve` [step, loss, accuracy],
-  `total_variation` of the answer's distribution from the true one at the curve's tests (None if only one answer is
-  right), and more. With `until_solved` all runs end at the test at which the first of them has solved the task, and the
-  other runs give None.
+  Returns a record per run. Its last test gives `accuracy`, `class_accuracy` over all test examples,
+  `batch_class_accuracy` (MAD's: the mean over batches), and `solved`. Its `curve` has up to twenty tests as
+  [step, training loss, accuracy], and `total_variation` has the distance of the answer's distribution from the true one
+  at these tests (None if only one answer is right). A run with validation examples also has `validation` [loss,
+  accuracy] at these tests, and `selected`, which has all measures of that test, among all of the run, at which the
+  validation loss is the least. With `until_solved` all runs end at the test at which the first of them has solved the
+  task, and the other runs give None.
 
   If `over()` is true after a test, the function saves its progress in the file `unfinished` and returns None. The next
-  call continues from there to the same end. Raises ValueError for runs that differ in more than the learning rate.
+  call continues from there to the same end. Raises ValueError for runs that differ in more than their rates.
   """
-  start, run, (peaks, ends) = time.monotonic(), runs[0], _rates(runs)
-  programs, throughput = _programs(_shared(run)), Throughput()
-  test = run.build_task().draw(np.random.default_rng([run.seed, 1]), run.test_examples)
-  held_out = compact(test)
-  state, courses, step = programs.create(run.seed, peaks, ends), [Course() for _ in runs], 0
+  start, run, rates = time.monotonic(), runs[0], rates_of(runs)
+  programs, throughput = programs_of(run), Throughput()
+  test, validation = held_out(run, 1, run.test_examples), held_out(run, 4, run.validation_examples)
+  state, courses, step = programs.create(run.seed, rates), [Course() for _ in runs], 0
   if unfinished and unfinished.exists():
     state, courses, step, seconds = _restore(unfinished, state)
     start -= seconds
-  tokens = run.batch_size * test.tokens.shape[1]
+  tokens = run.batch_size * test.batch.tokens.shape[1]
   for data, rows in batches(run, step // run.evaluate_every):
     rows = rows[:run.steps - step]
     keys = jax.random.split(jax.random.fold_in(jax.random.key(run.seed), step), len(rows))
-    state, losses = programs.advance(state, data, rows, keys, peaks, ends)
+    state, losses = programs.advance(state, data, rows, keys, rates)
     step += len(rows)
-    answers = _answers(programs, state, held_out, test.targets.shape, run.batch_size)
-    for course, loss, said, distance in zip(courses, map(float, losses), *answers, strict=True):
-      if course.result is None:
-        _judge(course, run, step, loss, said, distance, test)
+    _test(courses, run, step, losses, [held and held.answers(programs, state, run.batch_size)
+                                       for held in (test, validation)])
     throughput.count(tokens * len(rows))
     report(f"{progress(step, run.steps, float(min(losses)), throughput.read(), None, tokens)}  "
-           f"accuracy {' '.join(f'{course.curve[-1][2]:.3f}' for course in courses)}")
+           f"accuracy {' '.join(f'{course.tests[-1]["accuracy"]:.3f}' for course in courses)}")
     results = [course.result for course in courses]
     if all(results) or until_solved and any(result and result["solved"] for result in results):
       break
@@ -142,124 +82,92 @@ def train(runs: Sequence[Run], report: Callable[[str], None] = lambda line: None
   return [result and result | together for result in results]
 
 
-def _rates(runs):
-  """Returns the learning rates at the peak and at the end of each run. The runs must differ in nothing else."""
-  if any(without_rate(run.setting()) != without_rate(runs[0].setting()) for run in runs):
-    raise ValueError("runs that are trained side by side may differ in the learning rate and its end alone")
-  return [np.array([getattr(run.train_config().optim, field) for run in runs], np.float32)
-          for field in ("learning_rate", "final_learning_rate")]
+@dataclasses.dataclass(frozen=True)
+class Answered:
+  """One model's answers to held-out examples.
+
+  Attributes:
+    batch: the examples.
+    said: int32 [count, T], 0 where nothing is asked.
+    loss: mean -log of the true answer's probability.
+    distance: mean total variation from the true distribution, None if every position has one answer.
+  """
+
+  batch: Batch
+  said: np.ndarray
+  loss: float
+  distance: float | None
 
 
-def _judge(course, run, step, loss, said, distance, test):
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Examples that are not trained on, and the same reduced to the positions that count."""
+
+  batch: Batch
+  data: dict[str, np.ndarray]
+
+  def answers(self, programs: Programs, state, batch_size: int) -> list[Answered]:
+    """Returns what each model of the state answers."""
+    count = len(self.batch.tokens)
+    rows = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32) % count  # rows repeat to fill the last batch
+    said, losses, distances = jax.tree.map(lambda x: np.asarray(x).reshape(len(x), -1, x.shape[-1])[:, :count],
+                                           programs.answer(state, self.data, rows.reshape(-1, batch_size)))
+    whole = np.zeros((len(said), *self.batch.targets.shape), np.int32)
+    np.put_along_axis(whole, self.data["positions"][None], said, axis=2)
+    mean = lambda x: float(np.average(x, weights=self.data["weights"]))
+    return [Answered(self.batch, whole[i], mean(losses[i]), None if distances is None else mean(distances[i]))
+            for i in range(len(said))]
+
+
+def held_out(run: Run, stream: int, count: int) -> HeldOut | None:
+  """Draws examples from a random stream of their own, or returns None for a count of 0."""
+  if not count:
+    return None
+  batch = run.build_task().draw(np.random.default_rng([run.seed, stream]), count)
+  return HeldOut(batch, compact(batch))
+
+
+def _test(courses, run, step, losses, answers):
+  """Adds a test to the courses that have not ended, from all models' answers to the test and validation examples."""
+  tested, validated = answers
+  for course, loss, *answered in zip(courses, map(float, losses), tested, validated or [None] * len(courses),
+                                     strict=True):
+    if course.result is None:
+      _judge(course, run, step, loss, *answered)
+
+
+def _judge(course, run, step, loss, test, validation):
   """Adds a test to the course, and the result if this is the run's last test."""
-  accuracy, finite = score(said, test), math.isfinite(loss)
-  course.curve.append([step, round(loss, 5) if finite else None, round(accuracy, 5)])
-  course.distances.append(distance)
+  accuracy, finite = score(test.said, test.batch), math.isfinite(loss)
+  measures = {"step": step, "loss": _rounded(loss), "accuracy": round(accuracy, 5),
+              "total_variation": None if test.distance is None else round(test.distance, 5)}
+  if validation:
+    measures |= {"validation_loss": _rounded(validation.loss),
+                 "validation_accuracy": round(score(validation.said, validation.batch), 5)}
+  course.tests.append(measures)
   if step < run.steps and accuracy < run.stop_accuracy and finite:
     return
-  kept = sorted({round(i * (len(course.curve) - 1) / 19) for i in range(20)})
+  kept = [course.tests[i] for i in sorted({round(i * (len(course.tests) - 1) / 19) for i in range(20)})]
+  classes = test.batch.allowed is None
   course.result = {
-      "accuracy": accuracy, "class_accuracy": None if test.allowed is not None else class_accuracy(said, test),
+      "accuracy": accuracy, "class_accuracy": class_accuracy(test.said, test.batch) if classes else None,
+      "batch_class_accuracy": batch_class_accuracy(test.said, test.batch, run.batch_size) if classes else None,
       "solved": accuracy >= run.stop_accuracy, "diverged": not finite, "steps": step,
-      "curve": [course.curve[i] for i in kept],
-      "total_variation": None if test.allowed is None else [round(course.distances[i], 5) for i in kept]}
+      "curve": [[measured["step"], measured["loss"], measured["accuracy"]] for measured in kept],
+      "total_variation": None if classes else [measured["total_variation"] for measured in kept],
+      "validation": [[measured["validation_loss"], measured["validation_accuracy"]] for measured in kept]
+                    if validation else None,
+      "selected": _selected(course.tests) if validation else None}
 
 
-def score(said: np.ndarray, batch: Batch) -> float:
-  """Returns the share of the masked positions at which `said` [count, T] is right."""
-  if batch.allowed is None:
-    right = said == batch.targets
-  else:
-    right = np.take_along_axis(batch.allowed, said[..., None], axis=-1)[..., 0]
-  return float((right * batch.mask).sum() / batch.mask.sum())
+def _rounded(loss):
+  return round(loss, 5) if math.isfinite(loss) else None
 
 
-def class_accuracy(said: np.ndarray, batch: Batch) -> float:
-  """Returns MAD's measure, the share of right answers for each target token, averaged over these tokens.
-
-  As its authors compute it, a token that was said but is never a target counts with 0.
-  """
-  counted = batch.mask > 0
-  said, targets = said[counted], batch.targets[counted]
-  tokens = np.union1d(said, targets)
-  return float(np.mean([(said[targets == token] == token).mean() if (targets == token).any() else 0.0
-                        for token in tokens]))
-
-
-@functools.lru_cache(maxsize=4)
-def _programs(shared: str) -> Programs:
-  run = Run(**json.loads(shared))
-  config, task = run.train_config(), run.build_task()
-  decodes_last = getattr(task, "decodes_last", False)
-  build = lambda seed: Answerer(config.model, decodes_last, run.start, run.embedding_dropout, rngs=nnx.Rngs(seed))
-  graph = nnx.graphdef(jax.eval_shape(lambda: build(0)))
-
-  def create(seed, peaks, ends):
-    params = nnx.state(build(jax.random.key(seed)))
-    return jax.vmap(lambda peak, end: (params, _optimizer(config, peak, end).init(params)))(peaks, ends)
-
-  def loss(params, batch, key):
-    answerer = nnx.merge(graph, params)
-    hidden = answerer(batch["tokens"], batch["positions"], key)
-    total, _ = next_token_loss(hidden, answerer.model.unembedding(), batch["targets"], batch["weights"])
-    return total / batch["weights"].sum()
-
-  def update(state, peak, end, batch, key):
-    params, moments = state
-    value, grads = jax.value_and_grad(loss)(params, batch, key)
-    updates, moments = _optimizer(config, peak, end).update(grads, moments, params)
-    return (optax.apply_updates(params, updates), moments), value
-
-  def advance(state, data, rows, keys, peaks, ends):
-    step = lambda state, now: jax.vmap(update, in_axes=(0, 0, 0, None, None))(
-        state, peaks, ends, {name: array[now[0]] for name, array in data.items()}, now[1])
-    state, losses = jax.lax.scan(step, state, (rows, keys))
-    return state, losses.mean(axis=0)
-
-  def answer(state, data, rows):
-    def say(params, batch):
-      answerer = nnx.merge(graph, params)
-      x = answerer(batch["tokens"], batch["positions"])
-      logits = jnp.einsum("bmd,dv->bmv", x, answerer.model.unembedding().astype(x.dtype),
-                          preferred_element_type=jnp.float32)
-      distance = _total_variation(logits, batch["allowed"]) if "allowed" in batch else None
-      return jnp.argmax(logits, axis=-1).astype(jnp.int32), distance
-
-    found = jax.lax.map(lambda batch_rows: jax.vmap(say, in_axes=(0, None))(
-        state[0], {name: array[batch_rows] for name, array in data.items()}), rows)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), found)
-
-  return Programs(jax.jit(create), jax.jit(advance), jax.jit(answer))
-
-
-def _optimizer(config, peak, end):
-  return optim.make_optimizer(dataclasses.replace(config.optim, learning_rate=peak, final_learning_rate=end))
-
-
-def _shared(run):
-  """Returns the run as JSON, with fixed values for the fields that do not change its compiled program."""
-  return json.dumps(dataclasses.asdict(run) | dict(seed=0, learning_rate=1e-3, final_fraction=0.0))
-
-
-def _total_variation(logits, allowed):
-  """Returns half the sum of differences between softmax(logits) [B, M, V] and equal shares of `allowed`: [B, M]."""
-  allowed = allowed.astype(jnp.float32)
-  shares = allowed / jnp.maximum(allowed.sum(axis=-1, keepdims=True), 1)
-  return 0.5 * jnp.abs(jax.nn.softmax(logits) - shares).sum(axis=-1)
-
-
-def _answers(programs, state, held_out, shape, batch_size):
-  """Returns each model's answers at the positions that count, with 0 elsewhere, [R, *shape], and its mean total
-  variation [R] from the true distribution, or Nones if every position has one answer."""
-  count = shape[0]
-  rows = np.arange(-(-count // batch_size) * batch_size, dtype=np.int32) % count  # rows repeat to fill the last batch
-  said, distance = jax.tree.map(lambda x: np.asarray(x).reshape(len(x), -1, x.shape[-1])[:, :count],
-                                programs.answer(state, held_out, rows.reshape(-1, batch_size)))
-  whole = np.zeros((len(said), *shape), np.int32)
-  np.put_along_axis(whole, np.asarray(held_out["positions"])[None], said, axis=2)
-  if distance is None:
-    return whole, [None] * len(said)
-  return whole, [float(np.average(x, weights=held_out["weights"])) for x in distance]
+def _selected(tests):
+  """Returns the test with the least validation loss, None if no loss is finite."""
+  finite = [test for test in tests if test["validation_loss"] is not None]
+  return min(finite, key=lambda test: test["validation_loss"]) if finite else None
 
 
 def _save(path, state, courses, step, seconds):
@@ -275,10 +183,3 @@ def _restore(path, like):
     leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(file.files) - 1)]
     courses, step, seconds = json.loads(str(file["progress"]))
   return jax.tree.unflatten(jax.tree.structure(like), leaves), [Course(**course) for course in courses], step, seconds
-
-
-def _sines(positions, width):
-  """Returns sines and cosines [B, M, width] of positions [B, M] (Vaswani et al. 2017, section 3.5)."""
-  frequencies = 10000.0 ** (-jnp.arange((width + 1) // 2, dtype=jnp.float32) / (width / 2))
-  angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 
-from claims import CLAIMS, Claim, Finding, Results, language, lengths, linearized, speed, synthetic
+from claims import CLAIMS, Claim, Finding, Results, language, lengths, linearized, speed
 from claims.page import by_class, classified, render
 from claims.plots import PLOTS
+from claims.synthetic_scores import FILE as SYNTHETIC
 from language import sweeps as language_sweeps
 from lin_jax.mixers.delta_net import ACTIVATIONS
-from synthetic import sweeps
+from tests.experiments.synthetic_records import records_of
 from tests.forked import ROOT, Command
 
 RESULTS = ROOT / "experiments/results"
@@ -21,17 +22,6 @@ RESULTS = ROOT / "experiments/results"
 
 def write(folder, name, rows):
   (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def trained(run, accuracy):
-  return {"setting": run.setting(), "accuracy": accuracy, "class_accuracy": accuracy / 2, "solved": accuracy >= 0.99,
-          "curve": [[1, 1.0, 0.0], [2, 0.5, accuracy]]}
-
-
-def swept(run, accuracy):
-  """Records of `run` at all the rates of its sweep."""
-  kind = lambda run: (run.task, run.task_fields, run.mixer, run.width)
-  return [trained(other, accuracy) for other in sweeps.SWEEPS.get(run.task, sweeps.mad)() if kind(other) == kind(run)]
 
 
 def measured(name, at, **fields):
@@ -77,61 +67,6 @@ def test_the_answer_comes_first_and_has_every_claim():
   answer, _ = render(Results(RESULTS)).split("## What was measured")
   assert f"Of {len(CLAIMS)} claims" in answer and len(answer.splitlines()) < 50
   assert [claim.text for claim in CLAIMS if f"• {claim.text.rstrip('.')} (" not in answer] == []
-
-
-def mqar_runs(mixer, length, width):
-  return [run for run in sweeps.mqar() if run.mixer == mixer and run.width == width
-          and run.task_fields["sequence_length"] == length]
-
-
-def test_the_best_rate_counts_as_the_mean_of_its_seeds(tmp_path):
-  low, high, *others = mqar_runs("gla", 256, 64)
-  other = dataclasses.replace(high, steps=7)  # not the sweep's setting
-  rows = [trained(low, 0.5), trained(high, 0.7), trained(dataclasses.replace(high, seed=1), 0.8), trained(other, 1.0)]
-  write(tmp_path, synthetic.FILE, rows)
-  assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 64) is None  # a rate was not tried
-  write(tmp_path, synthetic.FILE, [*rows, trained(others[0], 0.99)])
-  assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 64) == pytest.approx(0.99)  # nor need they be
-  write(tmp_path, synthetic.FILE, [*rows, *(trained(run, 0.1) for run in others)])
-  assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 64) == pytest.approx(0.75)
-  assert synthetic.mqar(Results(tmp_path), "gla", (256, 16), 128) is None
-
-
-def test_mqar_claims_are_judged_point_by_point(tmp_path):
-  scores = ("delta_net", 64, 0.98), ("delta_net", 128, 0.995), ("mamba", 64, 0.9)
-  rows = [row for mixer, width, score in scores for row in swept(mqar_runs(mixer, 512, width)[0], score)]
-  write(tmp_path, synthetic.FILE, rows)
-  results = Results(tmp_path)
-  solved = finding(results, "DeltaNet without convolutions solves 64 pairs in 512 tokens at every width.")
-  assert solved.points == (False, True, None) and solved.verdict == "holds in part"
-  assert solved.text == "512/64 d64: 98.0; 512/64 d128: 99.5"
-  beats = finding(results, "DeltaNet recalls more than Mamba at small widths.")
-  assert beats.points == (True, None) and beats.text == "512/64 d64: 98.0 and 90.0"
-
-
-def test_mad_counts_the_tokens_alike_and_needs_both_settings(tmp_path):
-  runs = [run for run in sweeps.mad() if (run.task, run.mixer) == ("compression", "gla")]
-  easy, hard = (next(run for run in runs if bool(run.task_fields) == changed) for changed in (False, True))
-  write(tmp_path, synthetic.FILE, swept(easy, 0.8))
-  assert synthetic.mad(Results(tmp_path), "gla", "compression") is None
-  write(tmp_path, synthetic.FILE, [*swept(easy, 0.8), *swept(hard, 0.4)])
-  assert synthetic.mad(Results(tmp_path), "gla", "compression") == pytest.approx(0.3)
-
-
-def test_regbench_is_level_within_a_point(tmp_path):
-  scores = {"delta_net": 0.8, "attention": 0.809, "gla": 0.811, "mamba": 0.1}
-  runs = {run.mixer: run for run in sweeps.regbench() if run.task_fields["train_examples"] == 1000}
-  rows = [row for mixer, score in scores.items() for row in swept(runs[mixer], score)]
-  for row in rows:  # the best test counts, not the last
-    row |= {"accuracy": 0.05, "curve": [*row["curve"], [3, 0.1, 0.05]], "total_variation": [0.6, 0.25, 0.3]}
-  write(tmp_path, synthetic.FILE, rows)
-  found = finding(Results(tmp_path),
-                  "DeltaNet learns regular languages in context as well as Transformer++, GLA and Mamba.")
-  assert found.points[:4] == (True, False, True, None)
-  assert found.text == "1,000: DeltaNet 80.0, Transformer++ 80.9, GLA 81.1, Mamba 10.0"
-  page = render(Results(tmp_path))
-  assert "| DeltaNet | 80.0 |  |  |  |" in page and "| DeltaNet | 0.250 |  |  |  |" in page
-  assert "| RetNet |" not in page  # of which nothing was run
 
 
 def modelled(run, bits_per_byte):
@@ -218,7 +153,7 @@ def test_long_texts_are_compared_with_the_trained_length(tmp_path):
 
 def test_plots_are_drawn_of_what_was_run(tmp_path):
   assert not [plot.file for plot in PLOTS if plot.drawn(Results(tmp_path))]
-  write(tmp_path, synthetic.FILE, [row for width in (64, 128) for row in swept(mqar_runs("gla", 256, width)[0], 0.5)])
+  write(tmp_path, SYNTHETIC, [row for width in (64, 128) for row in records_of("mqar", 0.5, mixer="gla", width=width)])
   plot, = (plot for plot in PLOTS if plot.drawn(Results(tmp_path)))
   assert plot.draw(Results(tmp_path), tmp_path).stat().st_size > 10_000
   write(tmp_path, speed.TRAINING, [

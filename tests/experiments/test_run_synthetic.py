@@ -27,7 +27,8 @@ def finish(process):
 
 def test_sweep_resumes(tmp_path):
   path = tmp_path / "results" / "synthetic.jsonl"
-  sweep = ["--sweep=mqar", "--mixer=linear_attention", "--examples=8", "--stop_accuracy=0", *TINY, f"--out={path}"]
+  sweep = ["--sweep=mqar_reduced", "--mixer=linear_attention", "--examples=8", "--stop_accuracy=0", *TINY,
+           f"--out={path}"]
   assert "0 run, 0 skipped, 3 left" in finish(fork(*sweep, "--limit_seconds=1e-6", "--set=pairs=16"))
   assert "6 run, 0 skipped, 0 left" in finish(start(*sweep))  # three learning rates of two settings
   *kept, cut, last = path.read_text().splitlines(keepends=True)
@@ -40,7 +41,7 @@ def test_sweep_resumes(tmp_path):
   assert again[5]["curve"] == json.loads(last)["curve"]  # the same run on the same device
   assert [record["setting"]["task_fields"]["pairs"] for record in again] == [16] * 3 + [64] * 3
   assert [record["side_by_side"] for record in again] == [3] * 4 + [2] * 2
-  assert again[5]["device"] == "cpu" and again[5]["versions"]["jax"] and "--sweep=mqar" in again[5]["command"]
+  assert again[5]["device"] == "cpu" and again[5]["versions"]["jax"] and "--sweep=mqar_reduced" in again[5]["command"]
 
 
 def test_mistakes(tmp_path):

@@ -1,6 +1,5 @@
 """Training on synthetic tasks: a tiny recall that is learnt, every task at a small size, measures and batches."""
 
-import collections
 import dataclasses
 import json
 import math
@@ -11,11 +10,13 @@ import pytest
 from flax import nnx
 
 from synthetic import TASKS, examples
+from synthetic.answerer import Answerer
 from synthetic.batch import Batch
 from synthetic.mqar import MQAR
-from synthetic.runs import HEADS, Run, parse_fields, whole, without_rate
-from synthetic.sweeps import MIXERS, SWEEPS
-from synthetic.training import Answerer, _total_variation, class_accuracy, score, train
+from synthetic.reduced import MIXERS
+from synthetic.runs import HEADS, Run, parse_fields, whole
+from synthetic.scores import class_accuracy, score, total_variation
+from synthetic.training import train
 
 RECALL = {"sequence_length": 32, "pairs": 4, "vocab_size": 32}
 SMALL = {"in_context_recall": {"sequence_length": 16}, "noisy_recall": {"sequence_length": 16},
@@ -41,7 +42,8 @@ def test_delta_net_recalls():
 def side_by_side():
   run = Run("mqar", "delta_net", RECALL, width=16, depth=1, batch_size=16, steps=6, evaluate_every=2, test_examples=32,
             examples=40)
-  runs = [dataclasses.replace(run, learning_rate=rate, final_fraction=end) for rate, end in ((1e-2, 0.0), (1e-3, 0.1))]
+  runs = [dataclasses.replace(run, learning_rate=rate, final_fraction=end, weight_decay=decay)
+          for rate, end, decay in ((1e-2, 0.0, 0.0), (1e-3, 0.1, 0.1))]
   return runs, train(runs)
 
 
@@ -67,9 +69,9 @@ def test_a_run_that_ends_keeps_its_result(side_by_side):
   assert not any(result is None for result in train(easy, until_solved=True))  # both solved it at the same test
 
 
-def test_only_learning_rates_may_differ(side_by_side):
+def test_only_rates_may_differ(side_by_side):
   [run, _], _ = side_by_side
-  with pytest.raises(ValueError, match="may differ in the learning rate"):
+  with pytest.raises(ValueError, match="may differ in learning_rate, final_fraction, weight_decay alone"):
     train([run, dataclasses.replace(run, seed=1)])
 
 
@@ -93,7 +95,7 @@ def test_every_task_has_a_small_setting():
 @pytest.mark.parametrize("task", SMALL)
 def test_every_task_trains(task):
   run = Run(task, "attention", SMALL[task], {"heads": 2}, width=32, depth=1, learning_rate=1e-2, batch_size=64,
-            steps=90, evaluate_every=15, test_examples=128)
+            steps=90, evaluate_every=15, test_examples=128, validation_examples=128 if task == "regbench" else 0)
   [result] = train([run])
   # The first loss is already an average over 15 steps, the logarithm of the vocabulary that of an untrained model.
   assert result["curve"][-1][1] < 0.95 * math.log(run.build_task().vocab_size) and not result["diverged"]
@@ -103,14 +105,12 @@ def test_every_task_trains(task):
   if task == "regbench":
     assert len(result["total_variation"]) == len(result["curve"])
     assert 1 > result["total_variation"][0] > result["total_variation"][-1] > 0
+    losses = [loss for loss, _ in result["validation"]]
+    assert result["selected"]["validation_loss"] == min(losses) < losses[0]
+    assert [result["selected"][name] for name in ("step", "loss", "accuracy")] == result["curve"][np.argmin(losses)]
   else:
-    assert result["total_variation"] is None
-
-
-@pytest.mark.parametrize(("name", "rates"), [("mqar", 3), ("mad", 3), ("regbench", 3)])
-def test_a_sweep_tries_its_rates_for_one_setting(name, rates):
-  settings = [json.dumps(without_rate(run.setting()), sort_keys=True) for run in SWEEPS[name]()]
-  assert set(collections.Counter(settings).values()) == {rates}
+    assert result["total_variation"] is result["validation"] is result["selected"] is None
+    assert 0 <= result["batch_class_accuracy"] <= 1
 
 
 def test_scores():
@@ -128,7 +128,7 @@ def test_total_variation():
   allowed = np.array([[[True, True, False, False], [True, False, False, False]]])
   share = lambda *p: np.log(np.array(p, np.float32))
   logits = np.stack([share(0.5, 0.25, 0.125, 0.125), share(0.1, 0.2, 0.3, 0.4)])[None]
-  assert np.asarray(_total_variation(logits, allowed)) == pytest.approx(np.array([[0.25, 0.9]]))
+  assert np.asarray(total_variation(logits, allowed)) == pytest.approx(np.array([[0.25, 0.9]]))
 
 
 def test_dropout():
@@ -208,10 +208,3 @@ def test_settings():
                         ("random_filler=2", "must be of type bool"), ("pairs", "must be of type int")):
     with pytest.raises(ValueError, match=message):
       parse_fields(MQAR, text)
-
-
-def test_mqar_sweep_is_the_papers_grid():
-  runs = SWEEPS["mqar"]()
-  assert len({json.dumps(run.setting()) for run in runs}) == len(runs) == 2 * 3 * len(MIXERS) * 3
-  for run in runs:
-    run.train_config()
