@@ -16,7 +16,7 @@ from lin_jax.model import parameter_count
 from lin_jax.training import train
 from running import records
 
-from .repeats import pair_losses
+from .evaluation import held_out
 from .runs import Run, folder
 
 
@@ -82,6 +82,7 @@ def _record(run, data, place, start, result):
       "parameters": parameter_count(config.model), "tokens": tokens, "epochs": round(tokens / train_split.tokens, 4),
       "data": pathlib.Path(data).name, "evaluated_on": f"all {val.tokens} tokens of split val",
       "diverged": loss is None, "held_out_loss": loss, "bits_per_byte": result and result["bits_per_byte"],
-      "perplexity": result and metrics.perplexity(loss), "pair_losses": result and pair_losses(place, config.data),
+      "perplexity": result and metrics.perplexity(loss),
+      **(held_out(place, config.data) if result else {"pair_losses": None, "losses": None}),
       "tokens_per_second": round(statistics.median(rates), 1) if rates else None,
       **began, "run": records.now(), **records.provenance(), "setting": run.setting(data)}

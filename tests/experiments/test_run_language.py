@@ -32,7 +32,7 @@ from tests.lin_jax import tiny
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  return str(tiny.write_dataset(tmp_path_factory.mktemp("language") / "data"))
+  return str(tiny.write_dataset(tmp_path_factory.mktemp("language") / "data", test=700, val_code=600))
 
 
 def test_sizes_are_matched():
@@ -164,6 +164,9 @@ def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkey
   assert record["tokens"] == 6 * 8 * 64 and record["epochs"] == round(6 * 8 * 64 / 3000, 4)
   # Two bytes an id in this dataset.
   assert record["bits_per_byte"] == pytest.approx(record["held_out_loss"] / 0.6931472 / 2)
+  assert {split: losses["tokens"] for split, losses in record["losses"].items()} == {"test": 700, "val_code": 600}
+  assert all(losses["bits_per_byte"] == pytest.approx(losses["loss"] / 0.6931472 / 2)
+             for losses in record["losses"].values())
   assert record["device"] == "cpu" and record["versions"]["jax"] == jax.__version__ and record["command"]
   # One checkpoint stays, with what evaluation needs.
   place, = workdir.iterdir()
@@ -244,7 +247,7 @@ def test_diverged_run_has_a_record_too(data, tmp_path, monkeypatch):
   run = Run("gla", 1e-3, tiny=True)
   record = finish(run, data, tmp_path)
   assert record["diverged"] and record["held_out_loss"] is record["bits_per_byte"] is record["perplexity"] is None
-  assert record["pair_losses"] is None and record["setting"] == run.setting(data)
+  assert record["pair_losses"] is record["losses"] is None and record["setting"] == run.setting(data)
   assert record == json.loads((folder(tmp_path, run, data) / "record.json").read_text())
   uptrained = Run("linearized_5", 1e-3, tiny=True, start=run)
   with pytest.raises(ValueError, match="gla, from which it starts, has diverged"):
