@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from claims import CLAIMS, Claim, Finding, Results, language, lengths, linearized, speed, synthetic
-from claims.page import by_class, classified, render
+from claims.page import by_class, render
 from claims.plots import PLOTS
+from claims.points import classified, decided_by
 from language import sweeps as language_sweeps
 from lin_jax.mixers.delta_net import ACTIVATIONS
 from synthetic import sweeps
@@ -50,12 +51,20 @@ def test_verdict(points, verdict):
   assert Finding("", points).verdict == verdict
 
 
-@pytest.mark.parametrize("points, close, decided", [
-    ((True, True), (), True), ((True, True), (False, True), False), ((False, False), (False, True), True),
-    ((False,), (True,), False), ((True, False), (False, True), True), ((True, False), (True, False), False),
-    ((None,), (), False)])
-def test_a_verdict_is_decided_by_points_that_are_not_close(points, close, decided):
-  assert Finding("", points, close).decided == decided
+@pytest.mark.parametrize("points, close, verdict", [
+    ((True, True), (), "holds"), ((True, True), (False, True), "undecided"),
+    ((False, False), (False, True), "undecided"), ((False,), (True,), "undecided"),
+    ((True, False), (False, True), "undecided"), ((True, False, True), (False, False, True), "holds in part"),
+    ((True, None), (True, False), "undecided"), ((True, True, None), (False, True, False), "holds in part"),
+    ((None,), (), "not run")])
+def test_a_claim_is_undecided_when_close_points_would_change_its_verdict(points, close, verdict):
+  assert Finding("", points, close).verdict == verdict
+
+
+def test_a_row_names_the_points_that_decided():
+  mixed = Finding("", (True, False, True, None), (False, False, True, False), ("A", "B", "C", "D"))
+  assert decided_by(mixed) == "1 of 3, 1 undecided, 1 not run; yes: A; no: B; too close: C"
+  assert decided_by(Finding("", (True, True), (), ("A", "B"))) == "2 of 2"
 
 
 def claim(text):
@@ -64,13 +73,15 @@ def claim(text):
 
 def test_the_answer_counts_claims_and_names_each_sentence_once():
   clear, close, run = Finding("", (True,)), Finding("", (True,), (True,)), Finding("", (False, True, None))
-  assert [classified([finding]) for finding in (clear, close, run, Finding("", (None,)))] == [
-      "reproduced", "undecided", "in part", "undecided"]
-  assert classified([clear, Finding("", (False,))]) == "undecided"  # two settings disagree
-  assert classified([clear, run]) == "in part" and classified([Finding("", (False,))] * 2) == "contradicted"
+  not_run, against = Finding("", (None,)), Finding("", (False,))
+  assert [classified([finding]) for finding in (clear, close, run, not_run)] == [
+      "reproduced", "undecided", "in part", "not run"]
+  assert classified([clear, against]) == "undecided"  # two settings contradict each other
+  assert classified([clear, close]) == "reproduced" and classified([close, against]) == "contradicted"
+  assert classified([clear, run]) == "in part" and classified([against] * 2) == "contradicted"
   claims = [claim("A."), dataclasses.replace(claim("A."), setting="larger"), claim("B.")]
-  reproduced, _, in_part, _ = by_class(claims, dict(zip(claims, (clear, clear, run), strict=True)))
-  assert reproduced == "• A (2 of 2)" and in_part == "• B (1 of 2, 1 not run)"
+  reproduced, _, in_part, *_ = by_class(claims, dict(zip(claims, (clear, close, run), strict=True)))
+  assert reproduced == "• A (1 of 2, 1 undecided)" and in_part == "• B (1 of 2, 1 not run)"
 
 
 def test_the_answer_comes_first_and_has_every_claim():
@@ -158,19 +169,32 @@ def test_language_models_are_compared_at_their_best_rates(tmp_path):
   assert finding(Results(tmp_path), "GLA models text better than RetNet.", "long").verdict == "not run"
   page = render(Results(tmp_path))
   assert "| GLA | 42.0M | 0.001 | 0.001, 0.002 | 2 | 1.3050 ± 0.0071 |" in page
-  assert "Seeds of one model are up to 0.010 bits per byte apart" in page
+  assert "these losses are on val too" in page
 
 
-def test_models_with_one_seed_are_taken_to_vary_as_in_the_main_sweep(tmp_path):
+def test_rates_are_chosen_on_val_and_results_are_on_test_where_all_runs_have_it(tmp_path):
+  runs = {(run.model, run.learning_rate): run for run in language_sweeps.main().runs}
+  bits = {("gla", 2e-3): (1.35, 1.2), ("gla", 1e-3): (1.30, 1.25), ("retnet", 2e-3): (1.32, 1.4)}
+  rows = [modelled(runs[key], val) | {"losses": {"test": {"bits_per_byte": test, "loss": test}}}
+          for key, (val, test) in bits.items()]
+  write(tmp_path, language.FILE, rows)
+  found = finding(Results(tmp_path), "GLA models text better than RetNet.", "main")
+  assert found.text == "GLA 1.2500; RetNet 1.4000"
+  assert "these losses are on the split test" in render(Results(tmp_path))
+  write(tmp_path, language.FILE, [*rows, modelled(runs["tnl", 2e-3], 1.5)])  # a record that is older than the loss
+  assert finding(Results(tmp_path), "GLA models text better than RetNet.", "main").text == "GLA 1.3000; RetNet 1.3200"
+
+
+def test_differences_are_compared_with_the_noise_of_all_seeds(tmp_path):
   (gla, *_), (retnet, *_) = ([run for run in language_sweeps.main().runs if run.model == model]
                              for model in ("gla", "retnet"))
   rows = [modelled(dataclasses.replace(gla, seed=seed), bits) for seed, bits in enumerate((1.3, 1.34))]
   rows += [modelled(dataclasses.replace(run, steps=3600), bits) for run, bits in ((gla, 1.2), (retnet, 1.22))]
   write(tmp_path, language.FILE, rows)
   found = finding(Results(tmp_path), "GLA models text better than RetNet.", "long")
-  assert found.points == (True,) and "GLA and RetNet are closer than their seeds" in found.text
-  page = render(Results(tmp_path))
-  assert "One seed per model. The seeds of sweep `main` are up to 0.040 bits per byte apart" in page
+  assert language.noise(Results(tmp_path)) == (pytest.approx(0.04 / 2**0.5), 1)
+  assert found.points == (True,) and found.close == (True,) and found.verdict == "undecided"
+  assert "A run's deviation over its seeds is 0.0283 bits per byte" in render(Results(tmp_path))
 
 
 def test_linearized_models_are_read_from_their_own_records(tmp_path):
@@ -214,6 +238,7 @@ def test_long_texts_are_compared_with_the_trained_length(tmp_path):
                  ).points == (True,)
   carried, = (claim.text for claim in CLAIMS if "state carried" in claim.text)
   assert finding(results, carried).points == (True, None)
+  assert finding(results, carried).close == (True, False)  # 0.03 apart, where seeds are 0.02 apart
 
 
 def test_plots_are_drawn_of_what_was_run(tmp_path):
