@@ -23,6 +23,7 @@ class Run:
   steps: int = 900
   sequence_length: int = 1024
   carried_windows: int = 1  # consecutive windows of a row, which keeps its state between them without a gradient
+  staggered: bool = False  # rows of carried windows go on to other text at different steps
   tiny: bool = False  # the same layers with thousands of parameters, on batches of 512 tokens
   start: "Run | None" = None  # the run of which this one trains the linearized model further
 
@@ -33,7 +34,8 @@ class Run:
       model, length, rows = tiny(model, read_manifest(data)["tokenizer"]["vocab_size"]), 64, 8
     return TrainConfig(
         name=self.model, seed=self.seed, model=model,
-        data=DataConfig(path=data, sequence_length=length, batch_size=rows, carried_windows=self.carried_windows),
+        data=DataConfig(path=data, sequence_length=length, batch_size=rows, carried_windows=self.carried_windows,
+                        staggered=self.staggered),
         optim=OptimConfig(steps=self.steps, warmup_steps=self.steps // 10, learning_rate=self.learning_rate,
                           final_learning_rate=self.learning_rate / 10, weight_decay=0.1),
         # The whole validation split is read at the end. A run takes a minute, so it is saved only when it stops or
@@ -68,8 +70,8 @@ def setting(config: TrainConfig) -> dict:
 
 
 def key(setting: dict) -> str:
-  """Returns a text that is equal for settings of the same run. A field at its default does not count, because records
-  that are older than the field lack it."""
+  """Returns a text that is equal for settings of the same run. A field at its default, or at a mixer's
+  `EARLIER`, does not count, because records that are older than the field lack it."""
   return records.key(_without_defaults(setting, dataclasses.asdict(TrainConfig())))
 
 
@@ -81,7 +83,8 @@ def _without_defaults(values, defaults):
       if name == "start":  # another run's setting
         default = defaults
       elif "type" in value:  # a mixer
-        default = dataclasses.asdict(config_class(value["type"])())
+        kind = config_class(value["type"])
+        default = dataclasses.asdict(kind()) | getattr(kind, "EARLIER", {})
       kept |= {name: inner} if (inner := _without_defaults(value, default or {})) else {}
     elif value != (list(default) if isinstance(default, tuple) else default):
       kept[name] = value
