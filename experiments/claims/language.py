@@ -8,7 +8,7 @@ from language.report import seed_deviation, summary
 
 from .claim import Claim, Finding, Results
 
-FILE, FILES = "language.jsonl", {"linearized": "linearized.jsonl"}  # of all sweeps but these
+FILE, FILES, LEVEL = "language.jsonl", sweeps.FILES, sweeps.LEVEL  # the file of all sweeps but those of FILES
 NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormerLLM", "gla": "GLA", "mamba": "Mamba",
          "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "deltanet_swa": "DeltaNet with sliding windows",
          "deltanet_global": "DeltaNet with two attention layers", "gla_conv": "GLA with convolutions",
@@ -16,9 +16,14 @@ NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormer
          "gla_carried": "GLA with carried state", "retnet_carried": "RetNet with carried state", "no_decay": "no decay",
          "constant_decay": "constant decay", "scalar_decay": "decay per token",
          "supra": "SUPRA's layer", "linearized_5": "Transformer++ linearized, 5% more tokens",
-         "linearized_20": "Transformer++ linearized, 20% more tokens"}
+         "linearized_20": "Transformer++ linearized, 20% more tokens",
+         "retnet_slow": "RetNet with slow heads", "constant_decay_slow": "constant decay, slow too",
+         "gla_spread": "GLA, gates spread", "gla_normal": "GLA, N(0, 0.02)",
+         "gla_spread_normal": "GLA, gates spread, N(0, 0.02)", "gla_conv_normal": "GLA with convolutions, N(0, 0.02)",
+         "deltanet_normal": "DeltaNet, N(0, 0.02)", "deltanet_eps": "DeltaNet, small eps",
+         "gla_staggered": "GLA, carried and staggered",
+         "retnet_slow_staggered": "RetNet with slow heads, carried and staggered", "kda": "Kimi Delta Attention"}
 _GLA, _TNL, _DELTA, _GATED = "2312.06635", "2405.17381", "2406.06484", "2412.06464"
-LEVEL = 1.01
 
 
 def rows(results: Results, sweep: str) -> dict[str, dict]:
@@ -37,8 +42,8 @@ def _kind(record):
 def name(model: str) -> str:
   if model in NAMES:
     return NAMES[model]
-  _, norm, activation = model.split("_", 2)
-  return f"{norm.upper()} and {activation}"
+  _, norm, activation, *eps = model.split("_")
+  return f"{norm.upper()} and {activation}{', small eps' if eps else ''}"
 
 
 def fewer_bits(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):

@@ -102,6 +102,8 @@ def _row(claim, finding, commands):
 def _tables(results):
   parts = []
   for sweep in language.sweeps.SWEEPS:
+    if sweep in language.sweeps.CURVES:
+      continue
     found = language.rows(results, sweep)
     rows = [[language.name(model), f"{row['parameters'] / 1e6:.1f}M", f"{row['learning_rate']:g}",
              ", ".join(f"{rate:g}" for rate in row["learning_rates"]), str(row["seeds"]), language.bits(row),

@@ -37,15 +37,13 @@ def finish(run: Run, data: str, workdir: pathlib.Path) -> dict | None:
       raise ValueError(f"{run.start.model}, from which it starts, has diverged")
     config = dataclasses.replace(config, init_from=str(_linearized_start(run, data, workdir)))
   try:
-    result = train(config, place)
-    if result["preempted"] == "SIGINT":
-      raise KeyboardInterrupt  # of the sweep as well
-    if result["preempted"]:
+    if run.decay_steps and not place.exists() and not _branched(run, data, workdir):
+      return None
+    if (result := _trained(config, place)) is None:
       return None
   except FloatingPointError as e:
     print(e, flush=True)
-  finally:
-    gc.collect()  # a run's state has reference cycles, and the next run needs its memory
+    place.mkdir(parents=True, exist_ok=True)  # of a branch whose trunk has diverged
   if result and not math.isfinite(result["eval_loss"]):
     result = None  # the run diverged in its last step
   record = _record(run, data, place, start, result)
@@ -54,6 +52,31 @@ def finish(run: Run, data: str, workdir: pathlib.Path) -> dict | None:
   for path in [*unneeded, pathlib.Path(config.init_from)] if run.start else unneeded:
     shutil.rmtree(path)
   return record
+
+
+def _trained(config, place):
+  """The results of the run, or None if SIGTERM has stopped it."""
+  try:
+    result = train(config, place)
+  finally:
+    gc.collect()  # a run's state has reference cycles, and the next run needs its memory
+  if result["preempted"] == "SIGINT":
+    raise KeyboardInterrupt  # of the sweep as well
+  return None if result["preempted"] else result
+
+
+def _branched(run, data, workdir):
+  """Lengthens the trunk to where `run` goes off, and copies it there. Whether nothing has stopped the trunk.
+
+  Branches go off in the order of their lengths, because a trunk keeps its last checkpoint alone.
+  """
+  trunk = run.trunk()
+  source = folder(workdir, trunk, data)
+  if _trained(trunk.train_config(data), source) is None:
+    return False
+  with files.whole_folder(folder(workdir, run, data)) as work:
+    shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
+  return True
 
 
 def _linearized_start(run, data, workdir):
