@@ -1,6 +1,6 @@
 """Sweeps by name: lists of runs, and the runs that follow from their results (`plan.py`).
 
-FLOPs count forward and backward pass (`lin_jax.flops`). `experiments/queue.py` says how many minutes of one GPU each
+FLOPs count forward and backward pass (`lin_jax.flops`). `experiments/next_runs.py` says how many minutes of one GPU a
 sweep has left.
 
   main     27 runs of 29.5M tokens at three rates, 2.1e17 FLOPs, then rates and seeds that follow
