@@ -3,6 +3,7 @@
 import textwrap
 
 from . import CLAIMS, KINDS, language, synthetic
+from .answer import WITH_CARE, opening
 from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, UNDECIDED, Results, percent
 from .measured import RESULTS
 from .plots import PLOTS
@@ -44,19 +45,20 @@ with two."""
 
 def render(results: Results) -> str:
   found = {claim: claim.judge(results) for claim in CLAIMS}
-  commands = list(dict.fromkeys(claim.command for claim in CLAIMS))
-  parts = [_HEAD, *_answer(found), _reading(results), "## What was measured", _MEASURED,
+  parts = [_HEAD, *opening(results, found), *_answer(found), "### Read with care", WITH_CARE,
+           "### How a verdict is found", _reading(results), "## What was measured", _MEASURED,
            _table(["run", "machine", "result"], RESULTS), _PAGES, "## Claim by claim",
            "A synthetic task counts for a model when one of the learning rates has solved it or all were tried. The "
-           "last column leads to the command that makes the records."]
+           "[commands](#commands) that made the records are at the end."]
   for paper, title in PAPERS.items():
     parts += [f"### {title} (arXiv:{paper})",
-              _table(["claim", "where", "paper", "our setting", "our result", "points", "verdict", "made by"],
-                     [_row(claim, finding, commands) for claim, finding in found.items() if claim.paper == paper])]
+              _table(["claim", "where", "paper", "our setting", "our result", "points", "verdict"],
+                     [_row(claim, finding) for claim, finding in found.items() if claim.paper == paper])]
   parts += ["## Tables", *_tables(results)]
   if plots := [f"![{plot.title}]({plot.file})" for plot in PLOTS if plot.drawn(results)]:
     parts += ["## Plots", *plots]
-  parts += ["## Commands", "\n".join(f"{number}. `{command}`" for number, command in enumerate(commands, 1))]
+  parts += ["## Commands", _table(["records of", "command"], [
+      [f"{PAPERS[claim.paper]}: {claim.place}", f"`{claim.command}`"] for claim in _first_of_each_command()])]
   return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -91,12 +93,15 @@ def _reading(results):
   return textwrap.fill(" ".join(text.split()), width=120)
 
 
-def _row(claim, finding, commands):
+def _first_of_each_command():
+  return {claim.command: claim for claim in reversed(CLAIMS)}.values()
+
+
+def _row(claim, finding):
   points, result = decided_by(finding), finding.text
   if not finding.run:
     points, result = "", "some of the command's records are missing, because it takes more GPU time"
-  return [claim.text, claim.place, claim.printed, claim.setting, result, points, f"**{finding.verdict}**",
-          f"[{commands.index(claim.command) + 1}](#commands)"]
+  return [claim.text, claim.place, claim.printed, claim.setting, result, points, f"**{finding.verdict}**"]
 
 
 def _tables(results):

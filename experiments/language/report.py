@@ -44,12 +44,21 @@ def pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
   return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
 
 
+def best_rate(group: list[dict]) -> float:
+  """Returns the rate with the lowest loss on val among the runs with the first seed."""
+  rates = _rates(group)
+  return min(rates, key=rates.get)
+
+
+def _rates(group):
+  seed = min(record["seed"] for record in group)
+  return {record["learning_rate"]: math.inf if record["diverged"] else record["bits_per_byte"]
+          for record in group if record["seed"] == seed}
+
+
 def _at_best_rate(group):
   """The group, its rates with their losses, the best rate and the runs with it that did not diverge."""
-  seed = min(record["seed"] for record in group)
-  rates = {record["learning_rate"]: math.inf if record["diverged"] else record["bits_per_byte"]
-           for record in group if record["seed"] == seed}
-  best = min(rates, key=rates.get)
+  rates, best = _rates(group), best_rate(group)
   # A record may occur twice after two files were joined, and then counts once.
   runs = {record["seed"]: record for record in group if record["learning_rate"] == best and not record["diverged"]}
   return group, rates, best, list(runs.values())

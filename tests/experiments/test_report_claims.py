@@ -9,10 +9,12 @@ import sys
 import pytest
 
 from claims import CLAIMS, Claim, Finding, Results, language, lengths, linearized, speed, synthetic
+from claims.language_plots import gaps
 from claims.page import by_class, render
 from claims.plots import PLOTS
 from claims.points import classified, decided_by
 from language import sweeps as language_sweeps
+from language.runs import TOKENS_PER_STEP, Run
 from lin_jax.mixers.delta_net import ACTIVATIONS
 from synthetic import sweeps
 from tests.forked import ROOT, Command
@@ -86,7 +88,8 @@ def test_the_answer_counts_claims_and_names_each_sentence_once():
 
 def test_the_answer_comes_first_and_has_every_claim():
   answer, _ = render(Results(RESULTS)).split("## What was measured")
-  assert f"Of {len(CLAIMS)} claims" in answer and len(answer.splitlines()) < 50
+  assert f"Of {len(CLAIMS)} claims" in answer
+  assert len(answer.split("Each claim once")[0].splitlines()) < 50
   assert [claim.text for claim in CLAIMS if f"• {claim.text.rstrip('.')} (" not in answer] == []
 
 
@@ -252,6 +255,31 @@ def test_plots_are_drawn_of_what_was_run(tmp_path):
   training, = (plot for plot in PLOTS if plot.drawn(Results(tmp_path)) and plot.file == "training.png")
   lines, = (lines for lines in training.panels(Results(tmp_path)).values() if lines)
   assert lines == dict.fromkeys(("gla_1b3", "mamba_1b3"), [(2048, 5.0), (4096, 4.0)])
+
+
+def branch(model, rate, steps, bits, seed=0):
+  losses = {f"test_{part}": {"bits_per_byte": bits and bits / scale} for part, scale in (("english", 1), ("code", 2))}
+  run = Run(model, rate, seed=seed, steps=steps, decay_steps=steps // 5)
+  return modelled(run, bits) | {"tokens": steps * TOKENS_PER_STEP, "losses": losses}
+
+
+def test_the_gap_is_drawn_against_tokens(tmp_path):
+  gap = language_sweeps.gap()
+  first, longer = gap.runs[0].steps, gap.longer
+  rows = [branch(model, rate, first, bits) for model, bits in (("transformer", 1.5), ("gla", 1.6))
+          for rate in (2e-3, 4e-3)]
+  rows += [branch("gla", 2e-3, first, 1.7, seed=1), branch("gla", 1e-3, first, 1.5)]
+  rows += [branch("transformer", 2e-3, steps, 1.2) for steps, _ in longer]
+  rows += [branch("gla", 1e-3, longer[0][0], 1.25), branch("gla", 2e-3, longer[0][0], 1.1),
+           branch("tnl", 2e-3, longer[0][0], None)]
+  write(tmp_path, language.FILES["gap"], rows)
+  panels = gaps(Results(tmp_path))
+  assert list(panels) == ["English", "source code"]
+  assert panels["English"]["gla"] == [(30, 0.0), (60, pytest.approx(0.05))]  # at the rate that is best at 30M
+  assert panels["source code"]["gla"][1] == (60, pytest.approx(0.025))
+  assert [tokens for tokens, _ in panels["English"]["transformer"]] == [30, 60, 120, 250, 500]
+  plot, = (plot for plot in PLOTS if plot.drawn(Results(tmp_path)))
+  assert plot.file == "gap.png" and plot.draw(Results(tmp_path), tmp_path).stat().st_size > 10_000
 
 
 def test_every_command_is_one_that_exists():
