@@ -137,7 +137,7 @@ def _prepare(out):
     return tokenize.prepare(out, functools.partial(code.documents, cache),
                             tokenize.hash_split(_SEED.value, code.HELD_OUT, code.HELD_OUT),
                             splits=["train", "val", "test"], tokenizer=_tokenizer(cache, "mistral"),
-                            recipe=dict(sources=code.sources(cache), seed=_SEED.value))
+                            recipe=dict(sources=code.sources(cache), rules=code.RULES, seed=_SEED.value))
   if _CORPUS.value == "shakespeare":
     return tokenize.prepare(out, functools.partial(shakespeare.documents, cache), shakespeare.split_of,
                             splits=["train", "val", "test"], recipe=shakespeare.RECIPE,

@@ -41,6 +41,8 @@ def _kind(record):
 
 
 def name(model: str) -> str:
+  if model.startswith("wide_"):
+    return f"{name(model.removeprefix('wide_'))}, width 1024"
   if model in NAMES:
     return NAMES[model]
   _, norm, activation, *eps = model.split("_")

@@ -24,6 +24,7 @@ PACKAGES = {
     **dict.fromkeys((f"python3-{name}" for name in ("django", "matplotlib", "networkx", "pandas", "scipy", "sklearn",
                                                     "sqlalchemy", "sympy", "twisted")), r"\.py$")}
 _SIZES = 200, 200_000  # bytes of a file: shorter ones say little, and longer ones are mostly tables
+RULES = dict(files=PACKAGES, sizes=_SIZES)
 HELD_OUT = 0.004  # share of the documents that is val, and as large a share that is test
 
 

@@ -1,4 +1,5 @@
-"""The models that are compared, by name: 42M parameters each, 16.4M of them the embedding of 32,000 tokens.
+"""The models that are compared, by name: 42M parameters each, 16.4M of them the embedding of 32,000 tokens. Only the
+models of `WIDE` have 134M to 139M, 32.8M of them the embedding.
 
 The width is 512. There are eight blocks, but fifteen of Mamba, which has no MLP. Heads are as wide as in the papers'
 340M models, because the kernels are tuned for that width; so there are half as many heads at half the model's width. A
@@ -11,6 +12,8 @@ paper's four, and the models with "slow" in their names have 1 - 2^-5 and 1 - 2^
 import dataclasses
 from collections.abc import Callable
 
+from configs.deltanet import deltanet_340m, deltanet_global_340m
+from configs.gla_paper import gla_340m, retnet_340m, transformer_340m
 from lin_jax.config import ModelConfig
 from lin_jax.linearize import linearized
 from lin_jax.mixers.attention import AttentionConfig
@@ -33,6 +36,11 @@ def _model(mixer, *, depth=DEPTH, mlp_width=MLP_WIDTH, **fields):
 
 def _hybrid(layers, **fields):
   return _model(DeltaNetConfig(heads=4), hybrid_mixer=AttentionConfig(heads=8, **fields), hybrid_layers=layers)
+
+
+def _shallow(model):
+  """The model with eight layers, and with its attention in the second and the middle one, if it has any."""
+  return dataclasses.replace(model, depth=DEPTH, hybrid_layers=model.hybrid_layers and (1, DEPTH // 2))
 
 
 MODELS: dict[str, Callable[[], ModelConfig]] = {
@@ -80,6 +88,11 @@ MODELS |= SLOW | STARTS | SMALL_EPS | {"kda": _model(KDAConfig(heads=4, head_dim
 CARRIED = {"gla_carried": "gla", "retnet_carried": "retnet"}
 STAGGERED = {"gla_staggered": "gla", "retnet_slow_staggered": "retnet_slow"}
 MODELS |= {name: MODELS[plain] for name, plain in (CARRIED | STAGGERED).items()}
+
+# The layers of the papers' 340M models at their own width of 1024, eight of 24.
+WIDE = {"wide_transformer": transformer_340m, "wide_gla": gla_340m, "wide_deltanet": deltanet_340m,
+        "wide_deltanet_global": deltanet_global_340m, "wide_retnet": retnet_340m}
+MODELS |= {name: lambda function=function: _shallow(function().model) for name, function in WIDE.items()}
 
 # SUPRA's layer from the start, and Transformers whose attention becomes that layer before they are trained further.
 MODELS |= dict.fromkeys(("supra", "linearized_5", "linearized_20"), lambda: linearized(MODELS["transformer"]()))

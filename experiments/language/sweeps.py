@@ -12,10 +12,12 @@ sweep has left.
   linearized  16 runs of 29.5M tokens, of which eight share two Transformers; its records are in linearized.jsonl
   starts, norms_eps, carried  mended protocols beside the first ones, runs of 29.5M and 19.7M tokens
   gap      per model three rates at 30M tokens, then branches up to 500M: 640M tokens; its records are in gap.jsonl
+  papers_layer  5 runs of 400M tokens with 136M parameters; its records are in papers_layer.jsonl
 """
 
 import dataclasses
 
+from . import models
 from .models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, NORM_AND_ACTIVATION, SLOW, SMALL_EPS, STAGGERED, STARTS
 from .runs import TOKENS_PER_STEP, Run
 
@@ -72,22 +74,21 @@ def convolutions() -> Sweep:
 
   In DeltaNet's paper, at 340M: DeltaNet 28.24 and 29.08 without, GLA 28.65 and 29.47 with convolutions, RetNet 32.33.
   """
-  models = *CONVOLUTIONS, "deltanet", "gla", "retnet"
-  return Sweep([Run(model, rate) for rate in RATES for model in models], further_seeds=1, bracket=True,
+  compared = *CONVOLUTIONS, "deltanet", "gla", "retnet"
+  return Sweep([Run(model, rate) for rate in RATES for model in compared], further_seeds=1, bracket=True,
                decides="what short convolutions are worth, at rates that are bracketed")
 
 
 def starts() -> Sweep:
   """Slow decays for few heads, and other starts of gates, output gates and convolutions, beside `main`'s models."""
-  models = *SLOW, *STARTS
-  return Sweep([Run(model, rate) for rate in (RATES[2], RATES[0]) for model in models], further_seeds=1, bracket=True,
-               decides="whether RetNet's slow heads and GLA's start explain that GLA and RetNet are level")
+  return Sweep([Run(model, rate) for rate in (RATES[2], RATES[0]) for model in (*SLOW, *STARTS)], further_seeds=1,
+               bracket=True, decides="whether slow heads and GLA's start explain that GLA and RetNet are level")
 
 
 def lengths() -> Sweep:
   """Models with a context of 512, to be evaluated on longer texts. Two carry the state over 12 windows in a row."""
-  models = "gla", "retnet", "tnl", "transformer", "deltanet"
-  return Sweep([Run(model, RATES[0], sequence_length=512) for model in models]
+  single = "gla", "retnet", "tnl", "transformer", "deltanet"
+  return Sweep([Run(model, RATES[0], sequence_length=512) for model in single]
                + [Run(model, RATES[0], sequence_length=512, carried_windows=12) for model in CARRIED], further_seeds=1,
                decides="texts beyond the length of training")
 
@@ -142,9 +143,18 @@ def gap() -> Sweep:
                decides="whether the gap to Transformer++ closes with tokens")
 
 
+def papers_layer() -> Sweep:
+  """The papers' layers at their own width and context, 400M tokens each, with losses by the place in a document.
+
+  The control with resets says whether a model that stays flat over long texts uses them or ignores them.
+  """
+  return Sweep([Run(model, 1e-3, steps=12207, sequence_length=2048, by_place=True) for model in models.WIDE],
+               decides="the main tables' order with the papers' own layers, and whether flat models use long context")
+
+
 SWEEPS = {function.__name__: function for function in (
-    main, gates, norms, convolutions, lengths, long, linearized, starts, norms_eps, carried, gap)}
+    main, gates, norms, convolutions, lengths, long, linearized, starts, norms_eps, carried, gap, papers_layer)}
 # The records of a sweep, and its dataset, where they are not language.jsonl and data/english.
-FILES = {"linearized": "linearized.jsonl", "gap": "gap.jsonl"}
-DATA = {"gap": "data/english_code"}
+FILES = {"linearized": "linearized.jsonl", "gap": "gap.jsonl", "papers_layer": "papers_layer.jsonl"}
+DATA = dict.fromkeys(("gap", "papers_layer"), "data/english_code")
 CURVES = ("gap",)  # sweeps of one model at several lengths, which a picture shows

@@ -106,6 +106,6 @@ def _record(run, data, place, start, result):
       "data": pathlib.Path(data).name, "evaluated_on": f"all {val.tokens} tokens of split val",
       "diverged": loss is None, "held_out_loss": loss, "bits_per_byte": result and result["bits_per_byte"],
       "perplexity": result and metrics.perplexity(loss),
-      **(held_out(place, config.data) if result else {"pair_losses": None, "losses": None}),
+      **(held_out(place, config.data, run.by_place) if result else {"pair_losses": None, "losses": None}),
       "tokens_per_second": round(statistics.median(rates), 1) if rates else None,
       **began, "run": records.now(), **records.provenance(), "setting": run.setting(data)}

@@ -6,6 +6,7 @@ import pathlib
 
 from lin_jax import metrics
 
+from .models import WIDE
 from .plan import plan
 from .report import seed_deviation
 from .runs import TOKENS_PER_STEP, Run
@@ -13,8 +14,9 @@ from .sweeps import FILES, SWEEPS
 
 # By what a minute decides: protocols that the claims' doubts name, then bracketed rates and seeds, then long curves.
 ORDER = ("starts", "main", "gap", "convolutions", "norms_eps", "carried", "long", "gates", "linearized", "norms",
-         "lengths")
-_SPEED = {"mamba": 0.22e6}  # tokens per second on one H200, as predicted from the recorded sweeps
+         "lengths", "papers_layer")
+# Tokens per second on one H200, as predicted from the recorded sweeps.
+_SPEED = {"mamba": 0.22e6} | dict.fromkeys(WIDE, 0.35e6)
 _WORST = 1e3  # bits per byte of a run that is not done, when the runs that follow are counted
 _USUAL_SPEED, _COMPILATION = 0.65e6, 20.0  # seconds for a model's first run
 

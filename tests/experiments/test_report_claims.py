@@ -221,7 +221,10 @@ def test_linearized_models_are_read_from_their_own_records(tmp_path):
 
 def test_claims_name_runs_of_the_sweeps():
   known = {run.model for sweep in language_sweeps.SWEEPS.values() for run in sweep().runs}
-  assert {language.name(model) for model in known if not model.startswith("deltanet_l")} == set(language.NAMES.values())
+  named = {language.name(model) for model in known if not model.startswith(("deltanet_l", "wide_"))}
+  assert named == set(language.NAMES.values())
+  assert language.name("wide_gla") == "GLA, width 1024"
+  assert language.name("deltanet_l1_relu_eps") == "L1 and relu, small eps"
   assert language.name("deltanet_l1_elu1") == "L1 and elu1"
   planned = {run.model for run in language_sweeps.norms().runs}
   assert planned == {language._normed(norm, f) for norm in ("l1", "l2") for f in ACTIVATIONS}
