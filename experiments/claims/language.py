@@ -88,7 +88,7 @@ def claims() -> list[Claim]:
   size = "42M parameters, {} tokens of English, bits per byte at the best of the learning rates tried (table below)"
   settings = dict.fromkeys(("main", "gates", "convolutions"), size.format("29.5M")) | {
       "norms": size.format("19.7M"),
-      "long": f"{size.format('118M')}, 2.5 epochs and one seed",
+      "long": f"{size.format('118M')}, 2.5 epochs",
       "starts": f"{size.format('29.5M')}, RetNet's heads spread over 32 to 256 tokens, GLA's gates over 16 to 1,024"}
   claim = lambda sweep, paper, place, text, printed, judge: Claim(
       paper, place, text, printed, settings[sweep],
