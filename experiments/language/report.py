@@ -31,8 +31,9 @@ def seed_deviation(rows: list[dict]) -> tuple[float, int]:
   Runs that differ in the seed alone form a group, and of repetitions the last counts. Without a group of two or more
   there is nothing to pool, which gives (0.0, 0).
   """
-  groups = [list({record["seed"]: record["bits_per_byte"] for record in group if not record["diverged"]}.values())
-            for group in _groups(rows, _but_for_the_seed)]
+  by_seed = lambda group: {record["setting"]["seed"]: record["bits_per_byte"] for record in group
+                           if not record["diverged"]}
+  groups = [list(by_seed(group).values()) for group in _groups(rows, _but_for_the_seed)]
   return pooled(groups)
 
 
