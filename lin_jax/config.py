@@ -16,6 +16,7 @@ REMAT_POLICIES = ("none", "mixer", "dots", "full")
 NORMS = ("rms", "rms_offset", "simple_rms")
 POST_NORMS = ("none", "hybrid", "all")
 MLPS = ("swiglu", "sglu")
+STARTS = ("layers", "normal")
 DTYPES = ("bfloat16", "float16", "float32")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
@@ -43,6 +44,7 @@ class ModelConfig:
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   scale_embeddings: bool = False  # by sqrt(width), before the first block
+  start: str = "layers"  # of kernels: each layer's own, or "normal": N(0, 0.02) for all of products and convolutions
   dtype: str = "bfloat16"  # of activations and matmul operands; parameters, gates and states are float32
 
 
@@ -56,6 +58,7 @@ class DataConfig:
   reset_at_documents: bool = True  # documents packed in one window do not see each other
   shuffle: bool = True
   carried_windows: int = 1  # neighbouring windows read by a row, one per step, with its state but not its gradient
+  staggered: bool = False  # rows go on to other text at different steps, where carried_windows is above 1
   worker_threads: int = 4
 
 
@@ -197,7 +200,7 @@ def validate(config: TrainConfig) -> TrainConfig:
 def _validate_model(model, require):
   for field, most in (("depth", 10_000), ("width", 2**24), ("mlp_width", 2**24), ("vocab_size", 2**24)):
     require(getattr(model, field) <= most, f"model.{field}", f"must be at most {most:,}")
-  for field, known in (("norm", NORMS), ("post_norm", POST_NORMS), ("mlp", MLPS), ("dtype", DTYPES)):
+  for field, known in dict(norm=NORMS, post_norm=POST_NORMS, mlp=MLPS, start=STARTS, dtype=DTYPES).items():
     require(getattr(model, field) in known, f"model.{field}", f"must be one of {', '.join(known)}")
   require(dataclasses.is_dataclass(model.mixer), "model.mixer", "must be a mixer config")
   hybrid, layers, last = model.hybrid_mixer, model.hybrid_layers, model.depth - 1
@@ -255,7 +258,7 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def from_dict(values: dict) -> TrainConfig:
-  """Inverse of `to_dict`. Missing fields have their defaults.
+  """Inverse of `to_dict`. Missing fields have their defaults, or in a mixer what its `EARLIER` says.
 
   Raises ValueError for an unknown mixer or field, and for a value of another type than its field's.
   """
@@ -271,7 +274,7 @@ def from_dict(values: dict) -> TrainConfig:
       if not isinstance(mixer, dict) or not isinstance(mixer.get("type"), str):
         raise ValueError(f"{where}={shown(mixer)}: must be an object with a 'type'")
       fields = {name: value for name, value in mixer.items() if name != "type"}
-      model[field] = build(mixers.config_class(mixer["type"]), fields, where)
+      model[field] = build(kind := mixers.config_class(mixer["type"]), getattr(kind, "EARLIER", {}) | fields, where)
   return build(TrainConfig, values | {"model": model}, "config")
 
 

@@ -210,8 +210,9 @@ def train_iterator(config: DataConfig, seed: int, *, split: str = "train", vocab
   Each process gets every `process_count`-th window of one global order, `config.batch_size / process_count` at a time.
   Together the processes form the same global batches whatever their number, which defaults to JAX's. With
   `config.carried_windows` = n, the unit of shuffling is a run of n consecutive windows, and each batch row reads one
-  run over n successive batches, from batch 0 on. Raises ValueError as `TokenDataset` does, if the sequence or the run
-  is longer than the split, if runs of several windows have a mask, and if the processes do not divide the batch.
+  run over n successive batches, from its place of `staggered_starts` on. Raises ValueError as `TokenDataset` does, if
+  the sequence or the run is longer than the split, if runs of several windows have a mask, and if the processes do not
+  divide the batch.
   """
   index, count, rows = _processes(config, process_index, process_count)
   data, run = TokenDataset(config.path, split, vocab_size=vocab_size), config.carried_windows
@@ -222,32 +223,35 @@ def train_iterator(config: DataConfig, seed: int, *, split: str = "train", vocab
     raise ValueError(f"config.data.carried_windows={run}: split {split!r} of {config.path} has {len(windows)} windows "
                      f"of {config.sequence_length} tokens")
   dataset = grain.MapDataset.source(range(len(windows) // run)).seed(seed)
-  if config.shuffle:
-    dataset = dataset.shuffle()
-  dataset = dataset.repeat()
+  dataset = (dataset.shuffle() if config.shuffle else dataset).repeat()
   if count > 1:
     dataset = dataset.slice(slice(index, None, count))
   if run > 1:
-    dataset = grain.MapDataset.source(Neighbours(dataset, run, rows))
+    dataset = grain.MapDataset.source(Neighbours(dataset, run, staggered_starts(config, rows)))
   dataset = dataset.map(windows.__getitem__)
   options = grain.ReadOptions(num_threads=config.worker_threads, prefetch_buffer_size=2 * config.worker_threads)
   return iter(dataset.batch(rows).to_iter_dataset(options))
 
 
-class Neighbours(Sequence):
-  """Numbers of windows, batch after batch of `rows`. Row r of batches 0 to n - 1 is the r-th run of n neighbouring
-  windows in the order `runs`, row r of the next n batches is run `rows` + r, and so on."""
+def staggered_starts(config: DataConfig, rows: int) -> np.ndarray:
+  """The window of its first run with which each of a process's rows begins: 0, or spread if `config.staggered`."""
+  return np.arange(rows) * config.carried_windows // rows * config.staggered
 
-  def __init__(self, runs: Sequence[int], windows: int, rows: int):
-    self._runs, self._windows, self._rows = runs, windows, rows
+
+class Neighbours(Sequence):
+  """Numbers of windows, batch after batch of a row for each of `starts`. At a start of 0, row r of batches 0 to n - 1
+  is the r-th run of n neighbouring windows in the order `runs`, row r of the next n is run rows + r, and so on."""
+
+  def __init__(self, runs: Sequence[int], windows: int, starts: np.ndarray):
+    self._runs, self._windows, self._starts = runs, windows, starts.tolist()
 
   def __len__(self) -> int:
     return sys.maxsize
 
   def __getitem__(self, i: int) -> int:
-    batch, row = divmod(i, self._rows)
-    group, place = divmod(batch, self._windows)
-    return self._runs[group * self._rows + row] * self._windows + place
+    batch, row = divmod(i, len(self._starts))
+    group, place = divmod(batch + self._starts[row], self._windows)
+    return self._runs[group * len(self._starts) + row] * self._windows + place
 
 
 class EvalBatches(Sequence):

@@ -24,7 +24,7 @@ from kernels.derivatives import RESIDUALS
 from lin_jax import mixers
 from lin_jax.config import ModelConfig
 from lin_jax.decoding import Decoder, in_order, stacked
-from lin_jax.layers import NORMAL, SGLU, RMSNorm, SimpleRMSNorm, SwiGLU, param
+from lin_jax.layers import NORMAL, SGLU, Linear, RMSNorm, ShortConvolution, SimpleRMSNorm, SwiGLU, param
 from lin_jax.sharding import shard_batch
 
 
@@ -248,7 +248,17 @@ def _norm(config, rngs):
 def _stack(config, mixer, depth, rngs):
   """`depth` blocks, each initialised from its own key, as one module with a leading layer axis."""
   keys = jax.random.split(rngs.params(), depth)
-  return jax.vmap(lambda key: Block(config, mixer, rngs=nnx.Rngs(key)))(keys)
+  return jax.vmap(lambda key: _started(config, Block(config, mixer, rngs=nnx.Rngs(key)), key))(keys)
+
+
+def _started(config, block, key):
+  """The block, with "normal" as flash-linear-attention starts it: it draws kernels anew after the layers have."""
+  if config.start == "normal":
+    rngs = nnx.Rngs(jax.random.fold_in(key, 1))
+    for _, layer in nnx.iter_modules(block):
+      if isinstance(layer, Linear | ShortConvolution):
+        layer.kernel[...] = NORMAL(rngs.params(), layer.kernel.shape, jnp.float32)
+  return block
 
 
 def _checkpoint(fn, policy, looped):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -17,8 +18,8 @@ from lin_jax import files, optim, sharding
 from lin_jax import metrics as reporting
 from lin_jax import workdir as workdirs
 from lin_jax.checkpoint import Checkpoints
-from lin_jax.config import TrainConfig, validate
-from lin_jax.data import TokenDataset, eval_batches, train_iterator
+from lin_jax.config import DataConfig, TrainConfig, validate
+from lin_jax.data import TokenDataset, eval_batches, staggered_starts, train_iterator
 from lin_jax.initial import Initial
 from lin_jax.layer_stacks import together
 from lin_jax.layers import with_cast_kernels
@@ -150,8 +151,8 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
   finite, parameters and optimizer state stay as they are and `metrics["finite"]` is False.
 
   With `config.data.carried_windows` = n, each window starts from its row's previous state, without gradient, which
-  truncates backpropagation through time to a window. The state resets every n windows, at a document start, and after
-  a step that was not finite.
+  truncates backpropagation through time to a window. The state resets after the n windows of a row's run, at a document
+  start, and after a step that was not finite.
   """
   schedule = optim.learning_rate(config.optim)
   shardings = placement(abstract)
@@ -183,8 +184,7 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
   def next_carried(state, batch, carried, finite):
     if carried is None:
       return None
-    # The mask hides a window's last target if that target begins another document.
-    goes_on = (batch["mask"][:, -1] > 0) & finite & ((state.step + 1) % config.data.carried_windows > 0)
+    goes_on = rows_that_go_on(config.data, batch, state.step) & finite
     empty = empty_carried(nnx.merge(graph, together(state.parameters())), config.data)
     return keep_rows(goes_on, carried, empty)
 
@@ -207,6 +207,15 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None),
                  compiler_options=_COMPILER_OPTIONS.get(dispatch.platform()))
+
+
+def rows_that_go_on(data: DataConfig, batch: dict, step: int | jax.Array) -> jax.Array:
+  """Whether each row of the batch of `step`, counted from 0, has the next window of its run in the next batch, and that
+  window goes on in the same document."""
+  processes = jax.process_count()
+  starts = np.tile(staggered_starts(data, data.batch_size // processes), processes)
+  # The mask hides a window's last target if that target begins another document.
+  return (batch["mask"][:, -1] > 0) & ((step + 1 + starts) % data.carried_windows > 0)
 
 
 def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, dict], tuple[jax.Array, jax.Array]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from kernel_bench.records import Records
 
-HOLDS, IN_PART, FAILS, NOT_RUN = "holds", "holds in part", "does not hold", "not run"
+HOLDS, IN_PART, FAILS, UNDECIDED, NOT_RUN = "holds", "holds in part", "does not hold", "undecided", "not run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,28 +19,39 @@ class Finding:
   Attributes:
     text: the obtained numbers.
     points: for each point of the claim whether it holds (None for no record).
-    close: for each point whether it rests on a difference smaller than that of two seeds (empty if none does).
+    close: for each point whether it rests on a difference below two standard errors (empty if none does).
+    labels: a name for each point, by which the page says what decided (empty if the claim has none).
   """
 
   text: str
   points: tuple[bool | None, ...]
   close: tuple[bool, ...] = ()
+  labels: tuple[str, ...] = ()
 
   @property
   def verdict(self) -> str:
-    """A claim holds when all its points were run and hold, and in part when some hold."""
+    """A claim holds when all its points were run and hold, and in part when some hold. It is undecided when that would
+    differ if the close points came out the other way."""
     if all(point is None for point in self.points):
       return NOT_RUN
-    if all(self.points):
-      return HOLDS
-    return IN_PART if any(self.points) else FAILS
+    verdicts = {_verdict([outcome if near else point for point, near in self._points()]) for outcome in (True, False)}
+    return verdicts.pop() if len(verdicts) == 1 else UNDECIDED
 
-  @property
-  def decided(self) -> bool:
-    """Whether the points that are not close give the same verdict."""
-    close = self.close or (False,) * len(self.points)
-    clear = tuple(None if near else point for point, near in zip(self.points, close, strict=True))
-    return self.verdict == Finding(self.text, clear).verdict != NOT_RUN
+  def named(self, holds: bool | None) -> list[str]:
+    """The labels of the points that hold, that do not, or for None that are close."""
+    outcomes = [None if near else point for point, near in self._points()]
+    return [label for label, outcome, point in zip(self.labels, outcomes, self.points)
+            if outcome is holds and point is not None]
+
+  def counts(self) -> dict[str, int]:
+    """How many points hold, do not hold, are undecided and were not run."""
+    known = [(point, near) for point, near in self._points() if point is not None]
+    clear = [point for point, near in known if not near]
+    return {HOLDS: sum(clear), FAILS: len(clear) - sum(clear), UNDECIDED: len(known) - len(clear),
+            NOT_RUN: len(self.points) - len(known)}
+
+  def _points(self):
+    return zip(self.points, self.close or (False,) * len(self.points), strict=True)
 
   @property
   def run(self) -> int:
@@ -101,6 +112,10 @@ class Results:
   def kernels(self) -> Records:
     path = self.folder / "kernels.jsonl"
     return Records(path if path.exists() else os.devnull)
+
+
+def _verdict(points):
+  return HOLDS if all(points) else IN_PART if any(points) else FAILS
 
 
 def compared(pairs: Iterable[tuple[str, float | None, float | None]]) -> Finding:

@@ -4,12 +4,11 @@ import functools
 from collections.abc import Sequence
 
 from language import sweeps
-from language.report import summary
-from lin_jax.mixers.delta_net import ACTIVATIONS
+from language.report import seed_deviation, summary
 
 from .claim import Claim, Finding, Results
 
-FILE, FILES = "language.jsonl", {"linearized": "linearized.jsonl"}  # of all sweeps but these
+FILE, FILES, LEVEL = "language.jsonl", sweeps.FILES, sweeps.LEVEL  # the file of all sweeps but those of FILES
 NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormerLLM", "gla": "GLA", "mamba": "Mamba",
          "deltanet": "DeltaNet", "gated_deltanet": "Gated DeltaNet", "deltanet_swa": "DeltaNet with sliding windows",
          "deltanet_global": "DeltaNet with two attention layers", "gla_conv": "GLA with convolutions",
@@ -17,11 +16,17 @@ NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormer
          "gla_carried": "GLA with carried state", "retnet_carried": "RetNet with carried state", "no_decay": "no decay",
          "constant_decay": "constant decay", "scalar_decay": "decay per token",
          "supra": "SUPRA's layer", "linearized_5": "Transformer++ linearized, 5% more tokens",
-         "linearized_20": "Transformer++ linearized, 20% more tokens"}
+         "linearized_20": "Transformer++ linearized, 20% more tokens",
+         "retnet_slow": "RetNet with slow heads", "constant_decay_slow": "constant decay, slow too",
+         "gla_spread": "GLA, gates spread", "gla_normal": "GLA, N(0, 0.02)",
+         "gla_spread_normal": "GLA, gates spread, N(0, 0.02)", "gla_conv_normal": "GLA with convolutions, N(0, 0.02)",
+         "deltanet_normal": "DeltaNet, N(0, 0.02)", "deltanet_eps": "DeltaNet, small eps",
+         "gla_staggered": "GLA, carried and staggered",
+         "retnet_slow_staggered": "RetNet with slow heads, carried and staggered", "kda": "Kimi Delta Attention"}
 _GLA, _TNL, _DELTA, _GATED = "2312.06635", "2405.17381", "2406.06484", "2412.06464"
-LEVEL = 1.01
 
 
+@functools.lru_cache(maxsize=64)
 def rows(results: Results, sweep: str) -> dict[str, dict]:
   """Returns the sweep's models by name as in `language.report.summary`, each with its best rate and its seeds."""
   planned = {(run.model, run.steps, run.sequence_length, 32768 // run.sequence_length)
@@ -36,32 +41,41 @@ def _kind(record):
 
 
 def name(model: str) -> str:
+  if model.startswith("wide_"):
+    return f"{name(model.removeprefix('wide_'))}, width 1024"
   if model in NAMES:
     return NAMES[model]
-  _, norm, activation = model.split("_", 2)
-  return f"{norm.upper()} and {activation}"
+  _, norm, activation, *eps = model.split("_")
+  return f"{norm.upper()} and {activation}{', small eps' if eps else ''}"
 
 
 def fewer_bits(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
   """Has a point per pair of models, which holds if the first has fewer bits per byte than the second times `factor`.
 
-  Pairs that are closer than their seeds are named. A model with one seed is taken to vary as in `main`.
+  A pair is close when its difference is below two standard errors, by the deviation of a run that `noise` pools.
   """
 
   def judge(results):
-    found, varied = rows(results, sweep), rows(results, "main")
-    spread = lambda model: found[model]["spread"] or varied.get(model, {}).get("spread") or 0.0
+    found, (deviation, _) = rows(results, sweep), noise(results)
     known = [pair for pair in pairs if all(model in found for model in pair)]
     margin = {(left, right): factor * found[right]["bits_per_byte"] - found[left]["bits_per_byte"]
               for left, right in known}
+    error = {(left, right): deviation * (1 / found[left]["seeds"] + factor**2 / found[right]["seeds"]) ** 0.5
+             for left, right in known}
     models = dict.fromkeys(model for pair in pairs for model in pair if model in found)
-    close = [pair for pair in known if abs(margin[pair]) < sum(map(spread, pair))]
-    texts = [f"{name(model)} {bits(found[model])}" for model in models]
-    texts += [f"{name(left)} and {name(right)} are closer than their seeds" for left, right in close]
-    points = tuple(margin[pair] > 0 if pair in margin else None for pair in pairs)
-    return Finding("; ".join(texts), points, tuple(pair in close for pair in pairs))
+    return Finding("; ".join(f"{name(model)} {bits(found[model])}" for model in models),
+                   tuple(margin[pair] > 0 if pair in margin else None for pair in pairs),
+                   tuple(pair in margin and abs(margin[pair]) < 2 * error[pair] for pair in pairs),
+                   tuple(f"{name(left)} and {name(right)}" for left, right in pairs))
 
   return judge
+
+
+@functools.lru_cache(maxsize=8)
+def noise(results: Results) -> tuple[float, int]:
+  """Returns the standard deviation of a run over its seeds, in bits per byte, pooled over all models and sweeps, and
+  its degrees of freedom. It is on val, which every record has."""
+  return seed_deviation([record for file in (FILE, *FILES.values()) for record in results.lines(file)])
 
 
 def bits(row: dict) -> str:
@@ -74,24 +88,27 @@ def claims() -> list[Claim]:
   size = "42M parameters, {} tokens of English, bits per byte at the best of the learning rates tried (table below)"
   settings = dict.fromkeys(("main", "gates", "convolutions"), size.format("29.5M")) | {
       "norms": size.format("19.7M"),
-      "long": f"{size.format('118M')}, 2.5 epochs and one seed"}
+      "long": f"{size.format('118M')}, 2.5 epochs",
+      "starts": f"{size.format('29.5M')}, RetNet's heads spread over 32 to 256 tokens, GLA's gates over 16 to 1,024"}
   claim = lambda sweep, paper, place, text, printed, judge: Claim(
       paper, place, text, printed, settings[sweep],
       f"python experiments/run_language.py --sweep={sweep} --out=experiments/results/{FILE}", judge)
   # A claim of a main table is tried at both numbers of tokens.
   both = lambda *words, judge: [claim(sweep, *words, judge(sweep)) for sweep in ("main", "long")]
   below = lambda pairs, factor=1.0: lambda sweep: fewer_bits(sweep, pairs, factor)
-  l2_l1 = [(_normed("l2", activation), _normed("l1", activation)) for activation in ACTIVATIONS]
   return [
       *both(_GLA, "main table", "GLA models text better than RetNet.", "28.65 and 32.33 (340M, WikiText perplexity)",
             judge=below([("gla", "retnet")])),
+      claim("starts", _GLA, "main table", "GLA models text better than RetNet.", "the same",
+            fewer_bits("starts", [("gla_spread_normal", "retnet_slow")])),
       *both(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
             "28.65, 28.39, 28.39", judge=below([("gla", "transformer"), ("gla", "mamba")], LEVEL)),
       claim("gates", _GLA, "ablation of the gate",
-            "The finer the decay the better: none, constant, one per token, one per channel.",
-            "23.21, 16.55, 15.56, 14.77 (340M, training perplexity)",
-            fewer_bits("gates", [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay"),
-                             ("gla", "scalar_decay")])),
+            "The finer the decay the better: none, constant, one per token.",
+            "23.21, 16.55, 15.56 (340M, training perplexity)",
+            fewer_bits("gates", [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay")])),
+      claim("gates", _GLA, "ablation of the gate", "A decay per key channel is better than one per token.",
+            "14.77 and 15.56", fewer_bits("gates", [("gla", "scalar_decay")])),
       *both(_TNL, "table of baselines", "TransNormerLLM models text better than the Transformer.",
             "2.248 and 2.362 (385M, loss in bits)", judge=below([("tnl", "transformer")])),
       *both(_DELTA, "main table", "DeltaNet models text better than RetNet and GLA, and is level with Mamba and "
@@ -101,8 +118,8 @@ def claims() -> list[Claim]:
             "27.06 and 27.51; 28.24, 28.39 (340M)",
             judge=below([(hybrid, other) for hybrid in ("deltanet_swa", "deltanet_global")
                          for other in ("deltanet", "transformer")])),
-      claim("norms", _DELTA, "ablation", "Keys of L2 norm are better than keys of L1 norm, whatever the activation.",
-            "28.03 and 31.12 (340M, 1+elu)", fewer_bits("norms", l2_l1)),
+      claim("norms", _DELTA, "ablation", "Under 1 + ELU, keys of L2 norm are better than keys of L1 norm.",
+            "28.03 and 31.12 (340M)", fewer_bits("norms", [(_normed("l2", "elu1"), _normed("l1", "elu1"))])),
       claim("convolutions", _DELTA, "main table", "Short convolutions make DeltaNet better.", "28.24 and 29.08 (340M)",
             fewer_bits("convolutions", [("deltanet", "deltanet_no_conv")])),
       claim("convolutions", _DELTA, "main table", "Without short convolutions, too, DeltaNet is better than RetNet.",
@@ -121,4 +138,5 @@ def _deltanet(sweep, results):
   better = fewer_bits(sweep, [("deltanet", "retnet"), ("deltanet", "gla")])(results)
   level = fewer_bits(sweep, [("deltanet", "mamba"), ("deltanet", "transformer")], LEVEL)(results)
   texts = dict.fromkeys(text for finding in (better, level) for text in finding.text.split("; ") if text)
-  return Finding("; ".join(texts), better.points + level.points, better.close + level.close)
+  return Finding("; ".join(texts), better.points + level.points, better.close + level.close,
+                 better.labels + level.labels)

@@ -3,6 +3,7 @@
 import statistics
 
 from language.models import CARRIED
+from language.report import pooled
 
 from .claim import Claim, Finding, Results
 from .language import name
@@ -16,12 +17,16 @@ _GLA, _DELTA = "2312.06635", "2406.06484"
 
 def losses(results: Results, model: str) -> dict[tuple[int, int], float]:
   """Returns losses by bucket of positions, averaged over evaluations with a context of 512 and windows of 16,384."""
+  return {bucket: statistics.mean(values) for bucket, values in _of_seeds(results, model).items()}
+
+
+def _of_seeds(results, model):
   found = {}
   for record in results.objects(FOLDER):
     if (record["model"], record["trained_length"], record["sequence_length"]) == (model, 512, 16384):
       for bucket in record["buckets"]:
         found.setdefault((bucket["start"], bucket["stop"]), []).append(bucket["loss"])
-  return {bucket: statistics.mean(values) for bucket, values in found.items()}
+  return found
 
 
 def claims() -> list[Claim]:
@@ -59,10 +64,20 @@ def _growth(wanted):
 
 
 def _carried(results):
-  found = {model: losses(results, model).get(_FAR) for pair in CARRIED.items() for model in pair}
-  points = tuple(None if None in (found[carried], found[plain]) else found[carried] < found[plain]
-                 for carried, plain in CARRIED.items())
-  return Finding("; ".join(f"{name(model)} {loss:.4f}" for model, loss in found.items() if loss is not None), points)
+  found = {model: _of_seeds(results, model).get(_FAR, []) for model in MODELS}
+  deviation, _ = pooled(list(found.values()))
+  points, close, texts = [], [], []
+  for carried, plain in CARRIED.items():
+    if not (found[carried] and found[plain]):
+      points.append(None)
+      close.append(False)
+      continue
+    difference = statistics.mean(found[plain]) - statistics.mean(found[carried])
+    error = deviation * (1 / len(found[carried]) + 1 / len(found[plain])) ** 0.5
+    points.append(difference > 0)
+    close.append(abs(difference) < 2 * error)
+    texts += [f"{name(model)} {statistics.mean(found[model]):.4f}" for model in (carried, plain)]
+  return Finding("; ".join(texts), tuple(points), tuple(close), tuple(map(name, CARRIED)))
 
 
 def _worse(results):

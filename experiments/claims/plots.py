@@ -11,11 +11,12 @@ from speed.training import CURVES
 
 from . import kernels, language, lengths, speed, synthetic_scores
 from .claim import Results
+from .language_plots import Dots, gaps
 
 _TRAINED = tuple(name for sweep in CURVES.values() for name in sweep.models)
 
 # Each line has its own marker and dash, so that lines are distinct in black and white.
-_STYLES = "ko-", "C1s--", "C2^-.", "C0D-", "C4v:", "C3P-", "C5X--"
+_STYLES = "ko-", "C1s--", "C2^-.", "C0D-", "C4v:", "C3P-", "C5X--", "C6<-.", "C7>:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,11 @@ def _of_some(lines):
   return {name: sorted(points.items()) for name, points in lines.items() if points}
 
 
-PLOTS = [Plot("mqar.png", "Multi-query associative recall", "width of the model", _mqar),
+PLOTS = [Dots(),
+         Plot("gap.png", "Bits per byte above Transformer++ after as many tokens, 42M parameters", "millions of tokens",
+              gaps, {model: language.name(model) for model in language.sweeps.GAP_MODELS}, "bits per byte above",
+              (None, None)),
+         Plot("mqar.png", "Multi-query associative recall", "width of the model", _mqar),
          Plot("regbench.png", "RegBench", "training sequences", _regbench),
          Plot("lengths.png", "Text beyond the length of training", "position in the text (end of the bucket)", _lengths,
               {model: language.name(model) for model in lengths.MODELS}, "loss (nats per token)", (None, 6.5)),

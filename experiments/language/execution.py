@@ -7,8 +7,10 @@ from lin_jax import files
 from running import records
 from running.deadline import deadline
 
+from .plan import plan
+from .report import seed_deviation
 from .runs import Run, key
-from .sweeps import Sweep, further
+from .sweeps import Sweep
 from .training import finish
 
 
@@ -21,6 +23,7 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
   """
   found = records.load(out, "setting", "bits_per_byte", "diverged")
   done = {key(record["setting"]): record for record in found}
+  deviation, _ = seed_deviation(found)
   failed, finished = {}, 0
 
   def left():
@@ -28,8 +31,7 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
       record = done.get(key(run.setting(data)))
       return record and (math.inf if record["diverged"] else record["bits_per_byte"])
 
-    runs = sweep.runs + further(sweep, bits_per_byte)
-    return [run for run in runs if bits_per_byte(run) is None and run not in failed]
+    return [run for run in plan(sweep, bits_per_byte, deviation) if bits_per_byte(run) is None and run not in failed]
 
   with deadline(limit_seconds) as over:
     while (runs := left()) and not over():
@@ -51,4 +53,5 @@ def execute(sweep: Sweep, data: str, workdir: pathlib.Path, out: pathlib.Path,
 
 
 def _title(run: Run) -> str:
-  return f"{run.model}, learning rate {run.learning_rate:g}, seed {run.seed}"
+  branch = f", branch of {run.steps} steps" if run.decay_steps else ""
+  return f"{run.model}, learning rate {run.learning_rate:g}, seed {run.seed}{branch}"

@@ -4,23 +4,17 @@ After Arora et al. 2023 (arXiv:2312.04927), who find most of the difference betw
 such pairs. They leave out the pairs that are most frequent in the training data; here all count.
 """
 
-import pathlib
-
 import numpy as np
 
-from lin_jax.checkpoint import load_model
-from lin_jax.config import DataConfig
-from lin_jax.data import eval_batches
 from lin_jax.evaluate import evaluate
+from lin_jax.model import LanguageModel
 
 
-def pair_losses(workdir: pathlib.Path, data: DataConfig) -> dict:
-  """Mean losses, in nats per token, of the run in `workdir` on the whole validation split, in its windows.
+def pair_losses(model: LanguageModel, batches: list[dict]) -> dict:
+  """Mean losses of the model, in nats per token, over the targets of all the batches.
 
   Returns the losses of `repeated` and of all `other` pairs of a token and its target, and the `repeated_share`.
   """
-  config, model = load_model(workdir)
-  batches = list(eval_batches(data, "val", 0, vocab_size=config.model.vocab_size))
   marks = [repeated(batch) for batch in batches]
   found = {kind: evaluate(model, [dict(batch, mask=batch["mask"] * (mark == wanted))
                                   for batch, mark in zip(batches, marks, strict=True)])

@@ -12,6 +12,9 @@ from running import records
 
 from .models import MODELS, tiny
 
+TOKENS_PER_STEP = 32768
+BRANCHES_WARMUP = 90
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -23,19 +26,24 @@ class Run:
   steps: int = 900
   sequence_length: int = 1024
   carried_windows: int = 1  # consecutive windows of a row, which keeps its state between them without a gradient
+  staggered: bool = False  # rows of carried windows go on to other text at different steps
   tiny: bool = False  # the same layers with thousands of parameters, on batches of 512 tokens
   start: "Run | None" = None  # the run of which this one trains the linearized model further
+  decay_steps: int = 0  # the last steps of a branch, in which the rate falls; 0 for a cosine over all steps
+  by_place: bool = False  # its record has losses by the place in a document, too
+  is_trunk: bool = False  # a run at a constant rate, from which branches of its rate and seed go off
 
   def train_config(self, data: str) -> TrainConfig:
     """Returns the run on the dataset directory `data`. Raises ValueError when there is none."""
-    model, length, rows = MODELS[self.model](), self.sequence_length, 32768 // self.sequence_length
+    model, length, rows = MODELS[self.model](), self.sequence_length, TOKENS_PER_STEP // self.sequence_length
     if self.tiny:
       model, length, rows = tiny(model, read_manifest(data)["tokenizer"]["vocab_size"]), 64, 8
     return TrainConfig(
         name=self.model, seed=self.seed, model=model,
-        data=DataConfig(path=data, sequence_length=length, batch_size=rows, carried_windows=self.carried_windows),
-        optim=OptimConfig(steps=self.steps, warmup_steps=self.steps // 10, learning_rate=self.learning_rate,
-                          final_learning_rate=self.learning_rate / 10, weight_decay=0.1),
+        data=DataConfig(path=data, sequence_length=length, batch_size=rows, carried_windows=self.carried_windows,
+                        staggered=self.staggered),
+        optim=OptimConfig(steps=self.steps, learning_rate=self.learning_rate, weight_decay=0.1,
+                          final_learning_rate=self.learning_rate / 10, **self._schedule()),
         # The whole validation split is read at the end. A run takes a minute, so it is saved only when it stops or
         # ends.
         eval=EvalConfig(every=0, batches=0), checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
@@ -46,6 +54,15 @@ class Run:
     """
     start = {"start": self.start.setting(data)} if self.start else {}
     return setting(self.train_config(data)) | start
+
+  def _schedule(self):
+    if self.is_trunk or self.decay_steps:  # all branches of a trunk have its warmup
+      return dict(schedule="wsd", warmup_steps=1 if self.tiny else BRANCHES_WARMUP, decay_steps=self.decay_steps)
+    return dict(warmup_steps=self.steps // 10)
+
+  def trunk(self) -> "Run":
+    """Returns the run from whose last step this branch goes off."""
+    return dataclasses.replace(self, steps=self.steps - self.decay_steps, decay_steps=0, is_trunk=True)
 
   def changed(self, **fields) -> "Run":
     """Returns the run with other values of `fields`, which the run that it starts from takes too."""
@@ -68,8 +85,8 @@ def setting(config: TrainConfig) -> dict:
 
 
 def key(setting: dict) -> str:
-  """Returns a text that is equal for settings of the same run. A field at its default does not count, because records
-  that are older than the field lack it."""
+  """Returns a text that is equal for settings of the same run. A field at its default, or at a mixer's
+  `EARLIER`, does not count, because records that are older than the field lack it."""
   return records.key(_without_defaults(setting, dataclasses.asdict(TrainConfig())))
 
 
@@ -81,7 +98,8 @@ def _without_defaults(values, defaults):
       if name == "start":  # another run's setting
         default = defaults
       elif "type" in value:  # a mixer
-        default = dataclasses.asdict(config_class(value["type"])())
+        kind = config_class(value["type"])
+        default = dataclasses.asdict(kind()) | getattr(kind, "EARLIER", {})
       kept |= {name: inner} if (inner := _without_defaults(value, default or {})) else {}
     elif value != (list(default) if isinstance(default, tuple) else default):
       kept[name] = value
@@ -89,6 +107,8 @@ def _without_defaults(values, defaults):
 
 
 def folder(workdir: pathlib.Path, run: Run, data: str) -> pathlib.Path:
-  """Returns the run's own directory in `workdir`."""
+  """Returns the run's own directory in `workdir`. A trunk has one for all its lengths."""
+  if run.is_trunk:
+    run = dataclasses.replace(run, steps=10**6)
   digest = hashlib.sha256(key(run.setting(data)).encode()).hexdigest()[:8]
-  return workdir / f"{run.model}_{run.learning_rate:g}_seed{run.seed}_{digest}"
+  return workdir / f"{run.model}_{run.learning_rate:g}_seed{run.seed}_{'trunk_' * run.is_trunk}{digest}"

@@ -1,50 +1,72 @@
-"""Sweeps by name: lists of runs, and the runs that follow from their results.
+"""Sweeps by name: lists of runs, and the runs that follow from their results (`plan.py`).
 
-FLOPs count forward and backward pass (`lin_jax.flops`). The minutes are for training and for compilation. They are
-predicted for one H100 and not measured, from 0.65M tokens per second on average (Mamba a third of that) and 10 to 20
-seconds to compile a program that is not in the cache.
+FLOPs count forward and backward pass (`lin_jax.flops`). `experiments/next_runs.py` says how many minutes of one GPU a
+sweep has left.
 
-  main     36 runs of 29.5M tokens, 2.8e17 FLOPs: 27 minutes, and 9 for 27 programs
-  gates    16 runs of 29.5M tokens, 1.2e17 FLOPs: 11 minutes, and 4; 3 of them fewer after main, whose GLA it shares
-  norms    24 runs of 19.7M tokens, 1.2e17 FLOPs: 12 minutes, and 5
-  lengths  14 runs of 29.5M tokens, 1.1e17 FLOPs: 10 minutes, and 3
-  convolutions  8 runs of 29.5M tokens, 6.2e16 FLOPs: 6 minutes, and 2; after main, with which it shares 12 more
-  long     12 runs of 118M tokens, 3.7e17 FLOPs: 46 minutes, and 4
-  linearized  16 runs of 29.5M tokens, of which eight share two Transformers: 314M tokens, 8 minutes, and 4 for 13
-              programs; its records are in linearized.jsonl, with the loss on repeated pairs of tokens
+  main     27 runs of 29.5M tokens at three rates, 2.1e17 FLOPs, then rates and seeds that follow
+  gates    12 runs of 29.5M tokens, 9e16 FLOPs; shares GLA with main
+  norms    16 runs of 19.7M tokens, 8e16 FLOPs
+  lengths  14 runs of 29.5M tokens, 1.1e17 FLOPs
+  convolutions  6 runs of 29.5M tokens more than main has, 4.7e16 FLOPs
+  long     12 runs of 118M tokens, 3.7e17 FLOPs
+  linearized  16 runs of 29.5M tokens, of which eight share two Transformers; its records are in linearized.jsonl
+  starts, norms_eps, carried  mended protocols beside the first ones, runs of 29.5M and 19.7M tokens
+  gap      per model three rates at 30M tokens, then branches up to 500M: 640M tokens; its records are in gap.jsonl
+  papers_layer  5 runs of 400M tokens with 136M parameters; its records are in papers_layer.jsonl
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 
-from .models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, NORM_AND_ACTIVATION
-from .runs import Run
+from . import models
+from .models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, NORM_AND_ACTIVATION, SLOW, SMALL_EPS, STAGGERED, STARTS
+from .runs import TOKENS_PER_STEP, Run
 
 RATES = 2e-3, 1e-3, 4e-3  # most promising first, so that a sweep that is cut short has it for all models
+# Pairs of models and a factor: the first is claimed to have fewer bits than the second times the factor.
+LEVEL = 1.01
+MAIN_PAIRS = (("gla", "retnet", 1.0), ("gla", "transformer", LEVEL), ("gla", "mamba", LEVEL),
+              ("tnl", "transformer", 1.0), ("deltanet", "retnet", 1.0), ("deltanet", "gla", 1.0),
+              ("deltanet", "mamba", LEVEL), ("deltanet", "transformer", LEVEL),
+              ("deltanet_swa", "deltanet", 1.0), ("deltanet_swa", "transformer", 1.0),
+              ("deltanet_global", "deltanet", 1.0), ("deltanet_global", "transformer", 1.0),
+              ("gated_deltanet", "deltanet", 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """Runs with seed 0, and `further_seeds` more at each model's best learning rate among them."""
+  """The runs that try each model's learning rates with seed 0, and what follows from their results."""
 
   runs: list[Run]
-  further_seeds: int
+  further_seeds: int = 0  # at each model's best rate
+  bracket: bool = False  # doubles a model's rate while its highest is its best
+  pairs: tuple[tuple[str, str, float], ...] = ()  # comparisons; models of close ones get more seeds
+  longer: tuple[tuple[int, int], ...] = ()  # steps and decay steps of branches at the best rate, model after model
+  ends: tuple[str, ...] = ()  # models that get a second seed at the shortest and the longest branch
+  decides: str = ""  # what its runs are for, in the queue
 
 
 def main() -> Sweep:
   """The language modelling tables of GLA (2312.06635), TNL (2405.17381) and DeltaNet (2406.06484), at small size."""
-  return Sweep([Run(model, rate) for rate in RATES for model in COMPARED], further_seeds=1)
+  return Sweep([Run(model, rate) for rate in RATES for model in COMPARED], further_seeds=1, bracket=True,
+               pairs=MAIN_PAIRS, decides="the main tables' claims at 29.5M tokens, with best rates that are bracketed")
 
 
 def gates() -> Sweep:
   """GLA's ablation: no decay, constant, per token, per key channel. The paper has 23.21, 16.55, 15.56 and 14.77."""
-  return Sweep([Run(model, rate) for rate in RATES for model in (*DECAYS, "gla")], further_seeds=1)
+  return Sweep([Run(model, rate) for rate in RATES for model in (*DECAYS, "gla")], further_seeds=1, bracket=True,
+               pairs=(("gla", "scalar_decay", 1.0),), decides="whether a decay per channel beats one per token")
 
 
 def norms() -> Sweep:
   """DeltaNet's ablation of the keys' norm and activation, in all eight combinations; the paper prints four."""
-  return Sweep([Run(model, rate, steps=600) for rate in RATES[:2] for model in NORM_AND_ACTIVATION], further_seeds=1)
+  return Sweep([Run(model, rate, steps=600) for rate in RATES[:2] for model in NORM_AND_ACTIVATION], further_seeds=1,
+               bracket=True, decides="L2 or L1 norm of keys, at rates that are bracketed")
+
+
+def norms_eps() -> Sweep:
+  """`norms` with an eps that leaves the head norm on for the short outputs of L1 keys."""
+  return Sweep([Run(model, rate, steps=600) for rate in (RATES[0], RATES[2]) for model in SMALL_EPS], further_seeds=1,
+               decides="whether L1 keys win only where eps switches the head norm off")
 
 
 def convolutions() -> Sweep:
@@ -52,15 +74,30 @@ def convolutions() -> Sweep:
 
   In DeltaNet's paper, at 340M: DeltaNet 28.24 and 29.08 without, GLA 28.65 and 29.47 with convolutions, RetNet 32.33.
   """
-  models = *CONVOLUTIONS, "deltanet", "gla", "retnet"
-  return Sweep([Run(model, rate) for rate in RATES for model in models], further_seeds=1)
+  compared = *CONVOLUTIONS, "deltanet", "gla", "retnet"
+  return Sweep([Run(model, rate) for rate in RATES for model in compared], further_seeds=1, bracket=True,
+               decides="what short convolutions are worth, at rates that are bracketed")
+
+
+def starts() -> Sweep:
+  """Slow decays for few heads, and other starts of gates, output gates and convolutions, beside `main`'s models."""
+  return Sweep([Run(model, rate) for rate in (RATES[2], RATES[0]) for model in (*SLOW, *STARTS)], further_seeds=1,
+               bracket=True, decides="whether slow heads and GLA's start explain that GLA and RetNet are level")
 
 
 def lengths() -> Sweep:
   """Models with a context of 512, to be evaluated on longer texts. Two carry the state over 12 windows in a row."""
-  models = "gla", "retnet", "tnl", "transformer", "deltanet"
-  return Sweep([Run(model, RATES[0], sequence_length=512) for model in models]
-               + [Run(model, RATES[0], sequence_length=512, carried_windows=12) for model in CARRIED], further_seeds=1)
+  single = "gla", "retnet", "tnl", "transformer", "deltanet"
+  return Sweep([Run(model, RATES[0], sequence_length=512) for model in single]
+               + [Run(model, RATES[0], sequence_length=512, carried_windows=12) for model in CARRIED], further_seeds=1,
+               decides="texts beyond the length of training")
+
+
+def carried() -> Sweep:
+  """States carried over 12 windows by rows that change their text at different steps. `lengths` has GLA without."""
+  return Sweep([Run(model, RATES[0], sequence_length=512, carried_windows=12, staggered=True) for model in STAGGERED]
+               + [Run("retnet_slow", RATES[0], sequence_length=512)], further_seeds=1,
+               decides="whether carrying the state costs because all rows changed their text at once")
 
 
 def long() -> Sweep:
@@ -70,7 +107,8 @@ def long() -> Sweep:
   """
   faster = "gla", "tnl", "mamba"
   return Sweep([Run(model, RATES[0], steps=3600) for model in COMPARED]
-               + [Run(model, RATES[2], steps=3600) for model in faster], further_seeds=0)
+               + [Run(model, RATES[2], steps=3600) for model in faster], pairs=MAIN_PAIRS,
+               decides="the main tables' claims at 118M tokens: Mamba's rate, and seeds of close pairs")
 
 
 def linearized() -> Sweep:
@@ -82,25 +120,41 @@ def linearized() -> Sweep:
   scratch = [Run("transformer", 2e-3), Run("gla", 4e-3), *(Run("supra", rate) for rate in RATES)]
   uptrained = [Run(f"linearized_{share}", rate, seed=1, steps=steps, start=Run("transformer", 2e-3, steps=900 - steps))
                for rate in (2e-3, 1e-3, 5e-4) for share, steps in UPTRAINED.items()]
-  return Sweep(scratch + uptrained, further_seeds=1)
+  return Sweep(scratch + uptrained, further_seeds=1, decides="SUPRA's claims")
 
 
 UPTRAINED = {5: 43, 20: 150}  # steps by their percentage of the steps before, which are 900 without these
 
-SWEEPS = {function.__name__: function for function in (main, gates, norms, convolutions, lengths, long, linearized)}
+GAP_MODELS = ("transformer", "gla", "deltanet", "gated_deltanet", "retnet_slow", "gla_conv", "deltanet_no_conv", "tnl",
+              "kda")
+GAP_TOKENS = 30, 60, 120, 250, 500  # millions
 
 
-def further(sweep: Sweep, bits_per_byte: Callable[[Run], float | None]) -> list[Run]:
-  """Returns the runs with other seeds, for models whose learning rates are all done.
+def gap() -> Sweep:
+  """The gap to Transformer++ against the number of tokens, at a constant rate that falls in the last fifth of a branch.
 
-  `bits_per_byte` of a run is None until it is done, and infinite if it diverged.
+  The models' rates are chosen at the shortest length. Models come one after the other, so that a sweep that is cut
+  short has whole curves. The text is `data/english_code`, where 500M tokens are less than 2.5 epochs.
   """
-  found = []
-  for model in dict.fromkeys(run.model for run in sweep.runs):
-    scores = {run: bits_per_byte(run) for run in sweep.runs if run.model == model}
-    if None in scores.values() or math.isinf(min(scores.values())):
-      continue
-    best = min(scores, key=scores.get)
-    found += [dataclasses.replace(best, seed=best.seed + 1 + i) for i in range(sweep.further_seeds)]
-  # One seed of every model comes before the next seed, so that a sweep that is cut short has one for all.
-  return sorted(found, key=lambda run: run.seed)
+  steps = [round(tokens * 1e6 / TOKENS_PER_STEP) for tokens in GAP_TOKENS]
+  first, *longer = ((count, count // 5) for count in steps)
+  return Sweep([Run(model, rate, steps=first[0], decay_steps=first[1]) for model in GAP_MODELS for rate in RATES],
+               bracket=True, longer=tuple(longer), ends=GAP_MODELS[:4],
+               decides="whether the gap to Transformer++ closes with tokens")
+
+
+def papers_layer() -> Sweep:
+  """The papers' layers at their own width and context, 400M tokens each, with losses by the place in a document.
+
+  The control with resets says whether a model that stays flat over long texts uses them or ignores them.
+  """
+  return Sweep([Run(model, 1e-3, steps=12207, sequence_length=2048, by_place=True) for model in models.WIDE],
+               decides="the main tables' order with the papers' own layers, and whether flat models use long context")
+
+
+SWEEPS = {function.__name__: function for function in (
+    main, gates, norms, convolutions, lengths, long, linearized, starts, norms_eps, carried, gap, papers_layer)}
+# The records of a sweep, and its dataset, where they are not language.jsonl and data/english.
+FILES = {"linearized": "linearized.jsonl", "gap": "gap.jsonl", "papers_layer": "papers_layer.jsonl"}
+DATA = dict.fromkeys(("gap", "papers_layer"), "data/english_code")
+CURVES = ("gap",)  # sweeps of one model at several lengths, which a picture shows

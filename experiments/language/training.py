@@ -16,7 +16,7 @@ from lin_jax.model import parameter_count
 from lin_jax.training import train
 from running import records
 
-from .repeats import pair_losses
+from .evaluation import held_out
 from .runs import Run, folder
 
 
@@ -37,15 +37,13 @@ def finish(run: Run, data: str, workdir: pathlib.Path) -> dict | None:
       raise ValueError(f"{run.start.model}, from which it starts, has diverged")
     config = dataclasses.replace(config, init_from=str(_linearized_start(run, data, workdir)))
   try:
-    result = train(config, place)
-    if result["preempted"] == "SIGINT":
-      raise KeyboardInterrupt  # of the sweep as well
-    if result["preempted"]:
+    if run.decay_steps and not place.exists() and not _branched(run, data, workdir):
+      return None
+    if (result := _trained(config, place)) is None:
       return None
   except FloatingPointError as e:
     print(e, flush=True)
-  finally:
-    gc.collect()  # a run's state has reference cycles, and the next run needs its memory
+    place.mkdir(parents=True, exist_ok=True)  # of a branch whose trunk has diverged
   if result and not math.isfinite(result["eval_loss"]):
     result = None  # the run diverged in its last step
   record = _record(run, data, place, start, result)
@@ -54,6 +52,31 @@ def finish(run: Run, data: str, workdir: pathlib.Path) -> dict | None:
   for path in [*unneeded, pathlib.Path(config.init_from)] if run.start else unneeded:
     shutil.rmtree(path)
   return record
+
+
+def _trained(config, place):
+  """The results of the run, or None if SIGTERM has stopped it."""
+  try:
+    result = train(config, place)
+  finally:
+    gc.collect()  # a run's state has reference cycles, and the next run needs its memory
+  if result["preempted"] == "SIGINT":
+    raise KeyboardInterrupt  # of the sweep as well
+  return None if result["preempted"] else result
+
+
+def _branched(run, data, workdir):
+  """Lengthens the trunk to where `run` goes off, and copies it there. Whether nothing has stopped the trunk.
+
+  Branches go off in the order of their lengths, because a trunk keeps its last checkpoint alone.
+  """
+  trunk = run.trunk()
+  source = folder(workdir, trunk, data)
+  if _trained(trunk.train_config(data), source) is None:
+    return False
+  with files.whole_folder(folder(workdir, run, data)) as work:
+    shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
+  return True
 
 
 def _linearized_start(run, data, workdir):
@@ -82,6 +105,7 @@ def _record(run, data, place, start, result):
       "parameters": parameter_count(config.model), "tokens": tokens, "epochs": round(tokens / train_split.tokens, 4),
       "data": pathlib.Path(data).name, "evaluated_on": f"all {val.tokens} tokens of split val",
       "diverged": loss is None, "held_out_loss": loss, "bits_per_byte": result and result["bits_per_byte"],
-      "perplexity": result and metrics.perplexity(loss), "pair_losses": result and pair_losses(place, config.data),
+      "perplexity": result and metrics.perplexity(loss),
+      **(held_out(place, config.data, run.by_place) if result else {"pair_losses": None, "losses": None}),
       "tokens_per_second": round(statistics.median(rates), 1) if rates else None,
       **began, "run": records.now(), **records.provenance(), "setting": run.setting(data)}

@@ -3,15 +3,18 @@
 Per head, with rows q_t, k_t in R^K and v_t in R^V:
   S_t = diag(a_t) S_{t-1} + k_t^T v_t,   o_t = q_t S_t / sqrt(K),   log a_t = log_sigmoid(x_t W_1 W_2 + b) / 16
   y_t = (RMSNorm(o_t) * swish(x_t W_r)) W_o
+The paper's gate biases start at zero, where every key channel forgets with a time constant of 16 / log 2 = 23 tokens.
 The paper normalises heads with LayerNorm. Here it is RMSNorm with one scale shared by all heads, as in the authors'
 flash-linear-attention, which trains the published checkpoints.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -22,8 +25,10 @@ from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
-# Xavier with gain 2^-2.5 for queries, keys and gates, as in the authors' training code.
+# Xavier with gain 2^-2.5 for queries, keys and the decay's projections, as in the authors' training code, and for the
+# output gate, which starts wider there.
 SMALL_XAVIER = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
+_SHORTEST_MEMORY = 16.0
 
 
 @dataclasses.dataclass
@@ -35,6 +40,7 @@ class GLAConfig(OpConfig):
   expand_v: float = 1.0
   gate_rank: int = 16
   gate_temperature: float = 16.0
+  longest_memory: float = 0.0  # tokens: biases of the gate start at time constants from 16 to this; 0 for biases of 0
   conv_width: int = 0  # taps of a short convolution on q, k and v; 0 means no convolution
 
   @staticmethod
@@ -53,6 +59,7 @@ class GatedLinearAttention(MatrixMemory):
   def __init__(self, config: GLAConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     require(config, "gate_rank", config.gate_rank >= 1, "must be at least 1")
     require(config, "gate_temperature", config.gate_temperature > 0, "must be positive")
+    require_memory(config)
     key_width, value_width = head_widths(config, width)
     super().__init__(config, (config.heads, key_width // config.heads, value_width // config.heads))
     self.heads = config.heads
@@ -66,6 +73,7 @@ class GatedLinearAttention(MatrixMemory):
     self.decay_in = Linear(width, config.gate_rank, ("embed", None), output_dtype=jnp.float32, **small)
     self.decay_out = Linear(config.gate_rank, key_width, (None, "heads"), bias=True, dtype=jnp.float32, rngs=rngs,
                             init=SMALL_XAVIER)
+    spread_biases(self.decay_out, config, groups=config.heads)
     self.norm = RMSNorm(value_width // config.heads, eps=norm_eps, rngs=rngs)
     self.output = Linear(value_width, width, ("heads", "embed"), dtype=dtype, rngs=rngs)
     channels = (key_width, key_width, value_width)
@@ -78,6 +86,26 @@ class GatedLinearAttention(MatrixMemory):
 
   def _log_decay(self, x):
     return by_heads(log_decays(self.decay_out(self.decay_in(x)), self.temperature), self.heads)
+
+
+def require_memory(config: Any) -> None:
+  """Raises ValueError unless `config.longest_memory` is 0 or a time constant of which the gate is capable."""
+  require(config, "longest_memory", config.longest_memory == 0 or config.longest_memory > _SHORTEST_MEMORY,
+          f"must be 0 or more than {_SHORTEST_MEMORY:g} tokens")
+
+
+def spread_biases(linear: Linear, config: Any, groups: int) -> None:
+  """Sets the biases of a gate's `linear` so that its time constants start spread, as `config.longest_memory` says.
+
+  At a logit of b, the decay is sigmoid(b)^(1 / temperature). It forgets as exp(-t / tau) with a time constant of tau
+  tokens at b = -log(exp(temperature / tau) - 1). The time constants are a geometric sequence within each of the
+  `groups` of channels.
+  """
+  if config.longest_memory:
+    channels = linear.bias.shape[0] // groups
+    tau = np.geomspace(_SHORTEST_MEMORY, config.longest_memory, channels)
+    biases = np.tile(-np.log(np.expm1(config.gate_temperature / tau)), groups)
+    linear.bias[...] = jnp.asarray(biases, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -3,6 +3,8 @@
 Per head h = 0 .. H-1, with q_t, k_t in R^K turned by the rotary angle of position t, and v_t in R^V:
   S_t = (1 - 2^(-5-h)) S_{t-1} + k_t^T v_t,   o_t = q_t S_t / sqrt(K)
   y_t = (RMSNorm(o_t) * swish(x_t W_g)) W_o
+With fewer than four heads, the exponents are spread over those of four, -5 to -8, unless `decays` is "consecutive".
+Otherwise a model with half the heads would lose the slow half of its memory.
 The paper also rescales scores by a positive number per query and head. The head norm undoes it, so it is left out.
 
 The layout is flash-linear-attention's, as in the GLA paper's baseline: rotary pairs (i, i + K/2) with angles
@@ -11,6 +13,7 @@ neighbours, spaces its angles over one interval fewer and learns no scale. The i
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,14 +32,20 @@ INPUT_XAVIER = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
 OUTPUT_XAVIER = nnx.initializers.variance_scaling(2**-2, "fan_avg", "uniform")
 
 
+DECAYS = "spread", "consecutive"
+
+
 @dataclasses.dataclass
 class RetentionConfig(OpConfig):
   """The defaults are the GLA paper's 340M baseline: at width 1024, heads of 256 key and 512 value channels."""
+
+  EARLIER: ClassVar[dict] = {"decays": "consecutive"}  # what a saved config without the field had
 
   heads: int = 4
   expand_k: float = 1.0  # key width of all heads / model width
   expand_v: float = 2.0
   rope_base: float = 10000.0
+  decays: str = "spread"  # over the range of four heads at least, or "consecutive": 1 - 2^(-5-h) for any heads
   conv_width: int = 0  # taps of a short convolution on q, k and v; 0 means no convolution
 
   @staticmethod
@@ -57,12 +66,13 @@ class MultiScaleRetention(MatrixMemory):
 
   def __init__(self, config: RetentionConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     require(config, "rope_base", config.rope_base > 0, "must be positive")
+    require(config, "decays", config.decays in DECAYS, f"must be one of {', '.join(DECAYS)}")
     key_width, value_width = head_widths(config, width)
     if key_width // config.heads % 2:
       raise ValueError(f"expand_k={config.expand_k} of width {width} gives heads={config.heads} an odd number of "
                        f"channels ({key_width // config.heads}): rotary positions need pairs")
     super().__init__(config, (config.heads, key_width // config.heads, value_width // config.heads))
-    self.heads, self.rope_base = config.heads, config.rope_base
+    self.heads, self.rope_base, self.decays = config.heads, config.rope_base, config.decays
     linear = dict(dtype=dtype, rngs=rngs, init=INPUT_XAVIER)
     self.query = Linear(width, key_width, ("embed", "heads"), **linear)
     self.key = Linear(width, key_width, ("embed", "heads"), **linear)
@@ -84,9 +94,11 @@ class MultiScaleRetention(MatrixMemory):
     length = jnp.zeros(x.shape[:1], jnp.int32) if state is None else state["length"]
     positions = length[:, None] + jnp.arange(x.shape[1])[None]
     q, k = (rotary(a, positions, self.rope_base) for a in (q, k))
-    return (q, k, v, constant_log_decay(self.heads)), kept | {"length": length + x.shape[1]}
+    return (q, k, v, constant_log_decay(self.heads, self.decays)), kept | {"length": length + x.shape[1]}
 
 
-def constant_log_decay(heads: int) -> Float[Array, "H"]:
-  """The logarithm of 1 - 2^(-5-h). It is a constant, so that no optimizer sees it."""
-  return jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(heads)))), jnp.float32)
+def constant_log_decay(heads: int, decays: str) -> Float[Array, "H"]:
+  """The logarithm of 1 - 2^(-5-h), or with `decays` "spread" of exponents from -5 to -8 for fewer than four heads. It
+  is a constant, so that no optimizer sees it."""
+  slowest = 4 + heads if decays == "consecutive" else max(4 + heads, 8)
+  return jnp.asarray(np.log1p(-(2.0 ** -np.linspace(5, slowest, heads))), jnp.float32)

@@ -1,5 +1,8 @@
 """Datasets that tests make of files with few documents, and their content."""
 
+import io
+import tarfile
+
 from corpora import documents, tokenize
 from lin_jax.data import TokenDataset
 from lin_jax.tokenizer import ByteTokenizer
@@ -17,6 +20,21 @@ def prepare(out, patterns, **options):
   return tokenize.prepare(out, stream, tokenize.hash_split(0, 0.1, 0.1), splits=SPLITS,
                           recipe=dict(sources=documents.describe(files)), tokenizer=ByteTokenizer(),
                           shard_tokens=2000, checkpoint_tokens=1000, **options)
+
+
+def deb(path, files):
+  """A Debian package of the `files`, contents by names."""
+  data = io.BytesIO()
+  with tarfile.open(fileobj=data, mode="w:xz") as tar:
+    for name, text in files.items():
+      info = tarfile.TarInfo(f"./{name}")
+      info.size = len(text)
+      tar.addfile(info, io.BytesIO(text))
+  with open(path, "wb") as f:
+    f.write(b"!<arch>\n")
+    for name, part in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data.getvalue())):
+      f.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(part):<10}`\n".encode() + part + b"\n" * (len(part) % 2))
+  return path
 
 
 def content(folder):

@@ -1,8 +1,6 @@
 """The English recipe, on packages made here."""
 
 import gzip
-import io
-import tarfile
 
 import numpy as np
 import pytest
@@ -10,21 +8,7 @@ import pytest
 from corpora import archives, clean, english, formats, overlap
 from lin_jax.manifests import read_manifest
 from lin_jax.tokenizer import ByteTokenizer
-from tests.experiments.datasets import PROSE, content, decoded, interrupt
-
-
-def deb(path, files):
-  data = io.BytesIO()
-  with tarfile.open(fileobj=data, mode="w:xz") as tar:
-    for name, text in files.items():
-      info = tarfile.TarInfo(f"./{name}")
-      info.size = len(text)
-      tar.addfile(info, io.BytesIO(text))
-  with open(path, "wb") as f:
-    f.write(b"!<arch>\n")
-    for name, part in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data.getvalue())):
-      f.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(part):<10}`\n".encode() + part + b"\n" * (len(part) % 2))
-  return path
+from tests.experiments.datasets import PROSE, content, deb, decoded, interrupt
 
 
 def test_members_of_a_debian_package(tmp_path):

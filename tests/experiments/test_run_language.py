@@ -15,10 +15,11 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from language import execution
-from language.models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, MODELS
+from language.models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, MODELS, WIDE
+from language.plan import plan
 from language.report import summary
 from language.runs import Run, folder, key
-from language.sweeps import SWEEPS, Sweep, further
+from language.sweeps import GAP_MODELS, SWEEPS, Sweep
 from language.training import finish
 from lin_jax import metrics as reporting
 from lin_jax.checkpoint import load_model
@@ -32,14 +33,16 @@ from tests.lin_jax import tiny
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  return str(tiny.write_dataset(tmp_path_factory.mktemp("language") / "data"))
+  return str(tiny.write_dataset(tmp_path_factory.mktemp("language") / "data", test=700, val_code=600))
 
 
 def test_sizes_are_matched():
   counts = {name: parameter_count(MODELS[name]()) for name in (*COMPARED, *DECAYS, *CONVOLUTIONS, "deltanet_l1_elu1",
                                                                  "supra")}
   assert max(counts.values()) / min(counts.values()) <= 1.02 and 38e6 < min(counts.values())
-  assert {make().vocab_size * make().width for make in MODELS.values()} == {32000 * 512}
+  wide = {name: parameter_count(MODELS[name]()) for name in WIDE}
+  assert max(wide.values()) / min(wide.values()) <= 1.04 and 134e6 < min(wide.values())
+  assert {make().vocab_size * make().width for name, make in MODELS.items() if name not in WIDE} == {32000 * 512}
   # The state that a layer hands on is the same for those that the papers compare at one size.
   states = {name: jax.eval_shape(lambda name=name: abstract_model(MODELS[name]()).init_state(1, 1))
             for name in ("gla", "deltanet", "gated_deltanet", *DECAYS)}
@@ -48,7 +51,7 @@ def test_sizes_are_matched():
 
 
 def test_sweeps_hold_each_claims_runs(data):
-  main, gates, norms, convolutions, lengths, long, linearized = (sweep().runs for sweep in SWEEPS.values())
+  main, gates, norms, convolutions, lengths, long, linearized, *_ = (sweep().runs for sweep in SWEEPS.values())
   assert {run.model for run in main} == set(COMPARED) and len(main) == 27
   assert {run.model for run in gates} == {"no_decay", "constant_decay", "scalar_decay", "gla"} and len(gates) == 12
   assert {(c.qk_norm, c.qk_activation) for c in (MODELS[run.model]().mixer for run in norms)} == {
@@ -72,7 +75,7 @@ def test_sweeps_hold_each_claims_runs(data):
   assert {run.steps + (run.start.steps if run.start else 0) for run in linearized} == {main[0].steps}
   assert {(run.model, round(run.steps / run.start.steps, 3)) for run in linearized if run.start} == {
       ("linearized_5", 0.05), ("linearized_20", 0.2)}
-  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 1, 0, 1]
+  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]
 
 
 def test_gates_differ_in_the_decay_alone():
@@ -119,9 +122,45 @@ def test_further_seeds_are_of_the_best_rate():
   bits = {("gla", 1e-3): 1.5, ("gla", 2e-3): 1.4, ("gla", 4e-3): 1.3, ("tnl", 1e-3): 1.2, ("tnl", 2e-3): 1.3,
           ("tnl", 4e-3): float("inf"), ("mamba", 1e-3): 1.1, ("mamba", 2e-3): 1.2}
   bits |= {("retnet", rate): float("inf") for rate in (2e-3, 1e-3, 4e-3)}
-  found = further(Sweep(runs, 2), lambda run: bits.get((run.model, run.learning_rate)))
+  found = plan(Sweep(runs, 2), lambda run: bits.get((run.model, run.learning_rate)))
   # Mamba's third rate is not done, and nothing of RetNet is worth another seed.
-  assert found == [Run("gla", 4e-3, 1), Run("tnl", 1e-3, 1), Run("gla", 4e-3, 2), Run("tnl", 1e-3, 2)]
+  assert found == runs + [Run("gla", 4e-3, 1), Run("tnl", 1e-3, 1), Run("gla", 4e-3, 2), Run("tnl", 1e-3, 2)]
+
+
+def test_the_highest_rate_is_doubled_while_it_is_the_best():
+  runs = [Run("gla", 2e-3), Run("gla", 4e-3), Run("tnl", 2e-3), Run("tnl", 4e-3)]
+  bits = {runs[0]: 1.4, runs[1]: 1.3, runs[2]: 1.2, runs[3]: 1.3}
+  doubled, tnl = Run("gla", 8e-3), Run("tnl", 2e-3, 1)
+  assert plan(Sweep(runs, 1, bracket=True), bits.get) == [*runs, doubled, tnl]
+  assert plan(Sweep(runs, 1, bracket=True), (bits | {doubled: 1.5}).get) == [*runs, doubled, Run("gla", 4e-3, 1), tnl]
+  assert plan(Sweep(runs, 1, bracket=True), (bits | {doubled: 1.2}).get)[4:6] == [doubled, Run("gla", 1.6e-2)]
+
+
+def test_close_comparisons_get_more_seeds():
+  gla, tnl = Run("gla", 2e-3), Run("tnl", 2e-3)
+  sweep = Sweep([gla, tnl], pairs=(("gla", "tnl", 1.0),))
+  seed = lambda run, number: dataclasses.replace(run, seed=number)
+  assert plan(sweep, {gla: 1.2, tnl: 1.23}.get, deviation=0.01) == [gla, tnl]
+  close = {gla: 1.2, tnl: 1.21}
+  assert plan(sweep, close.get, deviation=0.01) == [gla, tnl, seed(gla, 1), seed(tnl, 1)]
+  second = close | {seed(gla, 1): 1.19}  # with a mean of 1.195, which is 0.015 below, where two errors are 0.024
+  assert plan(sweep, second.get, deviation=0.01) == [gla, tnl, seed(gla, 2), seed(tnl, 1)]
+  four = {seed(run, i): bits for run, bits in close.items() for i in range(4)}
+  assert plan(sweep, four.get, deviation=0.01) == [gla, tnl]
+
+
+def test_branches_follow_at_the_best_rate_and_model_after_model():
+  pilot = lambda model, rate, **fields: Run(model, rate, steps=10, decay_steps=2, **fields)
+  runs = [pilot(model, rate) for model in ("gla", "tnl") for rate in (2e-3, 1e-3)]
+  sweep = Sweep(runs, longer=((20, 4), (40, 8)), ends=("tnl",))
+  bits = {runs[0]: 1.3, runs[1]: 1.4, runs[2]: 1.2, runs[3]: 1.1}
+  branch = lambda run, steps, **fields: dataclasses.replace(run, steps=steps, decay_steps=steps // 5, **fields)
+  assert plan(sweep, bits.get) == [
+      *runs[:2], branch(runs[0], 20), branch(runs[0], 40), *runs[2:], branch(runs[3], 20), branch(runs[3], 40),
+      pilot("tnl", 1e-3, seed=1), branch(runs[3], 40, seed=1)]
+  gap = SWEEPS["gap"]()
+  assert {run.model for run in gap.runs} == set(GAP_MODELS) and [steps for steps, _ in gap.longer] == [
+      1831, 3662, 7629, 15259]
 
 
 TRANSFORMER = Run("transformer", 4e-3, steps=6, tiny=True)
@@ -164,6 +203,9 @@ def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkey
   assert record["tokens"] == 6 * 8 * 64 and record["epochs"] == round(6 * 8 * 64 / 3000, 4)
   # Two bytes an id in this dataset.
   assert record["bits_per_byte"] == pytest.approx(record["held_out_loss"] / 0.6931472 / 2)
+  assert {split: losses["tokens"] for split, losses in record["losses"].items()} == {"test": 700, "val_code": 600}
+  assert all(losses["bits_per_byte"] == pytest.approx(losses["loss"] / 0.6931472 / 2)
+             for losses in record["losses"].values())
   assert record["device"] == "cpu" and record["versions"]["jax"] == jax.__version__ and record["command"]
   # One checkpoint stays, with what evaluation needs.
   place, = workdir.iterdir()
@@ -197,6 +239,24 @@ def test_a_transformer_is_linearized_and_trained_further(data, tmp_path, unbroke
       workdir, run, data))[1], nnx.Param))} for run in (run, TRANSFORMER))
   assert all(abs(made[path] - value).max() < 1e-5 for path, value in source.items()) and len(made) == len(source) + 2
   assert {path.name for path in workdir.iterdir()} == {folder(workdir, run, data).name for run in (run, TRANSFORMER)}
+
+
+def test_branches_go_off_a_trunk(data, tmp_path):
+  runs = [Run("transformer", 4e-3, steps=steps, decay_steps=decay, tiny=True) for steps, decay in ((4, 2), (8, 3))]
+  out = tmp_path / "out.jsonl"
+  assert execution.execute(Sweep(runs), data, tmp_path / "runs", out) == (2, 0, [])
+  first, second = records.load(out)
+  assert [first["tokens"], second["tokens"]] == [4 * 512, 8 * 512]
+  read = lambda run: reporting.read(folder(tmp_path / "runs", run, data) / "metrics.jsonl")
+  rates = {name: [line["learning_rate"] for line in read(run) if "learning_rate" in line]
+           for name, run in (("trunk", runs[1].trunk()), *enumerate(runs))}
+  assert rates["trunk"][1:] == pytest.approx([4e-3] * 4) and len(rates["trunk"]) == 5
+  assert rates[0][1:2] == pytest.approx([4e-3]) and rates[0][-1] == pytest.approx(4e-4)
+  assert rates[1][1:5] == pytest.approx([4e-3] * 4) and rates[1][-1] == pytest.approx(4e-4) and len(rates[1]) == 8
+  # A trunk that has gone on cannot be branched before its end.
+  finished, left, failed = execution.execute(
+      Sweep([dataclasses.replace(runs[0], steps=3, decay_steps=1)]), data, tmp_path / "runs", out)
+  assert (finished, left) == (0, 0) and "a run is not shortened" in failed[0]
 
 
 def test_a_run_waits_for_the_one_that_it_starts_from(data, tmp_path, monkeypatch):
@@ -244,7 +304,7 @@ def test_diverged_run_has_a_record_too(data, tmp_path, monkeypatch):
   run = Run("gla", 1e-3, tiny=True)
   record = finish(run, data, tmp_path)
   assert record["diverged"] and record["held_out_loss"] is record["bits_per_byte"] is record["perplexity"] is None
-  assert record["pair_losses"] is None and record["setting"] == run.setting(data)
+  assert record["pair_losses"] is record["losses"] is None and record["setting"] == run.setting(data)
   assert record == json.loads((folder(tmp_path, run, data) / "record.json").read_text())
   uptrained = Run("linearized_5", 1e-3, tiny=True, start=run)
   with pytest.raises(ValueError, match="gla, from which it starts, has diverged"):

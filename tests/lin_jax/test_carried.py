@@ -17,7 +17,7 @@ from lin_jax.config import MeshConfig
 from lin_jax.data import train_iterator
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
-from lin_jax.training import loss_sum, make_state, make_train_step, train
+from lin_jax.training import loss_sum, make_state, make_train_step, rows_that_go_on, train
 from tests.close import assert_close
 from tests.lin_jax import tiny
 
@@ -131,6 +131,23 @@ def test_rows_read_neighbouring_windows(data, count):
     assert (np.diff(starts, axis=0) == LENGTH).all() and len(starts[0]) == ROWS
     runs += starts[0]
   assert sorted(runs[:62]) == [3 * LENGTH * i for i in range(62)] and runs[:62] != sorted(runs[:62])
+
+
+def test_staggered_rows_change_text_one_after_the_other(data):
+  settings = dataclasses.replace(config(data, 4).data, staggered=True)
+  stream = np.fromfile(data / "train-00000.bin", "<u2").astype(np.int32)
+  places = {stream[i:i + LENGTH].tobytes(): i for i in range(0, len(stream) - LENGTH, LENGTH)}
+  iterator, changed = train_iterator(settings, 1), []
+  batch = next(iterator)
+  for step in range(9):
+    following = next(iterator)
+    before, after = (np.array([places[row.tobytes()] for row in part["tokens"]]) for part in (batch, following))
+    neighbours = (after - before == LENGTH) & (before // (4 * LENGTH) == after // (4 * LENGTH))  # in one run
+    ended = batch["mask"][:, -1] == 0  # their document has
+    np.testing.assert_array_equal(rows_that_go_on(settings, batch, step), neighbours & ~ended)
+    changed.append(~neighbours)
+    batch = following
+  assert np.sum(changed, axis=1).tolist() == [2] * 9  # of eight rows in runs of four windows
 
 
 def test_a_restored_iterator_goes_on_inside_a_run(data):

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lin_jax import mixers
-from lin_jax.config import load, save, to_dict
+from lin_jax.config import ModelConfig, TrainConfig, from_dict, load, save, to_dict
 from lin_jax.mixers.attention import AttentionConfig
 from tests.forked import Command
 from tests.lin_jax import tiny
@@ -83,6 +83,14 @@ def test_a_config_older_than_unroll_loads(tmp_path):
   del values["unroll"]
   (tmp_path / "config.json").write_text(json.dumps(values))
   assert load(tmp_path / "config.json").unroll == 1
+
+
+@pytest.mark.parametrize("kind", ["retention", "simple_gla"])
+def test_a_mixer_older_than_its_decays_keeps_those_that_it_had(kind):
+  values = to_dict(TrainConfig(model=ModelConfig(mixer=mixers.config_class(kind)(heads=2))))
+  assert from_dict(values).model.mixer.decays == "spread"
+  del values["model"]["mixer"]["decays"]
+  assert from_dict(values).model.mixer.decays == "consecutive"
 
 
 def test_a_norm_that_clips_nothing_survives(tmp_path):

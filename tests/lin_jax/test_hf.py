@@ -151,6 +151,7 @@ def small(mixer, **options):
 @pytest.mark.parametrize("config, message", [
     (small(mixers.config_class("gla")(heads=2, gate_rank=4)), r"gate_rank=4 \(only 16\)"),
     (small(mixers.config_class("retention")(heads=2, conv_width=4)), r"conv_width=4 \(only 0\)"),
+    (small(mixers.config_class("retention")(heads=2)), r"decays='spread' \(only 'consecutive'\)"),
     (small(mixers.config_class("linear_attention")(heads=2)), "mixer 'linear_attention': must be one of gla, "),
     (small(mixers.config_class("hgrn2")(heads=2)), r"norm_eps=1e-06 \(only 1e-05\)"),
     (small(mixers.config_class("mamba2")(heads=2)), r"mlp_width=8 \(every block is a mixer alone\)"),

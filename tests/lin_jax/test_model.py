@@ -119,6 +119,15 @@ def test_layers_start_different(lm):
   assert first.shape == (32, 48) and np.abs(first - second).max() > 1e-2
 
 
+def test_kernels_that_start_normal():
+  model = build(config(GLAConfig(heads=2, conv_width=4), start="normal"))
+  block, plain = model.runs[0][0], build(config(GLAConfig(heads=2, conv_width=4))).runs[0][0]
+  kernels = [layer.kernel[...] for layer in (block.mixer.gate, block.mixer.convolutions[0], block.mlp.up)]
+  np.testing.assert_allclose([kernel.std() for kernel in kernels], 0.02, rtol=0.2)
+  assert plain.mixer.convolutions[0].kernel[...].std() > 0.2
+  assert np.abs(np.diff(kernels[0], axis=0)).max() > 0  # layers differ
+
+
 def test_a_block_without_mlp():
   alone, mixer = config(GLAConfig(heads=2), mlp_width=0), config(GLAConfig(heads=2))
   check_recurrence(build(alone), prompt=5)

@@ -12,12 +12,15 @@ from lin_jax.mixers.gla import GLAConfig
 VOCAB = 64
 
 
-def write_dataset(path: pathlib.Path, train_tokens: int = 3000, val_tokens: int = 1200) -> pathlib.Path:
-  """Documents of noisy counting, which a model learns in a few steps; an epoch is less than six batches of 8 x 64."""
+def write_dataset(path: pathlib.Path, train_tokens: int = 3000, val_tokens: int = 1200, **others: int) -> pathlib.Path:
+  """Documents of noisy counting, which a model learns in a few steps; an epoch is less than six batches of 8 x 64.
+
+  `others` are the tokens of further splits by their names.
+  """
   path.mkdir(parents=True)
   random = np.random.default_rng(0)
   splits = {}
-  for split, size in (("train", train_tokens), ("val", val_tokens)):
+  for split, size in {"train": train_tokens, "val": val_tokens, **others}.items():
     steps = random.choice([1, 1, 1, 5], size)
     ids = (np.cumsum(steps) % VOCAB).astype("<u2")
     starts = np.arange(0, size, 150, dtype=np.uint64)

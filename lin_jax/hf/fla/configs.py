@@ -63,10 +63,12 @@ def to_hf(config: ModelConfig) -> dict:
     values["expand_ratio"] = config.width // mixer.heads
     if mixer.learned_bound and 0 in config.hybrid_layers:
       refused.append(f"hybrid_layers={config.hybrid_layers} (the first layer is {name})")
+  if kind == "retnet" and mixer.heads >= 4:
+    mixer = dataclasses.replace(mixer, decays="consecutive")  # which are the same decays
   values |= {"model_type": kind, "dtype": "float32", **_mixer_to_hf(family, mixer, refused)}
   if family.mlp:
     values["intermediate_size"] = config.mlp_width
-  own = {"mixer", "hybrid_mixer", "hybrid_layers", "mlp_width", "dtype", *COMMON}
+  own = {"mixer", "hybrid_mixer", "hybrid_layers", "mlp_width", "start", "dtype", *COMMON}
   refused += [f"{field.name}={getattr(config, field.name)!r}" for field in dataclasses.fields(config)
               if field.name not in own and getattr(config, field.name) != field.default]
   if bool(config.mlp_width) != family.mlp:

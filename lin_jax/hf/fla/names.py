@@ -97,7 +97,7 @@ FAMILIES = {
         fields={"heads": ("num_heads", 8), "expand_k": ("expand_k", 1.0), "expand_v": ("expand_v", 2.0)},
         options={"num_kv_heads": (None, "num_heads"), "feature_map": (None,), "use_output_gate": (True,),
                  "use_short_conv": (False,), **_AFFINE},
-        constants={"rope_base": 10000.0, "conv_width": 0},
+        constants={"rope_base": 10000.0, "conv_width": 0, "decays": "consecutive"},
         tensors=_PROJECTIONS | {"gate.kernel": "g_proj.weight", "norm.scale": "g_norm_swish_gate.weight"},
         unfused=_HEAD_GATE, defaults={"hidden_ratio": 2}),
     "hgrn2": Family(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from lin_jax.mixers.gla import GLAConfig, log_decays
+from lin_jax.mixers.simple_gla import SimpleGLAConfig
 from tests.close import assert_close
 from tests.lin_jax.mixers.formulas import by_heads, rms_norm, sigmoid, silu, weights, wide
-from tests.lin_jax.mixers.small import BATCH, TIME, assert_stays_float32, call, create, inputs
+from tests.lin_jax.mixers.small import BATCH, TIME, assert_stays_float32, call, create, inputs, start
 
 
 def test_is_the_papers_layer():
@@ -39,6 +40,16 @@ def test_the_decays_derivative_comes_from_the_decay():
   assert [array.shape for array in kept if array.ndim] == [x.shape]
 
 
+def test_gates_start_at_the_authors_time_constant_or_spread():
+  zeros = jnp.zeros((1, 1, 32))
+  times = lambda config: np.sort(-1 / start(config)._log_decay(zeros)[0, 0])
+  np.testing.assert_allclose(times(GLAConfig(heads=2)), 16 / np.log(2), rtol=1e-6)
+  spread = np.broadcast_to(np.geomspace(16, 1024, 8), (2, 8))
+  np.testing.assert_allclose(times(GLAConfig(heads=2, longest_memory=1024.0)), spread, rtol=1e-4)
+  per_head = start(SimpleGLAConfig(heads=2, longest_memory=1024.0))._log_decay(zeros)
+  np.testing.assert_allclose(-1 / per_head[0, 0], [16, 1024], rtol=1e-4)
+
+
 def test_decay_stays_float32():
   mixer = create(GLAConfig(heads=2, gate_rank=4), dtype=jnp.bfloat16)
   assert_stays_float32(mixer._log_decay(inputs(dtype=jnp.bfloat16)))
@@ -50,6 +61,7 @@ def test_decay_stays_float32():
     (GLAConfig(heads=0), "heads=0: must be at least 1"),
     (GLAConfig(heads=2, gate_rank=0), "gate_rank=0: must be at least 1"),
     (GLAConfig(heads=2, gate_temperature=0.0), "gate_temperature=0.0: must be positive"),
+    (GLAConfig(heads=2, longest_memory=16.0), "longest_memory=16.0: must be 0 or more than 16 tokens"),
     (GLAConfig(heads=2, conv_width=1), "taps=1"),
 ], ids=str)
 def test_bad_configs(config, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.mixers.retention import RetentionConfig
+from lin_jax.mixers.retention import RetentionConfig, constant_log_decay
 from tests.close import assert_close, relative_error
 from tests.lin_jax.mixers.formulas import by_heads, rms_norm, silu, weights, wide
 from tests.lin_jax.mixers.small import BATCH, call, create, inputs
@@ -30,7 +30,7 @@ def recurrence(mixer, x, decay, base=10000.0):
 
 
 def test_is_the_papers_layer():
-  mixer, x = create(RetentionConfig(heads=HEADS)), wide(inputs(TIME))
+  mixer, x = create(RetentionConfig(heads=HEADS, decays="consecutive")), wide(inputs(TIME))
   mixer.norm.scale[...] = jnp.linspace(0.5, 1.5, mixer.norm.scale.size)
   actual, _ = call(mixer, inputs(TIME))
   decay = np.array([1 - 1 / 32, 1 - 1 / 64])
@@ -38,6 +38,13 @@ def test_is_the_papers_layer():
   # The bound tells this layer from its neighbours: swapped decays, and another rotary base.
   assert relative_error(actual, recurrence(mixer, x, decay[::-1])) > 1e-3
   assert relative_error(actual, recurrence(mixer, x, decay, base=1000.0)) > 1e-3
+
+
+def test_few_heads_keep_the_slow_decays():
+  rates = lambda heads, decays: (-1 / np.expm1(np.float64(constant_log_decay(heads, decays)))).round(2).tolist()
+  assert rates(2, "spread") == [32, 256] and rates(2, "consecutive") == [32, 64] and rates(1, "spread") == [32]
+  for heads in (4, 6, 8):  # as in the papers
+    assert rates(heads, "spread") == rates(heads, "consecutive") == [2.0 ** (5 + h) for h in range(heads)]
 
 
 def test_decays_are_constants():
@@ -64,6 +71,7 @@ def test_flops_per_token():
     (RetentionConfig(heads=3), "expand_k=1.0 of width 32 gives 32 channels: not divisible by heads=3"),
     (RetentionConfig(heads=4, expand_v=0.0), "expand_v=0.0 of width 32 gives 0 channels"),
     (RetentionConfig(heads=32), r"expand_k=1.0 of width 32 gives heads=32 an odd number of channels \(1\)"),
+    (RetentionConfig(decays="slow"), "decays='slow': must be one of spread, consecutive"),
     (RetentionConfig(rope_base=0.0), "rope_base=0.0: must be positive"),
     (RetentionConfig(conv_width=1), "taps=1"),
 ], ids=str)

@@ -53,7 +53,7 @@ def test_is_the_scalar_gate_recurrence(conv_width):
 
 @pytest.mark.parametrize("decay, factors", [("constant", [1 - 1 / 32, 1 - 1 / 64]), ("none", [1.0, 1.0])])
 def test_other_rows_of_the_ablation(decay, factors):
-  mixer = uneven(SimpleGLAConfig(heads=HEADS, decay=decay))
+  mixer = uneven(SimpleGLAConfig(heads=HEADS, decay=decay, decays="consecutive"))
   x = inputs(TIME)
   expected = recurrence(mixer, wide(x), np.array(factors))
   assert mixer.decay is None

@@ -1,0 +1,85 @@
+"""Pictures of the language models: bits per byte with their noise, and the gap to Transformer++ against tokens."""
+
+import dataclasses
+import pathlib
+import statistics
+
+from language import sweeps
+from language.report import best_rate
+from lin_jax import files
+
+from . import language
+from .claim import Results
+
+_SWEEPS = {"main": "29.5M tokens", "long": "118M tokens", "gates": "GLA's decay", "convolutions": "short convolutions",
+           "norms": "DeltaNet's keys"}
+TEXTS = {"test_english": "English", "test_code": "source code"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dots:
+  """Panels of models from best to worst, each a mean over seeds with two standard errors to both sides."""
+
+  file: str = "language.png"
+  title: str = "Held-out bits per byte of models of 42M parameters, with two standard errors"
+
+  def panels(self, results: Results) -> dict[str, list[tuple[str, float, float]]]:
+    """Returns name, bits per byte and two standard errors of each model, by the panel's title."""
+    deviation, _ = language.noise(results)
+    ends = lambda row: 2 * deviation / row["seeds"] ** 0.5
+    panels = {title: sorted((row["bits_per_byte"], language.name(model), ends(row))
+                            for model, row in language.rows(results, sweep).items())
+              for sweep, title in _SWEEPS.items()}
+    return {title: [(name, bits, error) for bits, name, error in rows] for title, rows in panels.items() if rows}
+
+  def drawn(self, results: Results) -> bool:
+    return any(len(rows) > 1 for rows in self.panels(results).values())
+
+  def draw(self, results: Results, folder: pathlib.Path) -> pathlib.Path:
+    from matplotlib.figure import Figure  # a second of import that the page alone does not pay
+
+    panels = self.panels(results)
+    heights = [len(rows) + 1.5 for rows in panels.values()]
+    figure = Figure(figsize=(8, 0.3 * sum(heights) + 0.8), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0],
+                                   panels.items(), strict=True):
+      names, bits, errors = zip(*rows, strict=True)
+      axes.errorbar(bits, range(len(rows)), xerr=errors, fmt="ko", markersize=5, capsize=3)
+      axes.set_yticks(range(len(rows)), names)
+      axes.invert_yaxis()
+      axes.grid(axis="x", alpha=0.3)
+      axes.set_title(title, fontsize=10)
+    figure.suptitle(self.title, fontsize=11)
+    with files.replacing(folder / self.file) as file:
+      figure.savefig(file, format="png", dpi=120)
+    return folder / self.file
+
+
+def gaps(results: Results) -> dict[str, dict[str, list[tuple[int, float]]]]:
+  """Returns bits per byte above Transformer++ by kind of text and model, as points (millions of tokens, difference).
+
+  A model's rate is the best of its shortest branches on val, and its losses are means over seeds on test.
+  """
+  found = {}
+  for model in sweeps.GAP_MODELS:
+    records = [record for record in results.lines(sweeps.FILES["gap"])
+               if record["model"] == model and not record["diverged"]]
+    if records:
+      rate = best_rate([record for record in records if record["tokens"] == min(r["tokens"] for r in records)])
+      found[model] = [record for record in records if record["learning_rate"] == rate]
+  return {title: _above({model: _curve(records, split) for model, records in found.items()})
+          for split, title in TEXTS.items()}
+
+
+def _curve(records, split):
+  losses = {}
+  for record in records:
+    losses.setdefault(round(record["tokens"] / 1e6), []).append(record["losses"][split]["bits_per_byte"])
+  return {tokens: statistics.mean(values) for tokens, values in sorted(losses.items())}
+
+
+def _above(curves):
+  reference = curves.get("transformer", {})
+  above = {model: [(tokens, bits - reference[tokens]) for tokens, bits in curve.items() if tokens in reference]
+           for model, curve in curves.items()}
+  return {model: points for model, points in above.items() if points}

@@ -1,0 +1,36 @@
+"""The points of findings in words: how many hold, and which ones decided a verdict."""
+
+from collections.abc import Sequence
+
+from .claim import FAILS, HOLDS, NOT_RUN, UNDECIDED, Finding
+
+CLASSES = "reproduced", "contradicted", "in part", "undecided", "not run"
+
+
+def classified(findings: Sequence[Finding]) -> str:
+  """Returns the one of `CLASSES` for a sentence, given its findings, one per setting. Settings that decide nothing do
+  not count beside one that does, and settings that contradict each other decide nothing."""
+  verdicts = {finding.verdict for finding in findings}
+  if not (decided := verdicts - {UNDECIDED, NOT_RUN}):
+    return "undecided" if UNDECIDED in verdicts else "not run"
+  return {frozenset((HOLDS,)): "reproduced", frozenset((FAILS,)): "contradicted",
+          frozenset((HOLDS, FAILS)): "undecided"}.get(frozenset(decided), "in part")
+
+
+def counted(findings: Sequence[Finding]) -> str:
+  """Says how many points of all the findings hold, such as "2 of 4, 1 undecided"."""
+  total = {kind: sum(finding.counts()[kind] for finding in findings) for kind in (HOLDS, FAILS, UNDECIDED, NOT_RUN)}
+  known = sum(total.values()) - total[NOT_RUN]
+  rest = [f"{total[kind]} {kind}" for kind in (UNDECIDED, NOT_RUN) if total[kind]]
+  return ", ".join([f"{total[HOLDS]} of {known}", *rest])
+
+
+def decided_by(finding: Finding) -> str:
+  """Names the points that hold, that do not, and that are too close, if the claim has names for them."""
+  parts = [f"{word}: {', '.join(found)}" for holds, word in ((True, "yes"), (False, "no"), (None, "too close"))
+           if (found := finding.named(holds))]
+  if len(finding.points) < 2 or finding.verdict in (HOLDS, NOT_RUN) or not parts:
+    return counted([finding])
+  return f"{counted([finding])}; {'; '.join(parts)}"
+
+

@@ -1,0 +1,31 @@
+"""Losses of a finished run on held-out text: the splits apart from the one that chose its rate, and repeated pairs."""
+
+import pathlib
+
+from lin_jax.checkpoint import load_model
+from lin_jax.config import DataConfig
+from lin_jax.data import TokenDataset, eval_batches
+from lin_jax.evaluate import evaluate
+from lin_jax.manifests import read_manifest
+
+from .positions import losses_by_place
+from .repeats import pair_losses
+
+
+def held_out(workdir: pathlib.Path, data: DataConfig, by_place: bool = False) -> dict:
+  """Evaluates the run in `workdir` on whole splits, in the windows of its training.
+
+  Returns `pair_losses` on split val as `repeats.pair_losses` has them, and `losses`: for the split test and for every
+  part of val and test, such as val_code, its `loss` in nats per token, `bits_per_byte` and `tokens`.
+  `by_place` adds `places`, the losses on the split test that `positions.losses_by_place` describes.
+  """
+  config, model = load_model(workdir)
+  read = lambda split: eval_batches(data, split, 0, vocab_size=config.model.vocab_size)
+  losses = {}
+  for split in sorted(read_manifest(data.path)["splits"]):
+    if split == "test" or split.startswith(("val_", "test_")):
+      text = TokenDataset(data.path, split)
+      found = evaluate(model, read(split), bytes_per_token=text.bytes_per_token)
+      losses[split] = {"loss": found["loss"], "bits_per_byte": found["bits_per_byte"], "tokens": text.tokens}
+  places = {"places": losses_by_place(model, list(read("test")))} if by_place else {}
+  return places | {"pair_losses": pair_losses(model, list(read("val"))), "losses": losses}

@@ -1,0 +1,75 @@
+"""The runs of a sweep in their order: those that try rates, and those that follow from the results.
+
+A model's highest rate is doubled while it is the best (`bracket`). Its best rate then gets longer branches, further
+seeds, and one more seed at a time while a comparison that it takes part in is within two standard errors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from .runs import Run
+from .sweeps import Sweep
+
+HIGHEST_RATE = 1.6e-2
+MOST_SEEDS = 4
+Scores = Callable[[Run], float | None]
+
+
+def plan(sweep: Sweep, bits_per_byte: Scores, deviation: float = 0.0) -> list[Run]:
+  """Returns all runs that are known to be wanted, those that are done included.
+
+  `bits_per_byte` of a run is None until it is done, and infinite if it diverged. `deviation` is a run's over its seeds.
+  """
+  models = dict.fromkeys(run.model for run in sweep.runs)
+  rates = {model: _rates(sweep, model, bits_per_byte) for model in models}
+  best = {model: found for model in models if (found := _best(rates[model], bits_per_byte))}
+  branches = {model: [dataclasses.replace(run, steps=steps, decay_steps=decay) for steps, decay in sweep.longer]
+              for model, run in best.items()}
+  if sweep.longer:  # model after model
+    first = [run for model in models for run in rates[model] + branches.get(model, [])]
+  else:
+    first = sweep.runs + [run for model in models for run in rates[model] if run not in sweep.runs]
+  seeds = [dataclasses.replace(run, seed=run.seed + 1 + i) for run in best.values() for i in range(sweep.further_seeds)]
+  seeds += [dataclasses.replace(run, seed=1) for model in sweep.ends if model in best
+            for run in (best[model], branches[model][-1])]
+  # One seed of every model comes before the next seed, so that a sweep that is cut short has one for all.
+  planned = first + sorted(seeds, key=lambda run: run.seed)
+  return planned + [run for run in _undecided(sweep, best, bits_per_byte, deviation) if run not in planned]
+
+
+def _rates(sweep, model, bits_per_byte):
+  runs = [run for run in sweep.runs if run.model == model]
+  while sweep.bracket and (best := _best(runs, bits_per_byte)):
+    highest = max(runs, key=lambda run: run.learning_rate)
+    if best != highest or 2 * highest.learning_rate > HIGHEST_RATE:
+      break
+    runs.append(dataclasses.replace(highest, learning_rate=2 * highest.learning_rate))
+  return runs
+
+
+def _best(runs, bits_per_byte):
+  """The best of the runs, None until all are done or if all diverged."""
+  scores = {run: bits_per_byte(run) for run in runs}
+  if None in scores.values() or math.isinf(min(scores.values())):
+    return None
+  return min(scores, key=scores.get)
+
+
+def _undecided(sweep, best, bits_per_byte, deviation):
+  """The next seed of the models whose comparisons are within two standard errors."""
+  wanted = {}
+  for left, right, factor in sweep.pairs:
+    if left in best and right in best:
+      (mean, count), (other, others) = (_over_seeds(best[model], bits_per_byte) for model in (left, right))
+      if abs(factor * other - mean) < 2 * deviation * (1 / count + factor**2 / others) ** 0.5:
+        wanted |= {left: count, right: others}
+  return [dataclasses.replace(best[model], seed=best[model].seed + count) for model, count in wanted.items()
+          if count < MOST_SEEDS]
+
+
+def _over_seeds(run, bits_per_byte):
+  scores = []
+  while (score := bits_per_byte(dataclasses.replace(run, seed=run.seed + len(scores)))) is not None:
+    scores.append(score)
+  return sum(scores) / len(scores), len(scores)
