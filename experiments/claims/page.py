@@ -32,8 +32,8 @@ _SPLITS = {"test": "Rates were chosen on the split val, and these losses are on 
 _PAGES = """## Other pages
 
 - Findings by subject, with their records and commands: [numerics](numerics.md) of the kernels, [language](language.md)
-  models of 42M parameters, [synthetic](synthetic.md) tasks, [training](training.md) and its speed, and the
-  [reliability](reliability.md) of the commands.
+  models of 42M parameters, [synthetic](synthetic.md) tasks, [training](training.md) and its speed, the
+  [reliability](reliability.md) of the commands, and [rows of a million tokens](scaling.md) on many GPUs.
 - [Kernels](kernels.md) beside other libraries at every shape, and the [log](kernel_log.md) of the work on them.
 - [Models](models.md): the size of every config beside its paper's.
 - `raw/`: printed output of programs, and the numerics case by case.

@@ -40,7 +40,11 @@ WRITERS = {
     "bench_kernels": lambda i, out: ["bench_kernels.py", "--ops=gla", "--batch=1", "--length=16", "--heads=1",
                                      "--key=8", "--value=8", "--peers=none", "--implementations=reference",
                                      f"--out={out}/kernels.jsonl"],
+    "bench_scaling": lambda i, out: ["bench_scaling.py", "--tiny", "--models=tnl_385m", "--meshes=context=1",
+                                     "--length=16", "--batch=1", "--unroll=1", "--steps=2", "--timed_steps=1",
+                                     f"--out={out}/scaling.jsonl"],
     "report_models": lambda i, out: ["report_models.py", f"--out={out}/models.md"],
+    "report_scaling": lambda i, out: ["report_scaling.py", f"--out={out}/scaling.md"],
     "report_kernels": lambda i, out: ["report_kernels.py", f"--records={_copied(RECORDS, out / 'kernels.jsonl')}"],
 }
 PATHS = r"/\S*"

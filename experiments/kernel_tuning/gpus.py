@@ -55,9 +55,13 @@ device_description_str: "{device}"
 @functools.cache
 def mesh(gpu):
   """Returns a compile-only device. Raises ValueError if JAX's CUDA plugin is missing."""
+  return topologies.make_mesh(topology(gpu), (1,), ("device",))
+
+
+def topology(gpu: str, hosts: int = 1, each: int = 1):
+  """Returns compile-only devices, `each` on every host. Raises ValueError if JAX's CUDA plugin is missing."""
   target = _TARGET.format(**dataclasses.asdict(GPUS[gpu]))
   try:
-    topology = topologies.get_topology_desc("", platform="cuda", target_config=target, topology="1x1x1")
+    return topologies.get_topology_desc("", platform="cuda", target_config=target, topology=f"1x{hosts}x{each}")
   except (RuntimeError, KeyError, ValueError) as e:
     raise ValueError(f"JAX cannot compile for CUDA: {e}; install the extra 'compile'") from e
-  return topologies.make_mesh(topology, (1,), ("device",))

@@ -58,9 +58,10 @@ def name_of(mesh: MeshConfig) -> str:
 
 
 def fitting(meshes: list[str], devices: int) -> list[MeshConfig]:
-  """Reads the meshes, without those that need more than `devices`, each of which costs a line. Raises ValueError.
+  """Reads the meshes. One that needs more than `devices` is left out and costs a line. Raises ValueError.
 
-  No mesh stands for each axis with all devices. On one device what is left is context=1, which measures that device.
+  Without meshes, each axis takes all devices in turn. If no mesh has several devices, one device is measured, which is
+  context=1.
   """
   parsed = list(map(parse, meshes or [f"{axis}={devices}" for axis in sharding.AXES]))
   fit = [mesh for mesh in parsed if size_of(mesh) <= devices]
@@ -69,7 +70,7 @@ def fitting(meshes: list[str], devices: int) -> list[MeshConfig]:
       print(f"{name_of(mesh)} is left out: it needs {size_of(mesh)} devices, and this host has {devices}", flush=True)
   if not any(size_of(mesh) > 1 for mesh in fit):
     print(f"{devices} device{'s' * (devices > 1)}: context=1 is measured, on one device", flush=True)
-  return list({name_of(mesh): mesh for mesh in fit}.values())
+  return list({name_of(mesh): mesh for mesh in fit or [ONE]}.values())
 
 
 def configured(make: Callable[[], TrainConfig], mesh: MeshConfig, size: Size, rows: int, length: int,

@@ -72,4 +72,5 @@ def test_meshes_by_name():
   mesh = scaling.parse("context=4,fsdp=2")
   assert mesh == MeshConfig(data=1, fsdp=2, context=4) and scaling.size_of(mesh) == 8
   assert scaling.name_of(mesh) == "fsdp=2,context=4" and scaling.parse(scaling.name_of(mesh)) == mesh
-  assert [scaling.name_of(m) for m in scaling.fitting(["data=1", "tensor=8"], 4)] == ["one device"]
+  for meshes in (["data=1", "tensor=8"], ["tensor=8"]):
+    assert [scaling.name_of(m) for m in scaling.fitting(meshes, 4)] == ["one device"]
