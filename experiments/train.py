@@ -18,8 +18,12 @@ optimizer and schedule.
 
 The run continues from its last checkpoint, or from --checkpoint, and sets later checkpoints aside.
 
+--coordinator=host:port --num_processes=2 --process_id=0 trains over the devices of several processes, on one host or
+several, as `experiments/configs/README.md` says.
+
 Exit codes: 0 finished, or stopped by SIGTERM with a checkpoint saved; 130 stopped by Ctrl-C with a checkpoint saved; 1
-the loss was not finite; 2 a user's error, or one of the machine, such as a full disk.
+the loss was not finite; 2 a user's error, or one of the machine, such as a full disk; 1 or 134 another process of the
+run died.
 """
 
 import sys
@@ -31,7 +35,7 @@ from ml_collections import config_flags
 from configs import CONFIGS, lookup
 from lin_jax.config import TrainConfig
 from lin_jax.training import train
-from running import commands
+from running import commands, processes
 
 _CONFIG = config_flags.DEFINE_config_dataclass(
     "config", TrainConfig(), f"One of {', '.join(CONFIGS)}; --config.<field>=<value> overrides a field.",
@@ -40,11 +44,7 @@ _INIT_FROM = flags.DEFINE_string("init_from", "", "A run's workdir, or a Hugging
                                  "starts with. The same as --config.init_from.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; by default runs/<config>.")
 _CHECKPOINT = commands.define_checkpoint()
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "host:port of the first process of a run on several hosts, or 'auto' where the cluster knows "
-    "it.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes, with a coordinator.")
-_PROCESS = flags.DEFINE_integer("process", None, "Index of this process, with a coordinator.")
+_JOIN = processes.define()
 
 
 def main(_):
@@ -52,12 +52,7 @@ def main(_):
   if not config.name:
     raise ValueError(f"--config is required: one of {', '.join(CONFIGS)}")
   config.init_from = _INIT_FROM.value or config.init_from
-  if _COORDINATOR.value:
-    address = None if _COORDINATOR.value == "auto" else _COORDINATOR.value
-    try:
-      jax.distributed.initialize(address, _PROCESSES.value, _PROCESS.value)
-    except (RuntimeError, ValueError) as e:
-      raise ValueError(f"--coordinator={_COORDINATOR.value}: {str(e).splitlines()[0]}") from e
+  _JOIN()
   workdir = _WORKDIR.value or f"runs/{config.name}"
   checkpoint = commands.checkpoint_step(_CHECKPOINT.value)
   try:
@@ -65,6 +60,8 @@ def main(_):
   except FloatingPointError as e:
     print(f"train.py: {e}", file=sys.stderr)
     sys.exit(1)
+  if jax.process_index():
+    return  # process 0 has written the metrics, and says how the run has ended
   if result["preempted"]:
     print(f"stopped by {result['preempted']} after step {result['step']}, saved as {result['checkpoint']}: the same "
           "command resumes")
@@ -74,4 +71,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-  commands.run(main, cached=True)
+  with processes.failing_alone():
+    commands.run(main, cached=True)

@@ -230,7 +230,7 @@ def train_iterator(config: DataConfig, seed: int, *, split: str = "train", vocab
     dataset = grain.MapDataset.source(Neighbours(dataset, run, staggered_starts(config, rows)))
   dataset = dataset.map(windows.__getitem__)
   options = grain.ReadOptions(num_threads=config.worker_threads, prefetch_buffer_size=2 * config.worker_threads)
-  return iter(dataset.batch(rows).to_iter_dataset(options))
+  return iter(dataset.batch(rows, drop_remainder=True).to_iter_dataset(options))  # rounding an endless length overflows
 
 
 def staggered_starts(config: DataConfig, rows: int) -> np.ndarray:

@@ -54,9 +54,10 @@ def validate_mesh(config: TrainConfig, device_count: int) -> None:
   if config.data.sequence_length % context:
     raise ValueError(f"config.data.sequence_length={config.data.sequence_length}: not divisible by "
                      f"config.mesh.context={context}")
-  if context > 1 and data * fsdp % jax.process_count():
-    raise ValueError(f"config.mesh.context={context}: data * fsdp = {data} * {fsdp} must be divisible by the "
-                     f"{jax.process_count()} processes, because each reads its own rows whole")
+  processes = jax.process_count()
+  if data * fsdp % processes and (processes % (data * fsdp) or config.data.carried_windows > 1):
+    raise ValueError(f"config.mesh: data * fsdp = {data} * {fsdp} must be divisible by the {processes} processes, or "
+                     "divide them where rows carry no state, so that all of them read equally many rows")
   for name in ("mixer", "hybrid_mixer"):
     mixer = getattr(config.model, name)
     # Where there are more value heads than key heads, `map_over_heads` repeats key heads as the mesh needs it.
@@ -90,6 +91,16 @@ def placements(tree: Any, mesh: Mesh | None) -> Any:
     return param_shardings(tree, mesh)
   first = SingleDeviceSharding(jax.devices()[0])
   return jax.tree.map(lambda _: first, tree)
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+  """Returns (i, n): the devices of this process hold the i-th of n equal parts of each batch's rows.
+
+  n is less than the number of processes where the axes `context` and `tensor` span several of them.
+  """
+  groups = mesh.devices.reshape(_batch_shards(mesh), -1)
+  held = [i for i, group in enumerate(groups) if any(d.process_index == jax.process_index() for d in group)]
+  return held[0] // len(held), len(groups) // len(held)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -58,9 +58,9 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
   sharding.validate_mesh(config, jax.device_count())
   mesh = sharding.make_mesh(config.mesh)
   graph, optimizer, abstract, create = make_state(config, mesh)
-  vocab_size = config.model.vocab_size
-  batches = train_iterator(config.data, config.seed, vocab_size=vocab_size)
-  held_out = eval_batches(config.data, "val", config.eval.batches, vocab_size=vocab_size)
+  read = dict(zip(("process_index", "process_count"), sharding.batch_part(mesh)), vocab_size=config.model.vocab_size)
+  batches = train_iterator(config.data, config.seed, **read)
+  held_out = eval_batches(config.data, "val", config.eval.batches, **read)
   bytes_per_token = {split: TokenDataset(config.data.path, split).bytes_per_token for split in ("train", "val")}
   with jax.set_mesh(mesh):
     # Ops refuse inputs that they cannot run only when they are traced.
@@ -80,7 +80,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
     start, state = 0, None
     if checkpoint is not None or checkpoints.latest():
       start, state = checkpoints.load(checkpoint, lambda step: restore(checkpoints, step, abstract, batches, config))
-      if moved := checkpoints.resume_from(start):
+      if (moved := checkpoints.resume_from(start)) and jax.process_index() == 0:
         print(f"set aside: {', '.join(map(str, moved))}", flush=True)
     if state is None:
       state = initial.fill(create()) if initial else create()

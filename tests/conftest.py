@@ -51,8 +51,8 @@ def drop_compiled_programs():
 
 
 # Their tests take 5 to 30 s each: one that began last would leave the other cores without work.
-LONGEST = ("test_differential.py", "test_cpu_compiler.py", "test_notebooks.py", "test_train_cli.py",
-           "test_synthetic_training.py", "test_harness_cli.py", "test_cli.py")
+LONGEST = ("test_processes.py", "test_differential.py", "test_cpu_compiler.py", "test_notebooks.py",
+           "test_train_cli.py", "test_synthetic_training.py", "test_harness_cli.py", "test_cli.py")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -34,6 +34,9 @@ class Command:
   def returncode(self):
     return self._process.exitcode
 
+  def send_signal(self, number):
+    os.kill(self._process.pid, number)
+
   def communicate(self):
     """(stdout, stderr) of the process, which has ended."""
     self._process.join()

@@ -160,6 +160,11 @@ def test_processes_share_the_global_batches(numbered, count):
     assert sorted(rows) == sorted(next(whole)["tokens"][:, 0])
 
 
+def test_batches_of_one_row_are_the_rows_of_larger_ones(numbered):
+  ones, pairs = (train_iterator(config(numbered, batch_size=rows), 0) for rows in (1, 2))
+  np.testing.assert_array_equal(np.concatenate([next(ones)["tokens"] for _ in range(2)]), next(pairs)["tokens"])
+
+
 def visible(batches):
   return np.concatenate([batch["targets"][batch["mask"] > 0] for batch in batches])
 

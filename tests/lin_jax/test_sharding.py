@@ -1,6 +1,8 @@
 """Placement on 8 fake devices: rules, shardings of every leaf, and 1 device = 8 devices."""
 
+import contextlib
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +234,28 @@ def test_validate_mesh(mesh_axes, mixer, batch_size, accumulation, message):
                        optim=OptimConfig(accumulation=accumulation), mesh=MeshConfig(*mesh_axes))
   with pytest.raises(ValueError, match=message):
     sharding.validate_mesh(config, 8)
+
+
+@pytest.mark.parametrize("axes, processes, parts", [
+    ((4, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]), ((2, 1, 2, 2), 2, [(0, 2), (1, 2)]),
+    ((1, 2, 4), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]), ((1, 1, 2, 4), 2, [(0, 1), (0, 1)])])
+def test_processes_read_the_rows_that_their_devices_hold(monkeypatch, axes, processes, parts):
+  owners = np.repeat(np.arange(processes), 8 // processes)
+  shape = dict(zip(sharding.AXES, sharding.mesh_shape(MeshConfig(*axes), 8), strict=True))
+  devices = np.array([types.SimpleNamespace(process_index=owner) for owner in owners]).reshape(*shape.values())
+  for index, part in enumerate(parts):
+    monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+    assert sharding.batch_part(types.SimpleNamespace(devices=devices, shape=shape)) == part
+
+
+@pytest.mark.parametrize("axes, processes, carried, accepted", [
+    ((2, 2, 2), 4, 1, True), ((2, 2, 2), 8, 1, True), ((2, 2, 2), 8, 2, False), ((2, 3, 1), 4, 1, False)])
+def test_processes_must_read_equally_many_rows(monkeypatch, axes, processes, carried, accepted):
+  config = TrainConfig(model=ModelConfig(mixer=GLAConfig()), mesh=MeshConfig(*axes),
+                       data=DataConfig(batch_size=24, carried_windows=carried))
+  monkeypatch.setattr(jax, "process_count", lambda: processes)
+  with contextlib.nullcontext() if accepted else pytest.raises(ValueError, match=rf"by the {processes} processes, or"):
+    sharding.validate_mesh(config, np.prod(axes))
 
 
 def test_validate_mesh_accepts_fewer_key_heads_than_devices():
