@@ -24,9 +24,7 @@ def main(_):
   folder = pathlib.Path(_FOLDER.value)
   if not folder.is_dir():
     raise ValueError(f"--results={folder}: no such folder")
-  items = waiting.queue(folder)
-  if hasattr(synthetic, "queue"):
-    items += synthetic.queue(folder / "synthetic.jsonl")
+  items = waiting.queue(folder) + synthetic.queue(folder / "synthetic.jsonl")
   items = [item for item in items if not _MINUTES.value or item.minutes <= _MINUTES.value]
   for item in items:
     print(f"{item.name}: {item.runs_left} runs, {item.minutes:.0f} minutes, decides {item.decides}\n  {item.command}")

@@ -25,7 +25,7 @@ def heuristic(K: int, V: int, dtype, chunk_size: int | None = None) -> Config:
   """The answer where nothing is listed: tiles for the smallest supported GPU, which are slow on larger ones."""
   wide = dtype == jnp.float32
   scan = Tile(tile_width(V, 16 if wide or K > 128 else 32), 8 if wide and K > 64 else 4, 1 if K > 128 else 2)
-  keys = Tile(tile_width(K, 32), 4, 1) if wide else Tile(tile_width(K, 64), 8, 1)
+  keys = Tile(tile_width(K, 32 if wide else 16), 4, 1)
   depth = (32 if K > 64 else 64) if wide else tile_width(K, 128)
   return Config(chunk_size or (16 if wide else 32), depth, 16 if wide else 32,
                 Tile(tile_width(K, 32 if wide else 64), 4, 1), scan, scan, keys)
