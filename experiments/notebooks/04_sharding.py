@@ -41,7 +41,7 @@ from lin_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Tra
 from lin_jax.mixers.gla import GLAConfig
 
 sys.path.append(str(pathlib.Path(kernels.__file__).parents[1] / "experiments"))
-from speed.collectives import collectives
+from speed.collectives import collectives, totals
 
 # %%
 cpu_compiler.switch_off()  # of a fault in jaxlib: it has to come before JAX starts a device
@@ -178,7 +178,7 @@ with ThreadPoolExecutor(2) as pool:
 
 # %%
 KINDS = "all-reduce", "all-gather", "all-to-all", "reduce-scatter"
-found = {name: collectives(step.as_text()) for name, step in steps.items()}
+found = {name: totals(collectives(step.as_text())) for name, step in steps.items()}
 moved = {name: {kind: size for kind, (_, size) in kinds.items()} for name, kinds in found.items()}
 for name, kinds in found.items():
   print(f"{name:12}" + "".join(f"{kind} {n} of {size:,} B   " for kind, (n, size) in sorted(kinds.items())))

@@ -10,7 +10,7 @@ from lin_jax import sharding, training
 from lin_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from lin_jax.mixers.gated_delta_net import GatedDeltaNetConfig
 from lin_jax.mixers.gla import GLAConfig
-from speed.collectives import collectives
+from speed.collectives import collectives, totals
 
 B, T, LAYERS, PARTS = 2, 32, 2, 4
 HEADS, K, V, TAPS = 2, 8, 16, 4
@@ -39,7 +39,7 @@ def test_gated_delta_net_over_four_parts():
       GatedDeltaNetConfig(heads=HEADS, head_dim=K, conv_width=TAPS, implementation="reference"), data=1, context=PARTS)
   states = 4 * B * HEADS * K * (V + K)  # of one part: U, and D as a matrix
   inputs = 4 * B * (TAPS - 1) * HEADS * (2 * K + V)  # of the convolutions of queries, keys and values
-  assert collectives(text) == {
+  assert totals(collectives(text)) == {
       "all-gather": (LAYERS + 1, LAYERS * PARTS * states + PARTS * 12 * B),
       "reduce-scatter": (LAYERS, LAYERS * states),
       "collective-permute": (2 * 3 * LAYERS + 1, 2 * LAYERS * inputs + 4 * B * (TAPS - 1)),
@@ -51,7 +51,7 @@ def test_gla_over_data_and_parts():
   text, sizes = compiled_step(GLAConfig(heads=HEADS, gate_rank=4, implementation="reference"), data=2, context=PARTS)
   states = 4 * B // 2 * HEADS * K * (V + 1)
   once = sum(size for name, size in sizes.items() if "head" in name or ("'mixer'" in name and "scale" in name))
-  assert collectives(text) == {
+  assert totals(collectives(text)) == {
       "all-gather": (LAYERS + 1, LAYERS * PARTS * states + PARTS * 12 * B // 2),
       "reduce-scatter": (LAYERS, LAYERS * states),
       "all-reduce": (3 * (LAYERS + 1), 2 * sum(sizes.values()) - once)}
@@ -61,14 +61,15 @@ def test_gla_over_data_and_parts():
     ("((bf16[3,5]{1,0}), bf16[3,5]{1,0}) all-reduce-start(", (1, 30)),
     ("(f32[2]{0}, f32[], s8[7]{0}) all-reduce(", (1, 15)), ("f32[] all-reduce(", None)])
 def test_forms_of_results(result, expected):
-  found = collectives(f"ENTRY %main (x: f32[]) -> f32[] {{\n  %a = {result}%x)")
-  assert found == ({} if expected is None else {"all-reduce": expected})
+  text = f"ENTRY %main (x: f32[]) -> f32[] {{\n  %a = {result}%x), replica_groups={{{{0,1}}}}"
+  assert totals(collectives(text)) == ({} if expected is None else {"all-reduce": expected})
 
 
 def test_loops_within_loops_multiply():
   text = "\n".join([
-      "%inner (x: f32[4]) -> f32[4] {", "  %a = f32[4]{0} all-gather(%x)", "}", "%outer (x: f32[4]) -> f32[4] {",
+      "%inner (x: f32[4]) -> f32[4] {", "  %a = f32[4]{0} all-gather(%x), replica_groups={{0,1}}", "}",
+      "%outer (x: f32[4]) -> f32[4] {",
       '  %w = f32[4] while(%x), body=%inner, backend_config={"known_trip_count":{"n":"3"}}', "}",
       "ENTRY %main (x: f32[4]) -> f32[4] {",
       '  %v = f32[4] while(%x), body=%outer, backend_config={"known_trip_count":{"n":"5"}}', "}"])
-  assert collectives(text) == {"all-gather": (15, 240)}
+  assert totals(collectives(text)) == {"all-gather": (15, 240)}

@@ -8,7 +8,8 @@ from configs import CONFIGS
 from lin_jax import flops
 from lin_jax.config import to_dict
 from running import records
-from speed import compiled, plan, prediction
+from speed import plan, prediction
+from speed.collectives import Collective, collectives
 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "experiments/results"
 PROGRAM = """HloModule jit_train_step
@@ -32,16 +33,16 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 
 def test_collectives_are_counted_as_often_as_their_loops_run():
-  assert set(compiled.collectives(PROGRAM)) == {
-      compiled.Collective("all-gather", 15, 8 * 8 * 4 * 4, 8, False),
-      compiled.Collective("reduce-scatter", 5, 16 * 2 * 8, 8, True),
-      compiled.Collective("all-reduce", 1, 4 * 100 + 4 * 7, 4, False),
-      compiled.Collective("collective-permute", 1, 24, 2, True)}
+  assert set(collectives(PROGRAM)) == {
+      Collective("all-gather", 15, 8 * 8 * 4 * 4, 8, False),
+      Collective("reduce-scatter", 5, 16 * 2 * 8, 8, True),
+      Collective("all-reduce", 1, 4 * 100 + 4 * 7, 4, False),
+      Collective("collective-permute", 1, 24, 2, True)}
 
 
 def test_a_loop_of_unknown_length_is_refused():
   with pytest.raises(ValueError, match="loop of unknown length has the collective"):
-    compiled.collectives(PROGRAM.replace('"known_trip_count":{"n":"3"}', ""))
+    collectives(PROGRAM.replace('"known_trip_count":{"n":"3"}', ""))
 
 
 @pytest.mark.parametrize("name, extra", [("gla_1b3", 24 * 4 * 2 * 256 * 512),
