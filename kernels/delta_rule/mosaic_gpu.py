@@ -39,8 +39,10 @@ def supports(q, k, v, beta, log_decay=None, segment_ids=None, *, chunk_size=None
 def avoids(q, k, v, beta, log_decay=None, segment_ids=None) -> str | None:
   """Why these inputs run here only if the implementation is named, or None."""
   (B, T, H, V), (G, K) = v.shape, q.shape[2:]
-  if K <= TILE or V < TILE:
-    return f"pallas_triton is as fast for {K} key and {V} value channels"
+  if K <= TILE:
+    return f"pallas_triton is as fast with gradients for {K} key channels"
+  if V < TILE:
+    return f"it would pad {V} value channels to {TILE}"
   problem = Problem(B, T, H, G, _width(K), V + -V % TILE, False, False, 1.0, False)
   if (programs := math.prod(problem.grid)) < ENOUGH:
     return f"pallas_triton cuts long sequences into pieces, and {programs} programs leave most of a GPU idle"
