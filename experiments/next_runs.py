@@ -27,7 +27,7 @@ def main(_):
   items = waiting.queue(folder) + synthetic.queue(folder / "synthetic.jsonl")
   items = [item for item in items if not _MINUTES.value or item.minutes <= _MINUTES.value]
   for item in items:
-    print(f"{item.name}: {item.runs_left} runs, {item.minutes:.0f} minutes, decides {item.decides}\n  {item.command}")
+    print(f"{item.name}: {item.runs_left} runs, {item.minutes:.0f} minutes, decides: {item.decides}\n  {item.command}")
   print(f"{len(items)} sweeps, {sum(item.minutes for item in items):.0f} minutes")
 
 

@@ -1,10 +1,10 @@
 """What the sweeps of language models have left to run: how many runs, how many minutes of one GPU, to decide what."""
 
-import dataclasses
 import math
 import pathlib
 
 from lin_jax import metrics
+from running.unfinished import Unfinished
 
 from .models import WIDE
 from .plan import plan
@@ -21,19 +21,7 @@ _WORST = 1e3  # bits per byte of a run that is not done, when the runs that foll
 _USUAL_SPEED, _COMPILATION = 0.65e6, 20.0  # seconds for a model's first run
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """A sweep that is not done: its name and command, its runs that are left, their minutes on one GPU, and
-  what it decides."""
-
-  name: str
-  command: str
-  runs_left: int
-  minutes: float
-  decides: str
-
-
-def queue(folder: pathlib.Path | str) -> list[Item]:
+def queue(folder: pathlib.Path | str) -> list[Unfinished]:
   """Returns the sweeps that the records in the results folder leave to be done, the most decisive first.
 
   Runs that follow from results count as if a model's rates that are not done were not better than those that are, and
@@ -53,7 +41,8 @@ def _item(name, folder):
   if not left:
     return None
   command = f"python experiments/run_language.py --sweep={name} --out=experiments/results/{file.name}"
-  return Item(name, command, len(left), _minutes(left, [run for run in planned if run not in left]), sweep.decides)
+  minutes = _minutes(left, [run for run in planned if run not in left])
+  return Unfinished(name, command, len(left), minutes, sweep.decides)
 
 
 def _minutes(left: list[Run], done: list[Run]) -> float:

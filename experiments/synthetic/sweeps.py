@@ -12,6 +12,7 @@ from typing import Any
 
 from lin_jax import metrics
 from running import records
+from running.unfinished import Unfinished
 
 from .costs import costs, minutes
 from .grids import mad, mad_rest, mqar, regbench
@@ -62,19 +63,6 @@ def _runs(part):
   chosen = select(_GRIDS[part.sweep](), part.task, part.mixer, part.fields)
   return {records.key(run.setting()): run for run in (dataclasses.replace(run, seed=part.seed) for run in chosen)}
 
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """A part of a sweep that is not done: its name and command, its runs that are left, their minutes on one GPU, and the
-  claim that it decides."""
-
-  name: str
-  command: str
-  runs_left: int
-  minutes: float
-  decides: str
-
-
 _SOLVES = "DeltaNet without convolutions solves 64 pairs in 512 tokens at every width."
 _ABOVE = "GLA recalls at least as much as RetNet at every width."
 _FUZZY, _FACTS = "DeltaNet is the best at fuzzy recall.", "DeltaNet memorizes less than the others."
@@ -105,7 +93,7 @@ def ordered() -> list[Run]:
   return list({key: run for part in PARTS for key, run in part.runs().items()}.values())
 
 
-def queue(path: pathlib.Path | str) -> list[Item]:
+def queue(path: pathlib.Path | str) -> list[Unfinished]:
   """Returns the parts that the records in the file `path` leave to be done, the most valuable per minute first.
 
   The minutes are estimates for a GPU that does nothing else, and are too high where a model solves its task early. A
@@ -124,10 +112,10 @@ def queue(path: pathlib.Path | str) -> list[Item]:
     done |= part.runs().keys()
     if groups:
       options = " ".join(f"--{name}={value}" for name, value in part.options.items())
-      items.append(Item(", ".join(f"seed {value}" if name == "seed" else value for name, value in part.options.items()),
-                        f"python experiments/run_synthetic.py {options} --until_solved --out={path}",
-                        sum(map(len, groups.values())), sum(minutes(runs, _measured()) for runs in groups.values()),
-                        part.decides))
+      items.append(Unfinished(
+          ", ".join(f"seed {value}" if name == "seed" else value for name, value in part.options.items()),
+          f"python experiments/run_synthetic.py {options} --until_solved --out=experiments/results/{path.name}",
+          sum(map(len, groups.values())), sum(minutes(runs, _measured()) for runs in groups.values()), part.decides))
   return items
 
 
