@@ -1,22 +1,35 @@
-"""The flag --mesh of commands that load a model for use, and the mesh that it describes."""
+"""Meshes as text, such as fsdp=2,context=4, and the flag --mesh of commands that load a model for use."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import jax
 from absl import flags
 
+from lin_jax import sharding
 from lin_jax.config import MeshConfig
-from lin_jax.sharding import make_mesh
 
-_AXES = ("data", "fsdp", "tensor", "context")
+ONE = MeshConfig(1, 1, 1, 1)
+
+
+def parse(text: str, flag: str = "mesh") -> MeshConfig:
+  """Reads a mesh such as "fsdp=2,context=4", in which other axes have size 1. Raises ValueError, which names `flag`."""
+  sizes = {}
+  for word in text.split(","):
+    axis, _, size = word.partition("=")
+    if axis not in sharding.AXES or axis in sizes or not size.isdecimal() or not int(size):
+      raise ValueError(f"--{flag}={text}: must be sizes of different axes of {', '.join(sharding.AXES)}, as in "
+                       "fsdp=2,context=4")
+    sizes[axis] = int(size)
+  return dataclasses.replace(ONE, **sizes)
 
 
 def define() -> flags.FlagHolder[str]:
   """Defines the flag --mesh, whose value `using` reads."""
-  return flags.DEFINE_string("mesh", "", "Devices on the axes data, fsdp and tensor, as in 1,8,1, for a model that is "
-                             "too large for one device. A fourth number, as in 1,1,1,8, splits the tokens of each text "
-                             "over the axis context. By default the first device alone.")
+  return flags.DEFINE_string("mesh", "", "Sizes of the axes data, fsdp, tensor and context, as in fsdp=8, for a model "
+                             "that is too large for one device. context=8 splits the tokens of each text. By default "
+                             "the first device alone.")
 
 
 @contextlib.contextmanager
@@ -25,10 +38,6 @@ def using(value: str) -> Iterator[jax.sharding.Mesh | None]:
   if not value:
     yield None
     return
-  sizes = value.split(",")
-  if len(sizes) not in (3, 4) or not all(size.isdecimal() and int(size) for size in sizes):
-    raise ValueError(f"--mesh={value}: must be the numbers of devices on the axes {', '.join(_AXES)}, as in 1,8,1 or "
-                     "1,1,1,8")
-  mesh = make_mesh(MeshConfig(**dict(zip(_AXES, map(int, sizes), strict=False))))
+  mesh = sharding.make_mesh(parse(value))
   with jax.set_mesh(mesh):
     yield mesh

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from configs import CONFIGS
 from lin_jax.config import TrainConfig
+from running.meshes import parse
 from speed import compiled, prediction, scaling, training
 
 LENGTH = 2**20
@@ -31,8 +32,8 @@ _EQUAL = "model", "mesh", "rows x tokens", "loss", "one GPU's", "largest error",
 
 def runs() -> list[tuple[tuple[TrainConfig, int], dict]]:
   """Returns the programs to compile, as pairs of a config with its number of GPUs and a setting."""
-  meshes = [(name, scaling.parse(mesh)) for _, models, meshes in PLANS for name in models for mesh in meshes]
-  checks = [(name, scaling.parse(mesh)) for name, mesh, _ in CHECKS]
+  meshes = [(name, parse(mesh)) for _, models, meshes in PLANS for name in models for mesh in meshes]
+  checks = [(name, parse(mesh)) for name, mesh, _ in CHECKS]
   return ([_run(name, mesh, mesh.data * mesh.fsdp, LENGTH, "full") for name, mesh in meshes]
           + [_run(name, mesh, 8 * scaling.size_of(mesh), 2048, "dots") for name, mesh in checks])
 
@@ -90,7 +91,7 @@ def _best(name, devices, pairs):
 
 def _on_hosts(setting):
   """Whether each row lies on the GPUs of one host."""
-  mesh = scaling.parse(setting["mesh"])
+  mesh = parse(setting["mesh"])
   return mesh.data * mesh.fsdp % max(1, setting["devices"] // compiled.HOST) == 0
 
 
@@ -114,7 +115,7 @@ def _line(row, step):
 def _checked(found, memory):
   """The memory of steps that were compiled without a GPU beside the memory that they took."""
   for name, mesh, recorded in CHECKS:
-    row = found.get((name, scaling.name_of(scaling.parse(mesh))))
+    row = found.get((name, scaling.name_of(parse(mesh))))
     took = next((x["step_gib"] for x in memory if (x["config"], x["mesh"]) == (name, recorded)), None)
     if row and took:
       yield (f"`{name}`", f"`{row['setting']['mesh']}`", _shape(row["setting"]), f"{row['memory_gib']:.1f}",

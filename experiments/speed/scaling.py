@@ -10,9 +10,9 @@ import jax
 from lin_jax import sharding
 from lin_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig, validate
 from running import records
+from running.meshes import ONE, parse
 from speed import packing, training
 
-ONE = MeshConfig(1, 1, 1, 1)
 RESULTS = ("tokens_per_s", "tokens_per_s_per_device", "step_ms", "mfu", "memory_gib", "compile_s", "first_step_s",
            "losses")
 """Fields of every record."""
@@ -36,24 +36,12 @@ class Size:
     return self.global_batch or self.batch * devices
 
 
-def parse(text: str) -> MeshConfig:
-  """Reads a mesh such as "fsdp=2,context=4", in which other axes have size 1. Raises ValueError."""
-  sizes = {}
-  for word in text.split(","):
-    axis, _, size = word.partition("=")
-    if axis not in sharding.AXES or axis in sizes or not size.isdecimal() or not int(size):
-      raise ValueError(f"--meshes={text}: must be sizes of different axes of {', '.join(sharding.AXES)}, as in "
-                       "fsdp=2,context=4")
-    sizes[axis] = int(size)
-  return dataclasses.replace(ONE, **sizes)
-
-
 def size_of(mesh: MeshConfig) -> int:
   return math.prod(dataclasses.astuple(mesh))
 
 
 def name_of(mesh: MeshConfig) -> str:
-  """Returns the axes with several devices, as `parse` reads them, or "one device"."""
+  """Returns the axes with several devices, as `running.meshes.parse` reads them, or "one device"."""
   return ",".join(f"{axis}={size}" for axis in sharding.AXES if (size := getattr(mesh, axis)) > 1) or "one device"
 
 
@@ -63,7 +51,7 @@ def fitting(meshes: list[str], devices: int) -> list[MeshConfig]:
   Without meshes, each axis takes all devices in turn. If no mesh has several devices, one device is measured, which is
   context=1.
   """
-  parsed = list(map(parse, meshes or [f"{axis}={devices}" for axis in sharding.AXES]))
+  parsed = [parse(text, "meshes") for text in meshes or [f"{axis}={devices}" for axis in sharding.AXES]]
   fit = [mesh for mesh in parsed if size_of(mesh) <= devices]
   for mesh in parsed:
     if mesh not in fit:

@@ -93,7 +93,7 @@ def test_mistakes_exit_with_2_and_one_message(run, tasks, tmp_path):
       (["--tasks=counting", f"--include_path={tasks}/none"], "none: no such directory"),
       (["--tasks=nothing", f"--include_path={tasks}"], "--tasks=nothing: Unable to find"),
       (["--tasks=counting", f"--include_path={tasks}", "--checkpoint=7"], "no checkpoint of step 7; saved: [1]"),
-      (["--tasks=counting", f"--include_path={tasks}", "--mesh=1,8"], "--mesh=1,8: must be the numbers of devices"),
+      (["--tasks=counting", f"--include_path={tasks}", "--mesh=1,8"], "--mesh=1,8: must be sizes of different axes"),
   ]
   processes = [Command("harness.py", f"--workdir={run}", *arguments, env=environment(tmp_path / "cache"))
                for arguments, _ in cases]

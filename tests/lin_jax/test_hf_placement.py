@@ -117,7 +117,7 @@ def test_a_run_is_evaluated_and_generates_on_a_mesh(tmp_path):
   batch = {"tokens": prompt, "targets": prompt, "mask": np.ones(prompt.shape, np.float32),
            "segment_ids": np.zeros(prompt.shape, np.int32)}
   results, shapes = [], []
-  for value in ("", "1,4,2", "1,2,1,4"):
+  for value in ("", "fsdp=4,tensor=2", "fsdp=2,context=4"):
     with meshes.using(value) as mesh:
       model = load_model(tmp_path / "run", mesh=mesh)[1]
       results.append((evaluate(model, [batch])["loss"], generate(model, prompt, 6, temperature=0.0)))
@@ -129,9 +129,10 @@ def test_a_run_is_evaluated_and_generates_on_a_mesh(tmp_path):
     assert abs(loss - mesh_loss) < 1e-5
 
 
-@pytest.mark.parametrize("value, message", [("1,8", "must be the numbers"), ("1,0,8", "must be the numbers"),
-                                            ("1,1,1,8,1", "must be the numbers"),
-                                            ("1,3,1", "does not fit 8 devices")])
+@pytest.mark.parametrize("value, message", [("1,8", "--mesh=1,8: must be sizes of different axes"),
+                                            ("fsdp=0", "must be sizes"), ("fsdp=2,fsdp=4", "of different axes"),
+                                            ("rows=8", "of data, fsdp, context, tensor"),
+                                            ("fsdp=3", "does not fit 8 devices")])
 def test_wrong_meshes_are_refused(value, message):
   with pytest.raises(ValueError, match=message), meshes.using(value):
     pass
