@@ -95,6 +95,14 @@ def other_data():
   return Case("train: resumed on other data", inject, 2, r"holds a run on other data \(it was .* it is now .*\)")
 
 
+def unfit_to_join(what, other, message):
+  """A dataset is to be joined with another folder, which `other` makes."""
+  def inject(inputs, folder):
+    return finish(["prepare_data.py", f"--join={inputs.data},{other(inputs, folder)}", f"--out={folder}/joined"])
+
+  return Case(f"join: {what}", inject, 2, message)
+
+
 def damaged_start():
   """A run is to start from parameters whose files were cut short."""
   def inject(inputs, folder):
@@ -186,6 +194,12 @@ def mounted(folder):
     _system("umount", str(out))
 
 
+def _of_bytes(inputs, folder):
+  """The dataset `folder`/bytes of the inputs' text, with another tokenizer than theirs."""
+  _require(finish([word.replace(str(inputs.tokenizer), "bytes") for word in inputs.prepare(folder / "bytes")]))
+  return folder / "bytes"
+
+
 def _system(*words):
   done = subprocess.run(words, capture_output=True, text=True)
   if done.returncode:
@@ -237,6 +251,8 @@ def _cases():
   yield changed("prepare_data", "tokenizer.model", lambda i, folder, data: ["prepare_data.py", f"--verify={data}"],
                 f"tokenizer.model: {differs}")
   yield from (other_data(), damaged_start(), cut_while_training())
+  yield unfit_to_join("a folder that is no dataset", lambda _, folder: folder, "no manifest.json: not a directory")
+  yield unfit_to_join("datasets of different tokenizers", _of_bytes, "--join=bytes: must have the tokenizer of data")
   yield from (in_use(name, lock) for name, lock in (
       ("train", "run/lock"), ("prepare_data", "data.lock"), ("pack", "packed.lock"), ("unpack", "data.lock"),
       ("convert_to", "hub.lock"), ("convert_from", "run.lock")))
