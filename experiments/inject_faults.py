@@ -4,11 +4,11 @@
   python experiments/inject_faults.py --match='train.*disk'
 
 A fault is a full disk, a folder that cannot be written, an output that nobody reads, an encoding without the text's
-characters, data that was changed or cut short, a second process, a signal, or a kill after which the command is
-repeated. `faults/cases.py` lists them, with the exit code and the message that each must give. None may print a
-traceback or more than one message, and after a kill the repeated command must end as one that was never killed. The
-exit code is 1 when a case ends in another way. All cases take about ten minutes on two CPU cores. Some faults need the
-right to mount a file system.
+characters, data that was changed, cut short or does not fit, a second process, a signal, or a kill after which the
+command is repeated. `faults/cases.py` lists them, with the exit code and the message that each must give. None may
+print a traceback or more than one message, and after a kill the repeated command must end as one that was never killed.
+The exit code is 1 when a case ends in another way. All cases take about ten minutes on two CPU cores. Some faults need
+the right to mount a file system.
 """
 
 import collections

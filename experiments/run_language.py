@@ -19,6 +19,7 @@ import sys
 from absl import flags
 
 from language.execution import execute
+from language.facts import questions
 from language.runs import Run
 from language.sweeps import DATA, SWEEPS, Sweep
 from lin_jax.config import validate
@@ -44,6 +45,8 @@ def main(_):
   data = _DATA.value or DATA.get(_SWEEP.value, "data/english")
   TokenDataset(data, "val")  # refuses a directory without a dataset before anything is made
   configs = [validate(run.train_config(data)) for run in sweep.runs]
+  if asked := [config for run, config in zip(sweep.runs, configs, strict=True) if run.by_place]:
+    questions(asked[0].data)  # refuses a dataset without facts, before the hours of training and not after them
   for model in {config.name: config.model for config in configs}.values():
     abstract_model(model)  # checks the layers' own rules
   finished, left, failed = execute(sweep, data, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value),

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from . import CLAIMS, KINDS, language, synthetic_tables
+from . import CLAIMS, KINDS, facts, language, synthetic_tables
 from .answer import WITH_CARE, opening
 from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, UNDECIDED, Results
 from .measured import RESULTS
@@ -118,6 +118,8 @@ def _tables(results):
                       ["", "parameters", "best learning rate", "tried", "seeds", "bits per byte", "perplexity"], rows)
     if rows:
       parts.append(_SPLITS[next(iter(found.values()))["split"]])
+  recall = facts.table(results)
+  parts += [*(_section(recall.title, recall.head, recall.rows) or [f"### {recall.title}"]), *recall.notes]
   for table in synthetic_tables.tables(results):
     if section := _section(table.title, table.head, table.rows):
       parts += [*section, *table.notes]

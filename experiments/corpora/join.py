@@ -19,8 +19,9 @@ def join(sources: list[pathlib.Path], out: pathlib.Path) -> bool:
   anything to do.
 
   Training shuffles windows over the whole split, so the order does not matter to it. `val_NAME` and `test_NAME` are a
-  source's own, by the name of its folder. Raises ValueError for fewer than two sources, equal names, and sources of
-  different tokenizers or with masks of answers.
+  source's own, by the name of its folder. Further splits, such as recall and long, are those of the sources that have
+  them. Only the parts of a source's val and test, such as val_prose, are left out. Raises ValueError for fewer than two
+  sources, equal names, and sources of different tokenizers or with masks of answers.
   """
   manifests = {source.name: read_manifest(source) for source in sources}
   if len(manifests) < 2 or len(manifests) < len(sources):
@@ -29,12 +30,15 @@ def join(sources: list[pathlib.Path], out: pathlib.Path) -> bool:
   for name, manifest in manifests.items():
     if any(manifest[key] != first[key] for key in ("tokenizer", "dtype")):
       raise ValueError(f"--join={name}: must have the tokenizer of {sources[0].name}")
-  recipe = dict(joined={name: manifest["recipe"] for name, manifest in manifests.items()})
+  further = _further(manifests.values())
+  recipe = dict(joined={name: manifest["recipe"] for name, manifest in manifests.items()}, further=further)
   work = dataset.begin(out, recipe)
   if work is None:
     return False
   splits = {split: [(source, split) for source in sources] for split in SPLITS}
   splits |= {f"{split}_{source.name}": [(source, split)] for split in SPLITS[1:] for source in sources}
+  splits |= {split: [(source, split) for source in sources if split in manifests[source.name]["splits"]]
+             for split in further}
   entries = {split: _joined(split, parts, work) for split, parts in splits.items()}
   for name, sha256 in carried_files(first["tokenizer"]).items():
     files.require_sha256(sources[0] / name, sha256)
@@ -43,6 +47,11 @@ def join(sources: list[pathlib.Path], out: pathlib.Path) -> bool:
   files.write_json(work / MANIFEST_FILE, first | dict(splits=entries, recipe=recipe, sources=described), indent=1)
   dataset.publish(work, out)
   return True
+
+
+def _further(manifests):
+  names = {split for manifest in manifests for split in manifest["splits"]}
+  return sorted(split for split in names - {*SPLITS} if not split.startswith(("val_", "test_")))
 
 
 def _joined(split, parts, work):

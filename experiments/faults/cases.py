@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -15,38 +14,9 @@ from lin_jax import files
 
 from .judge import Case, Impossible
 from .runner import Process, finish
+from .writers import WRITERS, copied, generate
 
 KILLS = 5  # the moments at which a command is killed, spread over the time that it takes
-RECORDS = pathlib.Path(__file__).resolve().parents[1] / "results" / "kernels.jsonl"
-# Commands that write, by name: a function of the inputs and the place to write, which returns the command's words.
-WRITERS = {
-    "train": lambda i, out: i.train(out / "run"),
-    "evaluate": lambda i, out: ["evaluate.py", f"--workdir={_copied(i.run, out / 'run')}", "--batches=1"],
-    "generate": lambda i, out: [*_generate(i), f"--out={out}/sample.txt"],
-    "generate_requests": lambda i, out: [*_generate(i), f"--requests={i.requests}", "--rows=2",
-                                         f"--out={out}/answers.jsonl"],
-    "prepare_data": lambda i, out: i.prepare(out / "data"),
-    "pack": lambda i, out: ["prepare_data.py", f"--pack={i.data}", f"--out={out}/packed"],
-    "unpack": lambda i, out: ["prepare_data.py", f"--unpack={i.packed}", f"--out={out}/data"],
-    "convert_to": lambda i, out: ["convert.py", f"--workdir={i.run}", f"--to={out}/hub"],
-    "convert_from": lambda i, out: ["convert.py", f"--from={i.hub}", f"--workdir={out}/run"],
-    "run_synthetic": lambda i, out: ["run_synthetic.py", "--task=mqar", "--mixer=linear_attention", "--width=16",
-                                     "--steps=2", "--evaluate_every=1", "--batch_size=4", "--test_examples=4",
-                                     "--examples=8", f"--out={out}/mqar.jsonl"],
-    "run_language": lambda i, out: ["run_language.py", "--sweep=main", "--tiny", "--models=gla", "--steps=2",
-                                    f"--data={i.data}", f"--workdir={out}/runs", f"--out={out}/language.jsonl"],
-    "smoke_models": lambda i, out: ["smoke_models.py", "--tiny", "--families=gla_340m", "--batch_size=2", "--steps=3",
-                                    "--timed_steps=1", "--sequence_length=32", f"--out={out}/smoke.json"],
-    "bench_kernels": lambda i, out: ["bench_kernels.py", "--ops=gla", "--batch=1", "--length=16", "--heads=1",
-                                     "--key=8", "--value=8", "--peers=none", "--implementations=reference",
-                                     f"--out={out}/kernels.jsonl"],
-    "bench_scaling": lambda i, out: ["bench_scaling.py", "--tiny", "--models=tnl_385m", "--meshes=context=1",
-                                     "--length=16", "--batch=1", "--unroll=1", "--steps=2", "--timed_steps=1",
-                                     f"--out={out}/scaling.jsonl"],
-    "report_models": lambda i, out: ["report_models.py", f"--out={out}/models.md"],
-    "report_scaling": lambda i, out: ["report_scaling.py", f"--out={out}/scaling.md"],
-    "report_kernels": lambda i, out: ["report_kernels.py", f"--records={_copied(RECORDS, out / 'kernels.jsonl')}"],
-}
 PATHS = r"/\S*"
 
 
@@ -106,7 +76,7 @@ def encoding(name, script, env):
 def changed(what, file, reader, message, change=lambda content: bytes([content[0] ^ 1]) + content[1:]):
   """A file of the dataset was changed, by default in its first byte."""
   def inject(inputs, folder):
-    data = _copied(inputs.data, folder / "data")
+    data = copied(inputs.data, folder / "data")
     (data / file).write_bytes(change((data / file).read_bytes()))
     return finish(reader(inputs, folder, data))
 
@@ -115,7 +85,7 @@ def changed(what, file, reader, message, change=lambda content: bytes([content[0
 
 def other_data():
   def inject(inputs, folder):
-    data, run = _copied(inputs.data, folder / "data"), folder / "run"
+    data, run = copied(inputs.data, folder / "data"), folder / "run"
     _require(finish([*inputs.train(run, data), "--config.optim.steps=8"]))
     (text := folder / "text.txt").write_text(inputs.text.read_text(encoding="utf-8").upper(), encoding="utf-8")
     shutil.rmtree(data)
@@ -125,10 +95,18 @@ def other_data():
   return Case("train: resumed on other data", inject, 2, r"holds a run on other data \(it was .* it is now .*\)")
 
 
+def unfit_to_join(what, other, message):
+  """A dataset is to be joined with another folder, which `other` makes."""
+  def inject(inputs, folder):
+    return finish(["prepare_data.py", f"--join={inputs.data},{other(inputs, folder)}", f"--out={folder}/joined"])
+
+  return Case(f"join: {what}", inject, 2, message)
+
+
 def damaged_start():
   """A run is to start from parameters whose files were cut short."""
   def inject(inputs, folder):
-    source = _copied(inputs.run, folder / "source")
+    source = copied(inputs.run, folder / "source")
     for file in source.glob("checkpoints/*/params/d/*"):
       os.truncate(file, file.stat().st_size // 2)
     return finish([*inputs.train(folder / "run"), f"--init_from={source}"])
@@ -138,7 +116,7 @@ def damaged_start():
 
 def cut_while_training():
   def inject(inputs, folder):
-    data = _copied(inputs.data, folder / "data")
+    data = copied(inputs.data, folder / "data")
     process = Process([*inputs.train(folder / "run", data), "--config.optim.steps=100000"])
     process.wait_for("step 5/")
     os.truncate(data / "train-00000.bin", 100)
@@ -158,7 +136,7 @@ def in_use(name, lock):
 
 def beside_training():
   def inject(inputs, folder):
-    run = _copied(inputs.run, folder / "run")
+    run = copied(inputs.run, folder / "run")
     with files.lock(run / "lock", "held"):
       ended = finish(["evaluate.py", f"--workdir={run}", "--batches=1"])
       return ended if ended.code else finish(["generate.py", f"--workdir={run}", "--tokens=3"])
@@ -168,7 +146,7 @@ def beside_training():
 
 def stale_lock():
   def inject(inputs, folder):
-    run = _copied(inputs.run, folder / "run")
+    run = copied(inputs.run, folder / "run")
     (run / "lock").write_text('{"pid": 1, "host": "elsewhere"}')
     ended = finish(inputs.train(run))
     return dataclasses.replace(ended, code=-1) if (run / "lock").exists() else ended
@@ -216,8 +194,10 @@ def mounted(folder):
     _system("umount", str(out))
 
 
-def _generate(inputs):
-  return ["generate.py", f"--workdir={inputs.run}", "--tokens=4"]
+def _of_bytes(inputs, folder):
+  """The dataset `folder`/bytes of the inputs' text, with another tokenizer than theirs."""
+  _require(finish([word.replace(str(inputs.tokenizer), "bytes") for word in inputs.prepare(folder / "bytes")]))
+  return folder / "bytes"
 
 
 def _system(*words):
@@ -229,12 +209,6 @@ def _system(*words):
 def _require(ended):
   if ended.code:
     raise AssertionError(f"the command that precedes the fault failed: {ended.err}")
-
-
-def _copied(source, target):
-  if not target.exists():
-    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
-  return target
 
 
 def _content(folder):
@@ -262,7 +236,7 @@ def _cases():
     yield output(name, "closed", "standard output was closed before the command had ended")
     yield output(name, "/dev/full", "standard output: No space left on device")
   for env in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
-    yield encoding("generate", lambda i, _: [*_generate(i), "--prompt=caf\u00e9"], env)
+    yield encoding("generate", lambda i, _: [*generate(i), "--prompt=caf\u00e9"], env)
     yield encoding("prepare_data", lambda i, out: i.prepare(out / "caf\u00e9"), env)
   differs = "has SHA-256 .*: the manifest says"
   for file in ("train-00000.bin", "val-00000.bin", "train.idx.npy"):
@@ -270,13 +244,15 @@ def _cases():
   yield changed("train", "train-00000.bin", training, "bytes: the manifest says", lambda content: content[:-2])
   yield changed("evaluate", "val-00000.bin", lambda i, _, data: ["evaluate.py", f"--workdir={i.run}", f"--data={data}"],
                 f"val-00000.bin: {differs}")
-  yield changed("generate", "tokenizer.model", lambda i, _, data: [*_generate(i), f"--data={data}"],
+  yield changed("generate", "tokenizer.model", lambda i, _, data: [*generate(i), f"--data={data}"],
                 f"tokenizer.model: {differs}")
   yield changed("prepare_data", "train-00000.bin", lambda i, folder, data: [
       "prepare_data.py", f"--pack={data}", f"--out={folder}/packed"], f"train-00000.bin: {differs}")
   yield changed("prepare_data", "tokenizer.model", lambda i, folder, data: ["prepare_data.py", f"--verify={data}"],
                 f"tokenizer.model: {differs}")
   yield from (other_data(), damaged_start(), cut_while_training())
+  yield unfit_to_join("a folder that is no dataset", lambda _, folder: folder, "no manifest.json: not a directory")
+  yield unfit_to_join("datasets of different tokenizers", _of_bytes, "--join=bytes: must have the tokenizer of data")
   yield from (in_use(name, lock) for name, lock in (
       ("train", "run/lock"), ("prepare_data", "data.lock"), ("pack", "packed.lock"), ("unpack", "data.lock"),
       ("convert_to", "hub.lock"), ("convert_from", "run.lock")))

@@ -1,4 +1,5 @@
-"""Losses of a finished run on held-out text: the splits apart from the one that chose its rate, and repeated pairs."""
+"""Scores of a finished run on held-out text: losses on the splits apart from the one that chose its rate, on repeated
+pairs and by place, and the recall of facts."""
 
 import pathlib
 
@@ -8,6 +9,7 @@ from lin_jax.data import TokenDataset, eval_batches
 from lin_jax.evaluate import evaluate
 from lin_jax.manifests import read_manifest
 
+from .facts import questions, recall
 from .positions import losses_by_place
 from .repeats import pair_losses
 
@@ -17,7 +19,8 @@ def held_out(workdir: pathlib.Path, data: DataConfig, by_place: bool = False) ->
 
   Returns `pair_losses` on split val as `repeats.pair_losses` has them, and `losses`: for the split test and for every
   part of val and test, such as val_code, its `loss` in nats per token, `bits_per_byte` and `tokens`.
-  `by_place` adds `places`, the losses on the split test that `positions.losses_by_place` describes.
+  `by_place` adds `places`, the losses on the split test that `positions.losses_by_place` describes, and `facts`, the
+  recall of facts of the split recall that `facts.recall` describes.
   """
   config, model = load_model(workdir)
   read = lambda split: eval_batches(data, split, 0, vocab_size=config.model.vocab_size)
@@ -27,5 +30,7 @@ def held_out(workdir: pathlib.Path, data: DataConfig, by_place: bool = False) ->
       text = TokenDataset(data.path, split)
       found = evaluate(model, read(split), bytes_per_token=text.bytes_per_token)
       losses[split] = {"loss": found["loss"], "bits_per_byte": found["bits_per_byte"], "tokens": text.tokens}
-  places = {"places": losses_by_place(model, list(read("test")))} if by_place else {}
+  places = {}
+  if by_place:
+    places = {"places": losses_by_place(model, list(read("test"))), "facts": recall(model, questions(data), data)}
   return places | {"pair_losses": pair_losses(model, list(read("val"))), "losses": losses}

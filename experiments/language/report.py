@@ -18,7 +18,8 @@ def summary(rows: list[dict]) -> list[dict]:
   `model`, `sequence_length`, `parameters`, `tokens`, `epochs`, `learning_rate`, `learning_rates` (all that were tried),
   `split` (test or val), `seeds` (how many), `bits_per_byte` (mean), `spread` (sample standard deviation over seeds,
   None for one), `range` (lowest, highest), `perplexity` (of the mean loss), `tokens_per_second` (median), `diverged`
-  (number of runs), `device`, `pair_losses` (means, None if a run lacks them). Losses are None if every rate diverged.
+  (number of runs), `device`, `pair_losses` and `facts` (means as the records have them, None if a run lacks them).
+  Losses are None if every rate diverged.
   """
   chosen = [_at_best_rate(group) for group in _groups(rows, _trained_alike)]
   split = "test" if all("test" in (record.get("losses") or {}) for *_, runs in chosen for record in runs) else "val"
@@ -79,15 +80,20 @@ def _row(group, rates, best, runs, split):
       "spread": statistics.stdev(bits) if len(bits) > 1 else None, "range": [min(bits), max(bits)] if bits else None,
       "perplexity": perplexity(statistics.mean(score["loss"] for score in scores)) if bits else None,
       "tokens_per_second": statistics.median(speeds) if speeds else None,
-      "pair_losses": _mean_losses([record.get("pair_losses") for record in runs]),
+      **{name: _mean([record.get(name) for record in runs]) for name in ("pair_losses", "facts")},
       "diverged": sum(record["diverged"] for record in group),
       "device": ", ".join(sorted({record["device"] for record in group}))}
 
 
-def _mean_losses(losses):
-  if not losses or None in losses:
+def _mean(values):
+  """The means of all numbers in records of one form, or None if there is no record or one is None."""
+  if not values or None in values:
     return None
-  return {kind: statistics.mean(loss[kind] for loss in losses) for kind in ("repeated", "other")}
+  if isinstance(values[0], dict):
+    return {name: _mean([value[name] for value in values]) for name in values[0]}
+  if isinstance(values[0], list):
+    return [_mean(parts) for parts in zip(*values, strict=True)]
+  return statistics.mean(values)
 
 
 def _but_for_the_seed(record):

@@ -30,7 +30,7 @@ class Run:
   tiny: bool = False  # the same layers with thousands of parameters, on batches of 512 tokens
   start: "Run | None" = None  # the run of which this one trains the linearized model further
   decay_steps: int = 0  # the last steps of a branch, in which the rate falls; 0 for a cosine over all steps
-  by_place: bool = False  # its record has losses by the place in a document, too
+  by_place: bool = False  # its record has losses by the place in a document and the recall of facts, too
   is_trunk: bool = False  # a run at a constant rate, from which branches of its rate and seed go off
 
   def train_config(self, data: str) -> TrainConfig:

@@ -144,12 +144,15 @@ def gap() -> Sweep:
 
 
 def papers_layer() -> Sweep:
-  """The papers' layers at their own width and context, 400M tokens each, with losses by the place in a document.
+  """The papers' layers at their own width and context, 400M tokens each, with losses by the place in a document and the
+  recall of facts from held-out pages.
 
-  The control with resets says whether a model that stays flat over long texts uses them or ignores them.
+  The control with resets says whether a model that stays flat over long texts uses them or ignores them. Recall says
+  how far back it still finds what it has read.
   """
   return Sweep([Run(model, 1e-3, steps=12207, sequence_length=2048, by_place=True) for model in models.WIDE],
-               decides="the main tables' order with the papers' own layers, and whether flat models use long context")
+               decides="the main tables' order with the papers' own layers, and whether flat models use and recall "
+                       "long context")
 
 
 SWEEPS = {function.__name__: function for function in (

@@ -8,7 +8,7 @@ import pytest
 
 from corpora import code, dataset, join
 from lin_jax.data import TokenDataset
-from lin_jax.manifests import verify
+from lin_jax.manifests import read_manifest, verify
 from lin_jax.tokenizer import ByteTokenizer
 from tests.experiments.datasets import deb
 
@@ -46,7 +46,8 @@ def made(path, lengths, begin):
 
 
 def test_joined_datasets_keep_held_out_text_apart(tmp_path):
-  english = made(tmp_path / "english", {"train": [5, 12], "val": [4], "test": [3], "long": [9]}, 0)
+  lengths = {"train": [5, 12], "val": [4], "test": [3], "val_prose": [4], "long": [9], "recall": [3, 7]}
+  english = made(tmp_path / "english", lengths, 0)
   source = made(tmp_path / "code", {"train": [6], "val": [2, 2], "test": [5]}, 100)
   assert join.join([english, source], tmp_path / "both") and not join.join([english, source], tmp_path / "both")
   verify(tmp_path / "both")
@@ -57,5 +58,10 @@ def test_joined_datasets_keep_held_out_text_apart(tmp_path):
   sizes = {split: TokenDataset(tmp_path / "both", split).tokens for split in (
       "val", "test", "val_english", "val_code", "test_english", "test_code")}
   assert list(sizes.values()) == [8, 8, 4, 4, 3, 5]
+  # One source alone has recall and long, and its parts of val stay out.
+  assert {*read_manifest(tmp_path / "both")["splits"]} == {"train", "recall", "long", *sizes}
+  recall, own = (TokenDataset(folder, "recall") for folder in (tmp_path / "both", english))
+  np.testing.assert_array_equal(recall.read(0, 10), own.read(0, 10))
+  assert recall.document_starts.tolist() == [0, 3] and recall.bytes == recall.tokens == 10
   with pytest.raises(ValueError, match="must name two or more datasets with different names"):
     join.join([english, english], tmp_path / "twice")

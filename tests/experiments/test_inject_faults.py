@@ -10,6 +10,7 @@ from faults.runner import Ended, Inputs
 SHORT = ("prepare_data: files of 2000 bytes", "pack: files of 1000 bytes", "train: files of 1000 bytes",
          "prepare_data: standard output closed", "prepare_data: a second process", "train: a second process",
          "prepare_data: train-00000.bin changed", "prepare_data: tokenizer.model changed",
+         "join: a folder that is no dataset", "join: datasets of different tokenizers",
          "prepare_data: killed at 3/5 of its time")
 
 

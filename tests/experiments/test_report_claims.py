@@ -15,6 +15,7 @@ from claims.plots import PLOTS
 from claims.points import classified, decided_by
 from claims.synthetic_scores import FILE as SYNTHETIC
 from language import sweeps as language_sweeps
+from language.facts import CONTEXTS
 from language.runs import TOKENS_PER_STEP, Run
 from lin_jax.mixers.delta_net import ACTIVATIONS
 from tests.experiments.synthetic_records import records_of
@@ -218,6 +219,30 @@ def test_the_gap_is_drawn_against_tokens(tmp_path):
   assert [tokens for tokens, _ in panels["English"]["transformer"]] == [30, 60, 120, 250, 500]
   plot, = (plot for plot in PLOTS if plot.drawn(Results(tmp_path)))
   assert plot.file == "gap.png" and plot.draw(Results(tmp_path), tmp_path).stat().st_size > 10_000
+
+
+def recalled(right):
+  scores = {"questions": 20, "value_tokens": 140} | {
+      kind: {"right": right / factor, "loss": factor * right} for factor, kind in enumerate(CONTEXTS, 1)}
+  near = scores | {"page": {"right": 1.0, "loss": 0.1}}
+  return scores | {"facts": 10, "distances": [near | {"start": 0, "stop": 128}, scores | {"start": 128, "stop": 256}]}
+
+
+def test_the_recall_of_facts_has_a_table(tmp_path):
+  not_run = "sweep `papers_layer`\n\nNot run yet: `python experiments/run_language.py --sweep=papers_layer --out="
+  assert not_run in render(Results(tmp_path))
+  runs = {run.model: run for run in language_sweeps.papers_layer().runs}
+  rows = [modelled(dataclasses.replace(runs[model], seed=seed), 1.0) | {"facts": recalled(right)}
+          for model, seed, right in (("wide_gla", 0, 0.5), ("wide_gla", 1, 0.7), ("wide_transformer", 0, 0.9))]
+  write(tmp_path, language.FILES["papers_layer"], [*rows, modelled(runs["wide_retnet"], 1.0)])  # the last without facts
+  page = render(Results(tmp_path))
+  table = page.split("### Recall of facts from held-out pages, sweep `papers_layer`")[1].split("###")[0].strip()
+  assert table.splitlines()[:4] == [
+      "|  | 0 to 128 | 128 to 256 | with the page | line removed | other page | nats, with the page | "
+      "nats, line removed | nats, other page |", "| " + " | ".join(["---"] * 9) + " |",
+      "| Transformer++, width 1024 | 100.0 | 90.0 | 90.0 | 45.0 | 30.0 | 0.900 | 1.800 | 2.700 |",
+      "| GLA, width 1024 | 100.0 | 60.0 | 60.0 | 30.0 | 20.0 | 0.600 | 1.200 | 1.800 |"]
+  assert "RetNet" not in table and "in percent of 20 questions on 10 facts" in table
 
 
 def test_every_command_is_one_that_exists():
