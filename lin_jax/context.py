@@ -199,9 +199,13 @@ def _last_segment(segment_ids):
 
 
 def _sums_after(gates):
-  """Sum of the gates after each token. It is no difference of sums, which would cancel beside a strong gate."""
-  later = jnp.pad(gates[:, 1:], ((0, 0), (0, 1), *((0, 0) for _ in gates.shape[2:])))
-  return jax.lax.cumsum(later, axis=1, reverse=True)
+  """Sum of the gates after each token. It is no difference of sums, which would cancel beside a strong gate.
+
+  The sums move by one token, not the gates: XLA joins zeros behind a cumulative sum's operand with the sum, which then
+  takes a time that is quadratic in the number of tokens on a GPU.
+  """
+  sums = jax.lax.cumsum(gates, axis=1, reverse=True)
+  return jnp.pad(sums[:, 1:], ((0, 0), (0, 1), *((0, 0) for _ in gates.shape[2:])))
 
 
 def _weighted(weights, x, kept):
