@@ -8,11 +8,12 @@ CLASSES = "reproduced", "contradicted", "in part", "undecided", "not run"
 
 
 def classified(findings: Sequence[Finding]) -> str:
-  """Returns the one of `CLASSES` for a sentence, given its findings, one per setting. Settings that decide nothing do
-  not count beside one that does, and settings that contradict each other decide nothing."""
-  verdicts = {finding.verdict for finding in findings}
-  if not (decided := verdicts - {UNDECIDED, NOT_RUN}):
-    return "undecided" if UNDECIDED in verdicts else "not run"
+  """Returns the one of `CLASSES` for a sentence, given its findings, one per setting. Settings that are not run
+  do not count. The others decide nothing if most of them are undecided, or if they contradict each other."""
+  verdicts = [verdict for finding in findings if (verdict := finding.verdict) != NOT_RUN]
+  decided = [verdict for verdict in verdicts if verdict != UNDECIDED]
+  if 2 * len(decided) < len(verdicts) or not verdicts:
+    return "undecided" if verdicts else "not run"
   return {frozenset((HOLDS,)): "reproduced", frozenset((FAILS,)): "contradicted",
           frozenset((HOLDS, FAILS)): "undecided"}.get(frozenset(decided), "in part")
 

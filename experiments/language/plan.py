@@ -5,6 +5,7 @@ seeds, and one more seed at a time while a comparison that it takes part in is w
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -49,11 +50,11 @@ def _rates(sweep, model, bits_per_byte):
 
 
 def _best(runs, bits_per_byte):
-  """The best of the runs, None until all are done or if all diverged."""
-  scores = {run: bits_per_byte(run) for run in runs}
-  if None in scores.values() or math.isinf(min(scores.values())):
+  """The best of the runs by the mean over their seeds, None until all are done or if all diverged."""
+  if any(bits_per_byte(run) is None for run in runs):
     return None
-  return min(scores, key=scores.get)
+  scores = {run: _over_seeds(run, bits_per_byte)[0] for run in runs}
+  return None if math.isinf(min(scores.values())) else min(scores, key=scores.get)
 
 
 def _undecided(sweep, best, bits_per_byte, deviation):
@@ -69,7 +70,7 @@ def _undecided(sweep, best, bits_per_byte, deviation):
 
 
 def _over_seeds(run, bits_per_byte):
-  scores = []
-  while (score := bits_per_byte(dataclasses.replace(run, seed=run.seed + len(scores)))) is not None:
-    scores.append(score)
+  """The mean over the seeds that are done, and their number."""
+  runs = (dataclasses.replace(run, seed=run.seed + i) for i in range(MOST_SEEDS))
+  scores = list(itertools.takewhile(lambda score: score is not None, map(bits_per_byte, runs)))
   return sum(scores) / len(scores), len(scores)

@@ -12,8 +12,8 @@ from .runs import key
 def summary(rows: list[dict]) -> list[dict]:
   """Returns a row per model and way of training, in the records' order: its best learning rate and the results.
 
-  The best rate has the lowest loss on the split val among the runs with the first seed, and the mean is over all seeds
-  of it. The results are on the split test if all rows' runs have a loss there, and otherwise on val for all rows, so
+  The best rate has the lowest mean loss on the split val over its seeds, and the results are means over these. A rate
+  that was best with one seed thus yields to another one when its further seeds are worse. The results are on the split test if all rows' runs have a loss there, and otherwise on val for all rows, so
   that rows are compared on the same text. Fields:
   `model`, `sequence_length`, `parameters`, `tokens`, `epochs`, `learning_rate`, `learning_rates` (all that were tried),
   `split` (test or val), `seeds` (how many), `bits_per_byte` (mean), `spread` (sample standard deviation over seeds,
@@ -47,15 +47,17 @@ def pooled(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
 
 
 def best_rate(group: list[dict]) -> float:
-  """Returns the rate with the lowest loss on val among the runs with the first seed."""
+  """Returns the rate with the lowest mean loss on val over its seeds, of those that ran with the first seed."""
   rates = _rates(group)
   return min(rates, key=rates.get)
 
 
 def _rates(group):
-  seed = min(record["seed"] for record in group)
-  return {record["learning_rate"]: math.inf if record["diverged"] else record["bits_per_byte"]
-          for record in group if record["seed"] == seed}
+  first, by_rate = min(record["seed"] for record in group), {}
+  for record in group:  # of repetitions, the last counts
+    bits = math.inf if record["diverged"] else record["bits_per_byte"]
+    by_rate.setdefault(record["learning_rate"], {})[record["seed"]] = bits
+  return {rate: statistics.mean(seeds.values()) for rate, seeds in by_rate.items() if first in seeds}
 
 
 def _at_best_rate(group):

@@ -26,6 +26,14 @@ def test_the_highest_rate_is_doubled_while_it_is_the_best():
   assert plan(Sweep(runs, 1, bracket=True), (bits | {doubled: 1.2}).get)[4:6] == [doubled, Run("gla", 1.6e-2)]
 
 
+def test_a_rate_is_the_best_by_the_mean_of_its_seeds():
+  runs = [Run("gla", 2e-3), Run("gla", 4e-3)]
+  bits = {runs[0]: 1.3, runs[1]: 1.29}
+  second = dataclasses.replace(runs[1], seed=1)
+  assert plan(Sweep(runs, 1), bits.get) == [*runs, second]
+  assert plan(Sweep(runs, 1), (bits | {second: 1.33}).get) == [*runs, dataclasses.replace(runs[0], seed=1)]
+
+
 def test_close_comparisons_get_more_seeds():
   gla, tnl = Run("gla", 2e-3), Run("tnl", 2e-3)
   sweep = Sweep([gla, tnl], pairs=(("gla", "tnl", 1.0),))

@@ -71,6 +71,7 @@ def test_the_answer_counts_claims_and_names_each_sentence_once():
       "reproduced", "undecided", "in part", "not run"]
   assert classified([clear, against]) == "undecided"  # two settings contradict each other
   assert classified([clear, close]) == "reproduced" and classified([close, against]) == "contradicted"
+  assert classified([clear, close, close, not_run]) == "undecided"  # most settings decide nothing
   assert classified([clear, run]) == "in part" and classified([against] * 2) == "contradicted"
   claims = [claim("A."), dataclasses.replace(claim("A."), setting="larger"), claim("B.")]
   reproduced, _, in_part, *_ = by_class(claims, dict(zip(claims, (clear, close, run), strict=True)))
