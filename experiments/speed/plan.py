@@ -75,7 +75,7 @@ def render(programs: Sequence[dict], steps: Sequence[dict], memory: Sequence[dic
       best.append(_best(name, devices, pairs))
       tables += [f"### `{name}` on {devices} GPUs", _table(_HEAD, [_line(*pair) for pair in pairs])]
   parts = [_INTRODUCTION, _table(_HEAD_BEST, best), _FINDINGS, "## Compiled and predicted", *tables, _METHOD,
-           _table(_HEAD_CHECK, _checked(found, memory)), "## Measured", _results(measured, equal), _COMMANDS]
+           _table(_HEAD_CHECK, _checked(found, memory)), "## Measured", _results(measured, equal), _MEASURED_ONCE, _COMMANDS]
   return "\n\n".join(parts) + "\n"
 
 
@@ -211,6 +211,18 @@ compares the compiled memory with steps that ran.
 ([`multi_gpu_h200.jsonl`](multi_gpu_h200.jsonl)), and took what XLA's program said when it was compiled on the GPU. The
 numbers without a GPU are 7 to 10 GiB larger, so a step that fits by them probably has room left. Whether this comes
 from autotuning or from the newer sources has not been looked into."""
+_MEASURED_ONCE = """\
+- One step of `tnl_7b` needs 102.5 GiB on one GPU and 52.6 with `fsdp=2`, where the programs that are compiled without a
+  GPU have 102.2 and 53.1. With one row of 2,048 tokens per GPU its links count: FSDP keeps 71% of one GPU's speed.
+- **A part's sums of gates once took a time that is quadratic in its length.** XLA joined the zeros behind a reversed
+  cumulative sum with the sum, but in large programs only. `tnl_385m` on a row of 1,048,576 tokens took 10.9 s per step
+  on two GPUs, where 4.2 are predicted ([`quadratic_sums_h200.jsonl`](raw/quadratic_sums_h200.jsonl)), and `gla_1b3` on
+  131,072 did not end within 100 s. The zeros now follow the sum, and the compiled programs have no such sum. No GPU has
+  timed them since.
+- With `tensor=2` the first gradient of `gla_1b3` differs from one GPU's by 6.7%, while both differ from float32 by 9.6
+  to 10%. So this is the rounding of bfloat16 and no error of the mesh.
+- A checkpoint of `gla_340m` that one GPU saved at SIGTERM gives the same loss on two (6.7134, `--mesh=fsdp=2`), and the
+  same greedy text. SIGTERM came 84 s before the end, beside 30 other processes; the checkpoint has 4 GB."""
 _COMMANDS = """## Commands
 
     python experiments/report_scaling.py --compile       # adds missing programs, with JAX's CUDA plugin, without a GPU
