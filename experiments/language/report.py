@@ -13,8 +13,9 @@ def summary(rows: list[dict]) -> list[dict]:
   """Returns a row per model and way of training, in the records' order: its best learning rate and the results.
 
   The best rate has the lowest mean loss on the split val over its seeds, and the results are means over these. A rate
-  that was best with one seed thus yields to another one when its further seeds are worse. The results are on the split test if all rows' runs have a loss there, and otherwise on val for all rows, so
-  that rows are compared on the same text. Fields:
+  that was best with one seed thus yields to another one when its further seeds are worse. The results are on the split
+  test if all rows' runs have a loss there, and otherwise on val for all rows, so that rows are compared on the same
+  text. Fields:
   `model`, `sequence_length`, `parameters`, `tokens`, `epochs`, `learning_rate`, `learning_rates` (all that were tried),
   `split` (test or val), `seeds` (how many), `bits_per_byte` (mean), `spread` (sample standard deviation over seeds,
   None for one), `range` (lowest, highest), `perplexity` (of the mean loss), `tokens_per_second` (median), `diverged`

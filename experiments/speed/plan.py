@@ -75,7 +75,8 @@ def render(programs: Sequence[dict], steps: Sequence[dict], memory: Sequence[dic
       best.append(_best(name, devices, pairs))
       tables += [f"### `{name}` on {devices} GPUs", _table(_HEAD, [_line(*pair) for pair in pairs])]
   parts = [_INTRODUCTION, _table(_HEAD_BEST, best), _FINDINGS, "## Compiled and predicted", *tables, _METHOD,
-           _table(_HEAD_CHECK, _checked(found, memory)), "## Measured", _results(measured, equal), _MEASURED_ONCE, _COMMANDS]
+           _table(_HEAD_CHECK, _checked(found, memory)), "## Measured", _results(measured, equal), _MEASURED_ONCE,
+           _COMMANDS]
   return "\n\n".join(parts) + "\n"
 
 
