@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels import dispatch
@@ -277,6 +278,7 @@ def test_remat_runs_no_kernel_twice(name, monkeypatch):
   monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
   monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_compute_capability", lambda capability: True)
   monkeypatch.setattr("lin_jax.mixers.packed_attention.check_compute_capability", lambda capability: True)
+  monkeypatch.setattr(pallas, "pallas_call", functools.partial(without_body, pallas.pallas_call))
   small = config(mixers.config_class(name).examples()[0], dtype="bfloat16", width=64)
   params, ids = nnx.state(model.abstract_model(small)), jax.ShapeDtypeStruct((BATCH, 64), jnp.int32)
 
@@ -290,6 +292,11 @@ def test_remat_runs_no_kernel_twice(name, monkeypatch):
   plain, full = kernels("none"), kernels("full")
   assert plain == kernels("dots") == kernels("mixer"), plain
   assert full.total() > plain.total() > 0 or name in WITHOUT_KERNELS and not full, (plain, full)
+
+
+def without_body(pallas_call, body, **options):
+  """The launch of a kernel that does nothing: what a kernel computes decides nothing here, and takes long to trace."""
+  return pallas_call(lambda *refs: None, **options)
 
 
 def launches(jaxpr):
