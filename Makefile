@@ -26,13 +26,8 @@ train: $(INSTALLED) $(CORPUS)/manifest.json ## train gla_tiny on Shakespeare, th
 	@echo "evaluation:   $(RUN)/evaluation_val_256.json"
 	@echo "sample:       $(RUN)/sample.txt"
 
-# All other tests compile quickly and run long loops slowly (tests/environment.py), so these get a run of their own.
-LONG_LOOPS := $(addprefix tests/,kernels/test_gla.py kernels/test_linear_attention.py kernels/test_delta_rule.py \
-  kernels/test_accuracy.py experiments/test_bench_kernels.py)
-PYTEST = JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n 2 --dist=worksteal -m "not gpu"
 test: $(INSTALLED) ## run the CPU tests
-	$(PYTEST) $(LONG_LOOPS); long=$$?; \
-	  XLA_FLAGS="$$($(PYTHON) -m tests.environment)" $(PYTEST) $(addprefix --ignore=,$(LONG_LOOPS)) && exit $$long
+	JAX_PLATFORMS=cpu XLA_FLAGS="$$($(PYTHON) -m tests.environment)" $(PYTHON) -m pytest -n 2 --dist=worksteal -m "not gpu"
 
 bench: $(INSTALLED) ## time the kernels on this machine
 	$(PYTHON) experiments/bench_kernels.py

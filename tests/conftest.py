@@ -8,11 +8,11 @@ import platform
 import re
 import sys
 
-from tests.environment import UNOPTIMIZED
+from tests.environment import QUICK_COMPILATION
 
 # Read once, when JAX starts its CPU backend. XLA_FLAGS of the caller, even empty ones, replace these.
 if os.environ.get("JAX_PLATFORMS") == "cpu":
-  os.environ.setdefault("XLA_FLAGS", UNOPTIMIZED)
+  os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
@@ -43,11 +43,17 @@ def unchecked_arrays():
 
 @pytest.fixture(autouse=True, scope="module")
 def drop_compiled_programs():
-  """Every program on a CPU maps three pieces of memory, and Linux ends a process that has more than 65,530 of them."""
+  """Every program on a CPU maps three pieces of memory, and Linux ends a process that has more than 65,530 of them.
+
+  Until then the programs and their traces live on, and the collector need not walk through them again and again.
+  """
   yield
   maps = pathlib.Path("/proc/self/maps")
   if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    gc.unfreeze()
     jax.clear_caches()
+  gc.collect()
+  gc.freeze()
 
 
 # Their tests take 5 to 30 s each: one that began last would leave the other cores without work.
@@ -65,9 +71,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-  """What the imports left lives until the end; the collector need not walk through it again and again."""
+  """What the imports left lives until the end; the collector need not walk through it again and again.
+
+  Nor need it walk through all that a trace leaves each time that another trace has added a quarter to it.
+  """
   gc.collect()
   gc.freeze()
+  gc.set_threshold(5_000, 20, 20)
 
 
 def pytest_addoption(parser):

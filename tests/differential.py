@@ -18,7 +18,7 @@ from lin_jax import mixers
 
 TIMES = (1, 2, 15, 16, 17, 63, 64, 65, 130)
 # One chunk that is not full, one that is, and several of which the last is not full: between the lengths of each kind
-# the code around an op is the same. The ops get all of TIMES, mixers and programs without a gradient these.
+# the code around an op is the same. The ops get all of TIMES, mixers and an op's programs without a gradient these.
 FEW_TIMES = (1, 16, 130)
 B, H, K, V, WIDTH = 2, 2, 64, 64, 64
 SHAPES = {"q": (H, K), "k": (H, K), "v": (H, V), "channel": (H, K), "token": (H,), "beta": (H,),
@@ -93,7 +93,10 @@ def _op_results(op, implementation, arrays, constants, cotangents):
 
 
 def mixer_errors(name: str, example: int) -> dict[str, dict[int, float]]:
-  """Relative errors of a mixer's output and gradients, parallel against steps, by length."""
+  """Relative errors of a mixer's output and gradients, parallel against steps, by length.
+
+  "alone" is the output of a program that computes nothing else, at the longest length: `op_errors` has it at three.
+  """
   config = mixers.config_class(name).examples()[example]
   start = lambda: mixers.build(config, width=WIDTH, norm_eps=1e-6, dtype=jnp.float32, rngs=nnx.Rngs(0))
   enlarge = lambda x: 5 * x if x.ndim > 1 else x  # scores and gates that are not all alike
@@ -103,11 +106,12 @@ def mixer_errors(name: str, example: int) -> dict[str, dict[int, float]]:
   expected, errors = trusted(functools.partial(_mixer_results, _steps)), {"output": {}, "gradients": {}}
   for T in FEW_TIMES:
     right = jax.device_get(expected(mixer, x, np.where(np.arange(x.shape[1])[:, None] < T, dy, 0)))
-    errors["output"][T] = relative_error(jax.jit(_parallel)(mixer, x[:, :T]), right[0][:, :T])
-    _, gradients = jax.jit(functools.partial(_mixer_results, _parallel))(mixer, x[:, :T], dy[:, :T])
+    output, gradients = jax.jit(functools.partial(_mixer_results, _parallel))(mixer, x[:, :T], dy[:, :T])
+    errors["output"][T] = relative_error(output, right[0][:, :T])
     same = jax.tree.leaves((right[1][0], right[1][1][:, :T]))
     pairs = [(np.ravel(a), np.ravel(b)) for a, b in zip(jax.tree.leaves(gradients), same, strict=True)]
     errors["gradients"][T] = relative_error(*(np.concatenate(x) for x in zip(*pairs)))
+  errors["alone"] = {T: relative_error(jax.jit(_parallel)(mixer, x), right[0])}
   return errors
 
 

@@ -142,8 +142,9 @@ def test_sets_hold_their_tokens_constant():
 
 
 @pytest.mark.parametrize("op, gate", [("gla", "channel"), ("linear_attention", "constant"), ("delta_rule", "token")])
-def test_what_is_expected_is_the_scan_at_the_corners(op, gate):
-  case = Case(op, gate, 3, 2048, 3, 4, 2, "float32")  # two pieces
+def test_what_is_expected_is_the_scan_at_the_corners(op, gate, monkeypatch):
+  monkeypatch.setattr(cases, "_PIECE", 64)
+  case = Case(op, gate, 3, 128, 3, 4, 2, "float32")  # two pieces
   arguments, doutput = cases.inputs(case, 0)
   found = cases.expected(case, arguments, doutput)
   rest = {name: x for name, x in arguments.items() if name not in "qkv"}
@@ -151,7 +152,7 @@ def test_what_is_expected_is_the_scan_at_the_corners(op, gate):
   output, pullback = jax.vjp(run, *(arguments[name] for name in "qkv"))
   wanted = dict(zip(("output", "dq", "dk", "dv"), (output, *pullback(doutput))))
   for name, x in wanted.items():
-    assert found[name].shape == (2, 2048, 2, x.shape[-1])
+    assert found[name].shape == (2, 128, 2, x.shape[-1])
     np.testing.assert_allclose(found[name], x[::2, :, ::2], rtol=1e-5, atol=1e-5, err_msg=name)
 
 

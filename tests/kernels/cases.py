@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.close import assert_close, tolerance
+from tests.environment import LONG_LOOPS
 
 TIMES = (1, 15, 63, 64, 65, 100, 200, 500, 1000, 1024, 2048)
 WIDTHS = (32, 60, 64, 100, 128, 256)
@@ -121,14 +122,20 @@ def segment_ids(lengths, B):
   return jnp.asarray(np.stack([np.repeat(ids, np.roll(lengths, -b)) for b in range(B)]), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("fn", "chunk_size", "normalize_qk"))
-def results(fn, arrays, segment_ids, cotangents, chunk_size=None, normalize_qk=False) -> dict:
+def _results(fn, arrays, segment_ids, cotangents, chunk_size=None, normalize_qk=False) -> dict:
   """Outputs and gradients by name, of `fn` with the signature of its op."""
   options = {"normalize_qk": True} if normalize_qk else {}
   call = lambda x: fn(**x, segment_ids=segment_ids, chunk_size=chunk_size, **options)
   (output, final_state), vjp = jax.vjp(call, arrays)
   gradients = {f"d{name}": x for name, x in vjp(cotangents)[0].items() if x is not None}
   return {"output": output, "final_state": final_state, **gradients}
+
+
+_STATIC = "fn", "chunk_size", "normalize_qk"
+results = jax.jit(_results, static_argnames=_STATIC)
+jit_of_long_loops = functools.partial(
+    jax.jit, compiler_options={} if jax.default_backend() == "gpu" else LONG_LOOPS)
+_long_results = jit_of_long_loops(_results, static_argnames=_STATIC)
 
 
 def expected(inputs: Inputs) -> dict:
@@ -138,7 +145,8 @@ def expected(inputs: Inputs) -> dict:
   constant = log_decay is not None and log_decay.ndim == 1
   with jax.enable_x64(constant), jax.default_matmul_precision("highest"):
     wide = jax.tree.map(lambda x: x.astype("float64" if constant else "float32"), (inputs.arrays, inputs.cotangents))
-    return results(_scan, wide[0], inputs.segment_ids, wide[1], normalize_qk=inputs.normalize_qk)
+    run = results if wide[0]["v"].shape[1] <= 200 else _long_results
+    return run(_scan, wide[0], inputs.segment_ids, wide[1], normalize_qk=inputs.normalize_qk)
 
 
 def _scan(q, k, v, log_decay, *, beta=None, initial_state, segment_ids, chunk_size, normalize_qk=False):

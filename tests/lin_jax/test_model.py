@@ -1,6 +1,5 @@
-"""The whole model: parallel = recurrent, packing, parameter counts, and what each remat policy saves and costs."""
+"""The whole model: parallel = recurrent, packing, parameter counts, equal structures."""
 
-import collections
 import functools
 
 import jax
@@ -8,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from kernels import dispatch
 from lin_jax import flops, mixers, model
-from lin_jax.config import REMAT_POLICIES, ModelConfig
+from lin_jax.config import ModelConfig
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
 from lin_jax.model import LanguageModel, parameter_count
@@ -211,97 +208,8 @@ def test_training_flops_and_peaks():
   assert flops.peak_flops("cpu") is None
 
 
-def test_remat_table_covers_the_config():
-  assert tuple(model.REMAT) == REMAT_POLICIES
-  with pytest.raises(ValueError, match="remat='some'"):
-    LanguageModel(config(GLAConfig()), rngs=nnx.Rngs(0), remat="some")
-
-
-@functools.cache
-def remat(name):
-  """For each policy: the gradient function of a model, lowered, and the bytes its forward pass saves."""
-  small, ids, results = config(mixers.config_class(name).examples()[0]), tokens(32), {}
-  shapes = nnx.state(model.abstract_model(small))
-  for policy in REMAT_POLICIES:
-    graph = nnx.graphdef(jax.eval_shape(lambda policy=policy: LanguageModel(small, rngs=nnx.Rngs(0), remat=policy)))
-
-    def loss(params, graph=graph):
-      # The sum of squares of normed activations is nearly constant, so its gradient would be little but rounding.
-      return jnp.sin(nnx.merge(graph, params).hidden(ids)[0]).sum()
-
-    saved = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], shapes)
-    saved_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
-    results[policy] = jit(jax.grad(loss)).lower(shapes), saved_bytes
-  return results
-
-
-def test_remat_gradients_are_equal():
-  params = nnx.state(build(config(GLAConfig.examples()[0])))
-  gradients = {policy: jax.tree.leaves(lowered.compile()(params)) for policy, (lowered, _) in remat("gla").items()}
-  for policy in REMAT_POLICIES[1:]:
-    for actual, expected in zip(gradients[policy], gradients["none"], strict=True):
-      assert_close(policy, actual, expected, 1e-5)
-
-
-@pytest.mark.parametrize("name", list(mixers.MIXERS))
-def test_remat_trades_memory_for_products(name):
-  results = remat(name)
-  saved = [results[policy][1] for policy in ("none", "mixer", "dots", "full")]
-  print("bytes", saved)
-  assert saved == sorted(saved, reverse=True) and len(set(saved)) == 4
-  products = {policy: results[policy][0].as_text().count("stablehlo.dot_general") for policy in REMAT_POLICIES}
-  print("products", products)
-  assert products["none"] <= products["mixer"] <= products["dots"] < products["full"]
-
-
 @pytest.mark.parametrize("name", list(mixers.MIXERS))
 def test_structure_hashes(name):
   """As jit asks of its arguments: equal configs give equal keys of the compilation cache."""
   first, second = (model.abstract_model(config(mixers.config_class(name).examples()[0])) for _ in range(2))
   assert nnx.graphdef(first) == nnx.graphdef(second) and hash(nnx.graphdef(first)) == hash(nnx.graphdef(second))
-
-
-H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
-
-
-# Kernels that remat runs again on purpose, because their results cost less time than memory.
-ELEMENTWISE = "rms_norm", "short_convolution", "skip_gate_norm", "swiglu"
-# Mixers whose op has no GPU kernels for a whole sequence yet.
-WITHOUT_KERNELS = ("kda",)
-
-
-@pytest.mark.parametrize("name", list(mixers.MIXERS))
-def test_remat_runs_no_kernel_twice(name, monkeypatch):
-  # The forward and backward kernels of one layer for a GPU, whose cuDNN nobody asks for its version here.
-  monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
-  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_compute_capability", lambda capability: True)
-  monkeypatch.setattr("lin_jax.mixers.packed_attention.check_compute_capability", lambda capability: True)
-  small = config(mixers.config_class(name).examples()[0], dtype="bfloat16", width=64)
-  params, ids = nnx.state(model.abstract_model(small)), jax.ShapeDtypeStruct((BATCH, 64), jnp.int32)
-
-  def kernels(remat):
-    graph = nnx.graphdef(jax.eval_shape(lambda: build(small, remat=remat)))
-    loss = lambda params, ids: jnp.square(nnx.merge(graph, params).hidden(ids, segment_ids=ids)[0]).sum()
-    with use_abstract_mesh(H100):
-      jaxpr = jax.make_jaxpr(jax.grad(loss))(params, ids).jaxpr
-    return collections.Counter(name for name in launches(jaxpr) if not name.startswith(ELEMENTWISE))
-
-  plain, full = kernels("none"), kernels("full")
-  assert plain == kernels("dots") == kernels("mixer"), plain
-  assert full.total() > plain.total() > 0 or name in WITHOUT_KERNELS and not full, (plain, full)
-
-
-def launches(jaxpr):
-  """The names of all kernels that a program launches, from this library and from cuDNN."""
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "pallas_call":
-      if not eqn.params["interpret"]:
-        yield eqn.params["name"]
-    elif eqn.primitive.name.startswith("dot_product_attention"):
-      yield eqn.primitive.name
-    else:
-      for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-        inner = getattr(inner, "jaxpr", inner)
-        if hasattr(inner, "eqns"):
-          yield from launches(inner)
