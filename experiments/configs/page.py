@@ -162,7 +162,8 @@ def _support_rows(models, smoked):
   families = {}
   for model in sorted(models, key=lambda model: model.parameters):
     families.setdefault(model.size.family, []).append((model.config.name, model.parameters, model.config.model))
-  trained, decoded = (support.recorded(RESULTS / f"{name}.jsonl") for name in ("training", "decoding"))
+  trained, decoded = (support.recorded(*(RESULTS / f"{name}.jsonl" for name in names))
+                      for names in (support.TRAINED, support.DECODED))
   trained |= {r["family"] for r in smoked if r["device"].startswith("NVIDIA") and not r["reason"]}
   return support.rows(dict(sorted(families.items())), trained, decoded)
 

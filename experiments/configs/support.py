@@ -8,14 +8,17 @@ from lin_jax import hf, mixers
 from lin_jax.config import ModelConfig
 
 COLUMNS = ["family", "configs", "trained on a GPU", "decoded on a GPU", "Hugging Face's format", "op"]
+TRAINED = "training", "scaling", "raw/finetune_h200"
+DECODED = "decoding", "serving"
+"""Files of records, without their ending."""
 ABOUT = """\
 Every family trains, generates, and is evaluated, on one device or many. `configs` is their number. The next two columns
-name the largest config of the family that ran on a GPU, by the records of `training.jsonl` and `smoke_models.json`, and
-of `decoding.jsonl`; the tests run all families on a CPU, at tiny sizes. `python experiments/convert.py` reads and
-writes models in Hugging Face's format. The fifth column has the `model_type` as which the family's largest config is
-written, and nothing where that format has no such model. Llama, Mistral and Qwen3 models are read and written too. On a
-GPU each op runs the kernels of `pallas_triton`, except where it is said, and delta_rule on Hopper those of
-`mosaic_gpu`."""
+name the largest config of the family that ran on a GPU, or on two: by the records of `training.jsonl`, `scaling.jsonl`,
+`finetune_h200.jsonl` and `smoke_models.json`, and of `decoding.jsonl` and `serving.jsonl`. The tests run all families
+on a CPU, at tiny sizes. `python experiments/convert.py` reads and writes models in Hugging Face's format. The fifth
+column has the `model_type` as which the family's largest config is written, and nothing where that format has no such
+model. Llama, Mistral and Qwen3 models are read and written too. On a GPU each op runs the kernels of `pallas_triton`,
+except where it is said, and delta_rule on Hopper those of `mosaic_gpu`."""
 
 _OPS = {"gla": "gla", "hgrn2": "gla", "simple_gla": "linear_attention", "linear_attention": "linear_attention",
         "retention": "linear_attention", "lightning_attention": "linear_attention", "mamba2": "linear_attention",
@@ -32,10 +35,10 @@ def rows(families: dict[str, list[tuple[str, int, ModelConfig]]], trained: set[s
     yield [family, str(len(configs)), largest(configs, trained), largest(configs, decoded), _format(model), _ops(model)]
 
 
-def recorded(path: pathlib.Path) -> set[str]:
-  """The configs that have a record of a GPU without a failure in a file of JSON lines."""
-  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
-  found = [json.loads(line) for line in lines]
+def recorded(*paths: pathlib.Path) -> set[str]:
+  """The configs that have a record of a GPU without a failure in files of JSON lines."""
+  texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+  found = [json.loads(line) for text in texts for line in text.splitlines()]
   return {r["setting"]["name"] for r in found
           if r["device"].startswith("NVIDIA") and not r.get("reason") and not r["setting"].get("tiny")
           and r["setting"].get("library", "lin_jax") == "lin_jax"}
