@@ -94,8 +94,16 @@ def terminate():
   signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.fixture
+def heard():
+  """SIGINT comes as in a shell's foreground, also where the tests are a background command, which ignores it."""
+  inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, inherited)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_the_same_command_resumes_exactly(data, unbroken, tmp_path, monkeypatch, name):
+def test_a_signal_saves_and_the_same_command_resumes_exactly(data, unbroken, tmp_path, monkeypatch, heard, name):
   number = signal.Signals[name]
   before = signal.getsignal(number)
   with monkeypatch.context() as patch:
