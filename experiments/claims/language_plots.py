@@ -12,7 +12,8 @@ from . import language
 from .claim import Results
 
 _SWEEPS = {"main": "29.5M tokens", "long": "118M tokens", "gates": "GLA's decay", "convolutions": "short convolutions",
-           "norms": "DeltaNet's keys"}
+           "norms": "DeltaNet's keys", "starts": "other starts and decays, on the split test",
+           "linearized": "Transformers made linear, on the split test"}
 TEXTS = {"test_english": "English", "test_code": "source code"}
 
 
