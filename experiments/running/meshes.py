@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import jax
@@ -23,6 +24,16 @@ def parse(text: str, flag: str = "mesh") -> MeshConfig:
                        "fsdp=2,context=4")
     sizes[axis] = int(size)
   return dataclasses.replace(ONE, **sizes)
+
+
+def name_of(mesh: MeshConfig) -> str:
+  """Returns the axes with several devices, as `parse` reads them, or "one device"."""
+  return ",".join(f"{axis}={size}" for axis in sharding.AXES if (size := getattr(mesh, axis)) > 1) or "one device"
+
+
+def size_of(mesh: MeshConfig) -> int:
+  """Returns the number of devices."""
+  return math.prod(dataclasses.astuple(mesh))
 
 
 def define() -> flags.FlagHolder[str]:

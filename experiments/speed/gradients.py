@@ -20,6 +20,7 @@ from lin_jax.train_state import make_state, placement
 from lin_jax.trainable import is_parameter, parameter_names
 from lin_jax.training import loss_sum
 from running import records
+from running.meshes import ONE, name_of, size_of
 from speed import scaling, training
 
 FLOAT32_ERROR = 2e-5
@@ -50,9 +51,9 @@ class Comparison:
 
   def __init__(self, name: str, make: Callable[[], TrainConfig], meshes: Sequence[MeshConfig], size: scaling.Size,
                length: int):
-    rows = size.rows(max(map(scaling.size_of, meshes)))
+    rows = size.rows(max(map(size_of, meshes)))
     self.name, self.count = name, len(meshes)
-    self._configs = [scaling.configured(make, mesh, size, rows, length) for mesh in (scaling.ONE, *meshes)]
+    self._configs = [scaling.configured(make, mesh, size, rows, length) for mesh in (ONE, *meshes)]
 
   @functools.cached_property
   def programs(self) -> list[Program]:
@@ -74,8 +75,8 @@ class Comparison:
     mesh = _run(program)
     (errors, norms), (rounding, _), (beside, _) = _errors(mesh, exact), _errors(one, exact), _errors(mesh, one)
     shown = lambda values: {group: float(f"{value:.2e}") for group, value in values.items()}
-    setting = {"name": self.name, "mesh": scaling.name_of(program.config.mesh),
-               "devices": scaling.size_of(program.config.mesh), **training.description(program.config)}
+    setting = {"name": self.name, "mesh": name_of(program.config.mesh),
+               "devices": size_of(program.config.mesh), **training.description(program.config)}
     return {"run": records.now(), "setting": setting, "loss": mesh.loss, "loss_one_device": one.loss,
             "loss_float32": exact.loss, "norms": shown(norms), "errors": shown(errors),
             "errors_one_device": shown(rounding), "differences_from_one_device": shown(beside),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from configs import CONFIGS
 from lin_jax.config import TrainConfig
-from running.meshes import parse
+from running.meshes import name_of, parse, size_of
 from speed import compiled, prediction, scaling, training
 
 LENGTH = 2**20
@@ -35,14 +35,14 @@ def runs() -> list[tuple[tuple[TrainConfig, int], dict]]:
   meshes = [(name, parse(mesh)) for _, models, meshes in PLANS for name in models for mesh in meshes]
   checks = [(name, parse(mesh)) for name, mesh, _ in CHECKS]
   return ([_run(name, mesh, mesh.data * mesh.fsdp, LENGTH, "full") for name, mesh in meshes]
-          + [_run(name, mesh, 8 * scaling.size_of(mesh), 2048, "dots") for name, mesh in checks])
+          + [_run(name, mesh, 8 * size_of(mesh), 2048, "dots") for name, mesh in checks])
 
 
 def _run(name, mesh, rows, length, remat):
-  devices = scaling.size_of(mesh)
+  devices = size_of(mesh)
   size = scaling.Size(0, rows, steps=20, timed=12, remat=remat, unroll=1, tiny=False)
   config = scaling.configured(CONFIGS[name], mesh, size, rows, length)
-  return (config, devices), {"name": name, "mesh": scaling.name_of(mesh), "devices": devices,
+  return (config, devices), {"name": name, "mesh": name_of(mesh), "devices": devices,
                              **training.description(config)}
 
 
@@ -116,7 +116,7 @@ def _line(row, step):
 def _checked(found, memory):
   """The memory of steps that were compiled without a GPU beside the memory that they took."""
   for name, mesh, recorded in CHECKS:
-    row = found.get((name, scaling.name_of(parse(mesh))))
+    row = found.get((name, name_of(parse(mesh))))
     took = next((x["step_gib"] for x in memory if (x["config"], x["mesh"]) == (name, recorded)), None)
     if row and took:
       yield (f"`{name}`", f"`{row['setting']['mesh']}`", _shape(row["setting"]), f"{row['memory_gib']:.1f}",
@@ -214,16 +214,18 @@ numbers without a GPU are 7 to 10 GiB larger, so a step that fits by them probab
 from autotuning or from the newer sources has not been looked into."""
 _MEASURED_ONCE = """\
 - One step of `tnl_7b` needs 102.5 GiB on one GPU and 52.6 with `fsdp=2`, where the programs that are compiled without a
-  GPU have 102.2 and 53.1. With one row of 2,048 tokens per GPU its links count: FSDP keeps 71% of one GPU's speed.
+  GPU have 102.2 and 53.1 ([`scaling_checks.txt`](raw/scaling_checks.txt)). With one row of 2,048 tokens per GPU its
+  links count: FSDP keeps 71% of one GPU's speed.
 - **A part's sums of gates once took a time that is quadratic in its length.** XLA joined the zeros behind a reversed
   cumulative sum with the sum, but in large programs only. `tnl_385m` on a row of 1,048,576 tokens took 10.9 s per step
   on two GPUs, where 4.2 are predicted ([`quadratic_sums_h200.jsonl`](raw/quadratic_sums_h200.jsonl)), and `gla_1b3` on
-  131,072 did not end within 100 s. The zeros now follow the sum, and the compiled programs have no such sum. No GPU has
-  timed them since.
+  131,072 did no step in 90 s. The zeros now follow the sum, and the compiled programs have no such sum
+  ([`scaling_checks.txt`](raw/scaling_checks.txt)). No GPU has timed them since.
 - With `tensor=2` the first gradient of `gla_1b3` differs from one GPU's by 6.7%, while both differ from float32 by 9.6
   to 10%. So this is the rounding of bfloat16 and no error of the mesh.
 - A checkpoint of `gla_340m` that one GPU saved at SIGTERM gives the same loss on two (6.7134, `--mesh=fsdp=2`), and the
-  same greedy text. SIGTERM came 84 s before the end, beside 30 other processes; the checkpoint has 4 GB."""
+  same greedy text ([`sharded_checkpoint_h200.json`](raw/sharded_checkpoint_h200.json)). The run ended 84 s after the
+  signal: its checkpoint has 4 GB, and 30 other processes ran."""
 _COMMANDS = """## Commands
 
     python experiments/report_scaling.py --compile       # adds missing programs, with JAX's CUDA plugin, without a GPU

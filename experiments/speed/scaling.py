@@ -10,7 +10,7 @@ import jax
 from lin_jax import sharding
 from lin_jax.config import DataConfig, MeshConfig, OptimConfig, TrainConfig, validate
 from running import records
-from running.meshes import ONE, parse
+from running.meshes import ONE, name_of, parse, size_of
 from speed import packing, training
 
 RESULTS = ("tokens_per_s", "tokens_per_s_per_device", "step_ms", "mfu", "memory_gib", "compile_s", "first_step_s",
@@ -34,15 +34,6 @@ class Size:
 
   def rows(self, devices: int) -> int:
     return self.global_batch or self.batch * devices
-
-
-def size_of(mesh: MeshConfig) -> int:
-  return math.prod(dataclasses.astuple(mesh))
-
-
-def name_of(mesh: MeshConfig) -> str:
-  """Returns the axes with several devices, as `running.meshes.parse` reads them, or "one device"."""
-  return ",".join(f"{axis}={size}" for axis in sharding.AXES if (size := getattr(mesh, axis)) > 1) or "one device"
 
 
 def fitting(meshes: list[str], devices: int) -> list[MeshConfig]:

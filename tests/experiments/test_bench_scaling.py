@@ -6,7 +6,7 @@ import types
 import pytest
 
 from lin_jax.config import MeshConfig
-from running.meshes import parse
+from running.meshes import name_of, parse, size_of
 from speed import scaling
 from tests.environment import ENVIRONMENT
 from tests.forked import Command
@@ -71,7 +71,7 @@ def test_a_program_that_does_not_fit_is_not_run(monkeypatch):
 
 def test_meshes_by_name():
   mesh = parse("context=4,fsdp=2")
-  assert mesh == MeshConfig(data=1, fsdp=2, context=4) and scaling.size_of(mesh) == 8
-  assert scaling.name_of(mesh) == "fsdp=2,context=4" and parse(scaling.name_of(mesh)) == mesh
+  assert mesh == MeshConfig(data=1, fsdp=2, context=4) and size_of(mesh) == 8
+  assert name_of(mesh) == "fsdp=2,context=4" and parse(name_of(mesh)) == mesh
   for meshes in (["data=1", "tensor=8"], ["tensor=8"]):
-    assert [scaling.name_of(m) for m in scaling.fitting(meshes, 4)] == ["one device"]
+    assert [name_of(m) for m in scaling.fitting(meshes, 4)] == ["one device"]
