@@ -54,8 +54,8 @@ WITH_CARE = """
   reach 256.
 - GLA's gates start at a time constant of 23 tokens, as its authors' do, and 900 steps can move a bias only so far. Its
   output gate starts quieter than theirs.
-- Short convolutions start with a deviation of 0.29. Flash-linear-attention ends up with 0.02, from which GLA with
-  convolutions is better by 0.10 and DeltaNet by 0.03 (sweep `starts`, one seed).
+- Short convolutions start with a deviation of 0.29. Flash-linear-attention ends up with 0.02, and with all
+  kernels from there GLA with convolutions is better by 0.10 and DeltaNet by 0.03 (sweep `starts`, one seed).
 - Under L1 keys the outputs are so short that the head norm's eps switches it off, where L1 wins (SiLU, no activation).
 - A model that ignores all beyond 128 tokens is flat at any length. No run resets the state as a control.
 - Rows that carried their state all went on to other text in the same step, and their loss is higher everywhere.

@@ -12,8 +12,8 @@ from . import language
 from .claim import Results
 
 _SWEEPS = {"main": "29.5M tokens", "long": "118M tokens", "gates": "GLA's decay", "convolutions": "short convolutions",
-           "norms": "DeltaNet's keys", "starts": "other starts and decays, on the split test",
-           "linearized": "Transformers made linear, on the split test"}
+           "norms": "DeltaNet's keys", "starts": "other starts and decays",
+           "linearized": "Transformers made linear"}
 TEXTS = {"test_english": "English", "test_code": "source code"}
 
 
@@ -25,13 +25,15 @@ class Dots:
   title: str = "Held-out bits per byte of models of 42M parameters, with two standard errors"
 
   def panels(self, results: Results) -> dict[str, list[tuple[str, float, float]]]:
-    """Returns name, bits per byte and two standard errors of each model, by the panel's title."""
+    """Returns name, bits per byte and two standard errors of each model, by the panel's title, which has the split."""
     deviation, _ = language.noise(results)
-    ends = lambda row: 2 * deviation / row["seeds"] ** 0.5
-    panels = {title: sorted((row["bits_per_byte"], language.name(model), ends(row))
-                            for model, row in language.rows(results, sweep).items())
-              for sweep, title in _SWEEPS.items()}
-    return {title: [(name, bits, error) for bits, name, error in rows] for title, rows in panels.items() if rows}
+    panels = {}
+    for sweep, title in _SWEEPS.items():
+      rows = sorted(language.rows(results, sweep).items(), key=lambda item: item[1]["bits_per_byte"])
+      if rows:
+        panels[f"{title}, split {rows[0][1]['split']}"] = [
+            (language.name(model), row["bits_per_byte"], 2 * deviation / row["seeds"] ** 0.5) for model, row in rows]
+    return panels
 
   def drawn(self, results: Results) -> bool:
     return any(len(rows) > 1 for rows in self.panels(results).values())
