@@ -146,12 +146,12 @@ def traced(form, sizes):
 def test_no_cumulative_sum_takes_padded_tokens(form):
   """XLA joins the padding with a reversed sum, which then takes a quadratic time on a GPU.
 
-  At 131,072 tokens on two GPUs a step of GLA with 1.3B parameters did not end within 100 s.
+  At 131,072 tokens on two GPUs a step of GLA with 1.3B parameters did not end in 90 s.
   """
   mesh = AbstractMesh((1, 1, 2, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
   with use_abstract_mesh(mesh):
     found = cumulative(traced(form, dict(SIZES, b=64)).jaxpr)
-  assert found or form == "scan" or form.startswith("delta") or form == "none"
+  assert found or form not in ("gla", "constant", "token")  # the ops whose decays a part sums
   assert not any(operand in ("pad", "_pad", "concatenate") for operand in found), found
 
 
