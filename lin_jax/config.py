@@ -7,7 +7,7 @@ every rule once, after overrides are parsed, and `save` and `load` keep the reso
 import dataclasses
 import pathlib
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from lin_jax import files
 from lin_jax.typed_json import build, read_object, require_types, shown
@@ -44,8 +44,10 @@ class ModelConfig:
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   scale_embeddings: bool = False  # by sqrt(width), before the first block
-  start: str = "layers"  # of kernels: each layer's own, or "normal": N(0, 0.02) for all of products and convolutions
+  start: str = "normal"  # of all kernels of products and convolutions: N(0, 0.02), or "layers": each layer's own rule
   dtype: str = "bfloat16"  # of activations and matmul operands; parameters, gates and states are float32
+
+  EARLIER: ClassVar[dict] = {"start": "layers"}  # what a saved config without the field had
 
 
 @dataclasses.dataclass
@@ -258,7 +260,7 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def from_dict(values: dict) -> TrainConfig:
-  """Inverse of `to_dict`. Missing fields have their defaults, or in a mixer what its `EARLIER` says.
+  """Inverse of `to_dict`. Missing fields have their defaults, or what the `EARLIER` of a model or mixer says.
 
   Raises ValueError for an unknown mixer or field, and for a value of another type than its field's.
   """
@@ -267,7 +269,7 @@ def from_dict(values: dict) -> TrainConfig:
   model = values.get("model") if isinstance(values, dict) else None
   if not isinstance(model, dict):
     raise ValueError(f"config.model={shown(model)}: must be an object")
-  model = dict(model)
+  model = ModelConfig.EARLIER | model
   for field in _MIXERS:
     if field == "mixer" or model.get(field) is not None:
       mixer, where = model.get(field), f"config.model.{field}"

@@ -252,11 +252,14 @@ def _stack(config, mixer, depth, rngs):
 
 
 def _started(config, block, key):
-  """The block, with "normal" as flash-linear-attention starts it: it draws kernels anew after the layers have."""
+  """The block, with "normal" as flash-linear-attention starts it: it draws kernels anew after the layers have.
+
+  A mixer with `keeps_start` has its authors' own start, which it keeps.
+  """
   if config.start == "normal":
-    rngs = nnx.Rngs(jax.random.fold_in(key, 1))
-    for _, layer in nnx.iter_modules(block):
-      if isinstance(layer, Linear | ShortConvolution):
+    rngs, keeps = nnx.Rngs(jax.random.fold_in(key, 1)), getattr(block.mixer, "keeps_start", False)
+    for path, layer in nnx.iter_modules(block):
+      if isinstance(layer, Linear | ShortConvolution) and not (keeps and path[0] == "mixer"):
         layer.kernel[...] = NORMAL(rngs.params(), layer.kernel.shape, jnp.float32)
   return block
 

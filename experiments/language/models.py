@@ -30,8 +30,9 @@ WIDTH, DEPTH, MLP_WIDTH, VOCAB = 512, 8, 1408, 32000
 WINDOW = 512
 
 
-def _model(mixer, *, depth=DEPTH, mlp_width=MLP_WIDTH, **fields):
-  return lambda: ModelConfig(mixer=mixer, vocab_size=VOCAB, width=WIDTH, depth=depth, mlp_width=mlp_width, **fields)
+def _model(mixer, *, depth=DEPTH, mlp_width=MLP_WIDTH, start="layers", **fields):
+  return lambda: ModelConfig(mixer=mixer, vocab_size=VOCAB, width=WIDTH, depth=depth, mlp_width=mlp_width, start=start,
+                             **fields)
 
 
 def _hybrid(layers, **fields):
@@ -70,19 +71,33 @@ NORM_AND_ACTIVATION = {
         DeltaNetConfig(heads=4, qk_norm=norm, qk_activation=activation) for norm in NORMS for activation in ACTIVATIONS}
 MODELS |= {name: _model(mixer) for name, mixer in NORM_AND_ACTIVATION.items()}
 
-# The slow decays that two heads lack, and other starts: gate biases for time constants of 16 to 1024 tokens, and all
-# kernels from N(0, 0.02), as flash-linear-attention ends up with. That is another start for short convolutions, and for
-# all of GLA but values and output.
+# The slow decays that two heads lack, and gate biases for time constants of 16 to 1024 tokens.
 SLOW = {"retnet_slow": _model(RetentionConfig(heads=2), mlp_width=736),
         "constant_decay_slow": _model(SimpleGLAConfig(heads=2, decay="constant"))}
-STARTS = {"gla_spread": _model(GLAConfig(heads=2, longest_memory=1024.0)),
-          "gla_normal": _model(GLAConfig(heads=2), start="normal"),
-          "gla_spread_normal": _model(GLAConfig(heads=2, longest_memory=1024.0), start="normal"),
-          "gla_conv_normal": _model(GLAConfig(heads=2, conv_width=4), start="normal"),
-          "deltanet_normal": _model(DeltaNetConfig(heads=4), start="normal")}
+SPREAD = {"gla_spread": _model(GLAConfig(heads=2, longest_memory=1024.0))}
+MODELS |= SLOW | SPREAD | {"kda": _model(KDAConfig(heads=4, head_dim=128), mlp_width=1248)}
+
+
+def _started_normal(name):
+  return lambda: dataclasses.replace(MODELS[name](), start="normal")
+
+
+# All kernels from N(0, 0.02), as flash-linear-attention ends up with and `ModelConfig` has it. Without that, short
+# convolutions start uniform with a deviation of 0.29, and the projections of GLA and RetNet by Xavier's rule. Mamba
+# keeps its authors' start, and the kernels of DeltaNet without convolutions start so anyway.
+MODELS |= {f"{name}_normal": _started_normal(name) for name in (
+    *COMPARED, "gla_conv", "gla_spread", "retnet_slow", "kda") if name != "mamba"}
+
+
+def from_normal(name: str) -> str:
+  """Returns the name of the model `name` with all kernels from N(0, 0.02), which is its own if they start so anyway."""
+  started = f"{name}_normal"
+  return started if started in MODELS else name
+
+
 # Keys of L1 norm leave outputs of 3e-5 to 1e-4, where the usual eps of 1e-6 under the root switches the head norm off.
 SMALL_EPS = {f"{name}_eps": _model(mixer, norm_eps=1e-12) for name, mixer in NORM_AND_ACTIVATION.items()}
-MODELS |= SLOW | STARTS | SMALL_EPS | {"kda": _model(KDAConfig(heads=4, head_dim=128), mlp_width=1248)}
+MODELS |= SMALL_EPS
 
 # These are the same layers, trained in another way.
 CARRIED = {"gla_carried": "gla", "retnet_carried": "retnet"}

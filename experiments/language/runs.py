@@ -5,7 +5,16 @@ import hashlib
 import json
 import pathlib
 
-from lin_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig, to_dict
+from lin_jax.config import (
+  CheckpointConfig,
+  DataConfig,
+  EvalConfig,
+  LogConfig,
+  ModelConfig,
+  OptimConfig,
+  TrainConfig,
+  to_dict,
+)
 from lin_jax.manifests import read_manifest
 from lin_jax.mixers import config_class
 from running import records
@@ -85,9 +94,11 @@ def setting(config: TrainConfig) -> dict:
 
 
 def key(setting: dict) -> str:
-  """Returns a text that is equal for settings of the same run. A field at its default, or at a mixer's
-  `EARLIER`, does not count, because records that are older than the field lack it."""
-  return records.key(_without_defaults(setting, dataclasses.asdict(TrainConfig())))
+  """Returns a text that is equal for settings of the same run. A field at its default, or at the `EARLIER` of a model
+  or mixer, does not count, because records that are older than the field lack it."""
+  defaults = dataclasses.asdict(TrainConfig())
+  defaults["model"] |= ModelConfig.EARLIER
+  return records.key(_without_defaults(setting, defaults))
 
 
 def _without_defaults(values, defaults):

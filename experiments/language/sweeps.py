@@ -4,6 +4,7 @@ FLOPs count forward and backward pass (`lin_jax.flops`). `experiments/next_runs.
 sweep has left.
 
   main     27 runs of 29.5M tokens at three rates, 2.1e17 FLOPs, then rates and seeds that follow
+  main_normal  22 runs of 29.5M tokens at two rates, then rates and seeds that follow; shares two models with the above
   gates    12 runs of 29.5M tokens, 9e16 FLOPs; shares GLA with main
   norms    16 runs of 19.7M tokens, 8e16 FLOPs
   lengths  14 runs of 29.5M tokens, 1.1e17 FLOPs
@@ -18,7 +19,7 @@ sweep has left.
 import dataclasses
 
 from . import models
-from .models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, NORM_AND_ACTIVATION, SLOW, SMALL_EPS, STAGGERED, STARTS
+from .models import CARRIED, COMPARED, CONVOLUTIONS, DECAYS, NORM_AND_ACTIVATION, SLOW, SMALL_EPS, SPREAD, STAGGERED
 from .runs import TOKENS_PER_STEP, Run
 
 RATES = 2e-3, 1e-3, 4e-3  # most promising first, so that a sweep that is cut short has it for all models
@@ -51,6 +52,16 @@ def main() -> Sweep:
                pairs=MAIN_PAIRS, decides="the main tables' claims at 29.5M tokens, with best rates that are bracketed")
 
 
+def main_normal() -> Sweep:
+  """`main`, GLA with convolutions and DeltaNet without, from the start that `ModelConfig` has: kernels from N(0, 0.02).
+  """
+  compared = [models.from_normal(model) for model in (*COMPARED, *CONVOLUTIONS)]
+  pairs = *MAIN_PAIRS, ("gla_conv", "transformer", LEVEL), ("deltanet", "gla_conv", 1.0)
+  return Sweep([Run(model, rate) for rate in (RATES[0], RATES[2]) for model in compared], further_seeds=1, bracket=True,
+               pairs=tuple((*map(models.from_normal, pair), factor) for *pair, factor in pairs),
+               decides="the main tables' claims with the start of the released models' code")
+
+
 def gates() -> Sweep:
   """GLA's ablation: no decay, constant, per token, per key channel. The paper has 23.21, 16.55, 15.56 and 14.77."""
   return Sweep([Run(model, rate) for rate in RATES for model in (*DECAYS, "gla")], further_seeds=1, bracket=True,
@@ -80,8 +91,9 @@ def convolutions() -> Sweep:
 
 
 def starts() -> Sweep:
-  """Slow decays for few heads, and other starts of gates, output gates and convolutions, beside `main`'s models."""
-  return Sweep([Run(model, rate) for rate in (RATES[2], RATES[0]) for model in (*SLOW, *STARTS)], further_seeds=1,
+  """Slow decays for few heads, and GLA's gates spread over slow time constants, from both starts of the kernels."""
+  compared = *SLOW, *SPREAD, "gla_normal", "gla_spread_normal"
+  return Sweep([Run(model, rate) for rate in (RATES[2], RATES[0]) for model in compared], further_seeds=1,
                bracket=True, decides="whether slow heads and GLA's start explain that GLA and RetNet are level")
 
 
@@ -125,8 +137,8 @@ def linearized() -> Sweep:
 
 UPTRAINED = {5: 43, 20: 150}  # steps by their percentage of the steps before, which are 900 without these
 
-GAP_MODELS = ("transformer", "gla", "deltanet", "gated_deltanet", "retnet_slow", "gla_conv", "deltanet_no_conv", "tnl",
-              "kda")
+GAP_MODELS = tuple(models.from_normal(name) for name in (
+    "transformer", "gla", "gated_deltanet", "gla_conv", "deltanet", "retnet_slow", "tnl", "deltanet_no_conv", "kda"))
 GAP_TOKENS = 30, 60, 120, 250, 500  # millions
 
 
@@ -156,7 +168,8 @@ def papers_layer() -> Sweep:
 
 
 SWEEPS = {function.__name__: function for function in (
-    main, gates, norms, convolutions, lengths, long, linearized, starts, norms_eps, carried, gap, papers_layer)}
+    main, main_normal, gates, norms, convolutions, lengths, long, linearized, starts, norms_eps, carried, gap,
+    papers_layer)}
 # The records of a sweep, and its dataset, where they are not language.jsonl and data/english.
 FILES = {"linearized": "linearized.jsonl", "gap": "gap.jsonl", "papers_layer": "papers_layer.jsonl"}
 DATA = dict.fromkeys(("gap", "papers_layer"), "data/english_code")

@@ -13,8 +13,8 @@ from .runs import TOKENS_PER_STEP, Run
 from .sweeps import FILES, SWEEPS
 
 # By what a minute decides: protocols that the claims' doubts name, then bracketed rates and seeds, then long curves.
-ORDER = ("starts", "main", "gap", "convolutions", "norms_eps", "carried", "long", "gates", "linearized", "norms",
-         "lengths", "papers_layer")
+ORDER = ("main_normal", "starts", "gap", "main", "convolutions", "norms_eps", "carried", "long", "gates", "linearized",
+         "norms", "lengths", "papers_layer")
 # Tokens per second on one H200, as predicted from the recorded sweeps.
 _SPEED = {"mamba": 0.22e6} | dict.fromkeys(WIDE, 0.35e6)
 _WORST = 1e3  # bits per byte of a run that is not done, when the runs that follow are counted

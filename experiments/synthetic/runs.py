@@ -88,7 +88,7 @@ class Run:
         raise ValueError(f"{field}={getattr(self, field)!r}: must be one of {', '.join(known)}")
     task = self.build_task()
     model = ModelConfig(mixer=self._mixer_config(), vocab_size=task.vocab_size, width=self.width, depth=self.depth,
-                        mlp_width=self.mlp_width, norm_eps=self.norm_eps, dtype=self.dtype)
+                        mlp_width=self.mlp_width, norm_eps=self.norm_eps, start="layers", dtype=self.dtype)
     data = DataConfig(sequence_length=task.sequence_length, batch_size=self.batch_size)
     optim = OptimConfig(steps=self.steps, warmup_steps=self.warmup_steps, learning_rate=self.learning_rate,
                         final_learning_rate=self.final_fraction * self.learning_rate, beta2=self.beta2,

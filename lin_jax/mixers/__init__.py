@@ -9,6 +9,8 @@ The module's contract (`B` batch, `T` time, `D` width):
   flops_per_token(sequence_length) -> int                         forward pass, projections included
 and, only for a mixer that depends on its place in the stack,
   set_layers(mixers, layers, depth)                               static; see `set_layers` below
+and, only for a mixer whose kernels keep their start under `ModelConfig.start` "normal",
+  keeps_start = True
 A config whose layer would change under a new field's default names in `EARLIER` what saved configs without it had.
 `matrix_memory.MatrixMemory` provides all of these except the constructor for mixers whose op keeps a matrix per head.
 """

@@ -48,6 +48,7 @@ class Mamba(nnx.Module):
   """The Mamba layer. Its state is the float32 memory `[B, D, N]` and the convolution's last inputs."""
 
   Config = MambaConfig
+  keeps_start = True
 
   def __init__(self, config: MambaConfig, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):
     del norm_eps  # the layer has no norm

@@ -50,6 +50,7 @@ class Mamba2(MatrixMemory):
   """The Mamba-2 layer. Its state is the float32 matrix memory and the convolutions' last inputs."""
 
   Config = Mamba2Config
+  keeps_start = True
   layout, scale = "btgk,btgk,bthv,bth,bth", 1.0
 
   def __init__(self, config: Mamba2Config, *, width: int, norm_eps: float, dtype, rngs: nnx.Rngs):

@@ -35,7 +35,8 @@ def data(tmp_path_factory):
 
 
 def test_sweeps_hold_each_claims_runs(data):
-  main, gates, norms, convolutions, lengths, long, linearized, *_ = (sweep().runs for sweep in SWEEPS.values())
+  main, started, gates, norms, convolutions, lengths, long, linearized, *_ = (
+      sweep().runs for sweep in SWEEPS.values())
   assert {run.model for run in main} == set(COMPARED) and len(main) == 27
   assert {run.model for run in gates} == {"no_decay", "constant_decay", "scalar_decay", "gla"} and len(gates) == 12
   assert {(c.qk_norm, c.qk_activation) for c in (MODELS[run.model]().mixer for run in norms)} == {
@@ -49,7 +50,9 @@ def test_sweeps_hold_each_claims_runs(data):
   assert [run.model for run in long if run.learning_rate == 4e-3] == ["gla", "tnl", "mamba"]
   widths = {run.model: MODELS[run.model]().mixer.conv_width for run in convolutions}
   assert widths == {"deltanet": 4, "deltanet_no_conv": 0, "gla": 0, "gla_conv": 4, "retnet": 0}
-  for runs in (main, gates, norms, convolutions, lengths, long):
+  assert {MODELS[run.model]().start for run in main} == {"layers"}  # as it was when its records were made
+  assert {run.model for run in started if MODELS[run.model]().start == "layers"} == {"mamba", "deltanet_no_conv"}
+  for runs in (main, started, gates, norms, convolutions, lengths, long):
     sizes = {(c.optim.steps, c.data.batch_size * c.data.sequence_length) for c in (r.train_config(data) for r in runs)}
     assert len(sizes) == 1  # matched tokens
     assert all(validate(run.train_config(data)) for run in runs)
@@ -59,7 +62,7 @@ def test_sweeps_hold_each_claims_runs(data):
   assert {run.steps + (run.start.steps if run.start else 0) for run in linearized} == {main[0].steps}
   assert {(run.model, round(run.steps / run.start.steps, 3)) for run in linearized if run.start} == {
       ("linearized_5", 0.05), ("linearized_20", 0.2)}
-  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]
+  assert [SWEEPS[name]().further_seeds for name in SWEEPS] == [1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]
 
 
 def test_setting_says_what_determines_a_run(data, tmp_path):

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from lin_jax import flops, mixers, model
-from lin_jax.config import ModelConfig
+from lin_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.gla import GLAConfig
+from lin_jax.mixers.mamba import MambaConfig
 from lin_jax.model import LanguageModel, parameter_count
 from tests.close import assert_close
 
@@ -118,11 +119,18 @@ def test_layers_start_different(lm):
 
 def test_kernels_that_start_normal():
   model = build(config(GLAConfig(heads=2, conv_width=4), start="normal"))
-  block, plain = model.runs[0][0], build(config(GLAConfig(heads=2, conv_width=4))).runs[0][0]
+  block, plain = model.runs[0][0], build(config(GLAConfig(heads=2, conv_width=4), start="layers")).runs[0][0]
   kernels = [layer.kernel[...] for layer in (block.mixer.gate, block.mixer.convolutions[0], block.mlp.up)]
   np.testing.assert_allclose([kernel.std() for kernel in kernels], 0.02, rtol=0.2)
   assert plain.mixer.convolutions[0].kernel[...].std() > 0.2
   assert np.abs(np.diff(kernels[0], axis=0)).max() > 0  # layers differ
+  mamba, kept = (build(config(MambaConfig(), start=start, mlp_width=0)).runs[0][0] for start in ("normal", "layers"))
+  np.testing.assert_array_equal(mamba.mixer.dt.kernel[...], kept.mixer.dt.kernel[...])  # its authors' start
+
+
+def test_a_saved_config_without_a_start_had_each_layers_own():
+  values = to_dict(TrainConfig(model=config(GLAConfig(heads=2))))
+  assert values["model"].pop("start") == "normal" and from_dict(values).model.start == "layers"
 
 
 def test_a_block_without_mlp():
