@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 from language import sweeps
+from language.models import from_normal
 from language.report import seed_deviation, summary
 
 from .claim import Claim, Finding, Results
@@ -18,9 +19,7 @@ NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormer
          "supra": "SUPRA's layer", "linearized_5": "Transformer++ linearized, 5% more tokens",
          "linearized_20": "Transformer++ linearized, 20% more tokens",
          "retnet_slow": "RetNet with slow heads", "constant_decay_slow": "constant decay, slow too",
-         "gla_spread": "GLA, gates spread", "gla_normal": "GLA, N(0, 0.02)",
-         "gla_spread_normal": "GLA, gates spread, N(0, 0.02)", "gla_conv_normal": "GLA with convolutions, N(0, 0.02)",
-         "deltanet_normal": "DeltaNet, N(0, 0.02)", "deltanet_eps": "DeltaNet, small eps",
+         "gla_spread": "GLA, gates spread", "deltanet_eps": "DeltaNet, small eps",
          "gla_staggered": "GLA, carried and staggered",
          "retnet_slow_staggered": "RetNet with slow heads, carried and staggered", "kda": "Kimi Delta Attention"}
 _GLA, _TNL, _DELTA, _GATED = "2312.06635", "2405.17381", "2406.06484", "2412.06464"
@@ -43,6 +42,8 @@ def _kind(record):
 def name(model: str) -> str:
   if model.startswith("wide_"):
     return f"{name(model.removeprefix('wide_'))}, width 1024"
+  if model.endswith("_normal"):
+    return f"{name(model.removesuffix('_normal'))}, N(0, 0.02)"
   if model in NAMES:
     return NAMES[model]
   _, norm, activation, *eps = model.split("_")
@@ -52,8 +53,11 @@ def name(model: str) -> str:
 def fewer_bits(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0):
   """Has a point per pair of models, which holds if the first has fewer bits per byte than the second times `factor`.
 
-  A pair is close when its difference is below two standard errors, by the deviation of a run that `noise` pools.
+  A pair is close when its difference is below two standard errors, by the deviation of a run that `noise` pools. In
+  `main_normal` models are those with this start.
   """
+  if sweep == "main_normal":
+    pairs = [(from_normal(left), from_normal(right)) for left, right in pairs]
 
   def judge(results):
     found, (deviation, _) = rows(results, sweep), noise(results)
@@ -87,21 +91,24 @@ def bits(row: dict) -> str:
 def claims() -> list[Claim]:
   size = "42M parameters, {} tokens of English, bits per byte at the best of the learning rates tried (table below)"
   settings = dict.fromkeys(("main", "gates", "convolutions"), size.format("29.5M")) | {
+      "main_normal": f"{size.format('29.5M')}, all kernels from N(0, 0.02) but Mamba's",
       "norms": size.format("19.7M"),
       "long": f"{size.format('118M')}, 2.5 epochs",
       "starts": f"{size.format('29.5M')}, RetNet's heads spread over 32 to 256 tokens, GLA's gates over 16 to 1,024"}
   claim = lambda sweep, paper, place, text, printed, judge: Claim(
       paper, place, text, printed, settings[sweep],
       f"python experiments/run_language.py --sweep={sweep} --out=experiments/results/{FILE}", judge)
-  # A claim of a main table is tried at both numbers of tokens.
-  both = lambda *words, judge: [claim(sweep, *words, judge(sweep)) for sweep in ("main", "long")]
+  # A claim of a main table is tried at both numbers of tokens, and from both starts. So are convolutions.
+  tried = lambda *words, judge: [claim(sweep, *words, judge(sweep)) for sweep in ("main", "main_normal", "long")]
+  convolved = lambda *words, pairs: [claim(sweep, _DELTA, "main table", *words, fewer_bits(sweep, pairs))
+                                     for sweep in ("convolutions", "main_normal")]
   below = lambda pairs, factor=1.0: lambda sweep: fewer_bits(sweep, pairs, factor)
   return [
-      *both(_GLA, "main table", "GLA models text better than RetNet.", "28.65 and 32.33 (340M, WikiText perplexity)",
+      *tried(_GLA, "main table", "GLA models text better than RetNet.", "28.65 and 32.33 (340M, WikiText perplexity)",
             judge=below([("gla", "retnet")])),
       claim("starts", _GLA, "main table", "GLA models text better than RetNet.", "the same",
-            fewer_bits("starts", [("gla_spread_normal", "retnet_slow")])),
-      *both(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
+            fewer_bits("starts", [("gla_spread", "retnet_slow")])),
+      *tried(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
             "28.65, 28.39, 28.39", judge=below([("gla", "transformer"), ("gla", "mamba")], LEVEL)),
       claim("gates", _GLA, "ablation of the gate",
             "The finer the decay the better: none, constant, one per token.",
@@ -109,24 +116,23 @@ def claims() -> list[Claim]:
             fewer_bits("gates", [("constant_decay", "no_decay"), ("scalar_decay", "constant_decay")])),
       claim("gates", _GLA, "ablation of the gate", "A decay per key channel is better than one per token.",
             "14.77 and 15.56", fewer_bits("gates", [("gla", "scalar_decay")])),
-      *both(_TNL, "table of baselines", "TransNormerLLM models text better than the Transformer.",
+      *tried(_TNL, "table of baselines", "TransNormerLLM models text better than the Transformer.",
             "2.248 and 2.362 (385M, loss in bits)", judge=below([("tnl", "transformer")])),
-      *both(_DELTA, "main table", "DeltaNet models text better than RetNet and GLA, and is level with Mamba and "
+      *tried(_DELTA, "main table", "DeltaNet models text better than RetNet and GLA, and is level with Mamba and "
             "Transformer++ (here: at most 1% more bits).", "28.24; 32.33, 28.65; 28.39, 28.39 (340M)",
             judge=lambda sweep: functools.partial(_deltanet, sweep)),
-      *both(_DELTA, "main table", "Both hybrids are better than DeltaNet and Transformer++.",
+      *tried(_DELTA, "main table", "Both hybrids are better than DeltaNet and Transformer++.",
             "27.06 and 27.51; 28.24, 28.39 (340M)",
             judge=below([(hybrid, other) for hybrid in ("deltanet_swa", "deltanet_global")
                          for other in ("deltanet", "transformer")])),
       claim("norms", _DELTA, "ablation", "Under 1 + ELU, keys of L2 norm are better than keys of L1 norm.",
             "28.03 and 31.12 (340M)", fewer_bits("norms", [(_normed("l2", "elu1"), _normed("l1", "elu1"))])),
-      claim("convolutions", _DELTA, "main table", "Short convolutions make DeltaNet better.", "28.24 and 29.08 (340M)",
-            fewer_bits("convolutions", [("deltanet", "deltanet_no_conv")])),
-      claim("convolutions", _DELTA, "main table", "Without short convolutions, too, DeltaNet is better than RetNet.",
-            "29.08 and 32.33 (340M)", fewer_bits("convolutions", [("deltanet_no_conv", "retnet")])),
-      claim("convolutions", _DELTA, "main table", "Short convolutions do not make GLA better.",
-            "28.65 and 29.47 (340M)", fewer_bits("convolutions", [("gla", "gla_conv")])),
-      *both(_GATED, "main table", "Gated DeltaNet models text better than DeltaNet.", "16.42 and 17.71 (1.3B)",
+      *convolved("Short convolutions make DeltaNet better.", "28.24 and 29.08 (340M)",
+                 pairs=[("deltanet", "deltanet_no_conv")]),
+      *convolved("Without short convolutions, too, DeltaNet is better than RetNet.", "29.08 and 32.33 (340M)",
+                 pairs=[("deltanet_no_conv", "retnet")]),
+      *convolved("Short convolutions do not make GLA better.", "28.65 and 29.47 (340M)", pairs=[("gla", "gla_conv")]),
+      *tried(_GATED, "main table", "Gated DeltaNet models text better than DeltaNet.", "16.42 and 17.71 (1.3B)",
             judge=below([("gated_deltanet", "deltanet")]))]
 
 

@@ -11,9 +11,9 @@ from lin_jax import files
 from . import language
 from .claim import Results
 
-_SWEEPS = {"main": "29.5M tokens", "long": "118M tokens", "gates": "GLA's decay", "convolutions": "short convolutions",
-           "norms": "DeltaNet's keys", "starts": "other starts and decays",
-           "linearized": "Transformers made linear"}
+_SWEEPS = {"main": "29.5M tokens", "main_normal": "29.5M tokens, kernels from N(0, 0.02)", "long": "118M tokens",
+           "gates": "GLA's decay", "convolutions": "short convolutions", "norms": "DeltaNet's keys",
+           "starts": "slow decays", "linearized": "Transformers made linear"}
 TEXTS = {"test_english": "English", "test_code": "source code"}
 
 
@@ -82,7 +82,7 @@ def _curve(records, split):
 
 
 def _above(curves):
-  reference = curves.get("transformer", {})
+  reference = curves.get(sweeps.GAP_MODELS[0], {})
   above = {model: [(tokens, bits - reference[tokens]) for tokens, bits in curve.items() if tokens in reference]
            for model, curve in curves.items()}
   return {model: points for model, points in above.items() if points}
