@@ -39,7 +39,8 @@ _OPS = flags.DEFINE_list("ops", list(cases.TIMED), "Ops to time; attention runs 
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", [], "This repository's implementations to time, or 'none' for "
                                      "peers alone. If none is given, all that are meant for the device; the token scan "
                                      "runs on a CPU only.")
-_PEERS = flags.DEFINE_list("peers", list(peers.OPS), "Other libraries to time where they are installed, or 'none'.")
+_PEERS = flags.DEFINE_list("peers", list(peers.RIVALS), "Other libraries to time where they are installed, or 'none'; "
+                           "fla_recurrent, too, which takes one token of the delta rule after the other.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Sequences.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens per sequence.", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 4, "Heads.", lower_bound=1)
@@ -171,7 +172,7 @@ def _measured(name, case, label, compiled):
     run = compiled()  # what cannot run this shape raises here
     with turns.turn(_TURNS.value):  # inputs stay in memory between the turns
       sets, wanted = _prepared(case)
-      program = timing.jax_program(run, sets) if run else peers.fla_program(case, label, sets)
+      program = timing.jax_program(run, sets) if run else peers.fla_program(name, case, label, sets)
       return timing.measure(case, label, program, wanted, _REPEATS.value)
   except Exception as e:  # one call that cannot run must not cost the others their measurement
     return {"ms": None, "gb_per_s": None, "peak_mib": None, "reason": timing.reason(e),

@@ -68,7 +68,8 @@ WITH_CARE = """
 - Under L1 keys the outputs are so short that the head norm's eps switches it off, where L1 wins (SiLU, no activation).
 - A model that ignores all beyond 128 tokens is flat at any length. No run resets the state as a control.
 - Rows that carried their state all went on to other text in the same step, and their loss is higher everywhere.
-- The chunkwise delta rule is compared with a scan of this repository and not with a recurrent kernel, as in the paper.
+- The chunkwise delta rule is compared with a scan of this repository. The paper compares it with a recurrent kernel,
+  which has its own row and has not been run.
 - Synthetic tasks have a quarter of the papers' epochs.
 """
 

@@ -111,9 +111,9 @@ def _summary(records, device):
 
 
 def _comparison(records, device, cases, name):
-  names = [name for name in (*dispatch.TABLE.get(cases[0].op, ()), timing.REPEATED, *peers.OPS)
+  names = [name for name in (*dispatch.TABLE.get(cases[0].op, ()), timing.REPEATED, *peers.RIVALS)
            if any(_row(records, device, case, name, label) for case in cases for label in PASSES)]
-  rivals = [name for name in names if name in peers.OPS]
+  rivals = [name for name in names if name in peers.RIVALS]
   rows, reasons, mixed = [], {}, False
   for case in cases:
     for label in PASSES:

@@ -2,6 +2,8 @@
 
 `fla` is flash-linear-attention (PyTorch, Triton), which tunes itself on the first call of a shape and takes minutes for
 it. `jla` is jax-linear-attention (JAX, with Mosaic GPU on Hopper and plain JAX on a CPU). `cudnn` is softmax attention.
+`fla_recurrent` is flash-linear-attention's kernel that takes one token of the delta rule after the other. It is no
+rival, but what DeltaNet's paper compares the chunkwise form with.
 """
 
 import importlib
@@ -19,10 +21,12 @@ from .timing import Program
 
 # Ops of each peer, modules that it needs, and packages that decide its speed.
 OPS = {"fla": ("gla", "linear_attention", "delta_rule"), "jla": ("gla", "linear_attention", "delta_rule"),
-       "cudnn": ("attention",)}
-_MODULES = {"fla": ("torch", "fla"), "jla": ("jla",), "cudnn": ()}
-PACKAGES = {"fla": ("fla-core", "torch", "triton"), "jla": ("jax-linear-attention", "jax", "jaxlib"),
-            "cudnn": ("jax", "jaxlib", "nvidia-cudnn-cu13")}
+       "cudnn": ("attention",), "fla_recurrent": ("delta_rule",)}
+RIVALS = "fla", "jla", "cudnn"
+_MODULES = {"fla": ("torch", "fla"), "jla": ("jla",), "cudnn": (), "fla_recurrent": ("torch", "fla")}
+_FLA = "fla-core", "torch", "triton"
+PACKAGES = {"fla": _FLA, "jla": ("jax-linear-attention", "jax", "jaxlib"),
+            "cudnn": ("jax", "jaxlib", "nvidia-cudnn-cu13"), "fla_recurrent": _FLA}
 _IMPORT = threading.Lock()
 
 
@@ -48,7 +52,8 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 def jax_function(peer: str, case: Case):
   """Returns a function from the op's arguments by name to the output of a peer in JAX; None for a peer in PyTorch."""
-  return {"fla": lambda case: None, "jla": _jla, "cudnn": _cudnn}[peer](case)
+  functions = {"jla": _jla, "cudnn": _cudnn}
+  return functions[peer](case) if peer in functions else None
 
 
 def release() -> None:
@@ -89,11 +94,11 @@ def _jla(case):
   return attend
 
 
-def fla_program(case: Case, label: str, sets: list) -> Program:
+def fla_program(peer: str, case: Case, label: str, sets: list) -> Program:
   """Returns the pass `label` of flash-linear-attention. Raises whatever that raises on a call that it cannot run."""
   import torch
 
-  attend = _fla_function(case)
+  attend = _fla_recurrent(case) if peer == "fla_recurrent" else _fla_function(case)
   arrays = [(jax.tree.map(torch.from_dlpack, arguments), torch.from_dlpack(doutput)) for arguments, doutput in sets]
   names = cases.differentiated(case)
 
@@ -146,6 +151,15 @@ def _fla_function(case):
     return chunk_simple_gla(arguments["q"], arguments["k"], arguments["v"], **gates)[0]
 
   return simple_gla
+
+
+def _fla_recurrent(case):
+  from fla.ops.delta_rule import fused_recurrent_delta_rule
+
+  if case.gate != "none":
+    raise NotImplementedError(f"gate={case.gate!r}: its kernel with a backward pass has no decay")
+  return lambda arguments: fused_recurrent_delta_rule(
+      *(arguments[name] for name in "qkv"), arguments["beta"].to(arguments["q"].dtype))[0]
 
 
 def _torch_peak(torch, call):

@@ -60,7 +60,8 @@ class Records:
   def rivals(self, device: str, case: Case, label: str) -> dict[str, dict]:
     """Returns records of other libraries for this call; cuDNN's is of softmax attention at the same shape."""
     attention = dataclasses.replace(case, op="attention", gate="none")
-    found = {name: self.counted(device, attention if name == "cudnn" else case, name, label) for name in peers.OPS}
+    found = {name: self.counted(device, attention if name == "cudnn" else case, name, label)
+             for name in peers.RIVALS}
     return {name: row for name, row in found.items() if row}
 
 

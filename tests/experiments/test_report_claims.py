@@ -33,7 +33,8 @@ def measured(name, at, **fields):
 
 
 def finding(results, text, sweep=""):
-  claim, = (claim for claim in CLAIMS if claim.text == text and f"--sweep={sweep}{' ' * bool(sweep)}" in claim.command)
+  claim, = (claim for claim in CLAIMS
+            if claim.text == text and (not sweep or f"--sweep={sweep} " in claim.command))
   return claim.judge(results)
 
 

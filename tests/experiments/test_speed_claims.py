@@ -36,6 +36,19 @@ def test_a_token_costs_the_same_at_every_length(tmp_path):
   assert found.points == (True, True, True, False, True, True, True) * 2
 
 
+def test_the_chunkwise_form_is_compared_with_each_recurrent_form(tmp_path):
+  first, second, *_ = named("figures", ["delta_rule"])
+  names = "pallas_triton", "reference", "fla_recurrent"
+  rows = [timed(case, name, "forward_backward", ms)
+          for case, times in ((first, (1.0, 90.0, 6.0)), (second, (2.0, 90.0, 9.0)))
+          for name, ms in zip(names, times, strict=True)]
+  write(tmp_path, "kernels.jsonl", rows)
+  scan, kernel = (claim.judge(Results(tmp_path)) for claim in CLAIMS if claim.text.startswith("The chunkwise form"))
+  assert scan.points[:3] == (True, True, None) and kernel.points[:3] == (True, False, None)
+  assert kernel.text == "NVIDIA X: 64 channels 2K x6; 64 channels 4K x4"
+  assert not Results(tmp_path).kernels.rivals("NVIDIA X", first, "forward_backward")
+
+
 def test_training_is_compared_length_by_length(tmp_path):
   speeds = {("gla_1b3", 2048): 5.0, ("mamba_1b3", 2048): 4.0, ("gla_1b3", 4096): 3.0, ("mamba_1b3", 4096): 4.0}
   rows = [measured(name, {"set": "gla_fig6", "sequence_length": length}, tokens_per_s=1e3 * value)
