@@ -166,10 +166,7 @@ def validate(config: TrainConfig) -> TrainConfig:
 
   def require(ok, field, rule):
     if not ok:
-      value = config
-      for part in field.split("."):
-        value = getattr(value, part)
-      raise ValueError(f"config.{field}={shown(value)}: {rule}")
+      raise ValueError(f"config.{field}={shown(_get(config, field))}: {rule}")
 
   require_types(config, "config")
   for field in ("model.vocab_size", "model.width", "model.depth", "data.sequence_length", "data.batch_size",
