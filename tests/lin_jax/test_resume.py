@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import sys
 
 import jax
 import numpy as np
@@ -10,12 +9,12 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lin_jax import metrics as reporting
-from lin_jax import training
 from lin_jax.checkpoint import Checkpoints, load_model
 from lin_jax.config import load as load_config
 from lin_jax.damage import DamagedCheckpoint
 from lin_jax.training import train
 from tests.lin_jax import tiny
+from tests.lin_jax.runs import at, on_step, shared_steps, terminate
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +34,8 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_steps():
-  """Runs of one process, model and data have the same jitted steps."""
-  with pytest.MonkeyPatch.context() as patch:
-    for name in ("make_train_step", "make_eval_step"):
-      patch.setattr(training, name, shared(getattr(training, name)))
+  with shared_steps():
     yield
-
-
-def shared(make):
-  made = {}
-
-  def step(config, *arguments):
-    parts = config.model, config.data, config.optim, config.remat
-    return made.setdefault(repr(parts), make(config, *arguments))
-
-  return step
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +55,6 @@ def assert_same_run(actual, expected):
   assert scalars(actual) == scalars(expected)
   for a, e in zip(*(jax.tree.leaves(load_model(workdir)[1]) for workdir in (actual, expected)), strict=True):
     assert np.array_equal(a, e)
-
-
-def on_step(monkeypatch, step, action):
-  """Calls `action` once the metrics of `step` have been reported."""
-  at(monkeypatch, reporting.Reporter.step, step, action)
-
-
-def at(monkeypatch, method, step, action):
-  """Calls `action` at the end of the method's call for `step`."""
-  module = sys.modules[method.__module__]
-  owner, name = method.__qualname__.split(".")
-
-  def called(self, n, *args, **kwargs):
-    result = method(self, n, *args, **kwargs)
-    if n == step:
-      action()
-    return result
-
-  monkeypatch.setattr(getattr(module, owner), name, called)
-
-
-def terminate():
-  signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.fixture
