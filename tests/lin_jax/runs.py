@@ -1,13 +1,29 @@
-"""Runs of one test that share their compiled steps, and what happens to them at a step."""
+"""Runs of one test that share their compiled programs, and what happens to them at a step."""
 
 import contextlib
 import signal
 import sys
 
+import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lin_jax import metrics as reporting
 from lin_jax import training
+
+
+@contextlib.contextmanager
+def compilation_cache(folder):
+  """Keeps compiled programs in the folder."""
+  _keep_programs(str(folder))
+  yield
+  _keep_programs(None)
+
+
+def _keep_programs(folder):
+  jax.config.update("jax_enable_compilation_cache", folder is not None)
+  jax.config.update("jax_compilation_cache_dir", folder)
+  reset_cache()  # whether a cache is in use is otherwise settled by the first compilation of the process
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lin_jax import metrics as reporting
 from lin_jax.checkpoint import Checkpoints, load_model
@@ -14,7 +13,7 @@ from lin_jax.config import load as load_config
 from lin_jax.damage import DamagedCheckpoint
 from lin_jax.training import train
 from tests.lin_jax import tiny
-from tests.lin_jax.runs import at, on_step, shared_steps, terminate
+from tests.lin_jax.runs import at, compilation_cache, on_step, shared_steps, terminate
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +22,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
+def compiled_programs(tmp_path_factory):
   """Every run of this file compiles the same three functions."""
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-  reset_cache()  # whether a cache is in use is otherwise settled by the first compilation of the process
-  yield
-  jax.config.update("jax_compilation_cache_dir", None)
-  reset_cache()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_steps():
-  with shared_steps():
+  with compilation_cache(tmp_path_factory.mktemp("cache")), shared_steps():
     yield
 
 
