@@ -63,6 +63,8 @@ def contain(op: Op, starts, tokens, initial_state, shared=()):
   """
   if starts is None or op.selects:
     return op.run(starts, tokens, initial_state, shared)
+  # `run` stands twice in each pass. Under `jit` it is traced and lowered once for both.
+  op = dataclasses.replace(op, run=jax.jit(op.run))
   return _contained(op, starts, tuple(tokens), initial_state, tuple(shared))
 
 

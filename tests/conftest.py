@@ -31,6 +31,8 @@ from kernels import cpu_compiler  # noqa: E402
 cpu_compiler.switch_off()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Otherwise every program is hashed, although there is no folder to keep it in.
+jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture

@@ -78,21 +78,24 @@ assert difference < 1e-4
 # takes the same config with the parameters with which training starts. The layers' inputs come from the model itself.
 
 # %%
+@jax.jit
 def layer_inputs(model, tokens):
-  """Yields each block with the normed activations that its mixer reads."""
-  x = model.embed(tokens)
+  """Returns for each block the normed activations that its mixer reads."""
+  x, inputs = model.embed(tokens), []
   for block in in_order(model.placed_runs()):
-    yield block, block.mixer_norm(x)
+    inputs.append(block.mixer_norm(x))
     x = block(x, None, None)[0]
+  return inputs
 
 
 # %%
 gates = {}  # of each recurrent layer: log of the decay, and beta, [T, H]
 start = LanguageModel(config, rngs=nnx.Rngs(0))
 text = jax.random.randint(jax.random.key(0), (1, 256), 0, config.vocab_size)
+inputs_of = list(zip(in_order(start.placed_runs()), layer_inputs(start, text), strict=True))
 
 # %%
-for number, (block, inputs) in enumerate(layer_inputs(start, text)):
+for number, (block, inputs) in enumerate(inputs_of):
   if hasattr(block.mixer, "project"):
     (_, _, _, beta, log_decay), _ = block.mixer.project(inputs, None, None)
     gates[number] = log_decay[0], beta[0]
@@ -123,7 +126,6 @@ def left(block, inputs, key):
 
 
 # %%
-inputs_of = list(layer_inputs(start, text))
 figure, axes = plt.subplots(1, len(gates), figsize=(9, 3.2), sharey=True)
 
 # %%
@@ -149,9 +151,16 @@ plt.show()
 # Its cache holds the first token's key and value unchanged, however many tokens follow, and takes memory for each.
 
 # %%
+@jax.jit
+def read(model, tokens):
+  """The state after these tokens, with room for 100."""
+  return model(tokens, model.init_state(1, 100))[1]
+
+
+# %%
 def cached(length):
-  """The caches of the attention layers after the first `length` tokens, with room for 100."""
-  _, state = model(tokens[:, :length], model.init_state(1, 100))
+  """The caches of the attention layers after the first `length` tokens."""
+  state = read(model, tokens[:, :length])
   return [layer for layer in in_order(state) if "key" in layer]
 
 

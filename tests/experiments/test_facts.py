@@ -154,14 +154,14 @@ class Copier:
     time = jnp.arange(tokens.shape[1])
     back = time[:, None] - time[None]
 
-    def longer(run, equal):
+    def longer(run, now):
+      equal, reached = now
       run = jnp.where(equal, 1 + jnp.pad(run[:, :-1], ((0, 0), (1, 0))), 0)
-      return run, run
+      return run, jnp.where(reached[None], run * len(time) + time[None], -1).argmax(-1)
 
     equal = jnp.moveaxis(tokens[:, :, None] == tokens[:, None], 1, 0)
-    _, runs = jax.lax.scan(longer, jnp.zeros(tokens.shape, jnp.int32), equal)
-    reached = ((back > 0) & (back <= self.reach))[:, None]
-    source = jnp.where(reached, runs * len(time) + time[None, None], -1).argmax(-1).T
+    _, source = jax.lax.scan(longer, jnp.zeros(tokens.shape, jnp.int32), (equal, (back > 0) & (back <= self.reach)))
+    source = source.T
     following = jnp.take_along_axis(tokens, jnp.minimum(source + 1, len(time) - 1), axis=1)
     return HEIGHT * jax.nn.one_hot(jnp.where(following == self.unknown, 0, following), 257), None
 

@@ -1,5 +1,6 @@
 """The page of models follows from the configs, its sizes are the papers', and its numbers follow from the layouts."""
 
+import functools
 import json
 import pathlib
 
@@ -10,6 +11,14 @@ from configs import CONFIGS, page, support
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments/results/models.md"
 # Configs whose count neither lies within 1% of the printed size nor rounds to it; the page says why.
 OFF = {"retnet_340m"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once():
+  """All pages have the same models, whose shapes take seconds to find."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(page, "measure", functools.cache(page.measure))
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +83,7 @@ def test_arithmetic_is_six_times_the_products(models):
 
 def test_a_config_without_a_size_is_refused(monkeypatch):
   monkeypatch.delitem(page.SIZES, "gla_340m")
+  monkeypatch.setattr(page, "measure", page.measure.__wrapped__)
   with pytest.raises(ValueError, match="config 'gla_340m' has no entry in SIZES of experiments/configs/page.py"):
     page.render()
 

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from language import execution
 from language.models import CARRIED, COMPARED, DECAYS, MODELS
@@ -27,6 +26,7 @@ from running import records
 from tests.environment import ENVIRONMENT
 from tests.forked import ROOT, Command
 from tests.lin_jax import tiny
+from tests.lin_jax.runs import compilation_cache
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +99,9 @@ TRANSFORMER = Run("transformer", 4e-3, steps=6, tiny=True)
 def unbroken(data, tmp_path_factory):
   """Folder and records of a run. Other runs of the module compile the same functions and find them in a cache."""
   paths = tmp_path_factory.mktemp("unbroken") / "runs", tmp_path_factory.mktemp("unbroken") / "out.jsonl"
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-  reset_cache()
-  assert execution.execute(Sweep([TRANSFORMER], further_seeds=0), data, *paths) == (1, 0, [])
-  yield paths
-  jax.config.update("jax_compilation_cache_dir", None)
-  reset_cache()
+  with compilation_cache(tmp_path_factory.mktemp("cache")):
+    assert execution.execute(Sweep([TRANSFORMER], further_seeds=0), data, *paths) == (1, 0, [])
+    yield paths
 
 
 def test_stopped_by_the_limit_and_resumed_equals_unbroken(data, tmp_path, monkeypatch, capsys, unbroken):

@@ -103,7 +103,7 @@ def test_fine_tuning_with_adapters(tmp_path):
 
 
 def test_packed_documents_beside_windows_of_one(tmp_path):
-  rows = records_of(start, "bench_training.py", tmp_path, "--set=step", "--models=retnet_1b3,transformer_1b3",
+  rows = records_of(Command, "bench_training.py", tmp_path, "--set=step", "--models=retnet_1b3,transformer_1b3",
                     "--steps=3", "--timed_steps=2", "--documents=one,packed")
   assert [(r["setting"]["name"], r["setting"]["documents"]) for r in rows] == [
       (name, how) for name in ("retnet_1b3", "transformer_1b3") for how in packing.DOCUMENTS.values()]

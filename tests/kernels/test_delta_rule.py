@@ -1,4 +1,4 @@
-"""xla_chunked against the float32 scan over the cases, closed forms of the rule, the triangular inverse; bad input."""
+"""xla_chunked against the scan over the cases, closed forms of the rule, the triangular inverse; bad input."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""xla_chunked against the float32 scan over the cases, both against formulas that share no code; bad input."""
+"""xla_chunked against the scan over the cases, both against formulas that share no code; bad input."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""xla_chunked against the float32 scan over the cases, all forms of decay against each other and gla; bad input."""
+"""xla_chunked against the scan over the cases, all forms of decay against each other and gla; bad input."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The delta rule's kernels for Hopper against the float32 scan: interpreted on small cases, the whole grid on a GPU.
+"""The delta rule's kernels for Hopper against the scan: interpreted on small cases, the whole grid on a GPU.
 
 `XLA_PYTHON_CLIENT_PREALLOCATE=false pytest tests/kernels/test_mosaic_gpu.py -m gpu -n 8 --record=FILE` runs the grid.
 """

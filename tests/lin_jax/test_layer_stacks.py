@@ -15,6 +15,7 @@ from lin_jax.layer_stacks import Layers, apart, together
 from lin_jax.training import make_state, make_train_step, train
 from tests.close import assert_close
 from tests.lin_jax import tiny
+from tests.lin_jax.runs import on_step, shared_steps, terminate
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +82,19 @@ def test_a_compiled_step_with_layers_apart_stacks_no_weight(data, accumulation):
   assert re.findall(r"f32\[(?:32,64|64,32)\]", text)
 
 
-def test_a_run_goes_on_under_another_unroll(data, tmp_path):
-  def run(workdir, steps):
-    for last, unroll in steps:
-      config = tiny.config(data, steps=last, warmup_steps=1, final_learning_rate=1e-2)
+def test_a_run_goes_on_under_another_unroll(data, tmp_path, monkeypatch):
+  def run(workdir, parts):
+    for last, unroll in parts:
+      config = tiny.config(data, steps=6)
       config.unroll, config.eval.every, config.checkpoint.every = unroll, 0, 2
-      train(config, workdir)
+      with monkeypatch.context() as patch:
+        on_step(patch, last - 1, terminate)  # the step after it is under way by then
+        assert train(config, workdir)["step"] == last
     return load_model(workdir)
 
-  _, changing = run(tmp_path / "changing", [(2, 0), (4, 1), (6, 0)])
-  _, same = run(tmp_path / "same", [(6, 1)])
+  with shared_steps():
+    _, changing = run(tmp_path / "changing", [(2, 0), (4, 1), (6, 0)])
+    _, same = run(tmp_path / "same", [(6, 1)])
   for (path, actual), expected in zip(jax.tree_util.tree_leaves_with_path(nnx.state(changing)),
                                       jax.tree.leaves(nnx.state(same)), strict=True):
     assert_close(jax.tree_util.keystr(path), actual, expected, 1e-4)

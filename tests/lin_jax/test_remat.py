@@ -28,8 +28,17 @@ def build(config, **kwargs):
   return LanguageModel(config, rngs=nnx.Rngs(0), **kwargs)
 
 
+def under(policy, graph, params):
+  """A model that was built once for all policies."""
+  lm = nnx.merge(graph, params)
+  lm.remat = policy
+  return lm
+
+
 def test_remat_table_covers_the_config():
   assert tuple(model.REMAT) == REMAT_POLICIES
+  for policy in REMAT_POLICIES:
+    assert jax.eval_shape(lambda policy=policy: build(config(GLAConfig()), remat=policy)).remat == policy
   with pytest.raises(ValueError, match="remat='some'"):
     build(config(GLAConfig()), remat="some")
 
@@ -39,13 +48,11 @@ def remat(name):
   """For each policy: the program of a model's gradients and saved arrays, traced, and the bytes of the latter."""
   small, results = config(mixers.config_class(name).examples()[0]), {}
   ids = jax.random.randint(jax.random.key(1), (BATCH, TIME), 0, VOCAB)
-  shapes = nnx.state(model.abstract_model(small))
+  graph, shapes = nnx.split(model.abstract_model(small))
   for policy in REMAT_POLICIES:
-    graph = nnx.graphdef(jax.eval_shape(lambda policy=policy: build(small, remat=policy)))
-
-    def loss(params, graph=graph):
+    def loss(params, policy=policy):
       # The sum of squares of normed activations is nearly constant, so its gradient would be little but rounding.
-      return jnp.sin(nnx.merge(graph, params).hidden(ids)[0]).sum()
+      return jnp.sin(under(policy, graph, params).hidden(ids)[0]).sum()
 
     def run(params, loss=loss):
       value, pullback = jax.vjp(loss, params)
@@ -92,11 +99,10 @@ def test_remat_runs_no_kernel_twice(name, monkeypatch):
   monkeypatch.setattr("lin_jax.mixers.packed_attention.check_compute_capability", lambda capability: True)
   monkeypatch.setattr(pallas, "pallas_call", functools.partial(without_body, pallas.pallas_call))
   small = config(mixers.config_class(name).examples()[0], dtype="bfloat16", width=64)
-  params, ids = nnx.state(model.abstract_model(small)), jax.ShapeDtypeStruct((BATCH, 64), jnp.int32)
+  (graph, params), ids = nnx.split(model.abstract_model(small)), jax.ShapeDtypeStruct((BATCH, 64), jnp.int32)
 
   def kernels(remat):
-    graph = nnx.graphdef(jax.eval_shape(lambda: build(small, remat=remat)))
-    loss = lambda params, ids: jnp.square(nnx.merge(graph, params).hidden(ids, segment_ids=ids)[0]).sum()
+    loss = lambda params, ids: jnp.square(under(remat, graph, params).hidden(ids, segment_ids=ids)[0]).sum()
     with use_abstract_mesh(H100):
       jaxpr = jax.make_jaxpr(jax.grad(loss))(params, ids).jaxpr
     return collections.Counter(name for name in launches(jaxpr) if not name.startswith(ELEMENTWISE))

@@ -2,20 +2,18 @@
 
 import shutil
 import signal
-import sys
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from lin_jax import metrics as reporting
-from lin_jax import training
 from lin_jax.checkpoint import Checkpoints, load_model
 from lin_jax.config import load as load_config
 from lin_jax.damage import DamagedCheckpoint
 from lin_jax.training import train
 from tests.lin_jax import tiny
+from tests.lin_jax.runs import at, compilation_cache, on_step, shared_steps, terminate
 
 
 @pytest.fixture(scope="module")
@@ -24,32 +22,10 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
+def compiled_programs(tmp_path_factory):
   """Every run of this file compiles the same three functions."""
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-  reset_cache()  # whether a cache is in use is otherwise settled by the first compilation of the process
-  yield
-  jax.config.update("jax_compilation_cache_dir", None)
-  reset_cache()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_steps():
-  """Runs of one process, model and data have the same jitted steps."""
-  with pytest.MonkeyPatch.context() as patch:
-    for name in ("make_train_step", "make_eval_step"):
-      patch.setattr(training, name, shared(getattr(training, name)))
+  with compilation_cache(tmp_path_factory.mktemp("cache")), shared_steps():
     yield
-
-
-def shared(make):
-  made = {}
-
-  def step(config, *arguments):
-    parts = config.model, config.data, config.optim, config.remat
-    return made.setdefault(repr(parts), make(config, *arguments))
-
-  return step
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +45,6 @@ def assert_same_run(actual, expected):
   assert scalars(actual) == scalars(expected)
   for a, e in zip(*(jax.tree.leaves(load_model(workdir)[1]) for workdir in (actual, expected)), strict=True):
     assert np.array_equal(a, e)
-
-
-def on_step(monkeypatch, step, action):
-  """Calls `action` once the metrics of `step` have been reported."""
-  at(monkeypatch, reporting.Reporter.step, step, action)
-
-
-def at(monkeypatch, method, step, action):
-  """Calls `action` at the end of the method's call for `step`."""
-  module = sys.modules[method.__module__]
-  owner, name = method.__qualname__.split(".")
-
-  def called(self, n, *args, **kwargs):
-    result = method(self, n, *args, **kwargs)
-    if n == step:
-      action()
-    return result
-
-  monkeypatch.setattr(getattr(module, owner), name, called)
-
-
-def terminate():
-  signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.fixture
