@@ -18,7 +18,8 @@ from lin_jax.train_state import TrainState
 from lin_jax.trainable import is_parameter, parameter_name
 
 _SHOWN = 5  # parameters of other shapes that a message names
-_FREE = ("dtype", "implementation", "chunk_size")  # fields of a model's config that say how and not what it computes
+# Fields of a model's config that say how and not what it computes, or how the parameters start that it does not read.
+_FREE = ("dtype", "implementation", "chunk_size", "start")
 
 
 class Initial:

@@ -2,8 +2,8 @@
 
 Parameters are float32 and are cast to the compute dtype where they are used, or once per step by `with_cast_kernels`.
 Each carries one logical axis name per dimension, which `lin_jax.sharding` maps to a mesh axis. Kernels start from N(0,
-0.02), as LLaMA-style models do, unless a caller passes an initializer. Residual output projections are not rescaled by
-depth, nor are they in the GLA paper's code.
+0.02), as LLaMA-style models do, unless a caller passes an initializer, which `ModelConfig.start` may replace. Residual
+output projections are not rescaled by depth, nor are they in the GLA paper's code.
 """
 
 import functools

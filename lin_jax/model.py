@@ -254,7 +254,7 @@ def _stack(config, mixer, depth, rngs):
 def _started(config, block, key):
   """The block, with "normal" as flash-linear-attention starts it: it draws kernels anew after the layers have.
 
-  A mixer with `keeps_start` has its authors' own start, which it keeps.
+  A mixer with `keeps_start` keeps what its layers have drawn, such as the range of Mamba's time steps.
   """
   if config.start == "normal":
     rngs, keeps = nnx.Rngs(jax.random.fold_in(key, 1)), getattr(block.mixer, "keeps_start", False)

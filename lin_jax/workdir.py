@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 
 from lin_jax import files
-from lin_jax.config import TrainConfig, to_dict
+from lin_jax.config import ModelConfig, TrainConfig, to_dict
 from lin_jax.config import load as load_config
 from lin_jax.config import save as save_config
 from lin_jax.optim import lengthened
@@ -30,11 +30,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 def continued(workdir: pathlib.Path, config: TrainConfig) -> tuple[TrainConfig, str]:
   """`config` as the run in `workdir`, if there is one, goes on with it, and a message about more steps.
 
+  Kernels that had another start than the default keep it in the config, which needs not name it.
   Raises ValueError as `optim.lengthened` does. `prepare` refuses any other difference.
   """
   if not os.path.exists(workdir / "config.json"):  # also true where there can be no such file
     return config, ""
   saved = load_config(workdir / "config.json")
+  if config.model.start == ModelConfig.start:
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, start=saved.model.start))
   if not _differing(saved, config).keys() <= _LENGTH:
     return config, ""
   optim, note = lengthened(saved.optim, config.optim)

@@ -18,7 +18,8 @@ Generated from the records beside it by `python experiments/report_claims.py`; d
 _READING = """
 A claim is split into points, which are the comparisons that it makes; the numbers in parentheses say how many hold. It
 *holds* when all of its points were run and hold, and *in part* when some hold. A claim that was tried in several
-settings counts once for each above. It is named once, by the settings that decide it. A point on the losses of models
+settings counts once for each above. It is named once, by the settings that decide it, and as undecided where most of
+them decide nothing or where they contradict each other. A point on the losses of models
 is *too close* when their difference is below two standard errors. {noise} A claim is *undecided* when its verdict would
 be another one if its close points came out the other way. Its row says which points decided. Settings are smaller than
 the papers', so a verdict is about our setting and not about the paper's own.
@@ -28,8 +29,8 @@ In a pair of times such as 0.67 / 2.49 ms, the first is the forward pass, and th
 together. Losses to other libraries, failures and departures from the papers are in bold.
 """
 _SPLITS = {"test": "Rates were chosen on the split val, and these losses are on the split test.",
-           "val": "Some of these records have no loss on the split test: val chose the rates, and these losses are on "
-                  "val too."}
+           "val": "Not all of these records have a loss on the split test: val chose the rates, and these losses are "
+                  "on val too."}
 _PAGES = """## Other pages
 
 - Findings by subject, with their records and commands: [numerics](numerics.md) of the kernels, [language](language.md)
@@ -72,7 +73,7 @@ def _answer(found):
   sentences = [[f"**{name}**", text] for name, text in zip(CLASSES, by_class(CLAIMS, found), strict=True) if text]
   holds, in_part, fails, undecided, not_run = total
   return [f"Of {sum(total)} claims, {holds} hold, {in_part} hold in part, {fails} do not hold, {undecided} are "
-          f"undecided, {not_run} are not run.",
+          f"undecided, {not_run} not run.",
           _table(["claims on", "hold", "hold in part", "do not hold", "undecided", "not run", "all"], rows),
           "Each claim once, by what the runs here say of it:",
           _table(["", "claims, and how many of their points hold"], sentences)]

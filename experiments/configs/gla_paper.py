@@ -22,7 +22,8 @@ def gla_340m() -> TrainConfig:
            python experiments/train.py --config=gla_340m --workdir=runs/gla_340m
   Expected: perplexity on WikiText 28.65, on LAMBADA 43.35; LAMBADA accuracy 30.3, PIQA 64.8, HellaSwag 34.5.
   Obtained: the paper's run not made yet. 500 steps of 65,536 tokens on the English corpus, learning rate 1e-3: held-out
-    loss 10.57 to 4.14, 148,500 tokens/s on one H100 (experiments/results/gla_340m_h100).
+    loss 10.57 to 4.14, 148,500 tokens/s on one H100, with config.model.start "layers"
+    (experiments/results/gla_340m_h100).
   """
   return at_340m(GLAConfig(heads=4))
 

@@ -84,7 +84,7 @@ def _started_normal(name):
 
 # All kernels from N(0, 0.02), as flash-linear-attention ends up with and `ModelConfig` has it. Without that, short
 # convolutions start uniform with a deviation of 0.29, and the projections of GLA and RetNet by Xavier's rule. Mamba
-# keeps its authors' start, and the kernels of DeltaNet without convolutions start so anyway.
+# keeps what its layers draw, and the kernels of DeltaNet without convolutions start so anyway.
 MODELS |= {f"{name}_normal": _started_normal(name) for name in (
     *COMPARED, "gla_conv", "gla_spread", "retnet_slow", "kda") if name != "mamba"}
 

@@ -4,7 +4,7 @@ FLOPs count forward and backward pass (`lin_jax.flops`). `experiments/next_runs.
 sweep has left.
 
   main     27 runs of 29.5M tokens at three rates, 2.1e17 FLOPs, then rates and seeds that follow
-  main_normal  22 runs of 29.5M tokens at two rates, then rates and seeds that follow; shares two models with the above
+  main_normal  22 runs of 29.5M tokens at two rates, then what follows; shares Mamba with main
   gates    12 runs of 29.5M tokens, 9e16 FLOPs; shares GLA with main
   norms    16 runs of 19.7M tokens, 8e16 FLOPs
   lengths  14 runs of 29.5M tokens, 1.1e17 FLOPs
@@ -91,8 +91,8 @@ def convolutions() -> Sweep:
 
 
 def starts() -> Sweep:
-  """Slow decays for few heads, and GLA's gates spread over slow time constants, from both starts of the kernels."""
-  compared = *SLOW, *SPREAD, "gla_normal", "gla_spread_normal"
+  """Slow decays for few heads, and GLA's gates spread over slow time constants, also from N(0, 0.02)."""
+  compared = *SLOW, *SPREAD, "gla_normal", "gla_spread_normal", "retnet_slow_normal"
   return Sweep([Run(model, rate) for rate in (RATES[2], RATES[0]) for model in compared], further_seeds=1,
                bracket=True, decides="whether slow heads and GLA's start explain that GLA and RetNet are level")
 

@@ -25,8 +25,8 @@ from lin_jax.layers import Linear, RMSNorm
 from lin_jax.mixers import head_widths, register, require
 from lin_jax.mixers.matrix_memory import MatrixMemory, OpConfig, by_heads, short_convolutions
 
-# Xavier with gain 2^-2.5 for queries, keys and the decay's projections, as in the authors' training code, and for the
-# output gate, which starts wider there.
+# Under `ModelConfig.start` "layers": Xavier with gain 2^-2.5 for queries, keys and the decay's projections, as in the
+# authors' training code, and for the output gate, which starts wider there.
 SMALL_XAVIER = nnx.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
 _SHORTEST_MEMORY = 16.0
 

@@ -9,7 +9,8 @@ The paper also rescales scores by a positive number per query and head. The head
 
 The layout is flash-linear-attention's, as in the GLA paper's baseline: rotary pairs (i, i + K/2) with angles
 base^(-2i/K), and a head norm with one learned scale shared by all heads. The paper's own code (TorchScale) pairs
-neighbours, spaces its angles over one interval fewer and learns no scale. The initialisation is TorchScale's.
+neighbours, spaces its angles over one interval fewer and learns no scale. Under `ModelConfig.start` "layers", the
+initialisation is TorchScale's.
 """
 
 import dataclasses

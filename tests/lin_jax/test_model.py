@@ -125,7 +125,7 @@ def test_kernels_that_start_normal():
   assert plain.mixer.convolutions[0].kernel[...].std() > 0.2
   assert np.abs(np.diff(kernels[0], axis=0)).max() > 0  # layers differ
   mamba, kept = (build(config(MambaConfig(), start=start, mlp_width=0)).runs[0][0] for start in ("normal", "layers"))
-  np.testing.assert_array_equal(mamba.mixer.dt.kernel[...], kept.mixer.dt.kernel[...])  # its authors' start
+  np.testing.assert_array_equal(mamba.mixer.dt.kernel[...], kept.mixer.dt.kernel[...])
 
 
 def test_a_saved_config_without_a_start_had_each_layers_own():

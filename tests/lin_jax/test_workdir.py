@@ -33,6 +33,18 @@ def test_a_run_that_is_older_than_the_record_of_data_gets_one(data, tmp_path):
   assert json.loads((tmp_path / "run" / "data.json").read_text()) == describe(data)
 
 
+def test_a_run_keeps_its_start_unless_another_one_is_named(data, tmp_path):
+  older, now = tiny.config(data), tiny.config(data)
+  older.model.start = "layers"
+  assert now.model.start == "normal"
+  workdirs.prepare(tmp_path / "run", older)
+  assert workdirs.continued(tmp_path / "run", now)[0] == older
+  assert workdirs.continued(tmp_path / "new", now)[0] == now
+  workdirs.prepare(tmp_path / "other", now)
+  with pytest.raises(ValueError, match="model.start was 'normal', now 'layers'"):
+    workdirs.prepare(tmp_path / "other", workdirs.continued(tmp_path / "other", older)[0])
+
+
 def test_a_second_trainer_is_refused_and_leaves_no_trace(tmp_path):
   with workdirs.locked(tmp_path / "run"):
     with pytest.raises(ValueError, match="run' is in use by process .* on host"), workdirs.locked(tmp_path / "run"):
