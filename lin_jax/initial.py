@@ -18,7 +18,7 @@ from lin_jax.train_state import TrainState
 from lin_jax.trainable import is_parameter, parameter_name
 
 _SHOWN = 5  # parameters of other shapes that a message names
-# Fields of a model's config that say how and not what it computes, or how the parameters start that it does not read.
+# Fields of a model's config that do not change what it computes from given parameters, but for rounding.
 _FREE = ("dtype", "implementation", "chunk_size", "start")
 
 

@@ -30,7 +30,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 def continued(workdir: pathlib.Path, config: TrainConfig) -> tuple[TrainConfig, str]:
   """`config` as the run in `workdir`, if there is one, goes on with it, and a message about more steps.
 
-  Kernels that had another start than the default keep it in the config, which needs not name it.
+  A config with the default `model.start` takes the start with which the run began.
   Raises ValueError as `optim.lengthened` does. `prepare` refuses any other difference.
   """
   if not os.path.exists(workdir / "config.json"):  # also true where there can be no such file

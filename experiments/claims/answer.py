@@ -64,7 +64,8 @@ WITH_CARE = """
   output gate starts quieter than theirs, but for the runs from N(0, 0.02).
 - Short convolutions start with a deviation of 0.29, but for the runs from N(0, 0.02), which is where the released
   models' code starts them and what a new config has. From there GLA with convolutions and Gated DeltaNet are better by
-  0.10, DeltaNet by 0.03 and its hybrids by 0.02 to 0.04, by one or two seeds. Models without convolutions are not.
+  0.10, DeltaNet by 0.03 and its hybrids by 0.02 to 0.04, by one or two seeds. Models without convolutions gain
+  nothing.
 - Under L1 keys the outputs are so short that the head norm's eps switches it off, where L1 wins (SiLU, no activation).
 - A model that ignores all beyond 128 tokens is flat at any length. No run resets the state as a control.
 - Rows that carried their state all went on to other text in the same step, and their loss is higher everywhere.
@@ -87,7 +88,7 @@ def opening(results: Results, found: dict[Claim, Finding]) -> list[str]:
       texts[name].append(text)
   return [_wrapped("Language models here have 42M parameters and saw 29.5M tokens of English, or 118M where it says "
                    "so. The papers' tables have 340M and 15B. Numbers are bits per byte where nothing else is said. "
-                   "*From N(0, 0.02)* is how all kernels start in the released models' code."),
+                   "*From N(0, 0.02)* is how all kernels but Mamba's start in the released models' code."),
           *("\n".join([f"**{_HEADINGS[name]}**\n", *(_wrapped(f"- {part}", "  ") for part in parts)])
             for name, parts in texts.items() if parts)]
 

@@ -114,7 +114,7 @@ def _flat(cases: Sequence[Case], slack):
 
 
 def _at_least_five_times(cases: Sequence[Case], recurrent):
-  """Has a point per case, which holds if ours takes at most a fifth of the time of the recurrent form's `recurrent`."""
+  """Has a point per case, which holds if ours takes at most a fifth of the time of `recurrent`, a recurrent form."""
 
   def judge(results):
     def on(device):

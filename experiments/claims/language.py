@@ -54,7 +54,7 @@ def fewer_bits(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0
   """Has a point per pair of models, which holds if the first has fewer bits per byte than the second times `factor`.
 
   A pair is close when its difference is below two standard errors, by the deviation of a run that `noise` pools. In
-  `main_normal` models are those with this start.
+  `main_normal`, a model's name stands for the one whose kernels start from N(0, 0.02).
   """
   if sweep == "main_normal":
     pairs = [(from_normal(left), from_normal(right)) for left, right in pairs]

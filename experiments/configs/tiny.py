@@ -14,7 +14,7 @@ def gla_tiny() -> TrainConfig:
            python experiments/train.py --config=gla_tiny --workdir=runs/gla_tiny
   Expected: bits per byte of the whole validation split below 2.5 after about 3 minutes on two CPU cores.
   Obtained: 8.03 to 2.46 (2.48 on the 16 batches that training looks at) on two cores that other work shared
-    (experiments/results/gla_tiny_cpu). An earlier run, on shared cores too, reached 8,900 tokens/s.
+    (experiments/results/gla_tiny_cpu).
   """
   return _tiny(GLAConfig(heads=2, conv_width=4))
 
