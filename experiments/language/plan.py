@@ -1,6 +1,6 @@
 """The runs of a sweep in their order: those that try rates, and those that follow from the results.
 
-A model's highest rate is doubled while it is the best (`bracket`). Its best rate then gets longer branches, further
+A model's highest rate is doubled while it is the best, and its lowest one is halved (`bracket`). Its best rate then gets longer branches, further
 seeds, and one more seed at a time while a comparison that it takes part in is within two standard errors.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from .runs import Run
 from .sweeps import Sweep
 
-HIGHEST_RATE = 1.6e-2
+LOWEST_RATE, HIGHEST_RATE = 2.5e-4, 1.6e-2
 MOST_SEEDS = 4
 Scores = Callable[[Run], float | None]
 
@@ -42,10 +42,16 @@ def plan(sweep: Sweep, bits_per_byte: Scores, deviation: float = 0.0) -> list[Ru
 def _rates(sweep, model, bits_per_byte):
   runs = [run for run in sweep.runs if run.model == model]
   while sweep.bracket and (best := _best(runs, bits_per_byte)):
-    highest = max(runs, key=lambda run: run.learning_rate)
-    if best != highest or 2 * highest.learning_rate > HIGHEST_RATE:
+    rates = [run.learning_rate for run in runs]
+    if best.learning_rate == max(rates):
+      wanted = 2 * best.learning_rate
+    elif best.learning_rate == min(rates):
+      wanted = best.learning_rate / 2
+    else:
       break
-    runs.append(dataclasses.replace(highest, learning_rate=2 * highest.learning_rate))
+    if not LOWEST_RATE <= wanted <= HIGHEST_RATE:
+      break
+    runs.append(dataclasses.replace(best, learning_rate=wanted))
   return runs
 
 

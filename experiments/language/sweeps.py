@@ -39,7 +39,7 @@ class Sweep:
 
   runs: list[Run]
   further_seeds: int = 0  # at each model's best rate
-  bracket: bool = False  # doubles a model's rate while its highest is its best
+  bracket: bool = False  # doubles a model's highest rate while it is its best, and halves the lowest
   pairs: tuple[tuple[str, str, float], ...] = ()  # comparisons; models of close ones get more seeds
   longer: tuple[tuple[int, int], ...] = ()  # steps and decay steps of branches at the best rate, model after model
   ends: tuple[str, ...] = ()  # models that get a second seed at the shortest and the longest branch

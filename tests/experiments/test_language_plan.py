@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from language.plan import plan
+from language.plan import HIGHEST_RATE, LOWEST_RATE, plan
 from language.runs import Run
 from language.sweeps import GAP_MODELS, SWEEPS, Sweep
 
@@ -17,13 +17,22 @@ def test_further_seeds_are_of_the_best_rate():
   assert found == runs + [Run("gla", 4e-3, 1), Run("tnl", 1e-3, 1), Run("gla", 4e-3, 2), Run("tnl", 1e-3, 2)]
 
 
-def test_the_highest_rate_is_doubled_while_it_is_the_best():
+def test_rates_are_tried_on_both_sides_of_the_best():
   runs = [Run("gla", 2e-3), Run("gla", 4e-3), Run("tnl", 2e-3), Run("tnl", 4e-3)]
   bits = {runs[0]: 1.4, runs[1]: 1.3, runs[2]: 1.2, runs[3]: 1.3}
-  doubled, tnl = Run("gla", 8e-3), Run("tnl", 2e-3, 1)
-  assert plan(Sweep(runs, 1, bracket=True), bits.get) == [*runs, doubled, tnl]
-  assert plan(Sweep(runs, 1, bracket=True), (bits | {doubled: 1.5}).get) == [*runs, doubled, Run("gla", 4e-3, 1), tnl]
-  assert plan(Sweep(runs, 1, bracket=True), (bits | {doubled: 1.2}).get)[4:6] == [doubled, Run("gla", 1.6e-2)]
+  doubled, halved = Run("gla", 8e-3), Run("tnl", 1e-3)
+  sweep = Sweep(runs, 1, bracket=True)
+  assert plan(sweep, bits.get) == [*runs, doubled, halved]
+  assert plan(sweep, (bits | {doubled: 1.5, halved: 1.3}).get) == [
+      *runs, doubled, halved, Run("gla", 4e-3, 1), Run("tnl", 2e-3, 1)]
+  assert plan(sweep, (bits | {doubled: 1.2, halved: 1.1}).get)[4:] == [
+      doubled, Run("gla", 1.6e-2), halved, Run("tnl", 5e-4)]
+
+
+def test_no_rate_is_tried_beyond_the_limits():
+  runs = [Run("gla", HIGHEST_RATE), Run("gla", 4e-3), Run("tnl", 4e-3), Run("tnl", LOWEST_RATE)]
+  bits = dict(zip(runs, (1.1, 1.2, 1.2, 1.1), strict=True))
+  assert plan(Sweep(runs, bracket=True), bits.get) == runs
 
 
 def test_a_rate_is_the_best_by_the_mean_of_its_seeds():
