@@ -1,11 +1,11 @@
 """The papers' claims, judged by this repository's records: `CLAIMS` in the order of the results page."""
 
-from . import kernels, language, lengths, linearized, speed, synthetic
+from . import gap, kernels, language, lengths, linearized, speed, synthetic
 from .claim import Claim, Finding, Results
 
 __all__ = ["CLAIMS", "KINDS", "Claim", "Finding", "Results"]
 
-KINDS = {"Language modelling at matched size and tokens": language.claims() + linearized.claims(),
+KINDS = {"Language modelling at matched size and tokens": language.claims() + gap.claims() + linearized.claims(),
          "Texts longer than in training": lengths.claims(),
          "Synthetic tasks": synthetic.claims(),
          "Speed of kernels": kernels.claims(),

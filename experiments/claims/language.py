@@ -1,7 +1,8 @@
 """Claims on language modelling at matched size and tokens, from the records of run_language.py."""
 
 import functools
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 from language import sweeps
 from language.models import from_normal
@@ -22,6 +23,8 @@ NAMES = {"transformer": "Transformer++", "retnet": "RetNet", "tnl": "TransNormer
          "gla_spread": "GLA, gates spread", "deltanet_eps": "DeltaNet, small eps",
          "gla_staggered": "GLA, carried and staggered",
          "retnet_slow_staggered": "RetNet with slow heads, carried and staggered", "kda": "Kimi Delta Attention"}
+GLA_LEVEL = "GLA is level with Transformer++ and Mamba (here: at most 1% more bits)."
+GLA_UNAIDED = "Short convolutions do not make GLA better."
 _GLA, _TNL, _DELTA, _GATED = "2312.06635", "2405.17381", "2406.06484", "2412.06464"
 
 
@@ -59,20 +62,28 @@ def fewer_bits(sweep: str, pairs: Sequence[tuple[str, str]], factor: float = 1.0
   if sweep == "main_normal":
     pairs = [(from_normal(left), from_normal(right)) for left, right in pairs]
 
-  def judge(results):
-    found, (deviation, _) = rows(results, sweep), noise(results)
-    known = [pair for pair in pairs if all(model in found for model in pair)]
-    margin = {(left, right): factor * found[right]["bits_per_byte"] - found[left]["bits_per_byte"]
-              for left, right in known}
-    error = {(left, right): deviation * (1 / found[left]["seeds"] + factor**2 / found[right]["seeds"]) ** 0.5
-             for left, right in known}
-    models = dict.fromkeys(model for pair in pairs for model in pair if model in found)
-    return Finding("; ".join(f"{name(model)} {bits(found[model])}" for model in models),
-                   tuple(margin[pair] > 0 if pair in margin else None for pair in pairs),
-                   tuple(pair in margin and abs(margin[pair]) < 2 * error[pair] for pair in pairs),
-                   tuple(f"{name(left)} and {name(right)}" for left, right in pairs))
+  return lambda results: compared(rows(results, sweep), pairs, factor, results)
 
-  return judge
+
+def compared(found: Mapping[str, dict], pairs: Sequence[tuple[str, str]], factor: float, results: Results) -> Finding:
+  """Returns what `fewer_bits` says of rows by model, which have at least the fields of `averaged`."""
+  deviation, _ = noise(results)
+  known = [pair for pair in pairs if all(model in found for model in pair)]
+  margin = {(left, right): factor * found[right]["bits_per_byte"] - found[left]["bits_per_byte"]
+            for left, right in known}
+  error = {(left, right): deviation * (1 / found[left]["seeds"] + factor**2 / found[right]["seeds"]) ** 0.5
+           for left, right in known}
+  models = dict.fromkeys(model for pair in pairs for model in pair if model in found)
+  return Finding("; ".join(f"{name(model)} {bits(found[model])}" for model in models),
+                 tuple(margin[pair] > 0 if pair in margin else None for pair in pairs),
+                 tuple(pair in margin and abs(margin[pair]) < 2 * error[pair] for pair in pairs),
+                 tuple(f"{name(left)} and {name(right)}" for left, right in pairs))
+
+
+def averaged(scores: Sequence[float]) -> dict:
+  """Returns the fields of a row that comparisons read, for one model's bits per byte by seed."""
+  return {"bits_per_byte": statistics.mean(scores), "seeds": len(scores),
+          "spread": statistics.stdev(scores) if len(scores) > 1 else None}
 
 
 @functools.lru_cache(maxsize=8)
@@ -107,8 +118,7 @@ def claims() -> list[Claim]:
             judge=below([("gla", "retnet")])),
       claim("starts", _GLA, "main table", "GLA models text better than RetNet.", "the same",
             fewer_bits("starts", [("gla_spread", "retnet_slow"), ("gla_spread_normal", "retnet_slow_normal")])),
-      *tried(_GLA, "main table", "GLA is level with Transformer++ and Mamba (here: at most 1% more bits).",
-            "28.65, 28.39, 28.39", judge=below([("gla", "transformer"), ("gla", "mamba")], LEVEL)),
+      *tried(_GLA, "main table", GLA_LEVEL, "28.65, 28.39, 28.39", judge=below([("gla", "transformer"), ("gla", "mamba")], LEVEL)),
       claim("gates", _GLA, "ablation of the gate",
             "The finer the decay the better: none, constant, one per token.",
             "23.21, 16.55, 15.56 (340M, training perplexity)",
@@ -130,7 +140,7 @@ def claims() -> list[Claim]:
                  pairs=[("deltanet", "deltanet_no_conv")]),
       *convolved("Without short convolutions, too, DeltaNet is better than RetNet.", "29.08 and 32.33 (340M)",
                  pairs=[("deltanet_no_conv", "retnet")]),
-      *convolved("Short convolutions do not make GLA better.", "28.65 and 29.47 (340M)", pairs=[("gla", "gla_conv")]),
+      *convolved(GLA_UNAIDED, "28.65 and 29.47 (340M)", pairs=[("gla", "gla_conv")]),
       *tried(_GATED, "main table", "Gated DeltaNet models text better than DeltaNet.", "16.42 and 17.71 (1.3B)",
             judge=below([("gated_deltanet", "deltanet")]))]
 

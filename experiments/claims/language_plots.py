@@ -1,11 +1,8 @@
-"""Pictures of the language models: bits per byte with their noise, and the gap to Transformer++ against tokens."""
+"""The picture of the language models: bits per byte with their noise."""
 
 import dataclasses
 import pathlib
-import statistics
 
-from language import sweeps
-from language.report import best_rate
 from lin_jax import files
 
 from . import language
@@ -14,7 +11,6 @@ from .claim import Results
 _SWEEPS = {"main": "29.5M tokens", "main_normal": "29.5M tokens, kernels from N(0, 0.02)", "long": "118M tokens",
            "gates": "GLA's decay", "convolutions": "short convolutions", "norms": "DeltaNet's keys",
            "starts": "slow decays", "linearized": "Transformers made linear"}
-TEXTS = {"test_english": "English", "test_code": "source code"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,32 +53,3 @@ class Dots:
       figure.savefig(file, format="png", dpi=120)
     return folder / self.file
 
-
-def gaps(results: Results) -> dict[str, dict[str, list[tuple[int, float]]]]:
-  """Returns bits per byte above Transformer++ by kind of text and model, as points (millions of tokens, difference).
-
-  A model's rate is the best of its shortest branches on val, and its losses are means over seeds on test.
-  """
-  found = {}
-  for model in sweeps.GAP_MODELS:
-    records = [record for record in results.lines(sweeps.FILES["gap"])
-               if record["model"] == model and not record["diverged"]]
-    if records:
-      rate = best_rate([record for record in records if record["tokens"] == min(r["tokens"] for r in records)])
-      found[model] = [record for record in records if record["learning_rate"] == rate]
-  return {title: _above({model: _curve(records, split) for model, records in found.items()})
-          for split, title in TEXTS.items()}
-
-
-def _curve(records, split):
-  losses = {}
-  for record in records:
-    losses.setdefault(round(record["tokens"] / 1e6), []).append(record["losses"][split]["bits_per_byte"])
-  return {tokens: statistics.mean(values) for tokens, values in sorted(losses.items())}
-
-
-def _above(curves):
-  reference = curves.get(sweeps.GAP_MODELS[0], {})
-  above = {model: [(tokens, bits - reference[tokens]) for tokens, bits in curve.items() if tokens in reference]
-           for model, curve in curves.items()}
-  return {model: points for model, points in above.items() if points}

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from . import CLAIMS, KINDS, facts, language, synthetic_tables
+from . import CLAIMS, KINDS, facts, gap, language, synthetic_tables
 from .answer import WITH_CARE, opening
 from .claim import FAILS, HOLDS, IN_PART, NOT_RUN, UNDECIDED, Results
 from .measured import RESULTS
@@ -47,7 +47,7 @@ with two."""
 
 def render(results: Results) -> str:
   found = {claim: claim.judge(results) for claim in CLAIMS}
-  parts = [_HEAD, *opening(results, found), *_answer(found), "### Read with care", WITH_CARE,
+  parts = [_HEAD, *opening(results, found), *gap.paragraph(results), *_answer(found), "### Read with care", WITH_CARE,
            "### How a verdict is found", _reading(results), "## What was measured", _MEASURED,
            _table(["run", "machine", "result"], RESULTS), _PAGES, "## Claim by claim",
            "A synthetic task counts for a model when one of the learning rates has solved it or all were tried. The "
@@ -120,6 +120,8 @@ def _tables(results):
                       ["", "parameters", "best learning rate", "tried", "seeds", "bits per byte", "perplexity"], rows)
     if rows:
       parts.append(_SPLITS[next(iter(found.values()))["split"]])
+  parts += _section("Language models, sweep `gap`: bits per byte on the split test after as many tokens",
+                    *gap.table(results))
   recall = facts.table(results)
   parts += [*(_section(recall.title, recall.head, recall.rows) or [f"### {recall.title}"]), *recall.notes]
   for table in synthetic_tables.tables(results):

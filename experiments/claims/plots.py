@@ -9,9 +9,9 @@ from collections.abc import Callable
 from lin_jax import files
 from speed.training import CURVES
 
-from . import kernels, language, lengths, speed, synthetic_scores
+from . import gap, kernels, language, lengths, speed, synthetic_scores
 from .claim import Results
-from .language_plots import Dots, gaps
+from .language_plots import Dots
 
 _TRAINED = tuple(name for sweep in CURVES.values() for name in sweep.models)
 
@@ -124,9 +124,8 @@ def _of_some(lines):
 
 
 PLOTS = [Dots(),
-         Plot("gap.png", "Bits per byte above Transformer++ after as many tokens, 42M parameters", "millions of tokens",
-              gaps, {model: language.name(model) for model in language.sweeps.GAP_MODELS}, "bits per byte above",
-              (None, None)),
+         Plot("gap.png", gap.TITLE, "millions of tokens", gap.panels,
+              {model: gap.name(model) for model in language.sweeps.GAP_MODELS}, "bits per byte above", (None, None)),
          Plot("mqar.png", "Multi-query associative recall", "width of the model", _mqar),
          Plot("regbench.png", "RegBench", "training sequences", _regbench),
          Plot("lengths.png", "Text beyond the length of training", "position in the text (end of the bucket)", _lengths,

@@ -9,15 +9,14 @@ import sys
 import pytest
 
 from claims import CLAIMS, Claim, Finding, Results, language, lengths, linearized, speed
-from claims.language_plots import gaps
 from claims.page import by_class, render
 from claims.plots import PLOTS
 from claims.points import classified, decided_by
 from claims.synthetic_scores import FILE as SYNTHETIC
 from language import sweeps as language_sweeps
 from language.facts import CONTEXTS
-from language.runs import TOKENS_PER_STEP, Run
 from lin_jax.mixers.delta_net import ACTIVATIONS
+from tests.experiments.language_records import modelled
 from tests.experiments.synthetic_records import records_of
 from tests.forked import ROOT, Command
 
@@ -82,16 +81,8 @@ def test_the_answer_counts_claims_and_names_each_sentence_once():
 def test_the_answer_comes_first_and_has_every_claim():
   answer, _ = render(Results(RESULTS)).split("## What was measured")
   assert f"Of {len(CLAIMS)} claims" in answer
-  assert len(answer.split("Each claim once")[0].splitlines()) < 50
+  assert len(answer.split(f"Of {len(CLAIMS)} claims")[0].splitlines()) < 45  # one screen, and then the table by kind
   assert [claim.text for claim in CLAIMS if f"• {claim.text.rstrip('.')} (" not in answer] == []
-
-
-def modelled(run, bits_per_byte):
-  setting = {"name": run.model, "seed": run.seed, "optim": {"steps": run.steps, "learning_rate": run.learning_rate},
-             "data": {"sequence_length": run.sequence_length, "batch_size": 32768 // run.sequence_length}}
-  return {"model": run.model, "learning_rate": run.learning_rate, "seed": run.seed, "parameters": 42_000_000,
-          "tokens": 1, "epochs": 1, "diverged": bits_per_byte is None, "bits_per_byte": bits_per_byte,
-          "held_out_loss": bits_per_byte, "tokens_per_second": 1.0, "device": "X", "setting": setting}
 
 
 def test_language_models_are_compared_at_their_best_rates(tmp_path):
@@ -199,31 +190,6 @@ def test_plots_are_drawn_of_what_was_run(tmp_path):
   training, = (plot for plot in PLOTS if plot.drawn(Results(tmp_path)) and plot.file == "training.png")
   lines, = (lines for lines in training.panels(Results(tmp_path)).values() if lines)
   assert lines == dict.fromkeys(("gla_1b3", "mamba_1b3"), [(2048, 5.0), (4096, 4.0)])
-
-
-def branch(model, rate, steps, bits, seed=0):
-  losses = {f"test_{part}": {"bits_per_byte": bits and bits / scale} for part, scale in (("english", 1), ("code", 2))}
-  run = Run(model, rate, seed=seed, steps=steps, decay_steps=steps // 5)
-  return modelled(run, bits) | {"tokens": steps * TOKENS_PER_STEP, "losses": losses}
-
-
-def test_the_gap_is_drawn_against_tokens(tmp_path):
-  gap = language_sweeps.gap()
-  first, longer = gap.runs[0].steps, gap.longer
-  rows = [branch(model, rate, first, bits) for model, bits in (("transformer_normal", 1.5), ("gla_normal", 1.6))
-          for rate in (2e-3, 4e-3)]
-  rows += [branch("gla_normal", 2e-3, first, 1.7, seed=1), branch("gla_normal", 1e-3, first, 1.5)]
-  rows += [branch("transformer_normal", 2e-3, steps, 1.2) for steps, _ in longer]
-  rows += [branch("gla_normal", 1e-3, longer[0][0], 1.25), branch("gla_normal", 2e-3, longer[0][0], 1.1),
-           branch("tnl_normal", 2e-3, longer[0][0], None)]
-  write(tmp_path, language.FILES["gap"], rows)
-  panels = gaps(Results(tmp_path))
-  assert list(panels) == ["English", "source code"]
-  assert panels["English"]["gla_normal"] == [(30, 0.0), (60, pytest.approx(0.05))]  # at the rate that is best at 30M
-  assert panels["source code"]["gla_normal"][1] == (60, pytest.approx(0.025))
-  assert [tokens for tokens, _ in panels["English"]["transformer_normal"]] == [30, 60, 120, 250, 500]
-  plot, = (plot for plot in PLOTS if plot.drawn(Results(tmp_path)))
-  assert plot.file == "gap.png" and plot.draw(Results(tmp_path), tmp_path).stat().st_size > 10_000
 
 
 def recalled(right):
