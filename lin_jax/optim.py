@@ -1,6 +1,8 @@
 """AdamW and Muon with clipping by global norm, a schedule of the rate, and weight decay on matrices only."""
 
 import dataclasses
+import functools
+import math
 import re
 
 import jax
@@ -13,22 +15,49 @@ from lin_jax.config import OptimConfig
 _MOMENTUM = 0.95  # of Muon, as its authors and Liu et al. have it
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
+                   data_fields=["peak", "final", "warmup", "begin", "length"])
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+  """The numbers of a learning rate's schedule. A compiled step takes them as arguments, so that runs that differ in
+  nothing else share its program."""
+
+  peak: float
+  final: float
+  warmup: float  # updates in which the rate rises
+  begin: float  # the update after which the rate falls from its peak to `final`, infinite if it never does
+  length: float  # updates in which it falls
+
+
+def numbers(config: OptimConfig) -> Numbers:
+  """Returns the numbers that `learning_rate` needs."""
+  if config.schedule == "cosine":
+    begin, end = config.warmup_steps, (config.decay_steps or config.steps) - 1
+  else:
+    end = config.steps - 1
+    begin = end - config.decay_steps if config.decay_steps else math.inf
+  return Numbers(config.learning_rate, config.final_learning_rate, config.warmup_steps, begin, max(1, end - begin))
+
+
+def make_optimizer(config: OptimConfig, given: Numbers | None = None) -> optax.GradientTransformation:
   """Clips to `config.clip_norm`, applies the optimizer `config.name`, and decays matrices apart from the gradient.
 
   "adamw" is Loshchilov & Hutter 2019 (arXiv:1711.05101). "muon" orthogonalizes the momentum of each product's kernel
   (Jordan et al. 2024) and scales it to the size of AdamW's updates (Liu et al. 2025, arXiv:2502.16982), so that rates
   and decays of AdamW serve it too. Embeddings, heads, convolutions and vectors are left to AdamW.
+
+  The learning rate is that of `learning_rate(config, given)`.
   """
+  rate = learning_rate(config, given)
   decay = dict(weight_decay=config.weight_decay, mask=matrices)
   adam = dict(b1=config.beta1, b2=config.beta2, eps=config.eps)
   if config.name == "adamw":
-    steps = [optax.adamw(learning_rate(config), **adam, **decay)]
+    steps = [optax.adamw(rate, **adam, **decay)]
   else:
     muon = optax.chain(optax.contrib.scale_by_muon(beta=_MOMENTUM, weight_dimension_numbers=_last_axes),
                        optax.stateless(_like_adam))
     steps = [optax.partition({"muon": muon, "adam": optax.scale_by_adam(**adam)}, _optimizers),
-             optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(learning_rate(config))]
+             optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)]
   optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), *steps)
 
   def update(grads, state, params):
@@ -39,31 +68,23 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
   return optax.GradientTransformation(optimizer.init, update)
 
 
-def learning_rate(config: OptimConfig) -> optax.Schedule:
-  """Maps the number of an update, from 0, to its learning rate. The first update already moves. The last update of the
-  decay and all updates after it use `final_learning_rate`."""
-  warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
-  decay = _cosine if config.schedule == "cosine" else _stable_then_linear
+def learning_rate(config: OptimConfig, given: Numbers | None = None) -> optax.Schedule:
+  """Maps the number of an update, from 0, to its learning rate, with `given` in the place of `numbers(config)`.
+
+  The first update already moves. The rate then falls as half a cosine, or with the schedule "wsd" linearly after a
+  time at its peak (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024, arXiv:2405.18392). The last update of the
+  decay and all updates after it use `final_learning_rate`.
+  """
+  given = numbers(config) if given is None else given
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
-    return jnp.where(count < warmup, peak * (count + 1.0) / (warmup + 1), final + (peak - final) * decay(config, count))
+    progress = jnp.clip((count - given.begin) / given.length, 0.0, 1.0)
+    ahead = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    return jnp.where(count < given.warmup, given.peak * (count + 1.0) / (given.warmup + 1),
+                     given.final + (given.peak - given.final) * ahead)
 
   return schedule
-
-
-def _cosine(config, count):
-  """The part of the decay that is still ahead."""
-  end = config.decay_steps or config.steps
-  progress = jnp.clip((count - config.warmup_steps) / max(1, end - 1 - config.warmup_steps), 0.0, 1.0)
-  return 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-
-
-def _stable_then_linear(config, count):
-  """The same for a rate that is constant at first (Hu et al. 2024, arXiv:2404.06395) and then falls linearly (Hägele et
-  al. 2024, arXiv:2405.18392)."""
-  ahead = (config.steps - 1.0 - count) / max(1, config.decay_steps)
-  return jnp.clip(ahead, 0.0, 1.0) if config.decay_steps else jnp.ones_like(count)
 
 
 def _optimizers(params):

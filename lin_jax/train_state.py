@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,7 +22,8 @@ from lin_jax.trainable import combined, in_used_dtypes, parameter_names, partiti
 
 
 @functools.partial(jax.tree_util.register_dataclass,
-                   data_fields=["params", "opt_state", "step", "skipped", "carried", "frozen"], meta_fields=[])
+                   meta_fields=[],
+                   data_fields=["params", "opt_state", "step", "skipped", "carried", "frozen", "schedule"])
 @dataclasses.dataclass
 class TrainState:
   """The state that an optimizer step reads and writes."""
@@ -32,6 +34,7 @@ class TrainState:
   skipped: jax.Array  # the part of `step` whose loss or gradient was not finite
   carried: Any = None  # with data.carried_windows above 1, the model's state from which each row continues
   frozen: Any = None  # the other parameters in the dtypes in which they are used: see `lin_jax.trainable`
+  schedule: optim.Numbers | None = None  # of the learning rate; checkpoints lack them, because the config has them
 
   def parameters(self) -> Any:
     """All parameters of the model."""
@@ -39,23 +42,28 @@ class TrainState:
 
 
 def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
-  """Returns (graph, optimizer, abstract, create): the module's structure, the transformation, the `TrainState` as
-  shapes with their shardings, and a function that makes it, with every leaf created directly where it belongs.
+  """Returns (graph, optimizer, abstract, create): the module's structure, a function from the numbers of the learning
+  rate to the transformation, the `TrainState` as shapes with their shardings, and a function that makes it, with every
+  leaf created directly where it belongs.
+
+  The seed and the learning rate's numbers are arguments of the compiled programs, so that runs which differ in nothing
+  else find these in the compilation cache.
 
   Raises ValueError for a pattern in `config.optim.trainable` or `config.lora.targets` that chooses nothing.
   """
-  optimizer = optim.make_optimizer(config.optim)
+  optimizer = functools.partial(optim.make_optimizer, config.optim)
 
-  def build(seed):
-    rngs = nnx.Rngs(seed)
+  def build(key):
+    rngs = nnx.Rngs(jax.random.wrap_key_data(key))
     model = LanguageModel(config.model, rngs=rngs, remat=config.remat, unroll=config.unroll)
     return add_adapters(model, config.lora, rngs=rngs)
 
-  model = jax.eval_shape(lambda: build(0))
+  given = np.asarray(jax.random.key_data(jax.random.key(config.seed))), _schedule(config)
+  model = jax.eval_shape(build, given[0])
   names = trainable_names(config, nnx.state(model))
 
-  def init():
-    model = build(config.seed)
+  def init(key, schedule):
+    model = build(key)
     params = nnx.state(model)
     frozen = partition(in_used_dtypes(nnx.graphdef(model), params), names)[1]
     params = partition(params, names)[0]
@@ -64,14 +72,16 @@ def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
       # compile that.
       params, frozen = apart(jax.lax.optimization_barrier((params, frozen)))
     carried = empty_carried(model, config.data)
-    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0), carried, frozen)
+    moments = optimizer(schedule).init(params)
+    return TrainState(params, moments, jnp.int32(0), jnp.int32(0), carried, frozen, schedule)
 
-  shapes = jax.eval_shape(init)
+  shapes = jax.eval_shape(init, *given)
   rows = NamedSharding(mesh, P(None, sharding.BATCH_AXES))  # states have a leading axis of layers
   shardings = dataclasses.replace(sharding.param_shardings(shapes, mesh),
                                   carried=jax.tree.map(lambda _: rows, shapes.carried))
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-  return nnx.graphdef(model), optimizer, abstract, jax.jit(init, out_shardings=shardings)
+  create = functools.partial(jax.jit(init, out_shardings=shardings), *given)
+  return nnx.graphdef(model), optimizer, abstract, create
 
 
 def empty_carried(model: LanguageModel, data: DataConfig) -> Any:
@@ -94,7 +104,8 @@ def restore(checkpoints: Checkpoints, step: int, abstract: TrainState, batches: 
   layout = _saved_layout(abstract)
   params, rest = checkpoints.restore(step, layout.parameters(), _rest(layout), batches)
   params, frozen = partition(params, parameter_names(layout.params))
-  state = TrainState(params, **rest, frozen=frozen)
+  schedule = jax.device_put(_schedule(config), placement(layout).schedule)
+  state = TrainState(params, **rest, frozen=frozen, schedule=schedule)
   return state if layout is abstract else jax.jit(apart, out_shardings=placement(abstract))(state)
 
 
@@ -123,6 +134,10 @@ def require_rows(processes: int | None, data: DataConfig) -> None:
   if data.carried_windows > 1 and processes not in (None, jax.process_count()):
     raise ValueError(f"config.data.carried_windows={data.carried_windows}: the run was saved by {processes} processes "
                      f"and cannot go on with {jax.process_count()}, since its rows carry a state: start as many")
+
+
+def _schedule(config):
+  return jax.tree.map(np.float32, optim.numbers(config.optim))
 
 
 def _saved_layout(abstract):

@@ -142,8 +142,9 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
                                        "checkpoint": str(workdir / "checkpoints" / str(step))}
 
 
-def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation,
-                    abstract: TrainState) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+def make_train_step(config: TrainConfig, graph: nnx.GraphDef,
+                    optimizer: Callable[[optim.Numbers], optax.GradientTransformation], abstract: TrainState,
+                    ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
   """The jitted optimizer step (state, batch) -> (state, metrics), which reuses the buffers of the given state.
 
   The kernels of products are cast to the compute dtype once, parameters and summed gradients are float32. The loss is
@@ -154,7 +155,6 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
   truncates backpropagation through time to a window. The state resets after the n windows of a row's run, at a document
   start, and after a step that was not finite.
   """
-  schedule = optim.learning_rate(config.optim)
   shardings = placement(abstract)
 
   @functools.partial(jax.value_and_grad, has_aux=True)
@@ -195,15 +195,15 @@ def make_train_step(config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.G
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / targets, grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer(state.schedule).update(grads, state.opt_state, state.params)
     updated = optax.apply_updates(state.params, updates), opt_state
     params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), updated, (state.params, state.opt_state))
     skipped = state.skipped + jnp.where(finite, 0, 1)
     metrics = {"loss": total / targets, "accuracy": counts["correct"] / targets, "targets": counts["targets"],
-               "grad_norm": grad_norm, "learning_rate": schedule(state.step - state.skipped), "skipped": skipped,
-               "finite": finite}
+               "grad_norm": grad_norm, "skipped": skipped, "finite": finite,
+               "learning_rate": optim.learning_rate(config.optim, state.schedule)(state.step - state.skipped)}
     carried = next_carried(state, batch, carried, finite)
-    return TrainState(params, opt_state, state.step + 1, skipped, carried, state.frozen), metrics
+    return TrainState(params, opt_state, state.step + 1, skipped, carried, state.frozen, state.schedule), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None),
                  compiler_options=_COMPILER_OPTIONS.get(dispatch.platform()))

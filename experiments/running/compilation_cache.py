@@ -1,4 +1,5 @@
-"""Compiled programs, kept between runs of a command, so that a second start compiles nothing.
+"""Compiled programs, kept between runs of a command, so that a second start compiles nothing. Runs with other seeds,
+learning rates or numbers of steps find the same programs.
 
 JAX keeps programs that took a second or longer to compile, under a key that holds the program, its options, the device
 and the versions. An entry that cannot be read is a warning of JAX, and its program is compiled again. Nothing is ever

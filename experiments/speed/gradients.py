@@ -97,8 +97,8 @@ def _compile(config, dtype):
       return total, found
 
     batch = training.abstract_batch(config, mesh, documents=False)
-    return Program(config, create.lower().compile(), gradients.lower(abstract.params, batch).compile(),
-                   sharding.batch_sharding(mesh))
+    create = jax.jit(create, out_shardings=placement(abstract)).lower().compile()
+    return Program(config, create, gradients.lower(abstract.params, batch).compile(), sharding.batch_sharding(mesh))
 
 
 def _run(program):

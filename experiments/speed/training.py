@@ -22,6 +22,7 @@ from lin_jax import flops, mixers, sharding
 from lin_jax.config import MeshConfig, TrainConfig, to_dict
 from lin_jax.mixers.attention import AttentionConfig
 from lin_jax.mixers.linear_attention import LinearAttentionConfig
+from lin_jax.train_state import placement
 from lin_jax.trainable import trains_all
 from lin_jax.training import make_state, make_train_step
 from running import records
@@ -143,8 +144,9 @@ def lower(config: TrainConfig, mesh: jax.sharding.Mesh, *, documents: bool = Tru
   """Traces initialisation and step of `config` on `mesh`, whose devices need not exist."""
   with jax.set_mesh(mesh):
     graph, optimizer, abstract, create = make_state(config, mesh)
-    return create.lower(), make_train_step(config, graph, optimizer, abstract).lower(
-        abstract, abstract_batch(config, mesh, documents=documents))
+    step = make_train_step(config, graph, optimizer, abstract)
+    return (jax.jit(create, out_shardings=placement(abstract)).lower(),
+            step.lower(abstract, abstract_batch(config, mesh, documents=documents)))
 
 
 def abstract_batch(config: TrainConfig, mesh: jax.sharding.Mesh, *, documents: bool) -> dict:

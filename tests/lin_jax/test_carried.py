@@ -165,7 +165,7 @@ def test_a_checkpoint_between_two_windows_resumes_exactly(compiled, tmp_path):
   state, step, _ = compiled
   _, halves = two_windows()
   state, _ = step(state, halves[0])
-  settings = tiny.config("")
+  settings = tiny.config("", learning_rate=1e-30, final_learning_rate=1e-30)  # of `compiled`
   batches = iter(grain.MapDataset.range(3).to_iter_dataset())
   checkpoints = Checkpoints(tmp_path, settings.checkpoint)
   checkpoints.save(1, *train_state.saved_form(state)(state), batches, settings)
