@@ -1,7 +1,8 @@
 """The runs of a sweep in their order: those that try rates, and those that follow from the results.
 
-A model's highest rate is doubled while it is the best, and its lowest one is halved (`bracket`). Its best rate then gets longer branches, further
-seeds, and one more seed at a time while a comparison that it takes part in is within two standard errors.
+A model's highest rate is doubled while it is the best, and its lowest one is halved (`bracket`). Its best rate then
+gets longer branches, further seeds, and one more seed at a time while a comparison that it takes part in is within two
+standard errors.
 """
 
 import dataclasses
