@@ -21,7 +21,9 @@ float32, and every group of parameters has the relative error of the mesh and of
 The exit code is 1 if an error of the mesh exceeds twice the one of one device (`speed/gradients.py`).
 
 --compile_only fills the compilation cache. Such commands side by side, one for each model, leave little to compile for
-the commands that measure, and --turns lets these start together too.
+the commands that measure, and --turns lets these start together too. A command that waits for its turn keeps the GPU
+memory in which its products were tuned, so steps that need most of a GPU run alone. When one of several devices has too
+little, XLA's runtime reports that and waits for it without end: stop such a command, and the others go on.
 A run is skipped when --out has its record for this device, these versions and this setting. Exit codes: 0 done, or the
 time is over; 1 a run failed; 2 a user's error.
 """
