@@ -30,8 +30,23 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import chunks
+from kernels import chunks, dispatch
 from kernels.derivatives import RESIDUALS
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """An implementation with its options, as a function of arrays.
+
+  It equals another one of the same parts, so that JAX finds the program that it has compiled for that one.
+  """
+
+  function: Callable  # of the implementation, the arrays, and the options by name; the same one at each call of an op
+  implementation: Callable
+  options: tuple[tuple[str, object], ...] = ()
+
+  def __call__(self, *arrays):
+    return self.function(self.implementation, *arrays, **dict(self.options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Op:
     selects: whether `run` selects by a reset itself.
   """
 
-  run: Callable
+  run: Call
   lead: int
   gates: int | None = None
   selects: bool = False
@@ -61,11 +76,31 @@ def contain(op: Op, starts, tokens, initial_state, shared=()):
       may be key heads, each for several consecutive heads of the state.
     shared: arrays that all tokens share; their gradients are NaN when the gradient of any token is.
   """
+  arrays = starts, tuple(tokens), initial_state, tuple(shared)
+  if not all(map(_known, jax.tree.leaves(arrays))):
+    return _run(op, *arrays)
+  # Nothing compiles this call as a whole, and piece by piece JAX would compile loops and branches at each call again.
+  return _compiled(op, (dispatch.platform(), dispatch.capability()), *arrays)
+
+
+def _known(x):
+  """Whether `x` has values, as it has outside of `jit` and `vmap`, under `grad` too."""
+  return not isinstance(x, jax.core.Tracer) or x.to_concrete_value() is not None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(op, device, *arrays):
+  """`_run` as a program of its own. It is made for `device`, because implementations ask which one there is."""
+  del device
+  return _run(op, *arrays)
+
+
+def _run(op, starts, tokens, initial_state, shared):
   if starts is None or op.selects:
     return op.run(starts, tokens, initial_state, shared)
   # `run` stands twice in each pass. Under `jit` it is traced and lowered once for both.
   op = dataclasses.replace(op, run=jax.jit(op.run))
-  return _contained(op, starts, tuple(tokens), initial_state, tuple(shared))
+  return _contained(op, starts, tokens, initial_state, shared)
 
 
 def _contained(op, *inputs):

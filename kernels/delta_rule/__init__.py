@@ -99,8 +99,11 @@ def delta_rule(
   scale, factor = contract.scale_of("delta_rule", scale, K)
   arrays = q, k, v, beta, log_decay, segment_ids
   run = dispatch.choose("delta_rule", implementation, *arrays, chunk_size=chunk_size)
-  options = dict(scale=scale, normalize_qk=bool(normalize_qk), chunk_size=chunk_size)
-  op = containment.Op(lambda starts, tokens, state, _: run(*tokens, state, starts=starts, **options), lead=3, gates=4,
-                      selects=run is reference.delta_rule)
+  options = ("scale", scale), ("normalize_qk", bool(normalize_qk)), ("chunk_size", chunk_size)
+  op = containment.Op(containment.Call(_run, run, options), lead=3, gates=4, selects=run is reference.delta_rule)
   output, final_state = containment.contain(op, starts, (q, k, v, beta, log_decay), initial_state)
   return contract.scaled(output, factor), final_state
+
+
+def _run(run, starts, tokens, state, _, **options):
+  return run(*tokens, state, starts=starts, **options)

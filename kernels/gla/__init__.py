@@ -70,7 +70,11 @@ def gla(q: Float[Array, "B T G K"], k: Float[Array, "B T G K"], v: Float[Array, 
     initial_state = jnp.zeros((B, H, K, V), jnp.float32)
   scale, factor = contract.scale_of("gla", scale, K)
   run = dispatch.choose("gla", implementation, q, k, v, log_decay, chunk_size=chunk_size)
-  op = containment.Op(lambda starts, tokens, state, _: run(*tokens, state, scale=scale, chunk_size=chunk_size), lead=3,
-                      gates=3, selects=run is reference.gla)
+  call = containment.Call(_run, run, (("scale", scale), ("chunk_size", chunk_size)))
+  op = containment.Op(call, lead=3, gates=3, selects=run is reference.gla)
   output, final_state = containment.contain(op, starts, (q, k, v, log_decay), initial_state)
   return contract.scaled(output, factor), final_state
+
+
+def _run(run, starts, tokens, state, _, **options):
+  return run(*tokens, state, **options)

@@ -78,10 +78,11 @@ def linear_attention(
   # A decay that the tokens share belongs to none of them.
   shared = log_decay is not None and log_decay.ndim == 1
   tokens, constant = ((q, k, v), (log_decay,)) if shared else ((q, k, v, log_decay), ())
-
-  def call(starts, tokens, state, constant):
-    return run(*tokens, *constant, state, starts=starts, scale=scale, chunk_size=chunk_size)
-
+  call = containment.Call(_run, run, (("scale", scale), ("chunk_size", chunk_size)))
   op = containment.Op(call, lead=3, gates=None if shared else 3, selects=run is reference.linear_attention)
   output, final_state = containment.contain(op, starts, tokens, initial_state, constant)
   return contract.scaled(output, factor), final_state
+
+
+def _run(run, starts, tokens, state, constant, **options):
+  return run(*tokens, *constant, state, starts=starts, **options)

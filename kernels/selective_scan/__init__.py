@@ -63,15 +63,15 @@ def selective_scan(
   starts = None if segment_ids is None else chunks.segment_starts(segment_ids)
   resets = None if starts is None else jnp.where(starts, jnp.float32(chunks.RESET), 0.0)
   run = dispatch.choose("selective_scan", implementation, x, step_size, a, b, c)
-
-  def call(starts, tokens, state, shared):
-    (c, x, step_size, b), (a, resets) = tokens, shared
-    return run(x, step_size, a, b, c, resets, state)
-
   # The other implementations go from token to token, where a reset selects.
   selects = run in (reference.selective_scan, xla_chunked.selective_scan)
-  op = containment.Op(call, lead=2, selects=selects)
+  op = containment.Op(containment.Call(_run, run), lead=2, selects=selects)
   return containment.contain(op, starts, (c, x, step_size, b), initial_state, (a, resets))
+
+
+def _run(run, _, tokens, state, shared):
+  (c, x, step_size, b), (a, resets) = tokens, shared
+  return run(x, step_size, a, b, c, resets, state)
 
 
 def _check(x, step_size, a, b, c, initial_state, segment_ids):
