@@ -53,17 +53,17 @@ def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
   """
   optimizer = functools.partial(optim.make_optimizer, config.optim)
 
-  def build(key):
-    rngs = nnx.Rngs(jax.random.wrap_key_data(key))
+  def build(seed):
+    rngs = nnx.Rngs(jax.random.key(seed))
     model = LanguageModel(config.model, rngs=rngs, remat=config.remat, unroll=config.unroll)
     return add_adapters(model, config.lora, rngs=rngs)
 
-  given = np.asarray(jax.random.key_data(jax.random.key(config.seed))), _schedule(config)
+  given = np.int64(config.seed), _schedule(config)
   model = jax.eval_shape(build, given[0])
   names = trainable_names(config, nnx.state(model))
 
-  def init(key, schedule):
-    model = build(key)
+  def init(seed, schedule):
+    model = build(seed)
     params = nnx.state(model)
     frozen = partition(in_used_dtypes(nnx.graphdef(model), params), names)[1]
     params = partition(params, names)[0]

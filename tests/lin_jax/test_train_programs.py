@@ -34,6 +34,18 @@ def test_runs_that_differ_in_seed_rate_and_steps_share_their_programs(data):
   assert programs(1, "wsd", steps=9, decay_steps=2, warmup_steps=2, learning_rate=0.03) == stable != cosine
 
 
+def test_a_state_is_described_without_running_anything(data):
+  """Programs are compiled for devices that do not exist, and nothing can run on those."""
+  events = []
+  count = lambda event, *_, **__: events.append(event) if "backend_compile" in event else None
+  jax.monitoring.register_event_duration_secs_listener(count)
+  config = tiny.config(data)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    make_state(config, mesh)
+  assert not events
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("unroll, remat", [(1, "dots"), (0, "full")])
 def test_weights_are_cast_once_per_step(data, accumulation, unroll, remat):
