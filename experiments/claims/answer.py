@@ -66,6 +66,8 @@ WITH_CARE = """
   models' code starts them and what a new config has. From there GLA with convolutions and Gated DeltaNet are better by
   0.10, DeltaNet by 0.03 and its hybrids by 0.02 to 0.04, by one or two seeds. Models without convolutions gain
   nothing.
+- The curves against tokens have one seed per model. The rate of Transformer++ there is the lowest of three, so that a
+  lower one may bring its curve down, and the others further above it.
 - Under L1 keys the outputs are so short that the head norm's eps switches it off, where L1 wins (SiLU, no activation).
 - A model that ignores all beyond 128 tokens is flat at any length. No run resets the state as a control.
 - Rows that carried their state all went on to other text in the same step, and their loss is higher everywhere.
