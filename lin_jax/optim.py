@@ -18,9 +18,9 @@ _MOMENTUM = 0.95  # of Muon, as its authors and Liu et al. have it
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
                    data_fields=["peak", "final", "warmup", "begin", "length"])
 @dataclasses.dataclass(frozen=True)
-class Numbers:
-  """The numbers of a learning rate's schedule. A compiled step takes them as arguments, so that runs that differ in
-  nothing else share its program."""
+class ScheduleNumbers:
+  """What a schedule of the learning rate is computed from. A compiled step takes these numbers as arguments, so that
+  runs that differ in nothing else share its program."""
 
   peak: float
   final: float
@@ -29,26 +29,27 @@ class Numbers:
   length: float  # updates in which it falls
 
 
-def numbers(config: OptimConfig) -> Numbers:
-  """Returns the numbers that `learning_rate` needs."""
+def schedule_numbers(config: OptimConfig) -> ScheduleNumbers:
+  """Returns the numbers of the schedule that `config` describes."""
   if config.schedule == "cosine":
     begin, end = config.warmup_steps, (config.decay_steps or config.steps) - 1
   else:
     end = config.steps - 1
     begin = end - config.decay_steps if config.decay_steps else math.inf
-  return Numbers(config.learning_rate, config.final_learning_rate, config.warmup_steps, begin, max(1, end - begin))
+  return ScheduleNumbers(config.learning_rate, config.final_learning_rate, config.warmup_steps, begin,
+                         max(1, end - begin))
 
 
-def make_optimizer(config: OptimConfig, given: Numbers | None = None) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, numbers: ScheduleNumbers | None = None) -> optax.GradientTransformation:
   """Clips to `config.clip_norm`, applies the optimizer `config.name`, and decays matrices apart from the gradient.
 
   "adamw" is Loshchilov & Hutter 2019 (arXiv:1711.05101). "muon" orthogonalizes the momentum of each product's kernel
   (Jordan et al. 2024) and scales it to the size of AdamW's updates (Liu et al. 2025, arXiv:2502.16982), so that rates
   and decays of AdamW serve it too. Embeddings, heads, convolutions and vectors are left to AdamW.
 
-  The learning rate is that of `learning_rate(config, given)`.
+  The learning rate is that of `learning_rate(config, numbers)`.
   """
-  rate = learning_rate(config, given)
+  rate = learning_rate(config, numbers)
   decay = dict(weight_decay=config.weight_decay, mask=matrices)
   adam = dict(b1=config.beta1, b2=config.beta2, eps=config.eps)
   if config.name == "adamw":
@@ -68,21 +69,21 @@ def make_optimizer(config: OptimConfig, given: Numbers | None = None) -> optax.G
   return optax.GradientTransformation(optimizer.init, update)
 
 
-def learning_rate(config: OptimConfig, given: Numbers | None = None) -> optax.Schedule:
-  """Maps the number of an update, from 0, to its learning rate, with `given` in the place of `numbers(config)`.
+def learning_rate(config: OptimConfig, numbers: ScheduleNumbers | None = None) -> optax.Schedule:
+  """Maps the number of an update, from 0, to its learning rate. `numbers` are by default those of `config`.
 
   The first update already moves. The rate then falls as half a cosine, or with the schedule "wsd" linearly after a
   time at its peak (Hu et al. 2024, arXiv:2404.06395; Hägele et al. 2024, arXiv:2405.18392). The last update of the
   decay and all updates after it use `final_learning_rate`.
   """
-  given = numbers(config) if given is None else given
+  numbers = schedule_numbers(config) if numbers is None else numbers
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
-    progress = jnp.clip((count - given.begin) / given.length, 0.0, 1.0)
+    progress = jnp.clip((count - numbers.begin) / numbers.length, 0.0, 1.0)
     ahead = 0.5 * (1.0 + jnp.cos(jnp.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
-    return jnp.where(count < given.warmup, given.peak * (count + 1.0) / (given.warmup + 1),
-                     given.final + (given.peak - given.final) * ahead)
+    return jnp.where(count < numbers.warmup, numbers.peak * (count + 1.0) / (numbers.warmup + 1),
+                     numbers.final + (numbers.peak - numbers.final) * ahead)
 
   return schedule
 

@@ -21,8 +21,7 @@ from lin_jax.model import LanguageModel
 from lin_jax.trainable import combined, in_used_dtypes, parameter_names, partition, trainable_names
 
 
-@functools.partial(jax.tree_util.register_dataclass,
-                   meta_fields=[],
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
                    data_fields=["params", "opt_state", "step", "skipped", "carried", "frozen", "schedule"])
 @dataclasses.dataclass
 class TrainState:
@@ -34,7 +33,7 @@ class TrainState:
   skipped: jax.Array  # the part of `step` whose loss or gradient was not finite
   carried: Any = None  # with data.carried_windows above 1, the model's state from which each row continues
   frozen: Any = None  # the other parameters in the dtypes in which they are used: see `lin_jax.trainable`
-  schedule: optim.Numbers | None = None  # of the learning rate; checkpoints lack them, because the config has them
+  schedule: optim.ScheduleNumbers | None = None  # not in checkpoints, because the config has them
 
   def parameters(self) -> Any:
     """All parameters of the model."""
@@ -42,11 +41,11 @@ class TrainState:
 
 
 def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
-  """Returns (graph, optimizer, abstract, create): the module's structure, a function from the numbers of the learning
-  rate to the transformation, the `TrainState` as shapes with their shardings, and a function that makes it, with every
-  leaf created directly where it belongs.
+  """Returns (graph, optimizer, abstract, create): the module's structure, a function from `optim.ScheduleNumbers` to the
+  transformation, the `TrainState` as shapes with their shardings, and a function that makes it, with every leaf created
+  directly where it belongs.
 
-  The seed and the learning rate's numbers are arguments of the compiled programs, so that runs which differ in nothing
+  The seed and the schedule's numbers are arguments of the compiled programs, so that runs which differ in nothing
   else find these in the compilation cache.
 
   Raises ValueError for a pattern in `config.optim.trainable` or `config.lora.targets` that chooses nothing.
@@ -58,6 +57,7 @@ def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
     model = LanguageModel(config.model, rngs=rngs, remat=config.remat, unroll=config.unroll)
     return add_adapters(model, config.lora, rngs=rngs)
 
+  # NumPy's, because `mesh` may have devices that do not exist, on which a JAX array cannot be.
   given = np.int64(config.seed), _schedule(config)
   model = jax.eval_shape(build, given[0])
   names = trainable_names(config, nnx.state(model))
@@ -137,7 +137,7 @@ def require_rows(processes: int | None, data: DataConfig) -> None:
 
 
 def _schedule(config):
-  return jax.tree.map(np.float32, optim.numbers(config.optim))
+  return jax.tree.map(np.float32, optim.schedule_numbers(config.optim))
 
 
 def _saved_layout(abstract):

@@ -143,7 +143,7 @@ def train(config: TrainConfig, workdir: pathlib.Path | str, checkpoint: int | st
 
 
 def make_train_step(config: TrainConfig, graph: nnx.GraphDef,
-                    optimizer: Callable[[optim.Numbers], optax.GradientTransformation], abstract: TrainState,
+                    optimizer: Callable[[optim.ScheduleNumbers], optax.GradientTransformation], abstract: TrainState,
                     ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
   """The jitted optimizer step (state, batch) -> (state, metrics), which reuses the buffers of the given state.
 
