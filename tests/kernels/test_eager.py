@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 import kernels
+from tests.close import assert_close
+from tests.compilations import compilations
 
-COMPILED = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: COMPILED.append(event) if event == "/jax/core/compile/backend_compile_duration" else None)
 SEGMENTS = jnp.array([[0] * 9 + [1] * 11])
 
 
@@ -30,16 +29,18 @@ def test_the_second_call_compiles_nothing(op, segment_ids):
   call = lambda *args: getattr(kernels, op)(*args, segment_ids=segment_ids)[0].sum()
   inputs = [arrays(op, seed) for seed in range(2)]
   for differentiated in (call, jax.grad(call)):
-    first = differentiated(*inputs[0])
-    COMPILED.clear()
-    second = differentiated(*inputs[1])
-    assert not COMPILED and not np.array_equal(first, second)
+    with compilations() as compiled:
+      first = differentiated(*inputs[0])
+    assert compiled
+    with compilations() as compiled:
+      second = differentiated(*inputs[1])
+    assert not compiled and not np.array_equal(first, second)
 
 
 def test_other_options_are_another_program():
   q, k, v, gate = arrays("gla", 0)
   expected = {scale: jax.jit(lambda scale=scale: kernels.gla(q, k, v, gate, scale=scale)[0])() for scale in (0.5, 1.0)}
   for scale, output in expected.items():
-    np.testing.assert_allclose(kernels.gla(q, k, v, gate, scale=scale)[0], output, rtol=1e-5, atol=1e-6)
+    assert_close("output", kernels.gla(q, k, v, gate, scale=scale)[0], output, 1e-6)
   named = kernels.gla(q, k, v, gate, scale=0.5, implementation="reference")[0]
-  np.testing.assert_allclose(named, expected[0.5], rtol=1e-4, atol=1e-5)
+  assert_close("output", named, expected[0.5], 1e-5)

@@ -9,6 +9,7 @@ import pytest
 from lin_jax import sharding
 from lin_jax.data import train_iterator
 from lin_jax.training import make_state, make_train_step
+from tests.compilations import compilations
 from tests.lin_jax import tiny
 
 
@@ -36,14 +37,11 @@ def test_runs_that_differ_in_seed_rate_and_steps_share_their_programs(data):
 
 def test_a_state_is_described_without_running_anything(data):
   """Programs are compiled for devices that do not exist, and nothing can run on those."""
-  events = []
-  count = lambda event, *_, **__: events.append(event) if "backend_compile" in event else None
-  jax.monitoring.register_event_duration_secs_listener(count)
   config = tiny.config(data)
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), compilations() as compiled:
     make_state(config, mesh)
-  assert not events
+  assert not compiled
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
