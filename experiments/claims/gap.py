@@ -3,7 +3,6 @@
 import dataclasses
 import statistics
 import textwrap
-from collections.abc import Sequence
 
 from language import sweeps
 from language.models import from_normal
@@ -69,12 +68,13 @@ def name(model: str) -> str:
 
 def paragraph(results: Results) -> list[str]:
   """Returns what the opening of the page says of the curves; nothing while no other model has two lengths."""
-  lines = [f"{name(model)} {', '.join(f'{bits:+.3f} ({tokens}M)' for tokens, bits in line)}"
+  said = lambda line: ", ".join(f"{bits:+.3f} after {tokens}M" for tokens, bits in line)
+  lines = [f"{name(model)} {said(line)}"
            for model, line in above(results).items() if model != _REFERENCE and len(line) > 1]
   if not lines:
     return []
-  text = ("**The distance to Transformer++ changes with tokens.** In bits per byte above it, on English and source "
-          f"code, from N(0, 0.02), after as many tokens ([picture](gap.png)): {'; '.join(lines)}.")
+  text = ("**The distance to Transformer++ changes with the number of tokens** ([picture](gap.png)). These are bits "
+          f"per byte above it, on English and source code, from N(0, 0.02). {'. '.join(lines)}.")
   return [textwrap.fill(text, width=120, break_on_hyphens=False)]
 
 
@@ -93,23 +93,21 @@ def claims() -> list[Claim]:
   setting = ("42M parameters, the most tokens of English and source code that both models have seen, all kernels from "
              "N(0, 0.02), bits per byte on the split test (table below)")
   command = f"python experiments/run_language.py --sweep={_SWEEP} --out=experiments/results/{sweeps.FILES[_SWEEP]}"
-  claim = lambda paper, text, printed, *judged: Claim(paper, "main table", text, printed, setting, command,
-                                                       _fewer_bits(*judged))
-  return [claim(_GLA, language.GLA_LEVEL, "28.65, 28.39", [("gla", "transformer")], language.LEVEL),
-          claim(_DELTA, language.GLA_UNAIDED, "28.65 and 29.47 (340M)", [("gla", "gla_conv")])]
+  claim = lambda paper, text, printed, judge: Claim(paper, "main table", text, printed, setting, command, judge)
+  return [claim(_GLA, language.GLA_LEVEL, "28.65, 28.39", _fewer_bits("gla", "transformer", language.LEVEL)),
+          claim(_DELTA, language.GLA_UNAIDED, "28.65 and 29.47 (340M)", _fewer_bits("gla", "gla_conv"))]
 
 
-def _fewer_bits(pairs: Sequence[tuple[str, str]], factor: float = 1.0):
-  """As `language.fewer_bits`, after the most tokens that both models of a pair have seen."""
+def _fewer_bits(left: str, right: str, factor: float = 1.0):
+  """As `language.fewer_bits` of one pair, after the most tokens that both models have seen."""
 
   def judge(results):
-    (left, right), = pairs
     found = {model: curves(results).get(from_normal(model)) for model in (left, right)}
     both = set.intersection(*(set(curve.bits) if curve else set() for curve in found.values()))
     if not both:
       return Finding("", (None,))
     rows = {model: language.averaged(curve.bits[max(both)]) for model, curve in found.items()}
-    finding = language.compared(rows, pairs, factor, results)
+    finding = language.compared(rows, [(left, right)], factor, results)
     return Finding(f"after {max(both)}M tokens: {finding.text}", finding.points, finding.close, finding.labels)
 
   return judge

@@ -53,7 +53,7 @@ class Run:
                         staggered=self.staggered),
         optim=OptimConfig(steps=self.steps, learning_rate=self.learning_rate, weight_decay=0.1,
                           final_learning_rate=self.learning_rate / 10, **self._schedule()),
-        unroll=0,  # a scan's stacks of what its backward pass needs would be a fifth of the bytes that a step moves
+        unroll=0,  # without the stacks in which a scan of layers keeps what its backward pass reads
         # The whole validation split is read at the end. A run takes a minute, so it is saved only when it stops or
         # ends.
         eval=EvalConfig(every=0, batches=0), checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),

@@ -45,7 +45,8 @@ def test_the_picture_has_the_rates_that_are_best_at_the_shortest_length(results,
 
 def test_the_page_has_the_distances_and_a_table(results):
   page = render(results)
-  assert "GLA +0.110 (30M), +0.050 (60M); GLA with convolutions -0.100 (30M), +0.200 (120M)" in " ".join(page.split())
+  assert ("GLA +0.110 after 30M, +0.050 after 60M. GLA with convolutions -0.100 after 30M, +0.200 after 120M."
+          in " ".join(page.split()))
   assert ("|  | best learning rate | tried | 30M tokens | 60M tokens | 120M tokens | 250M tokens | 500M tokens |"
           in page)
   assert "| GLA | 0.004 | 0.001, 0.002, 0.004 | 1.6100 | 1.2500 |  |  |  |" in page
