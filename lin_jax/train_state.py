@@ -41,9 +41,10 @@ class TrainState:
 
 
 def make_state(config: TrainConfig, mesh: jax.sharding.Mesh):
-  """Returns (graph, optimizer, abstract, create): the module's structure, a function from `optim.ScheduleNumbers` to the
-  transformation, the `TrainState` as shapes with their shardings, and a function that makes it, with every leaf created
-  directly where it belongs.
+  """Returns (graph, optimizer, abstract, create).
+
+  They are the module's structure, a function from `optim.ScheduleNumbers` to the transformation, the `TrainState` as
+  shapes with their shardings, and a function that makes it, with every leaf created directly where it belongs.
 
   The seed and the schedule's numbers are arguments of the compiled programs, so that runs which differ in nothing
   else find these in the compilation cache.
