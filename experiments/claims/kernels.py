@@ -114,7 +114,10 @@ def _flat(cases: Sequence[Case], slack):
 
 
 def _at_least_five_times(cases: Sequence[Case], recurrent):
-  """Has a point per case, which holds if ours takes at most a fifth of the time of `recurrent`, a recurrent form."""
+  """Has a point per case, which holds if ours takes at most a fifth of the time of `recurrent`, a recurrent form.
+
+  A case in which the recurrent form's results are wrong, or in which it cannot run, is named and does not count.
+  """
 
   def judge(results):
     def on(device):
@@ -123,13 +126,26 @@ def _at_least_five_times(cases: Sequence[Case], recurrent):
         kernel = _ours(results, device, case, "forward_backward")
         slow = results.kernels.counted(device, case, recurrent, "forward_backward")
         points.append(slow["ms"] / kernel["ms"] >= 5 if kernel and slow else None)
-        if kernel and slow:
-          texts.append(f"{case.K} channels {_length(case.T)} x{slow['ms'] / kernel['ms']:.0f}")
+        ratio = f"x{slow['ms'] / kernel['ms']:.0f}" if kernel and slow else ""
+        if ratio or (ratio := _why_uncounted(results.kernels.row(device, case, recurrent, "forward_backward"))):
+          texts.append(f"{case.K} channels {_length(case.T)} {ratio}")
       return Finding("; ".join(texts), tuple(points))
 
     return _first(results, on)
 
   return judge
+
+
+def _why_uncounted(row):
+  """Why a call has no time that counts, "" if no record says so."""
+  if row is None:
+    return ""
+  if row["ms"] is None:
+    return "not counted, it cannot run"
+  if row["within_bounds"]:
+    return ""
+  name, error = max(row["errors"].items(), key=lambda item: item[1])
+  return f"not counted, its {name} is off by {error:.0e}"
 
 
 def _ours(results, device, case, label):

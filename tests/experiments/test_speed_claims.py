@@ -49,6 +49,19 @@ def test_the_chunkwise_form_is_compared_with_each_recurrent_form(tmp_path):
   assert not Results(tmp_path).kernels.rivals("NVIDIA X", first, "forward_backward")
 
 
+def test_a_recurrent_form_that_is_wrong_or_cannot_run_does_not_count(tmp_path):
+  first, second, third, *_ = named("figures", ["delta_rule"])
+  rows = [timed(case, "pallas_triton", "forward_backward", 1.0) for case in (first, second, third)]
+  wrong = timed(first, "fla_recurrent", "forward_backward", 9.0) | {"within_bounds": False, "errors": {"dq": 0.02}}
+  refused = timed(second, "fla_recurrent", "forward_backward", None) | {"reason": "out of memory"}
+  del refused["within_bounds"]
+  write(tmp_path, "kernels.jsonl", [*rows, wrong, refused, timed(third, "fla_recurrent", "forward_backward", 6.0)])
+  _, kernel = (claim.judge(Results(tmp_path)) for claim in CLAIMS if claim.text.startswith("The chunkwise form"))
+  assert kernel.points[:3] == (None, None, True)
+  assert kernel.text == ("NVIDIA X: 64 channels 2K not counted, its dq is off by 2e-02; "
+                         "64 channels 4K not counted, it cannot run; 64 channels 8K x6")
+
+
 def test_training_is_compared_length_by_length(tmp_path):
   speeds = {("gla_1b3", 2048): 5.0, ("mamba_1b3", 2048): 4.0, ("gla_1b3", 4096): 3.0, ("mamba_1b3", 4096): 4.0}
   rows = [measured(name, {"set": "gla_fig6", "sequence_length": length}, tokens_per_s=1e3 * value)
