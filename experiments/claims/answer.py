@@ -56,8 +56,7 @@ _SHORT = {
                     "{main_normal.deltanet_normal}, {main_normal.transformer_normal})"}
 WITH_CARE = """
 - The models have an eighth of the papers' smallest size, and saw 500 times fewer tokens, at one to five learning
-  rates. Where the highest was the best, as for Mamba and in the sweeps `norms` and `convolutions`, a higher one may be
-  better.
+  rates. Where the highest was the best, as in the sweeps `norms` and `convolutions`, a higher one may be better.
 - RetNet and the constant decay have two heads here, with time constants of 32 and 64 tokens. The paper's four heads
   reach 256.
 - GLA's gates start at a time constant of 23 tokens, as its authors' do, and 900 steps can move a bias only so far. Its
