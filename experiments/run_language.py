@@ -64,8 +64,9 @@ def _chosen() -> Sweep:
     raise ValueError(f"--models={unknown[0]}: --sweep={_SWEEP.value} has {', '.join(known)}")
   runs = [_changed(run) for run in sweep.runs if run.model in (_MODELS.value or known)]
   scale = _STEPS.value / min(run.steps for run in sweep.runs) if _STEPS.value else 1
-  longer = tuple((round(steps * scale), max(1, round(decay * scale))) for steps, decay in sweep.longer)
-  return dataclasses.replace(sweep, runs=runs, longer=longer)
+  longer, slower = (tuple((round(steps * scale), max(1, round(decay * scale))) for steps, decay in lengths)
+                    for lengths in (sweep.longer, sweep.slower))
+  return dataclasses.replace(sweep, runs=runs, longer=longer, slower=slower)
 
 
 def _changed(run: Run) -> Run:

@@ -19,32 +19,35 @@ _GLA, _DELTA = "2312.06635", "2406.06484"
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """One model's bits per byte by millions of tokens and seed, at the rate whose shortest branches are best on val."""
+  """One model's results by millions of tokens.
 
-  rate: float
-  tried: list[float]
+  Attributes:
+    tried: the learning rates, by tokens.
+    rate: that of them with the least mean loss on val over its seeds, by tokens.
+    bits: bits per byte of each seed at that rate, by tokens.
+  """
+
+  tried: dict[int, list[float]]
+  rate: dict[int, float]
   bits: dict[int, list[float]]
 
 
 def curves(results: Results, split: str = _BOTH) -> dict[str, Curve]:
   """Returns the curves on `split` of the models that have records."""
-  found = {}
-  for model in sweeps.GAP_MODELS:
-    records = [record for record in results.lines(sweeps.FILES[_SWEEP])
-               if record["model"] == model and not record["diverged"]]
-    if records:
-      shortest = [record for record in records if record["tokens"] == min(r["tokens"] for r in records)]
-      rate = best_rate(shortest)
-      found[model] = Curve(rate, sorted({record["learning_rate"] for record in shortest}), _by_tokens(
-          [record for record in records if record["learning_rate"] == rate], split))
-  return found
+  found = {model: {} for model in sweeps.GAP_MODELS}
+  for record in sorted(results.lines(sweeps.FILES[_SWEEP]), key=lambda record: record["tokens"]):
+    if not record["diverged"]:
+      found[record["model"]].setdefault(round(record["tokens"] / 1e6), []).append(record)
+  return {model: _curve(by_tokens, split) for model, by_tokens in found.items() if by_tokens}
 
 
-def _by_tokens(records, split):
-  losses = {}
-  for record in records:
-    losses.setdefault(round(record["tokens"] / 1e6), {})[record["seed"]] = record["losses"][split]["bits_per_byte"]
-  return {tokens: list(seeds.values()) for tokens, seeds in sorted(losses.items())}
+def _curve(by_tokens, split):
+  rates = {tokens: best_rate(records) for tokens, records in by_tokens.items()}
+  seeds = {tokens: {record["seed"]: record["losses"][split]["bits_per_byte"] for record in records
+                    if record["learning_rate"] == rates[tokens]} for tokens, records in by_tokens.items()}
+  return Curve({tokens: sorted({record["learning_rate"] for record in records})
+                for tokens, records in by_tokens.items()}, rates,
+               {tokens: list(bits.values()) for tokens, bits in seeds.items()})
 
 
 def above(results: Results, split: str = _BOTH) -> dict[str, list[tuple[int, float]]]:
@@ -79,14 +82,20 @@ def paragraph(results: Results) -> list[str]:
 
 
 def table(results: Results) -> tuple[list[str], list[list[str]]]:
-  """Returns the head and the rows of bits per byte by model and tokens, with the seeds where there are several."""
+  """Returns the head and the rows of bits per byte by model and tokens, with the rates that were tried, of which the
+  best comes first, and the seeds where there are several."""
   found = curves(results)
   lengths = sorted({tokens for curve in found.values() for tokens in curve.bits})
-  cell = lambda bits: f"{statistics.mean(bits):.4f}" + (f" ({len(bits)} seeds)" if len(bits) > 1 else "")
-  return (["", "best learning rate", "tried", *(f"{tokens}M tokens" for tokens in lengths)],
-          [[name(model), f"{curve.rate:g}", ", ".join(f"{rate:g}" for rate in curve.tried),
-            *(cell(curve.bits[tokens]) if tokens in curve.bits else "" for tokens in lengths)]
+  return (["", *(f"{tokens}M tokens" for tokens in lengths)],
+          [[name(model), *(_cell(curve, tokens) if tokens in curve.bits else "" for tokens in lengths)]
            for model, curve in found.items()])
+
+
+def _cell(curve, tokens):
+  bits, best = curve.bits[tokens], curve.rate[tokens]
+  others = [f"{rate:g}" for rate in curve.tried[tokens] if rate != best]
+  return (f"{statistics.mean(bits):.4f} at {best:g}" + (f" ({len(bits)} seeds)" if len(bits) > 1 else "")
+          + (f"; tried {', '.join(others)}" if others else ""))
 
 
 def claims() -> list[Claim]:

@@ -26,10 +26,11 @@ def plan(sweep: Sweep, bits_per_byte: Scores, deviation: float = 0.0) -> list[Ru
   models = dict.fromkeys(run.model for run in sweep.runs)
   rates = {model: _rates(sweep, model, bits_per_byte) for model in models}
   best = {model: found for model in models if (found := _best(rates[model], bits_per_byte))}
-  branches = {model: [dataclasses.replace(run, steps=steps, decay_steps=decay) for steps, decay in sweep.longer]
-              for model, run in best.items()}
+  branches = {model: _branches(run, sweep.longer) for model, run in best.items()}
+  slower = {model: _branches(dataclasses.replace(run, learning_rate=run.learning_rate / 2), sweep.slower)
+            for model, run in best.items() if model in sweep.ends}
   if sweep.longer:  # model after model
-    first = [run for model in models for run in rates[model] + branches.get(model, [])]
+    first = [run for model in models for run in rates[model] + branches.get(model, []) + slower.get(model, [])]
   else:
     first = sweep.runs + [run for model in models for run in rates[model] if run not in sweep.runs]
   seeds = [dataclasses.replace(run, seed=run.seed + 1 + i) for run in best.values() for i in range(sweep.further_seeds)]
@@ -38,6 +39,10 @@ def plan(sweep: Sweep, bits_per_byte: Scores, deviation: float = 0.0) -> list[Ru
   # One seed of every model comes before the next seed, so that a sweep that is cut short has one for all.
   planned = first + sorted(seeds, key=lambda run: run.seed)
   return planned + [run for run in _undecided(sweep, best, bits_per_byte, deviation) if run not in planned]
+
+
+def _branches(run, lengths):
+  return [dataclasses.replace(run, steps=steps, decay_steps=decay) for steps, decay in lengths]
 
 
 def _rates(sweep, model, bits_per_byte):

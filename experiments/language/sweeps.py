@@ -12,7 +12,8 @@ sweep has left.
   long     12 runs of 118M tokens, 3.7e17 FLOPs
   linearized  16 runs of 29.5M tokens, of which eight share two Transformers; its records are in linearized.jsonl
   starts, norms_eps, carried  mended protocols beside the first ones, runs of 29.5M and 19.7M tokens
-  gap      per model three rates at 30M tokens, then branches up to 500M: 640M tokens; its records are in gap.jsonl
+  gap      per model three rates at 30M tokens, then branches up to 500M: 640M tokens, and for four models 270M more at
+           another rate; its records are in gap.jsonl
   papers_layer  5 runs of 400M tokens with 136M parameters; its records are in papers_layer.jsonl
 """
 
@@ -43,6 +44,7 @@ class Sweep:
   pairs: tuple[tuple[str, str, float], ...] = ()  # comparisons; models of close ones get more seeds
   longer: tuple[tuple[int, int], ...] = ()  # steps and decay steps of branches at the best rate, model after model
   ends: tuple[str, ...] = ()  # models that get a second seed at the shortest and the longest branch
+  slower: tuple[tuple[int, int], ...] = ()  # branches of the models in `ends` at half their best rate
   decides: str = ""  # what its runs are for, in the queue
 
 
@@ -145,13 +147,14 @@ GAP_TOKENS = 30, 60, 120, 250, 500  # millions
 def gap() -> Sweep:
   """The gap to Transformer++ against the number of tokens, at a constant rate that falls in the last fifth of a branch.
 
-  The models' rates are chosen at the shortest length. Models come one after the other, so that a sweep that is cut
-  short has whole curves. The text is `data/english_code`, where 500M tokens are less than 2.5 epochs.
+  The models' rates are chosen at the shortest length. Four models have half of that rate besides at 120M and 250M,
+  because longer runs often want a lower one. Models come one after the other, so that a sweep that is cut short has
+  whole curves. The text is `data/english_code`, where 500M tokens are less than 2.5 epochs.
   """
   steps = [round(tokens * 1e6 / TOKENS_PER_STEP) for tokens in GAP_TOKENS]
   first, *longer = ((count, count // 5) for count in steps)
   return Sweep([Run(model, rate, steps=first[0], decay_steps=first[1]) for model in GAP_MODELS for rate in RATES],
-               bracket=True, longer=tuple(longer), ends=GAP_MODELS[:4],
+               bracket=True, longer=tuple(longer), ends=GAP_MODELS[:4], slower=tuple(longer[1:3]),
                decides="whether the gap to Transformer++ closes with tokens")
 
 

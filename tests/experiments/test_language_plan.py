@@ -56,15 +56,16 @@ def test_close_comparisons_get_more_seeds():
   assert plan(sweep, four.get, deviation=0.01) == [gla, tnl]
 
 
-def test_branches_follow_at_the_best_rate_and_model_after_model():
+def test_branches_follow_at_the_best_rate_and_at_half_of_it_model_after_model():
   pilot = lambda model, rate, **fields: Run(model, rate, steps=10, decay_steps=2, **fields)
   runs = [pilot(model, rate) for model in ("gla", "tnl") for rate in (2e-3, 1e-3)]
-  sweep = Sweep(runs, longer=((20, 4), (40, 8)), ends=("tnl",))
+  sweep = Sweep(runs, longer=((20, 4), (40, 8)), ends=("tnl",), slower=((20, 4),))
   bits = {runs[0]: 1.3, runs[1]: 1.4, runs[2]: 1.2, runs[3]: 1.1}
   branch = lambda run, steps, **fields: dataclasses.replace(run, steps=steps, decay_steps=steps // 5, **fields)
   assert plan(sweep, bits.get) == [
       *runs[:2], branch(runs[0], 20), branch(runs[0], 40), *runs[2:], branch(runs[3], 20), branch(runs[3], 40),
-      pilot("tnl", 1e-3, seed=1), branch(runs[3], 40, seed=1)]
+      branch(runs[3], 20, learning_rate=5e-4), pilot("tnl", 1e-3, seed=1), branch(runs[3], 40, seed=1)]
   gap = SWEEPS["gap"]()
   assert {run.model for run in gap.runs} == set(GAP_MODELS) and [steps for steps, _ in gap.longer] == [
       1831, 3662, 7629, 15259]
+  assert gap.slower == gap.longer[1:3] and gap.ends == GAP_MODELS[:4]
