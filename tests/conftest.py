@@ -8,11 +8,12 @@ import platform
 import re
 import sys
 
-from tests.environment import QUICK_COMPILATION
+from tests.environment import NO_LOCATIONS, QUICK_COMPILATION
 
 # Read once, when JAX starts its CPU backend. XLA_FLAGS of the caller, even empty ones, replace these.
 if os.environ.get("JAX_PLATFORMS") == "cpu":
   os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
+os.environ.update(NO_LOCATIONS)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
