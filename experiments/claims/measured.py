@@ -46,7 +46,7 @@ RESULTS = [
      "order.**"),
     ("The same after 118M tokens, one seed, Mamba not yet at its best learning rate", "2 H200",
      "Gated DeltaNet 1.182, Transformer++ 1.194, DeltaNet with two attention layers 1.202 and with windows 1.204, "
-     "DeltaNet 1.215, Mamba 1.220, TransNormerLLM 1.240, GLA 1.241, RetNet 1.264."),
+     "DeltaNet 1.214, Mamba 1.220, TransNormerLLM 1.240, GLA 1.241, RetNet 1.264."),
     ("29.5M tokens, with and without short convolutions", "2 H200",
      "GLA 1.475 and 1.560 bits per byte, DeltaNet 1.527 and 1.617."),
     ("The models with convolutions again, with all kernels from N(0, 0.02), one seed, DeltaNet two", "1 H200",
