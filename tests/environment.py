@@ -15,14 +15,12 @@ QUICK_COMPILATION = " ".join([
 # Options of `jax.jit` that bring the new emitters back to one program. With the old ones every step of a loop copies
 # the array into which it writes its result, so that a scan over 2,000 tokens takes half a minute.
 LONG_LOOPS = {"xla_backend_extra_options": ""}
-# No program says from which lines of Python its instructions come, which saves a twentieth of the time of a test.
-NO_LOCATIONS = {"JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
 
 # Commands compile the same programs again and again. Each worker has a folder, because JAX writes entries in place.
 _CACHE = tempfile.mkdtemp(prefix="lin_jax_xla")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
-ENVIRONMENT = os.environ | NO_LOCATIONS | {
+ENVIRONMENT = os.environ | {
     "XLA_FLAGS": QUICK_COMPILATION,
     "JAX_COMPILATION_CACHE_DIR": _CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
