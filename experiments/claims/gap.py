@@ -18,44 +18,37 @@ _GLA, _DELTA = "2312.06635", "2406.06484"
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
-  """One model's results by millions of tokens.
+class Point:
+  """One model after one number of tokens: bits per byte of each seed at the learning rate that is best on val."""
 
-  Attributes:
-    tried: the learning rates, by tokens.
-    rate: that of them with the least mean loss on val over its seeds, by tokens.
-    bits: bits per byte of each seed at that rate, by tokens.
-  """
-
-  tried: dict[int, list[float]]
-  rate: dict[int, float]
-  bits: dict[int, list[float]]
+  rate: float
+  others: list[float]  # rates that were tried and are not the best
+  bits: list[float]
 
 
-def curves(results: Results, split: str = _BOTH) -> dict[str, Curve]:
-  """Returns the curves on `split` of the models that have records."""
+def curves(results: Results, split: str = _BOTH) -> dict[str, dict[int, Point]]:
+  """Returns the points on `split` by millions of tokens of each model that has records."""
   found = {model: {} for model in sweeps.GAP_MODELS}
   for record in sorted(results.lines(sweeps.FILES[_SWEEP]), key=lambda record: record["tokens"]):
     if not record["diverged"]:
       found[record["model"]].setdefault(round(record["tokens"] / 1e6), []).append(record)
-  return {model: _curve(by_tokens, split) for model, by_tokens in found.items() if by_tokens}
+  return {model: {tokens: _point(records, split) for tokens, records in by_tokens.items()}
+          for model, by_tokens in found.items() if by_tokens}
 
 
-def _curve(by_tokens, split):
-  rates = {tokens: best_rate(records) for tokens, records in by_tokens.items()}
-  seeds = {tokens: {record["seed"]: record["losses"][split]["bits_per_byte"] for record in records
-                    if record["learning_rate"] == rates[tokens]} for tokens, records in by_tokens.items()}
-  return Curve({tokens: sorted({record["learning_rate"] for record in records})
-                for tokens, records in by_tokens.items()}, rates,
-               {tokens: list(bits.values()) for tokens, bits in seeds.items()})
+def _point(records, split):
+  rate = best_rate(records)
+  by_seed = {record["seed"]: record["losses"][split]["bits_per_byte"] for record in records
+             if record["learning_rate"] == rate}
+  return Point(rate, sorted({record["learning_rate"] for record in records} - {rate}), list(by_seed.values()))
 
 
 def above(results: Results, split: str = _BOTH) -> dict[str, list[tuple[int, float]]]:
   """Returns points of millions of tokens and bits per byte above Transformer++, means over seeds, by model."""
   found = curves(results, split)
-  reference = found[_REFERENCE].bits if _REFERENCE in found else {}
-  points = {model: [(tokens, statistics.mean(bits) - statistics.mean(reference[tokens]))
-                    for tokens, bits in curve.bits.items() if tokens in reference] for model, curve in found.items()}
+  reference = found.get(_REFERENCE, {})
+  points = {model: [(tokens, statistics.mean(point.bits) - statistics.mean(reference[tokens].bits))
+                    for tokens, point in curve.items() if tokens in reference] for model, curve in found.items()}
   return {model: line for model, line in points.items() if line}
 
 
@@ -85,17 +78,16 @@ def table(results: Results) -> tuple[list[str], list[list[str]]]:
   """Returns the head and the rows of bits per byte by model and tokens, with the rates that were tried, of which the
   best comes first, and the seeds where there are several."""
   found = curves(results)
-  lengths = sorted({tokens for curve in found.values() for tokens in curve.bits})
+  lengths = sorted({tokens for curve in found.values() for tokens in curve})
   return (["", *(f"{tokens}M tokens" for tokens in lengths)],
-          [[name(model), *(_cell(curve, tokens) if tokens in curve.bits else "" for tokens in lengths)]
+          [[name(model), *(_cell(curve[tokens]) if tokens in curve else "" for tokens in lengths)]
            for model, curve in found.items()])
 
 
-def _cell(curve, tokens):
-  bits, best = curve.bits[tokens], curve.rate[tokens]
-  others = [f"{rate:g}" for rate in curve.tried[tokens] if rate != best]
-  return (f"{statistics.mean(bits):.4f} at {best:g}" + (f" ({len(bits)} seeds)" if len(bits) > 1 else "")
-          + (f"; tried {', '.join(others)}" if others else ""))
+def _cell(point):
+  others = ", ".join(f"{rate:g}" for rate in point.others)
+  return (f"{statistics.mean(point.bits):.4f} at {point.rate:g}"
+          + (f" ({len(point.bits)} seeds)" if len(point.bits) > 1 else "") + (f"; tried {others}" if others else ""))
 
 
 def claims() -> list[Claim]:
@@ -111,11 +103,11 @@ def _fewer_bits(left: str, right: str, factor: float = 1.0):
   """As `language.fewer_bits` of one pair, after the most tokens that both models have seen."""
 
   def judge(results):
-    found = {model: curves(results).get(from_normal(model)) for model in (left, right)}
-    both = set.intersection(*(set(curve.bits) if curve else set() for curve in found.values()))
+    found = {model: curves(results).get(from_normal(model), {}) for model in (left, right)}
+    both = set.intersection(*map(set, found.values()))
     if not both:
       return Finding("", (None,))
-    rows = {model: language.averaged(curve.bits[max(both)]) for model, curve in found.items()}
+    rows = {model: language.averaged(curve[max(both)].bits) for model, curve in found.items()}
     finding = language.compared(rows, [(left, right)], factor, results)
     return Finding(f"after {max(both)}M tokens: {finding.text}", finding.points, finding.close, finding.labels)
 
