@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from kernel_bench.records import Records
 
 HOLDS, IN_PART, FAILS, UNDECIDED, NOT_RUN = "holds", "holds in part", "does not hold", "undecided", "not run"
+NOT_COUNTED = "not counted"  # of a point: it was not run, or what it compares says nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Finding:
 
   Attributes:
     text: the obtained numbers.
-    points: for each point of the claim whether it holds (None for no record).
+    points: for each point of the claim whether it holds (None if it does not count).
     close: for each point whether it rests on a difference below two standard errors (empty if none does).
     labels: a name for each point, by which the page says what decided (empty if the claim has none).
   """
@@ -44,11 +45,11 @@ class Finding:
             if outcome is holds and point is not None]
 
   def counts(self) -> dict[str, int]:
-    """How many points hold, do not hold, are undecided and were not run."""
+    """How many points hold, do not hold, are undecided and do not count."""
     known = [(point, near) for point, near in self._points() if point is not None]
     clear = [point for point, near in known if not near]
     return {HOLDS: sum(clear), FAILS: len(clear) - sum(clear), UNDECIDED: len(known) - len(clear),
-            NOT_RUN: len(self.points) - len(known)}
+            NOT_COUNTED: len(self.points) - len(known)}
 
   def _points(self):
     return zip(self.points, self.close or (False,) * len(self.points), strict=True)

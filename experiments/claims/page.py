@@ -17,12 +17,13 @@ Generated from the records beside it by `python experiments/report_claims.py`; d
 """
 _READING = """
 A claim is split into points, which are the comparisons that it makes; the numbers in parentheses say how many hold. It
-*holds* when all of its points were run and hold, and *in part* when some hold. A claim that was tried in several
-settings counts once for each above. It is named once, by the settings that decide it, and as undecided where most of
-them decide nothing or where they contradict each other. A point on the losses of models
-is *too close* when their difference is below two standard errors. {noise} A claim is *undecided* when its verdict would
-be another one if its close points came out the other way. Its row says which points decided. Settings are smaller than
-the papers', so a verdict is about our setting and not about the paper's own.
+*holds* when all of its points count and hold, and *in part* when some hold. A point is *not counted* when it was not
+run, when one of its sides has no result or a wrong one, or when neither of its models learned the task. A claim that
+was tried in several settings counts once for each above. It is named once, by the settings that decide it, and as
+undecided where most of them decide nothing or where they contradict each other. A point on the losses of models is *too
+close* when their difference is below two standard errors. {noise} A claim is *undecided* when its verdict would be
+another one if its close points came out the other way. Its row says which points decided. Settings are smaller than the
+papers', so a verdict is about our setting and not about the paper's own.
 """
 _MEASURED = """
 In a pair of times such as 0.67 / 2.49 ms, the first is the forward pass, and the second is forward and backward pass

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .claim import FAILS, HOLDS, NOT_RUN, UNDECIDED, Finding
+from .claim import FAILS, HOLDS, NOT_COUNTED, NOT_RUN, UNDECIDED, Finding
 
 CLASSES = "reproduced", "contradicted", "in part", "undecided", "not run"
 
@@ -20,9 +20,9 @@ def classified(findings: Sequence[Finding]) -> str:
 
 def counted(findings: Sequence[Finding]) -> str:
   """Says how many points of all the findings hold, such as "2 of 4, 1 undecided"."""
-  total = {kind: sum(finding.counts()[kind] for finding in findings) for kind in (HOLDS, FAILS, UNDECIDED, NOT_RUN)}
-  known = sum(total.values()) - total[NOT_RUN]
-  rest = [f"{total[kind]} {kind}" for kind in (UNDECIDED, NOT_RUN) if total[kind]]
+  total = {kind: sum(finding.counts()[kind] for finding in findings) for kind in (HOLDS, FAILS, UNDECIDED, NOT_COUNTED)}
+  known = sum(total.values()) - total[NOT_COUNTED]
+  rest = [f"{total[kind]} {kind}" for kind in (UNDECIDED, NOT_COUNTED) if total[kind]]
   return ", ".join([f"{total[HOLDS]} of {known}", *rest])
 
 

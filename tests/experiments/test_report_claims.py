@@ -56,7 +56,7 @@ def test_a_claim_is_undecided_when_close_points_would_change_its_verdict(points,
 
 def test_a_row_names_the_points_that_decided():
   mixed = Finding("", (True, False, True, None), (False, False, True, False), ("A", "B", "C", "D"))
-  assert decided_by(mixed) == "1 of 3, 1 undecided, 1 not run; yes: A; no: B; too close: C"
+  assert decided_by(mixed) == "1 of 3, 1 undecided, 1 not counted; yes: A; no: B; too close: C"
   assert decided_by(Finding("", (True, True), (), ("A", "B"))) == "2 of 2"
 
 
@@ -75,7 +75,7 @@ def test_the_answer_counts_claims_and_names_each_sentence_once():
   assert classified([clear, run]) == "in part" and classified([against] * 2) == "contradicted"
   claims = [claim("A."), dataclasses.replace(claim("A."), setting="larger"), claim("B.")]
   reproduced, _, in_part, *_ = by_class(claims, dict(zip(claims, (clear, close, run), strict=True)))
-  assert reproduced == "• A (1 of 2, 1 undecided)" and in_part == "• B (1 of 2, 1 not run)"
+  assert reproduced == "• A (1 of 2, 1 undecided)" and in_part == "• B (1 of 2, 1 not counted)"
 
 
 def test_the_answer_comes_first_and_has_every_claim():
