@@ -66,7 +66,7 @@ WITH_CARE = """
   0.10, DeltaNet by 0.03 and its hybrids by 0.02 to 0.04, by one or two seeds. Models without convolutions gain
   nothing.
 - The curves against tokens have one seed per model, and differences below 0.022 say nothing. Each model's rate was
-  chosen after 30M tokens. Longer runs often want a lower one, and GLA's is the highest.
+  chosen after 30M tokens. Longer runs often want a lower one, and GLA, with or without convolutions, has the highest.
 - Under L1 keys the outputs are so short that the head norm's eps switches it off, where L1 wins (SiLU, no activation).
 - A model that ignores all beyond 128 tokens is flat at any length. No run resets the state as a control.
 - Rows that carried their state all went on to other text in the same step, and their loss is higher everywhere.
