@@ -2,7 +2,8 @@
 
 A model's highest rate is doubled while it is the best, and its lowest one is halved (`bracket`). Its best rate then
 gets longer branches, further seeds, and one more seed at a time while a comparison that it takes part in is within two
-standard errors.
+standard errors. Where a sweep tries half of the best rate at some lengths (`slower`), too, longer branches than these
+have the rate that is better at the last of them.
 """
 
 import dataclasses
@@ -26,23 +27,29 @@ def plan(sweep: Sweep, bits_per_byte: Scores, deviation: float = 0.0) -> list[Ru
   models = dict.fromkeys(run.model for run in sweep.runs)
   rates = {model: _rates(sweep, model, bits_per_byte) for model in models}
   best = {model: found for model in models if (found := _best(rates[model], bits_per_byte))}
-  branches = {model: _branches(run, sweep.longer) for model, run in best.items()}
-  slower = {model: _branches(dataclasses.replace(run, learning_rate=run.learning_rate / 2), sweep.slower)
-            for model, run in best.items() if model in sweep.ends}
+  branches = {model: _branches(sweep, run, bits_per_byte) for model, run in best.items()}
   if sweep.longer:  # model after model
-    first = [run for model in models for run in rates[model] + branches.get(model, []) + slower.get(model, [])]
+    first = [run for model in models for run in rates[model] + branches.get(model, [])]
   else:
     first = sweep.runs + [run for model in models for run in rates[model] if run not in sweep.runs]
   seeds = [dataclasses.replace(run, seed=run.seed + 1 + i) for run in best.values() for i in range(sweep.further_seeds)]
   seeds += [dataclasses.replace(run, seed=1) for model in sweep.ends if model in best
-            for run in (best[model], branches[model][-1])]
+            for run in (best[model], *(run for run in branches[model] if run.steps == sweep.longer[-1][0]))]
   # One seed of every model comes before the next seed, so that a sweep that is cut short has one for all.
   planned = first + sorted(seeds, key=lambda run: run.seed)
   return planned + [run for run in _undecided(sweep, best, bits_per_byte, deviation) if run not in planned]
 
 
-def _branches(run, lengths):
-  return [dataclasses.replace(run, steps=steps, decay_steps=decay) for steps, decay in lengths]
+def _branches(sweep, run, bits_per_byte):
+  """The longer branches of a model's best run, as far as their rates are known."""
+  at = lambda run, lengths: [dataclasses.replace(run, steps=steps, decay_steps=decay) for steps, decay in lengths]
+  if run.model not in sweep.ends or not sweep.slower:
+    return at(run, sweep.longer)
+  last = sweep.slower[-1]
+  usual = at(run, [length for length in sweep.longer if length <= last])
+  slower = at(dataclasses.replace(run, learning_rate=run.learning_rate / 2), sweep.slower)
+  better = _best([usual[-1], slower[-1]], bits_per_byte)
+  return usual + slower + (at(better, [length for length in sweep.longer if length > last]) if better else [])
 
 
 def _rates(sweep, model, bits_per_byte):

@@ -12,8 +12,8 @@ sweep has left.
   long     12 runs of 118M tokens, 3.7e17 FLOPs
   linearized  16 runs of 29.5M tokens, of which eight share two Transformers; its records are in linearized.jsonl
   starts, norms_eps, carried  mended protocols beside the first ones, runs of 29.5M and 19.7M tokens
-  gap      per model three rates at 30M tokens, then branches up to 500M: 640M tokens, and for four models 270M more at
-           another rate; its records are in gap.jsonl
+  gap      per model three rates at 30M tokens, then branches up to 500M: 640M tokens, and for four models 270M or 370M
+           more for another rate; its records are in gap.jsonl
   papers_layer  5 runs of 400M tokens with 136M parameters; its records are in papers_layer.jsonl
 """
 
@@ -148,8 +148,9 @@ def gap() -> Sweep:
   """The gap to Transformer++ against the number of tokens, at a constant rate that falls in the last fifth of a branch.
 
   The models' rates are chosen at the shortest length. Four models have half of that rate besides at 120M and 250M,
-  because longer runs often want a lower one. Models come one after the other, so that a sweep that is cut short has
-  whole curves. The text is `data/english_code`, where 500M tokens are less than 2.5 epochs.
+  because longer runs often want a lower one, and at 500M the rate that is better at 250M. Models come one after the
+  other, so that a sweep that is cut short has whole curves. The text is `data/english_code`, where 500M tokens are less
+  than 2.5 epochs.
   """
   steps = [round(tokens * 1e6 / TOKENS_PER_STEP) for tokens in GAP_TOKENS]
   first, *longer = ((count, count // 5) for count in steps)

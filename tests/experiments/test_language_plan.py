@@ -62,9 +62,13 @@ def test_branches_follow_at_the_best_rate_and_at_half_of_it_model_after_model():
   sweep = Sweep(runs, longer=((20, 4), (40, 8)), ends=("tnl",), slower=((20, 4),))
   bits = {runs[0]: 1.3, runs[1]: 1.4, runs[2]: 1.2, runs[3]: 1.1}
   branch = lambda run, steps, **fields: dataclasses.replace(run, steps=steps, decay_steps=steps // 5, **fields)
-  assert plan(sweep, bits.get) == [
-      *runs[:2], branch(runs[0], 20), branch(runs[0], 40), *runs[2:], branch(runs[3], 20), branch(runs[3], 40),
-      branch(runs[3], 20, learning_rate=5e-4), pilot("tnl", 1e-3, seed=1), branch(runs[3], 40, seed=1)]
+  usual, half = branch(runs[3], 20), branch(runs[3], 20, learning_rate=5e-4)
+  begun = [*runs[:2], branch(runs[0], 20), branch(runs[0], 40), *runs[2:], usual, half]
+  assert plan(sweep, bits.get) == [*begun, pilot("tnl", 1e-3, seed=1)]
+  for better, worse in ((usual, half), (half, usual)):
+    end = branch(better, 40)
+    assert plan(sweep, (bits | {better: 1.0, worse: 1.05}).get) == [
+        *begun, end, pilot("tnl", 1e-3, seed=1), dataclasses.replace(end, seed=1)]
   gap = SWEEPS["gap"]()
   assert {run.model for run in gap.runs} == set(GAP_MODELS) and [steps for steps, _ in gap.longer] == [
       1831, 3662, 7629, 15259]
