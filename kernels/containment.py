@@ -20,6 +20,9 @@ non-finite number would have reached in its segment becomes NaN:
 
 All other results are the same as with finite numbers in their place, bit for bit. A state that overflows float32
 although all inputs are finite is not contained.
+
+A sum over all segments, such as the loss of a training step, is not finite wherever the number comes from. Who wants
+nothing but such a sum traces it under `left_out()`, and then an implementation runs once, without looking.
 """
 
 import dataclasses
@@ -32,6 +35,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import chunks, dispatch
 from kernels.derivatives import RESIDUALS
+
+_leaves_out = jax.make_user_context(default_value=False)
+
+
+def left_out():
+  """A context for tracing in which ops let a non-finite number spread over its row, as they do without segment ids.
+
+  JAX keeps what it has traced in this context apart from the rest. Results of finite inputs are the same.
+  """
+  return _leaves_out(True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +109,7 @@ def _compiled(op, device, *arrays):
 
 
 def _run(op, starts, tokens, initial_state, shared):
-  if starts is None or op.selects:
+  if starts is None or op.selects or _leaves_out.value:
     return op.run(starts, tokens, initial_state, shared)
   # `run` stands twice in each pass. Under `jit` it is traced and lowered once for both.
   op = dataclasses.replace(op, run=jax.jit(op.run))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kernels
-from kernels import chunks
+from kernels import chunks, containment
 from tests.kernels import cases, selective_scan_cases
 from tests.kernels.cases import Case, make_inputs
 
@@ -99,6 +99,25 @@ def test_finite_numbers_give_the_same_bits():
   actual = cases.results(fn, arrays | {"log_decay": gates}, None, cotangents)
   for name, x in expected.items():
     np.testing.assert_array_equal(actual[name], x, err_msg=name)
+
+
+@every_implementation
+def test_left_out_it_changes_no_finite_number(op, implementation):
+  arrays, cotangents, run, expected = prepared(op, implementation)
+  with containment.left_out():
+    actual = run(arrays, cotangents)
+  for name, x in expected.items():
+    np.testing.assert_array_equal(actual[name], x, err_msg=name)
+
+
+def test_left_out_nothing_is_looked_at_and_a_number_that_is_not_finite_spreads():
+  arrays, _, _, _ = prepared("gla", "xla_chunked")
+  ids = cases.segment_ids(LENGTHS, 1)
+  run = jax.jit(lambda x: kernels.gla(**x, segment_ids=ids, implementation="xla_chunked")[0])
+  bad = arrays | {"v": arrays["v"].at[0, 10].set(jnp.nan)}
+  assert "is_finite" in str(jax.make_jaxpr(run)(bad)) and np.isfinite(run(bad)[:, SECOND]).all()
+  with containment.left_out():
+    assert "is_finite" not in str(jax.make_jaxpr(run)(bad)) and np.isnan(run(bad)[:, SECOND]).any()
 
 
 def test_a_lost_output_that_nobody_uses_loses_no_gradient_before_it():

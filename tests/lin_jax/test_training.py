@@ -256,6 +256,14 @@ def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, section
   assert not (tmp_path / "run").exists()
 
 
+def test_the_loss_keeps_nothing_in_its_document(data, batches):
+  """It would cost a look at each layer's states, and a sum over the documents is not finite either way."""
+  _, graph, _, create, _ = compiled(data)
+  loss = functools.partial(training.loss_sum, graph)
+  assert len(np.unique(batches[0]["segment_ids"][0])) > 1
+  assert "is_finite" not in str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(create().params, batches[0]))
+
+
 def test_nonfinite_loss_stops_the_run_and_names_the_last_checkpoint(data, tmp_path):
   # Weights of 1e30 after the first step overflow in the second.
   config = tiny.config(data, learning_rate=1e30, final_learning_rate=1e30)
