@@ -27,8 +27,12 @@ def main(_):
   items = waiting.queue(folder) + synthetic.queue(folder / "synthetic.jsonl")
   items = [item for item in items if not _MINUTES.value or item.minutes <= _MINUTES.value]
   for item in items:
-    print(f"{item.name}: {item.runs_left} runs, {item.minutes:.0f} minutes, decides: {item.decides}\n  {item.command}")
-  print(f"{len(items)} sweeps, {sum(item.minutes for item in items):.0f} minutes")
+    print(f"{item.name}: {item.runs_left} runs, {_minutes(item.minutes)}, decides: {item.decides}\n  {item.command}")
+  print(f"{len(items)} sweeps, {_minutes(sum(item.minutes for item in items))}")
+
+
+def _minutes(count):
+  return "1 minute" if round(count) == 1 else f"{count:.0f} minutes"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Makes the page of claims, experiments/results/README.md, with its plots, and the tables of our training steps,
 beside other libraries' and with packed documents, in experiments/results/training.md. --check says whether both pages
-are up to date.
+are up to date; it does not look at the plots.
 
   python experiments/report_claims.py
 """

@@ -144,7 +144,8 @@ def _lengthened_stable(old, new):
   if new.steps - new.decay_steps < old.steps:
     raise ValueError(f"config.optim.decay_steps={new.decay_steps}: the decay would begin at step "
                      f"{new.steps - new.decay_steps}: this run is planned at a constant rate until step {old.steps}")
-  return f"lengthened from {old.steps} to {new.steps} steps, of which the last {new.decay_steps} are the decay"
+  decay = f", of which the last {new.decay_steps} are the decay" if new.decay_steps else " at a constant rate"
+  return f"lengthened from {old.steps} to {new.steps} steps{decay}"
 
 
 def matrices(params) -> object:

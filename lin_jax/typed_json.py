@@ -45,7 +45,7 @@ def build(cls: type, values: Any, where: str) -> Any:
   types = {field.name: field.type for field in dataclasses.fields(cls)}
   for name in values:
     if name not in types:
-      raise ValueError(f"{where}: this version of lin_jax has no field {shown(name)} there")
+      raise ValueError(f"{where}: this version of lin_jax has no field {shown(name)} there, but {', '.join(types)}")
   made = {}
   for name, value in values.items():
     if dataclasses.is_dataclass(types[name]):

@@ -21,14 +21,17 @@ def load(path: pathlib.Path, *fields: str) -> list[dict]:
     if path.exists() and not path.read_text(encoding="utf-8").endswith("\n"):
       files.write(path, "".join(strict_json.dumps(record) + "\n" for record in records))
     path.touch()
-    if missing := [field for record in records for field in fields if field not in record]:
-      raise KeyError(missing[0])
+  except (FileExistsError, NotADirectoryError) as e:
+    raise ValueError(f"--out={path}: cannot be written: {path.parent} is not a folder") from e
   except OSError as e:
     raise ValueError(f"--out={path}: cannot be written: {e.strerror}") from e
   except files.Unwritable:
     raise
-  except (ValueError, KeyError, TypeError) as e:
-    raise ValueError(f"--out={path}: not a file of this command's records ({e!r})") from e
+  except (ValueError, TypeError) as e:
+    raise ValueError(f"--out={e}") from e
+  for number, record in enumerate(records, start=1):
+    if missing := [field for field in fields if field not in record]:
+      raise ValueError(f"--out={path}: line {number} is not a record of this command: it has no {missing[0]!r}")
   return records
 
 

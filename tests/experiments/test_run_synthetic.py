@@ -52,7 +52,8 @@ def test_mistakes(tmp_path):
               (["--sweep=mqar", "--set=pairs=3", f"--out={tmp_path}/new.jsonl"], "has no run of task any and mixer any "
                                                                                  "with pairs=3"),
               (["--task=mqar", "--mixer=gla", "--limit_seconds=9"], "--limit_seconds=9 needs --out"),
-              (["--sweep=mqar", f"--out={tmp_path}/other.jsonl"], "not a file of this command's records")]
+              (["--sweep=mqar", f"--out={tmp_path}/other.jsonl"], "other.jsonl: line 1 is not a record of this "
+                                                                   "command: it has no '")]
   for arguments, message in mistakes:
     process = fork(*arguments)
     out, err = process.communicate()
