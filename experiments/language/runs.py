@@ -54,9 +54,10 @@ class Run:
         optim=OptimConfig(steps=self.steps, learning_rate=self.learning_rate, weight_decay=0.1,
                           final_learning_rate=self.learning_rate / 10, **self._schedule()),
         unroll=0,  # without the stacks in which a scan of layers keeps what its backward pass reads
-        # The whole validation split is read at the end. A run takes a minute, so it is saved only when it stops or
-        # ends.
-        eval=EvalConfig(every=0, batches=0), checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
+        # The whole validation split is read at the end, but of a trunk, whose loss nobody uses, and of a tiny run. A
+        # run takes a minute, so it is saved only when it stops or ends.
+        eval=EvalConfig(every=0, batches=8 if self.is_trunk or self.tiny else 0),
+        checkpoint=CheckpointConfig(every=0, keep_last=1, keep_best=0),
         log=LogConfig(every=max(1, self.steps // 20), tensorboard=False))
 
   def setting(self, data: str) -> dict:

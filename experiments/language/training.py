@@ -99,13 +99,14 @@ def _record(run, data, place, start, result):
   rates = [line["tokens_per_second"] for line in metrics.read(place / "metrics.jsonl") if "tokens_per_second" in line]
   train_split, val = (TokenDataset(data, split) for split in ("train", "val"))
   loss = result and result["eval_loss"]
+  read = f"{config.eval.batches} batches" if config.eval.batches else f"all {val.tokens} tokens"
   began = {"start": {name: start[name] for name in ("model", "tokens", "bits_per_byte")}} if start else {}
   return {
       "model": run.model, "learning_rate": run.learning_rate, "seed": run.seed,
       "parameters": parameter_count(config.model), "tokens": tokens, "epochs": round(tokens / train_split.tokens, 4),
-      "data": pathlib.Path(data).name, "evaluated_on": f"all {val.tokens} tokens of split val",
+      "data": pathlib.Path(data).name, "evaluated_on": f"{read} of split val",
       "diverged": loss is None, "held_out_loss": loss, "bits_per_byte": result and result["bits_per_byte"],
       "perplexity": result and metrics.perplexity(loss),
-      **(held_out(place, config.data, run.by_place) if result else {"pair_losses": None, "losses": None}),
+      **(held_out(place, config, run.by_place) if result else {"pair_losses": None, "losses": None}),
       "tokens_per_second": round(statistics.median(rates), 1) if rates else None,
       **began, "run": records.now(), **records.provenance(), "setting": run.setting(data)}
