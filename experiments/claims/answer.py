@@ -50,10 +50,11 @@ _SHORT = {
                               "{main_normal.retnet_normal})",
     "A decay per key channel": "a decay per key channel is better than one per token ({gates.gla}, "
                                "{gates.scalar_decay})",
-    "Both hybrids": "hybrids beat DeltaNet and Transformer++ ({main.deltanet_swa} and "
-                    "{main.deltanet_global}, {main.deltanet}, {main.transformer}; from N(0, 0.02) "
-                    "{main_normal.deltanet_swa_normal} and {main_normal.deltanet_global_normal}, "
-                    "{main_normal.deltanet_normal}, {main_normal.transformer_normal})"}
+    "Both hybrids": "hybrids beat DeltaNet and Transformer++ (with windows {main.deltanet_swa}, with two attention "
+                    "layers {main.deltanet_global}, DeltaNet {main.deltanet}, Transformer++ {main.transformer}; from "
+                    "N(0, 0.02), in the same order, {main_normal.deltanet_swa_normal}, "
+                    "{main_normal.deltanet_global_normal}, {main_normal.deltanet_normal} and "
+                    "{main_normal.transformer_normal})"}
 WITH_CARE = """
 - The models have an eighth of the papers' smallest size, and saw 500 times fewer tokens, at one to five learning
   rates. Where the highest was the best, as in the sweeps `norms` and `convolutions`, a higher one may be better.
@@ -90,7 +91,8 @@ def opening(results: Results, found: dict[Claim, Finding]) -> list[str]:
       texts[name].append(text)
   return [_wrapped("Language models here have 42M parameters and saw 29.5M tokens of English, or 118M where it says "
                    "so. The papers' tables have 340M and 15B. Numbers are bits per byte where nothing else is said. "
-                   "*From N(0, 0.02)* is how all kernels but Mamba's start in the released models' code."),
+                   "*From N(0, 0.02)* marks runs whose kernels, but for Mamba's, start from that distribution, as in the "
+                   "released models' code. The others have this library's earlier start."),
           *("\n".join([f"**{_HEADINGS[name]}**\n", *(_wrapped(f"- {part}", "  ") for part in parts)])
             for name, parts in texts.items() if parts)]
 

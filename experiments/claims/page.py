@@ -22,8 +22,9 @@ run, when one of its sides has no result or a wrong one, or when neither of its 
 was tried in several settings counts once for each above. It is named once, by the settings that decide it, and as
 undecided where most of them decide nothing or where they contradict each other. A point on the losses of models is *too
 close* when their difference is below two standard errors. {noise} A claim is *undecided* when its verdict would be
-another one if its close points came out the other way. Its row says which points decided. Settings are smaller than the
-papers', so a verdict is about our setting and not about the paper's own.
+another one if its close points came out the other way. Its row says which points decided. A number after ± is the
+deviation over the seeds. Settings are smaller than the papers', so a verdict is about our setting and not about the
+paper's own.
 """
 _MEASURED = """
 In a pair of times such as 0.67 / 2.49 ms, the first is the forward pass, and the second is forward and backward pass
