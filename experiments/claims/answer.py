@@ -91,8 +91,8 @@ def opening(results: Results, found: dict[Claim, Finding]) -> list[str]:
       texts[name].append(text)
   return [_wrapped("Language models here have 42M parameters and saw 29.5M tokens of English, or 118M where it says "
                    "so. The papers' tables have 340M and 15B. Numbers are bits per byte where nothing else is said. "
-                   "*From N(0, 0.02)* marks runs whose kernels, but for Mamba's, start from that distribution, as in the "
-                   "released models' code. The others have this library's earlier start."),
+                   "*From N(0, 0.02)* marks runs whose kernels, but for Mamba's, start from that distribution, as in "
+                   "the released models' code. The others have this library's earlier start."),
           *("\n".join([f"**{_HEADINGS[name]}**\n", *(_wrapped(f"- {part}", "  ") for part in parts)])
             for name, parts in texts.items() if parts)]
 
