@@ -21,8 +21,9 @@ non-finite number would have reached in its segment becomes NaN:
 All other results are the same as with finite numbers in their place, bit for bit. A state that overflows float32
 although all inputs are finite is not contained.
 
-A sum over all segments, such as the loss of a training step, is not finite wherever the number comes from. Who wants
-nothing but such a sum traces it under `left_out()`, and then an implementation runs once, without looking.
+A sum over all segments, such as the loss of a training step, is not finite wherever the number comes from. To get
+nothing but such a sum, trace it under `left_out()`: an implementation then runs once, and nothing is looked at. A NaN
+of a gate, which a kernel may lose, still shows in the gradient of what the gate was made from.
 """
 
 import dataclasses
